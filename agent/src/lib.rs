@@ -1,0 +1,1 @@
+//! The node agent: cluster tables to reconcilers to eBPF maps; policy, flows, CNI.

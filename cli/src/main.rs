@@ -1,0 +1,2 @@
+//! The `xebec` executable.
+fn main() {}

@@ -1,0 +1,1 @@
+//! The CNI plugin executable: thin, asks the agent over a UNIX socket.

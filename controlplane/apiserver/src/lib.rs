@@ -1,0 +1,1 @@
+//! The Kubernetes API server: HTTP, authentication, admission, storage, watch.

@@ -1,0 +1,1 @@
+//! The type table of the Kubernetes API and everything that walks an object with it.

@@ -1,0 +1,1 @@
+//! The small per-pod supervisor that owns containers, their logs and exit codes.
