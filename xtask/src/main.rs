@@ -1,2 +1,161 @@
-//! What a developer types.
-fn main() {}
+//! What a developer types: `cargo xtask up | test | bench | build | codegen | setup`.
+
+mod ebpf;
+mod setup;
+mod shell;
+
+use std::path::PathBuf;
+use std::process::ExitCode;
+
+use anyhow::{Context, Result};
+use clap::{Parser, Subcommand};
+use shell::{Cmd, root};
+
+#[derive(Parser)]
+#[command(name = "cargo xtask", about = "Build, run, test and measure Xebec")]
+struct Args {
+    #[command(subcommand)]
+    command: Command,
+}
+
+#[derive(Subcommand)]
+enum Command {
+    /// Install what the build and the tests lack (Debian and Ubuntu packages, bpf-linker)
+    Setup,
+    /// Build the eBPF object and the `xebec` executable; prints its path
+    Build {
+        /// Build with the release profile
+        #[arg(long)]
+        release: bool,
+    },
+    /// Build, then start a cluster: everything after `up` goes to `xebec up`
+    Up {
+        /// Arguments for `xebec up`
+        #[arg(trailing_var_arg = true, allow_hyphen_values = true)]
+        args: Vec<String>,
+    },
+    /// Set up what the tests need and run them all (the ones that need root through sudo)
+    Test {
+        /// Leave out the tests that need root
+        #[arg(long)]
+        no_root: bool,
+        /// Only tests whose name contains this
+        filter: Option<String>,
+    },
+    /// Run the benchmarks: `cargo xtask bench [NAME] [--quick] [--json]`
+    Bench {
+        /// Arguments for the benchmark runner
+        #[arg(trailing_var_arg = true, allow_hyphen_values = true)]
+        args: Vec<String>,
+    },
+    /// Write the type table of the Kubernetes API anew; `--check` only compares
+    Codegen {
+        /// Fail when the committed table differs, and change nothing
+        #[arg(long)]
+        check: bool,
+    },
+}
+
+fn main() -> ExitCode {
+    match run(Args::parse().command) {
+        Ok(()) => ExitCode::SUCCESS,
+        Err(error) => {
+            eprintln!("xtask: {error:#}");
+            ExitCode::FAILURE
+        }
+    }
+}
+
+fn run(command: Command) -> Result<()> {
+    match command {
+        Command::Setup => setup::for_tests(),
+        Command::Build { release } => {
+            setup::for_build()?;
+            println!("{}", build(release)?.display());
+            Ok(())
+        }
+        Command::Up { args } => {
+            setup::for_build()?;
+            let xebec = build(true)?;
+            let error = Cmd::as_root(&xebec).arg("up").args(args).exec();
+            Err(error).context("could not start xebec")
+        }
+        Command::Test { no_root, filter } => test(no_root, filter.as_deref()),
+        Command::Bench { args } => {
+            setup::for_tests()?;
+            let xebec = build(true)?;
+            Cmd::cargo(["build", "--release", "-p", "xebec-bench"]).run()?;
+            let bench = artifact(true, "xebec-bench")?;
+            Cmd::as_root(bench).env("XEBEC_BIN", &xebec).args(args).run()
+        }
+        Command::Codegen { check } => codegen(check),
+    }
+}
+
+/// Builds the eBPF object, then the executable that embeds it.
+fn build(release: bool) -> Result<PathBuf> {
+    let object = ebpf::build()?;
+    let mut cmd = Cmd::cargo(["build", "-p", "xebec"]).env("XEBEC_EBPF_OBJECT", &object);
+    if release {
+        cmd = cmd.arg("--release");
+    }
+    cmd.run()?;
+    artifact(release, "xebec")
+}
+
+/// Where cargo puts an executable of this workspace.
+fn artifact(release: bool, name: &str) -> Result<PathBuf> {
+    let path = shell::target_dir()?
+        .join(shell::host_triple()?)
+        .join(if release { "release" } else { "debug" })
+        .join(name);
+    anyhow::ensure!(path.exists(), "cargo built no {}", path.display());
+    Ok(path)
+}
+
+fn codegen(check: bool) -> Result<()> {
+    let mut cmd = Cmd::cargo(["run", "--quiet", "-p", "xebec-codegen", "--"]);
+    if check {
+        cmd = cmd.arg("--check");
+    }
+    cmd.run()
+}
+
+/// Unit tests as the calling user, then the root tests one package after the other.
+fn test(no_root: bool, filter: Option<&str>) -> Result<()> {
+    setup::for_tests()?;
+    let xebec = build(false)?;
+    let object = ebpf::build()?;
+    let kubectl = setup::kubectl()?;
+    let base = |cmd: Cmd| {
+        cmd.env("XEBEC_BIN", &xebec)
+            .env("XEBEC_EBPF_OBJECT", &object)
+            .env("KUBECTL", &kubectl)
+    };
+    if filter.is_none() {
+        codegen(true)?;
+    }
+    let mut unit = base(Cmd::cargo(["test", "--quiet"]));
+    if let Some(filter) = filter {
+        unit = unit.arg(filter);
+    }
+    unit.run()?;
+    if no_root {
+        println!("root tests left out on request");
+        return Ok(());
+    }
+    for package in setup::ROOT_TEST_PACKAGES {
+        // The build runs as the calling user so that no file in the target folder belongs to root.
+        base(Cmd::cargo(["test", "--no-run", "--quiet", "-p", package])).run()?;
+        for binary in shell::test_binaries(package, &[("XEBEC_EBPF_OBJECT", object.as_os_str())])? {
+            let mut cmd = base(Cmd::as_root(&binary.path))
+                .dir(root().join(&binary.package_dir))
+                .args(["--test-threads=1"]);
+            if let Some(filter) = filter {
+                cmd = cmd.arg(filter);
+            }
+            cmd.run()?;
+        }
+    }
+    Ok(())
+}
