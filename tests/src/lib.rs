@@ -1,1 +1,219 @@
-//! End-to-end tests on the running kernel; they need root.
+//! The harness of the end-to-end tests: a cluster that is taken down even when its test fails, and a
+//! picture of the machine to compare before and after.
+
+use std::collections::BTreeSet;
+use std::path::{Path, PathBuf};
+use std::process::{Command, Output};
+use std::time::{Duration, Instant};
+
+use anyhow::{Context, Result, bail};
+use serde_json::Value;
+
+/// The executable under test, from `$XEBEC_BIN` (set by `cargo xtask test`).
+pub fn xebec_bin() -> PathBuf {
+    std::env::var_os("XEBEC_BIN").map(PathBuf::from).expect("XEBEC_BIN is set by `cargo xtask test`")
+}
+
+/// A cluster of the executable under test in folders of its own.
+pub struct Cluster {
+    dir: PathBuf,
+    args: Vec<String>,
+    down: bool,
+}
+
+impl Cluster {
+    /// Starts a cluster with these arguments for `up`, and waits until it is Ready.
+    pub fn up(name: &str, args: &[&str]) -> Result<Self> {
+        let dir = PathBuf::from(format!("/tmp/xebec-test-{name}-{}", std::process::id()));
+        std::fs::create_dir_all(&dir).with_context(|| format!("could not make {}", dir.display()))?;
+        let mut cluster =
+            Self { dir, args: args.iter().map(|arg| (*arg).to_owned()).collect(), down: false };
+        cluster.start()?;
+        Ok(cluster)
+    }
+
+    /// Starts it (again) on the same data.
+    pub fn start(&mut self) -> Result<()> {
+        let output = self.xebec(&["up", "--detach"]).args(&self.args).output().context("could not start xebec")?;
+        succeed("xebec up", output)?;
+        self.down = false;
+        Ok(())
+    }
+
+    /// `xebec` with this cluster's folders and the given arguments.
+    pub fn xebec(&self, args: &[&str]) -> Command {
+        let mut command = Command::new(xebec_bin());
+        command.env("XEBEC_DATA_DIR", self.dir.join("data")).env("XEBEC_RUN_DIR", self.dir.join("run")).args(args);
+        command
+    }
+
+    /// Runs `xebec` and gives its standard output.
+    pub fn run(&self, args: &[&str]) -> Result<String> {
+        succeed(&format!("xebec {}", args.join(" ")), self.xebec(args).output().context("could not start xebec")?)
+    }
+
+    /// The real kubectl, as administrator.
+    pub fn kubectl(&self, args: &[&str]) -> Command {
+        let mut command = Command::new(std::env::var_os("KUBECTL").unwrap_or_else(|| "kubectl".into()));
+        command.env("KUBECONFIG", self.dir.join("data/admin.kubeconfig")).args(args);
+        command
+    }
+
+    /// Runs kubectl and gives its standard output.
+    pub fn k(&self, args: &[&str]) -> Result<String> {
+        succeed(&format!("kubectl {}", args.join(" ")), self.kubectl(args).output().context("could not start kubectl")?)
+    }
+
+    /// `kubectl get … -o json`.
+    pub fn get(&self, args: &[&str]) -> Result<Value> {
+        let text = self.k(&[&["get"], args, &["-o", "json"]].concat())?;
+        serde_json::from_str(&text).context("kubectl printed no JSON")
+    }
+
+    /// Names of the Ready pods with this label that are not on their way out.
+    pub fn ready_pods(&self, namespace: &str, selector: &str) -> Result<BTreeSet<String>> {
+        let pods = self.get(&["pods", "-n", namespace, "-l", selector])?;
+        Ok(pods["items"]
+            .as_array()
+            .into_iter()
+            .flatten()
+            .filter(|pod| pod["metadata"]["deletionTimestamp"].is_null())
+            .filter(|pod| {
+                pod["status"]["conditions"]
+                    .as_array()
+                    .is_some_and(|all| all.iter().any(|c| c["type"] == "Ready" && c["status"] == "True"))
+            })
+            .filter_map(|pod| pod["metadata"]["name"].as_str().map(str::to_owned))
+            .collect())
+    }
+
+    /// Pid of the process that runs the cluster.
+    pub fn pid(&self) -> Result<i32> {
+        let state = std::fs::read(self.dir.join("run/up.json")).context("the cluster has no state file")?;
+        let state: Value = serde_json::from_slice(&state).context("the state file is no JSON")?;
+        state["pid"].as_i64().map(|pid| pid as i32).context("the state file names no pid")
+    }
+
+    /// `xebec down`.
+    pub fn down(&mut self) -> Result<()> {
+        self.run(&["down"])?;
+        self.down = true;
+        Ok(())
+    }
+
+    /// The log of the cluster's process.
+    pub fn log(&self) -> String {
+        std::fs::read_to_string(self.dir.join("data/up.log")).unwrap_or_default()
+    }
+}
+
+impl Drop for Cluster {
+    fn drop(&mut self) {
+        if std::thread::panicking() {
+            eprintln!("--- log of the cluster ---\n{}", self.log());
+        }
+        if !self.down {
+            if let Err(error) = self.run(&["down"]) {
+                eprintln!("could not take the cluster down: {error:#}");
+            }
+        }
+        let _ = std::fs::remove_dir_all(&self.dir);
+    }
+}
+
+/// Standard output of a command that must have succeeded.
+pub fn succeed(what: &str, output: Output) -> Result<String> {
+    if !output.status.success() {
+        bail!(
+            "`{what}` failed ({}):\n{}{}",
+            output.status,
+            String::from_utf8_lossy(&output.stdout),
+            String::from_utf8_lossy(&output.stderr)
+        );
+    }
+    Ok(String::from_utf8_lossy(&output.stdout).into_owned())
+}
+
+/// Asks again until it holds; the last error or `what` is the failure.
+pub fn eventually(what: &str, timeout: Duration, mut holds: impl FnMut() -> Result<bool>) -> Result<()> {
+    let deadline = Instant::now() + timeout;
+    loop {
+        let answer = holds();
+        if matches!(answer, Ok(true)) {
+            return Ok(());
+        }
+        if Instant::now() > deadline {
+            answer.with_context(|| format!("{what}: not within {timeout:?}"))?;
+            bail!("{what}: not within {timeout:?}");
+        }
+        std::thread::sleep(Duration::from_millis(100));
+    }
+}
+
+/// What a cluster may leave on a machine: links, routes, mounts, eBPF programs, processes.
+#[derive(Debug, PartialEq, Eq)]
+pub struct Machine {
+    links: BTreeSet<String>,
+    routes: BTreeSet<String>,
+    rules: BTreeSet<String>,
+    mounts: BTreeSet<String>,
+    programs: BTreeSet<u32>,
+    processes: BTreeSet<String>,
+    cgroups: BTreeSet<PathBuf>,
+}
+
+impl Machine {
+    /// The machine as it is now.
+    pub fn now() -> Result<Self> {
+        let lines = |args: &[&str]| -> Result<BTreeSet<String>> {
+            let text = succeed("ip", Command::new("ip").args(args).output().context("could not start ip")?)?;
+            Ok(text.lines().map(str::to_owned).collect())
+        };
+        let mounts = std::fs::read_to_string("/proc/self/mounts").context("could not read mounts")?;
+        Ok(Self {
+            links: lines(&["-br", "link"])?,
+            routes: lines(&["route", "show", "table", "all"])?,
+            rules: lines(&["rule"])?,
+            mounts: mounts.lines().map(str::to_owned).collect(),
+            programs: aya::programs::loaded_programs().filter_map(Result::ok).map(|program| program.id()).collect(),
+            processes: processes_of(&xebec_bin()),
+            cgroups: cgroups(Path::new("/sys/fs/cgroup")),
+        })
+    }
+}
+
+/// Processes that run this executable.
+fn processes_of(executable: &Path) -> BTreeSet<String> {
+    std::fs::read_dir("/proc")
+        .into_iter()
+        .flatten()
+        .flatten()
+        .filter(|entry| std::fs::read_link(entry.path().join("exe")).is_ok_and(|exe| exe == executable))
+        .map(|entry| {
+            let command = std::fs::read(entry.path().join("cmdline")).unwrap_or_default();
+            format!("{} {}", entry.file_name().to_string_lossy(), String::from_utf8_lossy(&command).replace('\0', " "))
+        })
+        .collect()
+}
+
+/// All cgroup folders with a name of ours.
+fn cgroups(dir: &Path) -> BTreeSet<PathBuf> {
+    let mut found = BTreeSet::new();
+    for entry in std::fs::read_dir(dir).into_iter().flatten().flatten() {
+        let path = entry.path();
+        if !entry.file_type().is_ok_and(|kind| kind.is_dir()) {
+            continue;
+        }
+        let name = entry.file_name();
+        if ["xebec", "kubepods"].iter().any(|ours| name.to_string_lossy().contains(ours)) {
+            found.insert(path.clone());
+        }
+        found.extend(cgroups(&path));
+    }
+    found
+}
+
+/// The shop's manifest.
+pub fn shop() -> PathBuf {
+    Path::new(env!("CARGO_MANIFEST_DIR")).join("../docs/examples/shop.yaml")
+}
