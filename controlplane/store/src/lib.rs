@@ -4,10 +4,19 @@
 //! stand behind the same trait: every committed transaction raises the revision by one, and a
 //! key remembers the revision that created it and the one that last changed it.
 
+mod disk;
+mod embedded;
+mod log;
+mod state;
+#[cfg(test)]
+mod tests;
+
 use std::ops::Range;
 
 use bytes::Bytes;
 use futures::stream::BoxStream;
+
+pub use embedded::{Embedded, Options};
 
 /// The global, strictly increasing number of the last committed transaction; 0 = nothing yet.
 /// It is what the API shows as `resourceVersion`.
