@@ -42,9 +42,13 @@ impl Helper {
                 drop(read);
                 // Containers must not start with the shim's blocked SIGCHLD.
                 let _ = sigprocmask(SigmaskHow::SIG_SETMASK, Some(&SigSet::empty()), None);
+                crate::errors::clear();
                 let outcome = match std::panic::catch_unwind(std::panic::AssertUnwindSafe(work)) {
                     Ok(Ok(pid)) => Outcome::Done(pid),
-                    Ok(Err(err)) => Outcome::Failed(format!("{err:#}")),
+                    Ok(Err(err)) => Outcome::Failed(match crate::errors::first() {
+                        Some(cause) => format!("{err:#}: {cause}"),
+                        None => format!("{err:#}"),
+                    }),
                     Err(_) => Outcome::Failed("the container library panicked".to_owned()),
                 };
                 let mut text = serde_json::to_vec(&outcome).unwrap_or_default();

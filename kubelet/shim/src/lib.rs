@@ -5,6 +5,7 @@
 //! its containers' processes as a subreaper, and outlives the CRI server.
 
 mod container;
+mod errors;
 mod helper;
 pub mod log_file;
 pub mod protocol;

@@ -84,6 +84,7 @@ fn prepare(spec: &SandboxSpec) -> anyhow::Result<Server> {
         .with_context(|| format!("cannot open the shim's log {}", spec.log))?;
     // SAFETY: both descriptors are open; standard error now is the log.
     unsafe { libc::dup2(log.as_raw_fd(), 2) };
+    crate::errors::install();
     std::env::set_current_dir("/")?;
     let name = c"xebec-shim";
     // SAFETY: prctl with a NUL-terminated name, and without pointers.

@@ -1,0 +1,195 @@
+//! Starts shims and speaks their protocol from async code.
+
+use std::fs::File;
+use std::os::fd::AsRawFd;
+use std::path::Path;
+use std::process::Stdio;
+use std::time::Duration;
+
+use anyhow::{Context, bail};
+use tokio::io::{AsyncReadExt, AsyncWriteExt};
+use tokio::net::UnixStream;
+use xebec_shim::protocol::{
+    FrameKind, HEADER, Reply, Request, SandboxSpec, encode, encode_json, header,
+};
+
+/// A connection to a shim.
+pub struct ShimClient {
+    stream: UnixStream,
+    input: Vec<u8>,
+}
+
+/// A frame as received.
+#[derive(Debug)]
+pub enum Frame {
+    /// An answer.
+    Reply(Reply),
+    /// Output of a process.
+    Output(FrameKind, Vec<u8>),
+}
+
+impl ShimClient {
+    /// Connects to a shim's socket.
+    pub async fn connect(socket: &Path) -> anyhow::Result<Self> {
+        let (Some(dir), Some(name)) = (socket.parent(), socket.file_name()) else {
+            bail!("{} is not a socket's path", socket.display());
+        };
+        // The way around the 108 bytes that a socket's address may have.
+        let dir = File::open(dir).with_context(|| format!("cannot open {}", dir.display()))?;
+        let short = Path::new(&format!("/proc/self/fd/{}", dir.as_raw_fd())).join(name);
+        let stream = UnixStream::connect(short)
+            .await
+            .with_context(|| format!("the pod's shim does not answer at {}", socket.display()))?;
+        Ok(Self {
+            stream,
+            input: Vec::new(),
+        })
+    }
+
+    /// Sends a request.
+    pub async fn send(&mut self, request: &Request) -> anyhow::Result<()> {
+        self.stream
+            .write_all(&encode_json(request)?)
+            .await
+            .context("cannot send to the pod's shim")
+    }
+
+    /// Sends standard input.
+    pub async fn send_stdin(&mut self, data: &[u8]) -> anyhow::Result<()> {
+        for part in data.chunks(64 * 1024) {
+            self.stream
+                .write_all(&encode(FrameKind::Stdin, part))
+                .await
+                .context("cannot send to the pod's shim")?;
+        }
+        Ok(())
+    }
+
+    /// The next frame; `None` when the shim has closed the connection. Safe to
+    /// cancel: what was read stays for the next call.
+    pub async fn next(&mut self) -> anyhow::Result<Option<Frame>> {
+        loop {
+            if let Some((kind, payload)) = xebec_shim::protocol::take_frame(&mut self.input)? {
+                return Ok(Some(match kind {
+                    FrameKind::Json => Frame::Reply(
+                        serde_json::from_slice(&payload).context("the shim's answer is unknown")?,
+                    ),
+                    kind => Frame::Output(kind, payload),
+                }));
+            }
+            if self.stream.read_buf(&mut self.input).await? == 0 {
+                return Ok(None);
+            }
+        }
+    }
+
+    /// Sends a request and waits for its answer; an error answer is an error.
+    pub async fn call(&mut self, request: &Request) -> anyhow::Result<Reply> {
+        self.send(request).await?;
+        loop {
+            match self.next().await? {
+                Some(Frame::Reply(Reply::Error { message })) => bail!(message),
+                Some(Frame::Reply(reply)) => return Ok(reply),
+                Some(Frame::Output(..)) => {}
+                None => bail!("the pod's shim has ended"),
+            }
+        }
+    }
+
+    /// Both directions at once: a sender for what goes to the process.
+    pub fn split(self) -> (ShimReader, ShimWriter) {
+        let (read, write) = self.stream.into_split();
+        (
+            ShimReader {
+                stream: read,
+                input: self.input,
+            },
+            ShimWriter { stream: write },
+        )
+    }
+}
+
+/// The receiving half of a connection.
+pub struct ShimReader {
+    stream: tokio::net::unix::OwnedReadHalf,
+    input: Vec<u8>,
+}
+
+impl ShimReader {
+    /// As [`ShimClient::next`].
+    pub async fn next(&mut self) -> anyhow::Result<Option<Frame>> {
+        let mut head = [0; HEADER];
+        loop {
+            if self.input.len() >= HEADER {
+                head.copy_from_slice(&self.input[..HEADER]);
+                header(head)?;
+                if let Some((kind, payload)) = xebec_shim::protocol::take_frame(&mut self.input)? {
+                    return Ok(Some(match kind {
+                        FrameKind::Json => Frame::Reply(serde_json::from_slice(&payload)?),
+                        kind => Frame::Output(kind, payload),
+                    }));
+                }
+            }
+            if self.stream.read_buf(&mut self.input).await? == 0 {
+                return Ok(None);
+            }
+        }
+    }
+}
+
+/// The sending half of a connection.
+pub struct ShimWriter {
+    stream: tokio::net::unix::OwnedWriteHalf,
+}
+
+impl ShimWriter {
+    /// Sends a request.
+    pub async fn send(&mut self, request: &Request) -> anyhow::Result<()> {
+        Ok(self.stream.write_all(&encode_json(request)?).await?)
+    }
+
+    /// Sends standard input.
+    pub async fn send_stdin(&mut self, data: &[u8]) -> anyhow::Result<()> {
+        for part in data.chunks(64 * 1024) {
+            self.stream
+                .write_all(&encode(FrameKind::Stdin, part))
+                .await?;
+        }
+        Ok(())
+    }
+}
+
+/// One request on a connection of its own.
+pub async fn call(socket: &Path, request: &Request) -> anyhow::Result<Reply> {
+    ShimClient::connect(socket).await?.call(request).await
+}
+
+/// Starts the shim of a sandbox; returns when it listens.
+pub async fn start(command: &[String], spec: &SandboxSpec, file: &Path) -> anyhow::Result<()> {
+    let (program, args) = command
+        .split_first()
+        .context("no command to start a shim is configured")?;
+    tokio::fs::write(file, serde_json::to_vec(spec)?)
+        .await
+        .with_context(|| format!("cannot write {}", file.display()))?;
+    let mut child = tokio::process::Command::new(program)
+        .args(args)
+        .arg("--spec")
+        .arg(file)
+        .stdin(Stdio::null())
+        .stdout(Stdio::piped())
+        .stderr(Stdio::null())
+        .spawn()
+        .with_context(|| format!("cannot start the shim {program}"))?;
+    let mut said = String::new();
+    let mut stdout = child.stdout.take().context("the shim has no output")?;
+    let read = tokio::time::timeout(Duration::from_secs(20), stdout.read_to_string(&mut said));
+    let read = read.await;
+    // The child ends at once; the shim proper is its child.
+    let _ = tokio::time::timeout(Duration::from_secs(5), child.wait()).await;
+    read.context("the shim did not get ready in 20 seconds")??;
+    if said.trim() != "ready" {
+        bail!("the shim did not start: {}", said.trim());
+    }
+    Ok(())
+}

@@ -1,0 +1,281 @@
+//! Pods through the real server and the real shim, as root.
+
+mod harness;
+
+use std::time::{Duration, Instant};
+
+use harness::{Client, Node, mounts_below, pod, shell};
+use xebec_cri_api::v1;
+
+fn log(status: &v1::ContainerStatus) -> Vec<String> {
+    std::fs::read_to_string(&status.log_path)
+        .unwrap()
+        .lines()
+        .map(|l| l.split_once(' ').unwrap().1.to_owned())
+        .collect()
+}
+
+#[tokio::test]
+async fn a_container_runs_logs_and_ends() {
+    let node = Node::start();
+    node.busybox();
+    let mut c = Client(node.runtime().await);
+    let sandbox = c.sandbox(pod(&node, "one")).await;
+    let status = c.sandbox_status(&sandbox).await;
+    assert_eq!(status.state(), v1::PodSandboxState::SandboxReady);
+    let ip = status.network.unwrap().ip;
+    assert!(ip.starts_with("10.213.7."), "{ip}");
+
+    let id = c
+        .run(
+            &sandbox,
+            shell("main", "echo hello; echo oops >&2; hostname; ip -4 addr show eth0 | grep -o 'inet [0-9.]*'; exit 7"),
+        )
+        .await;
+    let status = c.wait_exit(&id).await;
+    assert_eq!(status.exit_code, 7);
+    assert_eq!(status.reason, "Error");
+    assert!(status.started_at > 0 && status.finished_at >= status.started_at);
+    let lines = log(&status);
+    for line in [
+        "stdout F hello",
+        "stderr F oops",
+        "stdout F one",
+        &format!("stdout F inet {ip}"),
+    ] {
+        assert!(
+            lines.contains(&line.to_owned()),
+            "{line} is not in {lines:?}"
+        );
+    }
+
+    let ok = c.run(&sandbox, shell("fine", "true")).await;
+    let status = c.wait_exit(&ok).await;
+    assert_eq!((status.exit_code, status.reason.as_str()), (0, "Completed"));
+    let killed = c
+        .run(&sandbox, shell("killed", "kill -9 $$; sleep 9"))
+        .await;
+    // PID 1 of a namespace can't kill itself; the sleep goes on until it is stopped.
+    c.0.stop_container(v1::StopContainerRequest {
+        container_id: killed.clone(),
+        timeout: 0,
+    })
+    .await
+    .unwrap();
+    assert_eq!(c.wait_exit(&killed).await.exit_code, 137);
+    c.remove_sandbox(&sandbox).await;
+}
+
+#[tokio::test]
+async fn removal_leaves_nothing() {
+    let node = Node::start();
+    node.busybox();
+    let mut c = Client(node.runtime().await);
+    let sandbox = c.sandbox(pod(&node, "gone")).await;
+    let id = c.run(&sandbox, shell("main", "sleep 1000")).await;
+    assert!(
+        mounts_below(node.dir.path()).len() >= 3,
+        "netns, shm, rootfs"
+    );
+    let shim =
+        c.0.pod_sandbox_status(v1::PodSandboxStatusRequest {
+            pod_sandbox_id: sandbox.clone(),
+            verbose: true,
+        })
+        .await
+        .unwrap()
+        .into_inner()
+        .info["info"]
+            .clone();
+    let shim: serde_json::Value = serde_json::from_str(&shim).unwrap();
+    let pid = shim["shim_pid"].as_i64().unwrap();
+    assert!(std::path::Path::new(&format!("/proc/{pid}")).exists());
+    let rss = std::fs::read_to_string(format!("/proc/{pid}/status")).unwrap();
+    let rss: u64 = rss
+        .lines()
+        .find_map(|l| l.strip_prefix("VmRSS:"))
+        .and_then(|v| v.trim().trim_end_matches(" kB").parse().ok())
+        .unwrap();
+    println!("shim RSS {rss} kB");
+
+    c.remove_sandbox(&sandbox).await;
+    assert_eq!(mounts_below(node.dir.path()), Vec::<String>::new());
+    assert!(
+        !std::path::Path::new(&format!("/proc/{pid}")).exists(),
+        "the shim is still there"
+    );
+    for hierarchy in std::fs::read_dir("/sys/fs/cgroup").unwrap().flatten() {
+        let pods = hierarchy.path().join(node.cgroup().trim_start_matches('/'));
+        let left: Vec<_> = std::fs::read_dir(pods)
+            .into_iter()
+            .flatten()
+            .flatten()
+            .filter(|e| e.file_type().unwrap().is_dir())
+            .collect();
+        assert!(left.is_empty(), "{left:?}");
+    }
+    for dir in [
+        "root/sandboxes",
+        "root/containers",
+        "run/cri/netns",
+        "run/cri/shim",
+        "run/cri/shm",
+    ] {
+        assert_eq!(
+            std::fs::read_dir(node.path(dir)).unwrap().count(),
+            0,
+            "{dir}"
+        );
+    }
+    assert!(
+        c.0.list_containers(v1::ListContainersRequest::default())
+            .await
+            .unwrap()
+            .into_inner()
+            .containers
+            .is_empty()
+    );
+    // Doing it again is no error.
+    c.remove_sandbox(&sandbox).await;
+    c.0.remove_container(v1::RemoveContainerRequest { container_id: id })
+        .await
+        .unwrap();
+}
+
+#[tokio::test]
+async fn exec_gives_output_code_and_timeout() {
+    let node = Node::start();
+    node.busybox();
+    let mut c = Client(node.runtime().await);
+    let sandbox = c.sandbox(pod(&node, "exec")).await;
+    let id = c.run(&sandbox, shell("main", "sleep 1000")).await;
+    let out = c
+        .exec(&id, &["sh", "-c", "echo out; echo err >&2; exit 3"])
+        .await;
+    assert_eq!(
+        (out.stdout.as_slice(), out.stderr.as_slice(), out.exit_code),
+        (&b"out\n"[..], &b"err\n"[..], 3)
+    );
+    let big = c
+        .exec(
+            &id,
+            &["sh", "-c", "dd if=/dev/zero bs=1000 count=3000 2>/dev/null"],
+        )
+        .await;
+    assert_eq!(big.stdout.len(), 3_000_000);
+    for _ in 0..20 {
+        assert_eq!(c.exec(&id, &["true"]).await.exit_code, 0);
+    }
+    let begin = Instant::now();
+    let err =
+        c.0.exec_sync(v1::ExecSyncRequest {
+            container_id: id.clone(),
+            cmd: vec!["sleep".into(), "777".into()],
+            timeout: 1,
+        })
+        .await
+        .unwrap_err();
+    assert_eq!(err.code(), tonic::Code::DeadlineExceeded);
+    assert!(begin.elapsed() < Duration::from_secs(5));
+    tokio::time::sleep(Duration::from_millis(200)).await;
+    let ps = String::from_utf8(c.exec(&id, &["ps"]).await.stdout).unwrap();
+    assert!(
+        !ps.contains("777"),
+        "the process outlives its timeout: {ps}"
+    );
+    let err =
+        c.0.exec_sync(v1::ExecSyncRequest {
+            container_id: id.clone(),
+            cmd: vec!["no-such-tool".into()],
+            timeout: 5,
+        })
+        .await
+        .unwrap_err();
+    assert!(err.message().contains("no-such-tool"), "{err}");
+    c.remove_sandbox(&sandbox).await;
+}
+
+#[tokio::test]
+async fn a_killed_server_finds_everything_as_it_was() {
+    let mut node = Node::start();
+    node.busybox();
+    let mut c = Client(node.runtime().await);
+    let sandbox = c.sandbox(pod(&node, "keep")).await;
+    let runs = c
+        .run(
+            &sandbox,
+            shell(
+                "runs",
+                "n=0; while sleep 0.1; do n=$((n+1)); echo tick $n; done",
+            ),
+        )
+        .await;
+    let ends = c.run(&sandbox, shell("ends", "sleep 1; exit 5")).await;
+    let before = c.status(&runs).await;
+    node.kill();
+    std::thread::sleep(Duration::from_millis(1500));
+    node.boot();
+    let mut c = Client(node.runtime().await);
+    let after = c.status(&runs).await;
+    assert_eq!(after.state(), v1::ContainerState::ContainerRunning);
+    assert_eq!(after.started_at, before.started_at, "not restarted");
+    assert_eq!(
+        c.wait_exit(&ends).await.exit_code,
+        5,
+        "the exit while nobody looked is known"
+    );
+    assert_eq!(
+        c.sandbox_status(&sandbox).await.state(),
+        v1::PodSandboxState::SandboxReady
+    );
+    assert!(
+        !c.sandbox_status(&sandbox)
+            .await
+            .network
+            .unwrap()
+            .ip
+            .is_empty()
+    );
+    assert_eq!(c.exec(&runs, &["true"]).await.exit_code, 0);
+    let ticks = log(&after).len();
+    assert!(ticks >= 10, "output went on being logged: {ticks} lines");
+    // Events flow again after the restart.
+    let late = c.run(&sandbox, shell("late", "exit 9")).await;
+    assert_eq!(c.wait_exit(&late).await.exit_code, 9);
+    c.remove_sandbox(&sandbox).await;
+    assert_eq!(mounts_below(node.dir.path()), Vec::<String>::new());
+}
+
+#[tokio::test]
+async fn a_missing_command_or_image_says_so() {
+    let node = Node::start();
+    node.busybox();
+    let mut c = Client(node.runtime().await);
+    let sandbox = c.sandbox(pod(&node, "bad")).await;
+    let mut config = shell("bad", "");
+    config.command = vec!["/no/such/program".into()];
+    let id = c.create(&sandbox, config).await;
+    let err = c.start(&id).await.unwrap_err();
+    assert!(err.message().contains("/no/such/program"), "{err}");
+    let status = c.status(&id).await;
+    assert_eq!(
+        (status.exit_code, status.reason.as_str()),
+        (128, "StartError")
+    );
+
+    let mut config = shell("none", "");
+    config.image = Some(v1::ImageSpec {
+        image: "localhost/absent:1".into(),
+        ..v1::ImageSpec::default()
+    });
+    let err =
+        c.0.create_container(v1::CreateContainerRequest {
+            pod_sandbox_id: sandbox.clone(),
+            config: Some(config),
+            sandbox_config: None,
+        })
+        .await
+        .unwrap_err();
+    assert!(err.message().contains("localhost/absent:1"), "{err}");
+    c.remove_sandbox(&sandbox).await;
+}
