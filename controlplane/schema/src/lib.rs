@@ -1,3 +1,17 @@
 //! The type table of the Kubernetes API and everything that walks an object with it.
 
+pub mod convert;
+pub mod decode;
+pub mod defaults;
+pub mod field_error;
+pub mod openapi;
+pub mod patch;
+pub mod print;
 pub mod quantity;
+pub mod selector;
+pub mod strategy;
+pub mod table;
+pub mod validate;
+
+/// An API object: JSON with sorted keys.
+pub type Object = serde_json::Value;
