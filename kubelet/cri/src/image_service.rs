@@ -4,12 +4,14 @@ use std::collections::HashMap;
 use std::pin::Pin;
 use std::sync::Arc;
 
+use base64::Engine;
+use base64::engine::general_purpose::STANDARD;
 use futures::{Stream, stream};
 use tonic::{Request, Response, Status};
 use xebec_cri_api::v1;
 use xebec_cri_api::v1::image_service_server::ImageService;
 
-use crate::images::{ImageRecord, ImageStore};
+use crate::images::{self, Auth, ImageRecord, ImageStore, PullError, PullOptions};
 use crate::runtime::Runtime;
 use crate::stats;
 
@@ -163,7 +165,52 @@ impl ImageService for Service {
 }
 
 impl Runtime {
-    async fn pull(&self, _name: &str, _auth: Option<v1::AuthConfig>) -> Result<String, Status> {
-        Err(Status::unimplemented("pulling is not there yet"))
+    /// Pulls an image; returns its id.
+    async fn pull(
+        self: &Arc<Self>,
+        name: &str,
+        auth: Option<v1::AuthConfig>,
+    ) -> Result<String, Status> {
+        let options = PullOptions {
+            auth: credentials(auth.unwrap_or_default())?,
+            insecure_registries: self.config.insecure_registries.clone(),
+        };
+        match images::pull(&self.images, name, &options).await {
+            Ok(image) => Ok(image.id),
+            Err(err) => {
+                let message = format!("failed to pull and unpack image {name:?}: {err}");
+                Err(match err {
+                    PullError::NotFound(_) => Status::not_found(message),
+                    PullError::Denied(_) => Status::permission_denied(message),
+                    PullError::Other(_) => Status::unknown(message),
+                })
+            }
+        }
     }
+}
+
+fn credentials(given: v1::AuthConfig) -> Result<Auth, Status> {
+    if !given.identity_token.is_empty() {
+        return Err(Status::invalid_argument(
+            "identity tokens are not supported yet; use a user name and a password",
+        ));
+    }
+    let mut auth = Auth {
+        username: given.username,
+        password: given.password,
+        registry_token: given.registry_token,
+    };
+    if auth.username.is_empty() && !given.auth.is_empty() {
+        let pair = STANDARD
+            .decode(given.auth.trim())
+            .ok()
+            .and_then(|text| String::from_utf8(text).ok())
+            .and_then(|text| {
+                let (user, password) = text.split_once(':')?;
+                Some((user.to_owned(), password.trim_end_matches('\0').to_owned()))
+            });
+        (auth.username, auth.password) = pair
+            .ok_or_else(|| Status::invalid_argument("`auth` is not the base64 of user:password"))?;
+    }
+    Ok(auth)
 }

@@ -249,7 +249,7 @@ impl Runtime {
             self.detach(sandbox, attachment).await?;
         }
         if paths.socket.exists() {
-            self.end_shim(&paths.socket).await;
+            self.end_shim(&paths.socket, record.shim_pid).await;
         }
         netns::remove(&paths.netns)?;
         overlay::unmount(&paths.shm)?;
@@ -282,12 +282,12 @@ impl Runtime {
     }
 
     /// Asks a shim to end, and waits until it has.
-    async fn end_shim(&self, socket: &Path) {
+    async fn end_shim(&self, socket: &Path, pid: i32) {
         let wait = async {
             let mut client = shim_client::ShimClient::connect(socket).await?;
+            let process = shim_client::Process::open(pid)?;
             client.call(&Request::Shutdown).await?;
-            while client.next().await?.is_some() {}
-            anyhow::Ok(())
+            process.ended().await
         };
         match tokio::time::timeout(Duration::from_secs(10), wait).await {
             Ok(Err(err)) => tracing::debug!("a shim has ended before: {err:#}"),

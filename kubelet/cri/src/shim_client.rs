@@ -1,7 +1,7 @@
 //! Starts shims and speaks their protocol from async code.
 
 use std::fs::File;
-use std::os::fd::AsRawFd;
+use std::os::fd::{AsRawFd, FromRawFd, OwnedFd};
 use std::path::Path;
 use std::process::Stdio;
 use std::time::Duration;
@@ -155,6 +155,34 @@ impl ShimWriter {
                 .write_all(&encode(FrameKind::Stdin, part))
                 .await?;
         }
+        Ok(())
+    }
+}
+
+/// A process whose end can be waited for, though it is no child.
+pub struct Process(tokio::io::unix::AsyncFd<OwnedFd>);
+
+impl Process {
+    /// Opens a running process.
+    pub fn open(pid: i32) -> anyhow::Result<Self> {
+        // SAFETY: a plain system call; the new descriptor is ours.
+        let fd = unsafe {
+            let fd = libc::syscall(libc::SYS_pidfd_open, pid, 0);
+            if fd < 0 {
+                return Err(std::io::Error::last_os_error())
+                    .with_context(|| format!("process {pid} is not there"));
+            }
+            OwnedFd::from_raw_fd(fd as i32)
+        };
+        Ok(Self(tokio::io::unix::AsyncFd::with_interest(
+            fd,
+            tokio::io::Interest::READABLE,
+        )?))
+    }
+
+    /// Returns when the process has ended.
+    pub async fn ended(&self) -> anyhow::Result<()> {
+        let _ready = self.0.readable().await?;
         Ok(())
     }
 }

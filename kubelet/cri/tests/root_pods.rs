@@ -15,6 +15,12 @@ fn log(status: &v1::ContainerStatus) -> Vec<String> {
         .collect()
 }
 
+/// Whether a process runs; one that its parent has yet to reap does not.
+fn alive(pid: i64) -> bool {
+    std::fs::read_to_string(format!("/proc/{pid}/stat"))
+        .is_ok_and(|s| !s.rsplit(')').next().unwrap_or("").starts_with(" Z"))
+}
+
 #[tokio::test]
 async fn a_container_runs_logs_and_ends() {
     let node = Node::start();
@@ -90,7 +96,15 @@ async fn removal_leaves_nothing() {
     let shim: serde_json::Value = serde_json::from_str(&shim).unwrap();
     let pid = shim["shim_pid"].as_i64().unwrap();
     assert!(std::path::Path::new(&format!("/proc/{pid}")).exists());
+    assert!(alive(pid));
     let rss = std::fs::read_to_string(format!("/proc/{pid}/status")).unwrap();
+    print!(
+        "{}",
+        rss.lines()
+            .filter(|l| l.starts_with("Rss"))
+            .collect::<Vec<_>>()
+            .join("\n")
+    );
     let rss: u64 = rss
         .lines()
         .find_map(|l| l.strip_prefix("VmRSS:"))
@@ -100,10 +114,7 @@ async fn removal_leaves_nothing() {
 
     c.remove_sandbox(&sandbox).await;
     assert_eq!(mounts_below(node.dir.path()), Vec::<String>::new());
-    assert!(
-        !std::path::Path::new(&format!("/proc/{pid}")).exists(),
-        "the shim is still there"
-    );
+    assert!(!alive(pid), "the shim is still there");
     for hierarchy in std::fs::read_dir("/sys/fs/cgroup").unwrap().flatten() {
         let pods = hierarchy.path().join(node.cgroup().trim_start_matches('/'));
         let left: Vec<_> = std::fs::read_dir(pods)

@@ -7,10 +7,14 @@
 //! `tmp/` work in progress. `lock` is held shared by what adds to the store and
 //! exclusively by what collects garbage, across processes.
 
+mod archive;
 mod build;
 pub mod reference;
+mod registry;
 pub mod store;
 pub mod unpack;
 
+pub use archive::import;
 pub use build::{FileContent, LayerFile, import_image};
+pub use registry::{Auth, PullError, PullOptions, pull};
 pub use store::{ImageConfig, ImageRecord, ImageStore};
