@@ -48,6 +48,9 @@ impl Default for Options {
 /// Bytes of one group commit: enough to share the sync, little enough to bound its latency.
 const BATCH_BYTES: usize = 4 << 20;
 
+/// Bytes of one transaction; a record must stay well under what recovery reads.
+const LARGEST_TXN: usize = 64 << 20;
+
 /// The engine. Dropping the last handle ends the writer thread after what was queued is durable.
 pub struct Embedded {
     shared: Arc<Shared>,
@@ -116,6 +119,8 @@ impl Embedded {
         let file = disk
             .open(&path)
             .map_err(|error| io("open the log in", error))?;
+        // The log's name must outlive a crash as surely as what is written to it.
+        sync_dir(dir).map_err(|error| io("sync", error))?;
         let shared = Arc::new(Shared {
             revision: AtomicU64::new(revision),
             disk_bytes: AtomicU64::new(recovered.disk_bytes),
@@ -153,10 +158,10 @@ impl Embedded {
 impl Drop for Embedded {
     fn drop(&mut self) {
         self.queue = None;
-        if let Some(writer) = self.writer.take() {
-            if writer.join().is_err() {
-                error!("the store's writer had panicked");
-            }
+        if let Some(writer) = self.writer.take()
+            && writer.join().is_err()
+        {
+            error!("the store's writer had panicked");
         }
     }
 }
@@ -176,6 +181,12 @@ impl Store for Embedded {
     }
 
     async fn txn(&self, txn: Txn) -> Result<TxnOutcome, Error> {
+        let size = txn.size();
+        if size > LARGEST_TXN {
+            return Err(Error::Unwritable(format!(
+                "a transaction of {size} bytes is larger than {LARGEST_TXN}; split it"
+            )));
+        }
         let (answer, outcome) = oneshot::channel();
         let stopped =
             || Error::Unwritable("the store's writer has ended; restart the process".into());
@@ -543,7 +554,11 @@ impl Writer {
             }
         }
         let live = self.shared.read().live_bytes;
-        if self.snapshot.is_some() || self.log_bytes < self.snapshot_bytes.max(2 * live) {
+        // A file whose end could not be cut back must stay the last one: only there a bad end is forgiven.
+        if self.dirty
+            || self.snapshot.is_some()
+            || self.log_bytes < self.snapshot_bytes.max(2 * live)
+        {
             return;
         }
         let (keys, revision) = {

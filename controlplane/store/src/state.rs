@@ -196,7 +196,8 @@ impl State {
         keys: &Range<Bytes>,
         from: Revision,
     ) -> Result<Vec<WatchBatch>, Error> {
-        if from <= self.oldest && from <= self.revision {
+        // Revision 0 has no events: a watch from it is one from the first.
+        if from.max(1) <= self.oldest {
             return Err(Error::Compacted {
                 requested: from,
                 oldest: self.oldest + 1,

@@ -432,3 +432,62 @@ async fn a_second_process_is_refused() {
     drop(store);
     Embedded::open(dir.path(), Options::default()).unwrap();
 }
+
+#[tokio::test]
+async fn a_new_store_can_be_watched_from_the_beginning() {
+    let dir = tempfile::tempdir().unwrap();
+    let store = Embedded::open(dir.path(), Options::default()).unwrap();
+    let watch = store.watch(all(), 0).await.unwrap();
+    store.txn(put(1, "v", None)).await.unwrap();
+    let seen: Vec<_> = watch
+        .take(1)
+        .map(|batch| batch.unwrap().revision)
+        .collect()
+        .await;
+    assert_eq!(seen, [1]);
+}
+
+#[tokio::test]
+async fn a_file_that_could_not_be_cut_back_is_not_left_behind_by_a_rotation() {
+    let dir = tempfile::tempdir().unwrap();
+    // Nearly every write finds the log long enough for a snapshot, and often one still being written.
+    let options = Options {
+        snapshot_bytes: 1,
+        ..Options::default()
+    };
+    for round in 0..60u64 {
+        let broken = std::sync::Arc::new(std::sync::atomic::AtomicBool::new(false));
+        let disk = std::sync::Arc::new(BrokenDisk(broken.clone()));
+        let store = Embedded::open_on(dir.path(), options.clone(), disk).unwrap();
+        for n in 0..3 {
+            let value = format!("good {round} {n}");
+            store.txn(put(1, &value, None)).await.unwrap();
+        }
+        broken.store(true, Ordering::SeqCst);
+        for _ in 0..1 + round % 3 {
+            std::thread::sleep(std::time::Duration::from_micros(300 * (round % 5)));
+            store.txn(put(1, "lost", None)).await.unwrap_err();
+        }
+        broken.store(false, Ordering::SeqCst);
+        let last = format!("end {round}");
+        store.txn(put(1, &last, None)).await.unwrap();
+        drop(store);
+        let store = Embedded::open(dir.path(), Options::default()).unwrap();
+        let found = store.get(&key(1)).await.unwrap().unwrap();
+        assert_eq!(found.value, last, "round {round}");
+        assert_eq!(store.revision(), 4 * (round + 1));
+    }
+}
+
+#[tokio::test]
+async fn a_transaction_that_could_not_be_read_back_is_refused() {
+    let dir = tempfile::tempdir().unwrap();
+    let store = Embedded::open(dir.path(), Options::default()).unwrap();
+    let mut txn = put(1, "", None);
+    txn.ops = vec![Op::Put {
+        key: key(1),
+        value: Bytes::from(vec![0; 65 << 20]),
+    }];
+    assert!(matches!(store.txn(txn).await, Err(Error::Unwritable(_))));
+    assert_eq!(store.revision(), 0);
+}
