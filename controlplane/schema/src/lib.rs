@@ -1,9 +1,11 @@
 //! The type table of the Kubernetes API and everything that walks an object with it.
 
+pub mod apply;
 pub mod convert;
 pub mod decode;
 pub mod defaults;
 pub mod field_error;
+pub mod fieldset;
 pub mod openapi;
 pub mod patch;
 pub mod print;
