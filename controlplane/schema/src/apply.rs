@@ -261,7 +261,12 @@ fn zero(ty: TypeId) -> Object {
             {
                 zero(*id)
             }
-            Kind::List(_) | Kind::Map(_) | Kind::Struct(_) if field.required => Value::Null,
+            // Go writes these as null; the admission types leave them out.
+            Kind::List(_) | Kind::Map(_)
+                if field.required && !ty.name.contains(".admissionregistration.") =>
+            {
+                Value::Null
+            }
             Kind::String if field.required => "".into(),
             Kind::Int32 | Kind::Int64 if field.required => 0.into(),
             Kind::Boolean if field.required => false.into(),
@@ -290,6 +295,11 @@ fn strip(set: &mut FieldSet, ty: TypeId, subresource: &str) {
         set.without(&["metadata", field]);
     }
     set.without_member("metadata");
+    strip_other_half(set, ty, subresource);
+}
+
+/// Takes out what a request through this subresource can't set.
+fn strip_other_half(set: &mut FieldSet, ty: TypeId, subresource: &str) {
     // A writer of the object can't set its status, nor one of the status the rest.
     let kinds = table::kinds_of(ty);
     let resource = kinds
@@ -297,11 +307,30 @@ fn strip(set: &mut FieldSet, ty: TypeId, subresource: &str) {
         .and_then(|(group, version, kind)| table::resource_for_kind(group, version, kind));
     if resource.is_some_and(|resource| resource.subresource("status").is_some()) {
         match subresource {
-            "" => set.without(&["status"]),
+            "" => {
+                set.without(&["status"]);
+                // A signing request's spec is written once and owned by nobody.
+                if resource.is_some_and(|resource| resource.kind == "CertificateSigningRequest") {
+                    set.without(&["spec"]);
+                }
+            }
             "status" => set.without(&["spec"]),
             _ => {}
         }
     }
+}
+
+/// What a request through this subresource changes from one object to the other.
+fn compare(before: &Object, after: &Object, ty: TypeId, subresource: &str) -> Comparison {
+    let mut compared = Comparison::of(before, after, ty);
+    for set in [
+        &mut compared.added,
+        &mut compared.modified,
+        &mut compared.removed,
+    ] {
+        strip_other_half(set, ty, subresource);
+    }
+    compared
 }
 
 /// Takes from each manager but `except` what changed, and what is gone.
@@ -320,7 +349,8 @@ fn take_from_others(managers: &mut [Manager], except: Option<&Manager>, compared
 
 /// After a create, update or patch: notes in `metadata.managedFields` what changed and through whom.
 ///
-/// `old` is the stored object; `new` is the one to be stored, with defaults, and possibly with managed fields of the
+/// To be called once the object has its defaults and before admission and `strategy::prepare_*`: what those set is
+/// nobody's. `old` is the stored object; `new` is the one to be stored, with defaults, and possibly with managed fields of the
 /// client's own.
 pub fn track_update(old: Option<&Object>, new: &mut Object, ty: TypeId, o: &ApplyOptions) {
     let given = &new["metadata"]["managedFields"];
@@ -349,7 +379,7 @@ fn update(
     mut managers: Vec<Manager>,
     o: &ApplyOptions,
 ) -> Vec<Manager> {
-    let compared = Comparison::of(before, after, ty);
+    let compared = compare(before, after, ty, o.subresource);
     if compared.is_same() {
         return managers;
     }
@@ -466,7 +496,7 @@ fn only_with_client_side(
         return false;
     };
     let merged = merge(live, config, Shape::Struct(ty));
-    let compared = Comparison::of(live, &merged, ty);
+    let compared = compare(live, &merged, ty, o.subresource);
     let changed = compared.modified.union(&compared.added);
     read_managers(live)
         .unwrap_or_default()
@@ -509,7 +539,7 @@ fn apply_once(
         merged = prune(&merged, &last.fields, managers.iter().chain([&own]), ty)
             .map_err(ApplyError::Invalid)?;
     }
-    let compared = Comparison::of(&base, &merged, ty);
+    let compared = compare(&base, &merged, ty, o.subresource);
     let changed = compared.modified.union(&compared.added);
     let mut conflicts = Vec::new();
     for other in &managers {

@@ -313,14 +313,14 @@ fn check(
         },
         Kind::Double if !value.is_number() => return bad(value, "float64"),
         Kind::Bytes if !value.is_string() => return bad(value, "[]byte"),
-        Kind::Bytes => {
-            if !value
+        Kind::Bytes
+            if value
                 .as_str()
-                .is_some_and(|text| STANDARD.decode(text).is_ok())
-            {
-                return Err(DecodeError("illegal base64 data at input byte 0".into()));
-            }
+                .is_some_and(|text| STANDARD.decode(text).is_err()) =>
+        {
+            return Err(DecodeError("illegal base64 data at input byte 0".into()));
         }
+        Kind::Bytes => {}
         Kind::Quantity => {
             let text = match value {
                 Value::String(text) => text.clone(),

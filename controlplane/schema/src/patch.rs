@@ -158,17 +158,15 @@ fn merge_struct(target: &mut Value, patch: &Value, ty: TypeId) -> Result<(), Pat
     }
     // An order may come for a list that the patch itself does not touch.
     for (key, value) in patch {
-        if let (Some(name), Some(order)) = (directive(key, "$setElementOrder"), value.as_array()) {
-            if !patch.contains_key(name) {
-                if let Some(list) = map.get_mut(name).and_then(Value::as_array_mut) {
-                    sort_by_order(
-                        list,
-                        order,
-                        ty.field(name).and_then(|field| field.merge_key),
-                        &[],
-                    );
-                }
-            }
+        if let (Some(name), Some(order)) = (directive(key, "$setElementOrder"), value.as_array())
+            && !patch.contains_key(name)
+            && let Some(list) = map.get_mut(name).and_then(Value::as_array_mut)
+        {
+            sort_by_order(
+                list,
+                order,
+                ty.field(name).and_then(|field| field.merge_key),
+            );
         }
     }
     Ok(())
@@ -246,7 +244,7 @@ fn merge_scalars(target: &mut Value, items: &[Value], order: Option<&Vec<Value>>
         }
     }
     if let Some(order) = order {
-        sort_by_order(list, order, None, items);
+        sort_by_order(list, order, None);
     }
 }
 
@@ -292,13 +290,13 @@ fn merge_list(
         }
     }
     if let Some(order) = order {
-        sort_by_order(list, order, Some(key), items);
+        sort_by_order(list, order, Some(key));
     }
     Ok(())
 }
 
 /// Brings the items that `order` names into that order; the others keep their place relative to those around them.
-fn sort_by_order(list: &mut Vec<Value>, order: &[Value], key: Option<&str>, _patched: &[Value]) {
+fn sort_by_order(list: &mut Vec<Value>, order: &[Value], key: Option<&str>) {
     let id = |item: &Value| key.map_or_else(|| item.clone(), |key| item[key].clone());
     let rank = |item: &Value| order.iter().position(|one| id(one) == id(item));
     let mut named: Vec<(usize, Value)> = Vec::new();

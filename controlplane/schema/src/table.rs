@@ -402,11 +402,9 @@ pub fn type_by_name(name: &str) -> Option<TypeId> {
 
 /// The type of a kind, whether or not it is a resource of its own (`Eviction`, `DeleteOptions`).
 pub fn type_of_kind(group: &str, version: &str, kind: &str) -> Option<TypeId> {
-    TABLE
-        .by_kind
-        .iter()
-        .find(|((g, v, k), _)| (*g, *v, *k) == (group, version, kind))
-        .map(|(_, id)| *id)
+    // The map's keys live forever; here they need only live as long as the question's.
+    let by_kind: &HashMap<(&str, &str, &str), TypeId> = &TABLE.by_kind;
+    by_kind.get(&(group, version, kind)).copied()
 }
 
 /// All types, in name order.
