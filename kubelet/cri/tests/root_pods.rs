@@ -23,6 +23,9 @@ fn alive(pid: i64) -> bool {
 
 #[tokio::test]
 async fn a_container_runs_logs_and_ends() {
+    if harness::not_root() {
+        return;
+    }
     let node = Node::start();
     node.busybox();
     let mut c = Client(node.runtime().await);
@@ -74,6 +77,9 @@ async fn a_container_runs_logs_and_ends() {
 
 #[tokio::test]
 async fn removal_leaves_nothing() {
+    if harness::not_root() {
+        return;
+    }
     let node = Node::start();
     node.busybox();
     let mut c = Client(node.runtime().await);
@@ -155,6 +161,9 @@ async fn removal_leaves_nothing() {
 
 #[tokio::test]
 async fn exec_gives_output_code_and_timeout() {
+    if harness::not_root() {
+        return;
+    }
     let node = Node::start();
     node.busybox();
     let mut c = Client(node.runtime().await);
@@ -208,6 +217,9 @@ async fn exec_gives_output_code_and_timeout() {
 
 #[tokio::test]
 async fn a_killed_server_finds_everything_as_it_was() {
+    if harness::not_root() {
+        return;
+    }
     let mut node = Node::start();
     node.busybox();
     let mut c = Client(node.runtime().await);
@@ -259,6 +271,9 @@ async fn a_killed_server_finds_everything_as_it_was() {
 
 #[tokio::test]
 async fn a_missing_command_or_image_says_so() {
+    if harness::not_root() {
+        return;
+    }
     let node = Node::start();
     node.busybox();
     let mut c = Client(node.runtime().await);

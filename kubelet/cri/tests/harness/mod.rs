@@ -242,6 +242,15 @@ impl Drop for Node {
     }
 }
 
+/// Whether to leave a test out, as `cargo xtask test` runs these as root.
+pub fn not_root() -> bool {
+    if nix::unistd::geteuid().is_root() {
+        return false;
+    }
+    eprintln!("left out: this test needs root");
+    true
+}
+
 /// Mount points below a directory.
 pub fn mounts_below(dir: &Path) -> Vec<String> {
     let prefix = dir.to_string_lossy().into_owned();
