@@ -9,7 +9,7 @@ use serde_json::{Map, Number, Value};
 
 use crate::Object;
 use crate::quantity::Quantity;
-use crate::table::{self, Kind, TypeId};
+use crate::table::{self, Kind, Type, TypeId};
 
 /// What happens to fields that are unknown or doubled (`?fieldValidation=`).
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -44,6 +44,9 @@ pub struct Decoded {
 #[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
 #[error("{0}")]
 pub struct DecodeError(pub String);
+
+/// Stands for the struct's field in a message until the struct is known.
+const FIELD: &str = "\0";
 
 /// Nesting beyond this is refused before it can exhaust the stack.
 const DEEPEST: usize = 500;
@@ -245,11 +248,7 @@ pub fn decode(
 pub fn conform(value: &mut Value, ty: TypeId) -> Result<Vec<String>, DecodeError> {
     let mut unknown = Vec::new();
     if !value.is_object() {
-        return Err(mismatch(
-            value,
-            "",
-            table::get(ty).name.rsplit('.').next().unwrap_or_default(),
-        ));
+        return Err(mismatch(value, "", &struct_name(table::get(ty))));
     }
     check_struct(value, ty, "", &mut unknown)?;
     Ok(unknown)
@@ -263,11 +262,7 @@ fn check_struct(
 ) -> Result<(), DecodeError> {
     let ty = table::get(ty);
     let Some(map) = value.as_object_mut() else {
-        return Err(mismatch(
-            value,
-            path,
-            ty.name.rsplit('.').next().unwrap_or_default(),
-        ));
+        return Err(mismatch(value, path, &struct_name(ty)));
     };
     let mut error = None;
     map.retain(|key, value| {
@@ -286,10 +281,25 @@ fn check_struct(
         if value.is_null() {
             return false;
         }
-        error = check(value, &field.kind, &path, unknown).err();
+        error = check(value, &field.kind, &path, unknown)
+            .err()
+            .map(|error| name_field(error, ty.name, &path));
         true
     });
     error.map_or(Ok(()), Err)
+}
+
+/// Go names the innermost struct and the way to its field, without list indices.
+fn name_field(error: DecodeError, ty: &str, path: &str) -> DecodeError {
+    if !error.0.contains(FIELD) {
+        return error;
+    }
+    let mut way = ty.rsplit('.').next().unwrap_or_default().to_owned();
+    for part in path.split('.') {
+        way.push('.');
+        way.push_str(part.split('[').next().unwrap_or_default());
+    }
+    DecodeError(error.0.replace(FIELD, &way))
 }
 
 fn check(
@@ -313,14 +323,19 @@ fn check(
         },
         Kind::Double if !value.is_number() => return bad(value, "float64"),
         Kind::Bytes if !value.is_string() => return bad(value, "[]byte"),
-        Kind::Bytes
-            if value
-                .as_str()
-                .is_some_and(|text| STANDARD.decode(text).is_err()) =>
-        {
-            return Err(DecodeError("illegal base64 data at input byte 0".into()));
+        Kind::Bytes => {
+            let text = value.as_str().unwrap_or_default();
+            if let Err(error) = STANDARD.decode(text) {
+                let at = match error {
+                    base64::DecodeError::InvalidByte(at, _)
+                    | base64::DecodeError::InvalidLastSymbol(at, _) => at,
+                    _ => text.len(),
+                };
+                return Err(DecodeError(format!(
+                    "illegal base64 data at input byte {at}"
+                )));
+            }
         }
-        Kind::Bytes => {}
         Kind::Quantity => {
             let text = match value {
                 Value::String(text) => text.clone(),
@@ -402,15 +417,18 @@ fn go_name(kind: &Kind) -> String {
         Kind::Any => "interface {}".into(),
         Kind::List(inner) => format!("[]{}", go_name(inner)),
         Kind::Map(inner) => format!("map[string]{}", go_name(inner)),
-        Kind::Struct(ty) => {
-            let mut parts = table::get(*ty).name.rsplit('.');
-            let (name, version) = (
-                parts.next().unwrap_or_default(),
-                parts.next().unwrap_or_default(),
-            );
-            format!("{version}.{name}")
-        }
+        Kind::Struct(ty) => struct_name(table::get(*ty)),
     }
+}
+
+/// A struct as Go names it: `v1.PodSpec`.
+fn struct_name(ty: &Type) -> String {
+    let mut parts = ty.name.rsplit('.');
+    let (name, version) = (
+        parts.next().unwrap_or_default(),
+        parts.next().unwrap_or_default(),
+    );
+    format!("{version}.{name}")
 }
 
 fn mismatch(value: &Value, path: &str, go: &str) -> DecodeError {
@@ -427,19 +445,8 @@ fn mismatch(value: &Value, path: &str, go: &str) -> DecodeError {
             "json: cannot unmarshal {found} into Go value of type {go}"
         ));
     }
-    // Indexes are not part of Go's message.
-    let mut plain = String::new();
-    let mut inside = false;
-    for c in path.chars() {
-        match c {
-            '[' => inside = true,
-            ']' => inside = false,
-            c if !inside => plain.push(c),
-            _ => {}
-        }
-    }
     DecodeError(format!(
-        "json: cannot unmarshal {found} into Go struct field .{plain} of type {go}"
+        "json: cannot unmarshal {found} into Go struct field {FIELD} of type {go}"
     ))
 }
 
