@@ -542,6 +542,10 @@ impl Writer {
                     }
                 })
         });
+        // Only now: whoever reads this revision may rely on every watcher having been told of it.
+        if let Some(last) = batches.last() {
+            self.shared.revision.store(last.revision, Ordering::Release);
+        }
     }
 
     /// Starts a snapshot when the log has grown too long, and removes what a finished one made superfluous.

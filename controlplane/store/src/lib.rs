@@ -159,7 +159,7 @@ pub enum Error {
 /// A revisioned store. Every method may be called from many tasks at once.
 #[async_trait::async_trait]
 pub trait Store: Send + Sync + 'static {
-    /// The newest committed revision.
+    /// The newest committed revision; every watcher has been told of it.
     fn revision(&self) -> Revision;
     /// One key at the newest revision.
     async fn get(&self, key: &[u8]) -> Result<Option<KeyValue>, Error>;

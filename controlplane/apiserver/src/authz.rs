@@ -1,0 +1,89 @@
+//! Who may do what, until RBAC is here: a short, explicit list.
+
+use crate::authn::UserInfo;
+use crate::error::ApiError;
+use crate::request::ResourceRequest;
+
+/// What the agent may write; it may read everything but Secrets.
+const AGENT: &str = "system:serviceaccount:kube-system:xebec-agent";
+
+/// Lets a request for a resource pass, or refuses it in the real server's words.
+pub(crate) fn resource(user: &UserInfo, request: &ResourceRequest) -> Result<(), ApiError> {
+    if is_trusted(user) || agent_may(user, request) || anyone_may(user, request) {
+        return Ok(());
+    }
+    let resource = request.resource;
+    let what = match &request.subresource {
+        Some(sub) => format!("{}/{sub}", resource.plural),
+        None => resource.plural.to_owned(),
+    };
+    let qualified = if resource.group.is_empty() {
+        what.clone()
+    } else {
+        format!("{}.{}", what, resource.group)
+    };
+    let name = request
+        .name
+        .as_ref()
+        .map(|name| format!(" {name:?}"))
+        .unwrap_or_default();
+    let scope = match &request.namespace {
+        Some(namespace) => format!("in the namespace {namespace:?}"),
+        None => "at the cluster scope".to_owned(),
+    };
+    Err(ApiError::forbidden(format!(
+        "{qualified}{name} is forbidden: User {:?} cannot {} resource {what:?} in API group {:?} {scope}",
+        user.name, request.verb, resource.group
+    )))
+}
+
+/// Lets a request for another path pass: anybody may ask for health and version, those with a name for discovery.
+pub(crate) fn path(user: &UserInfo, path: &str, verb: &str) -> Result<(), ApiError> {
+    let public = ["/healthz", "/livez", "/readyz", "/version"];
+    let discovery = ["/api", "/apis", "/openapi", "/.well-known"];
+    let within = |list: &[&str]| {
+        list.iter().any(|one| {
+            path == *one
+                || path
+                    .strip_prefix(one)
+                    .is_some_and(|rest| rest.starts_with('/'))
+        })
+    };
+    if is_trusted(user)
+        || within(&public)
+        || user.is_in("system:authenticated") && within(&discovery)
+    {
+        return Ok(());
+    }
+    Err(ApiError::forbidden(format!(
+        "forbidden: User {:?} cannot {verb} path {path:?}",
+        user.name
+    )))
+}
+
+/// Administrators and the cluster's own parts.
+pub(crate) fn is_trusted(user: &UserInfo) -> bool {
+    user.is_in("system:masters")
+        || matches!(
+            user.name.as_str(),
+            "system:kube-scheduler" | "system:kube-controller-manager"
+        )
+        || user.is_in("system:nodes") && user.name.starts_with("system:node:")
+}
+
+fn agent_may(user: &UserInfo, request: &ResourceRequest) -> bool {
+    let reads = matches!(request.verb, "get" | "list" | "watch");
+    let events = request.resource.plural == "events"
+        && matches!(request.verb, "create" | "patch" | "update");
+    user.name == AGENT && (reads && request.resource.plural != "secrets" || events)
+}
+
+/// Everybody with a name may ask about himself.
+fn anyone_may(user: &UserInfo, request: &ResourceRequest) -> bool {
+    user.is_in("system:authenticated")
+        && request.verb == "create"
+        && matches!(
+            request.resource.kind,
+            "SelfSubjectAccessReview" | "SelfSubjectRulesReview" | "SelfSubjectReview"
+        )
+}

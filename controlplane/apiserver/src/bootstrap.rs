@@ -1,0 +1,152 @@
+//! Objects that every cluster has: namespaces, priority classes, and the API server's own Service.
+
+use serde_json::{Value, json};
+use xebec_schema::defaults;
+use xebec_schema::table;
+use xebec_store::Txn;
+
+use crate::error::ApiError;
+use crate::handler::Handler;
+
+impl Handler {
+    /// Makes what is missing; what is there stays as it is, but the API server's address is brought up to date.
+    pub(crate) async fn bootstrap(&self) -> Result<(), ApiError> {
+        for name in ["default", "kube-system", "kube-public", "kube-node-lease"] {
+            self.ensure("", "namespaces", None, json!({"metadata": {"name": name}}))
+                .await?;
+        }
+        for (name, value, description) in [
+            (
+                "system-node-critical",
+                2_000_001_000,
+                "Used for system critical pods that must not be moved from their current node.",
+            ),
+            (
+                "system-cluster-critical",
+                2_000_000_000,
+                "Used for system critical pods that must run in the cluster, but can be moved to another node if necessary.",
+            ),
+        ] {
+            let class =
+                json!({"metadata": {"name": name}, "value": value, "description": description});
+            self.ensure("scheduling.k8s.io", "priorityclasses", None, class)
+                .await?;
+        }
+        let address = self.config.advertise_address.to_string();
+        let port = self.config.secure_port;
+        let first = self
+            .allocator
+            .cidr
+            .hosts()
+            .next()
+            .map(|ip| ip.to_string())
+            .unwrap_or_default();
+        let labels = json!({"component": "apiserver", "provider": "kubernetes"});
+        let service = json!({
+            "metadata": {"name": "kubernetes", "labels": labels},
+            "spec": {"clusterIP": first, "ports": [{"name": "https", "port": 443, "targetPort": port}]},
+        });
+        self.ensure("", "services", Some("default"), service)
+            .await?;
+        let slice = json!({
+            "metadata": {"name": "kubernetes", "labels": {"kubernetes.io/service-name": "kubernetes"}},
+            "addressType": "IPv4",
+            "endpoints": [{"addresses": [address], "conditions": {"ready": true}}],
+            "ports": [{"name": "https", "port": port, "protocol": "TCP"}],
+        });
+        self.ensure(
+            "discovery.k8s.io",
+            "endpointslices",
+            Some("default"),
+            slice.clone(),
+        )
+        .await?;
+        let endpoints = json!({
+            "metadata": {"name": "kubernetes", "labels": {"endpointslice.kubernetes.io/skip-mirror": "true"}},
+            "subsets": [{"addresses": [{"ip": address}], "ports": [{"name": "https", "port": port, "protocol": "TCP"}]}],
+        });
+        self.ensure("", "endpoints", Some("default"), endpoints.clone())
+            .await?;
+        // The address may be another one than at the last start.
+        self.refresh(
+            "discovery.k8s.io",
+            "endpointslices",
+            &slice,
+            &["endpoints", "ports"],
+        )
+        .await?;
+        self.refresh("", "endpoints", &endpoints, &["subsets"])
+            .await
+    }
+
+    async fn ensure(
+        &self,
+        group: &str,
+        plural: &str,
+        namespace: Option<&str>,
+        mut object: Value,
+    ) -> Result<(), ApiError> {
+        let Some(resource) = table::resource(group, "v1", plural) else {
+            return Ok(());
+        };
+        object["apiVersion"] = resource.api_version().into();
+        object["kind"] = resource.kind.into();
+        if let Some(namespace) = namespace {
+            object["metadata"]["namespace"] = namespace.into();
+        }
+        let name = object["metadata"]["name"]
+            .as_str()
+            .unwrap_or_default()
+            .to_owned();
+        if self
+            .registry
+            .get_stored(resource, namespace, &name)
+            .await
+            .is_ok()
+        {
+            return Ok(());
+        }
+        defaults::set_defaults(resource, &mut object);
+        let extra = if plural == "services" {
+            self.allocator
+                .assign(self.registry.store.as_ref(), None, &mut object)
+                .await?
+        } else {
+            Txn::default()
+        };
+        self.registry
+            .create(resource, object, extra, false, None)
+            .await
+            .map(drop)
+    }
+
+    async fn refresh(
+        &self,
+        group: &str,
+        plural: &str,
+        wanted: &Value,
+        fields: &[&str],
+    ) -> Result<(), ApiError> {
+        let Some(resource) = table::resource(group, "v1", plural) else {
+            return Ok(());
+        };
+        let change = |old: &Value| {
+            let mut new = old.clone();
+            for field in fields {
+                new[*field] = wanted[*field].clone();
+            }
+            Ok(new)
+        };
+        self.registry
+            .update(
+                resource,
+                Some("default"),
+                "kubernetes",
+                crate::registry::Part::Raw,
+                false,
+                change,
+            )
+            .await
+            .map(drop)
+    }
+}
