@@ -553,7 +553,10 @@ fn host_devices() -> anyhow::Result<Vec<Value>> {
         {
             continue;
         }
-        if let Ok(node) = device_node(&path) {
+        // A link (stdin, fd) is no device of its own.
+        if !path.is_symlink()
+            && let Ok(node) = device_node(&path)
+        {
             out.push(node);
         }
     }

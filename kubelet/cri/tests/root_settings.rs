@@ -96,11 +96,11 @@ async fn security_context_and_mounts_take_effect() {
     };
     let mut config = shell(
         "ro",
-        "touch /x 2>&1; cat /ro/in; touch /ro/x 2>&1; touch /rw/made; grep NoNewPrivs /proc/self/status; cat /proc/kcore 2>&1 | wc -c; echo 1 2>&1 > /proc/sys/kernel/panic",
+        "touch /x 2>&1; cat /ro/in; touch /ro/x 2>&1; touch /rw/made; grep NoNewPrivs /proc/self/status; cat /proc/version 2>&1 | wc -c; echo 1 2>&1 > /proc/sys/kernel/panic",
     );
     security(&mut config).readonly_rootfs = true;
     security(&mut config).no_new_privs = true;
-    security(&mut config).masked_paths = vec!["/proc/kcore".into()];
+    security(&mut config).masked_paths = vec!["/proc/version".into()];
     security(&mut config).readonly_paths = vec!["/proc/sys".into()];
     config.mounts = vec![mount("/ro", true), mount("/rw", false)];
     let (_, text) = outcome(&mut c, &sandbox, config).await;
@@ -359,6 +359,9 @@ impl Stream {
         socket
             .set_read_timeout(Some(Duration::from_secs(10)))
             .unwrap();
+        socket
+            .set_write_timeout(Some(Duration::from_secs(10)))
+            .unwrap();
         match call(&mut socket, request).unwrap() {
             Reply::Started { .. } | Reply::Ok => {}
             other => panic!("{other:?}"),
@@ -446,12 +449,22 @@ async fn streams_and_terminals_work_both_ways() {
     let mut cat = exec(&node, &sandbox, &id, &["sh", "-c", "cat; exit 6"], false);
     cat.stdin("ping\n");
     assert_eq!(cat.until(Some("ping\n")).0, "ping\n");
-    let megabyte = "x".repeat(1 << 20);
-    for part in megabyte.as_bytes().chunks(60_000) {
-        cat.send(&xebec_shim::protocol::encode(FrameKind::Stdin, part));
-    }
-    cat.send(&encode_json(&Request::CloseStdin).unwrap());
+    // Input and output at once, as a client must: neither side buffers it all.
+    let mut writer = cat.socket.try_clone().unwrap();
+    let writing = std::thread::spawn(move || {
+        use std::io::Write;
+        let megabyte = "x".repeat(1 << 20);
+        for part in megabyte.as_bytes().chunks(60_000) {
+            writer
+                .write_all(&xebec_shim::protocol::encode(FrameKind::Stdin, part))
+                .unwrap();
+        }
+        writer
+            .write_all(&encode_json(&Request::CloseStdin).unwrap())
+            .unwrap();
+    });
     let (out, code) = cat.until(None);
+    writing.join().unwrap();
     assert_eq!((out.len(), code), (1 << 20, Some(6)), "all input came back");
 
     let mut sh = exec(&node, &sandbox, &id, &["sh"], true);

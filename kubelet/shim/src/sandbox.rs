@@ -167,7 +167,8 @@ fn start_pause() -> anyhow::Result<Pid> {
     unsafe {
         libc::prctl(libc::PR_SET_NAME, c"xebec-pause".as_ptr());
         libc::prctl(libc::PR_SET_PDEATHSIG, libc::SIGKILL);
-        libc::syscall(libc::SYS_close_range, 3u32, u32::MAX, 0u32);
+        // All of them: the starter waits for the end of standard output.
+        libc::syscall(libc::SYS_close_range, 0u32, u32::MAX, 0u32);
         let mut action: libc::sigaction = std::mem::zeroed();
         action.sa_sigaction = libc::SIG_IGN;
         action.sa_flags = libc::SA_NOCLDWAIT;
