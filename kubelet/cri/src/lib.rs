@@ -5,17 +5,17 @@
 //! as it was.
 
 pub mod cni;
-mod container;
+pub mod container;
 mod events;
 mod image_service;
 pub mod images;
 mod netns;
 mod overlay;
-mod records;
-mod runtime;
+pub mod records;
+pub mod runtime;
 mod runtime_service;
 mod sandbox;
-mod shim_client;
+pub mod shim_client;
 mod spec;
 mod stats;
 mod status;
@@ -58,7 +58,8 @@ pub struct Config {
     /// HTTPS without checking certificates. Loopback addresses are always tried
     /// over HTTP as well.
     pub insecure_registries: Vec<String>,
-    /// Where exec, attach and port-forward streams are served; loopback only.
+    /// Where exec, attach and port-forward streams will be served; loopback only.
+    /// Not used yet: the streaming server is not built.
     pub streaming_address: SocketAddr,
 }
 

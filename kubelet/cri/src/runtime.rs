@@ -29,8 +29,6 @@ pub struct Runtime {
     pub events: broadcast::Sender<v1::ContainerEventResponse>,
     /// Ends watchers and streams.
     pub shutdown: CancellationToken,
-    /// Where exec, attach and port-forward streams are served.
-    pub streams: crate::streaming::Streams,
     /// Held while a sandbox or container is made or removed, so that names stay unique.
     pub names: Mutex<()>,
 }
@@ -58,7 +56,6 @@ impl Runtime {
             events: crate::events::channel(),
             shutdown,
             names: Mutex::new(()),
-            streams: crate::streaming::Streams::default(),
             config,
         };
         runtime.load()?;
@@ -169,11 +166,10 @@ impl Runtime {
             let record = container.record();
             match containers.iter().find(|c| c.id == container.id) {
                 Some(state) => match &state.exit {
-                    Some(exit) => {
-                        if record.phase != Phase::Exited {
-                            self.container_ended(&container, Some(exit.clone()));
-                        }
+                    Some(exit) if record.phase != Phase::Exited => {
+                        self.container_ended(&container, Some(exit.clone()));
                     }
+                    Some(_) => {}
                     // Started, and this server's predecessor died before it knew.
                     None if record.phase == Phase::Created && state.pid > 0 => {
                         container.update(|r| {

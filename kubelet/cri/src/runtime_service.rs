@@ -38,6 +38,12 @@ fn no_such(what: &str, id: &str) -> Status {
     ))
 }
 
+fn no_streaming() -> Status {
+    Status::unimplemented(
+        "streaming exec, attach and port-forward are not built yet; ExecSync works",
+    )
+}
+
 impl Service {
     fn sandbox(&self, id: &str) -> Result<Arc<Sandbox>, Status> {
         self.0
@@ -376,8 +382,7 @@ impl RuntimeService for Service {
         if container.record().phase != Phase::Running {
             return Err(Status::unknown("container is not running"));
         }
-        let url = self.0.streams.exec(request).map_err(unknown)?;
-        Ok(Response::new(v1::ExecResponse { url }))
+        Err(no_streaming())
     }
 
     async fn attach(&self, request: Request<v1::AttachRequest>) -> Answer<v1::AttachResponse> {
@@ -386,8 +391,7 @@ impl RuntimeService for Service {
         if container.record().phase != Phase::Running {
             return Err(Status::unknown("container is not running"));
         }
-        let url = self.0.streams.attach(request).map_err(unknown)?;
-        Ok(Response::new(v1::AttachResponse { url }))
+        Err(no_streaming())
     }
 
     async fn port_forward(
@@ -399,8 +403,7 @@ impl RuntimeService for Service {
         if !sandbox.record().ready {
             return Err(Status::unknown("sandbox is not running"));
         }
-        let url = self.0.streams.port_forward(request).map_err(unknown)?;
-        Ok(Response::new(v1::PortForwardResponse { url }))
+        Err(no_streaming())
     }
 
     async fn container_stats(

@@ -174,10 +174,11 @@ impl Process {
             }
             OwnedFd::from_raw_fd(fd as i32)
         };
-        Ok(Self(tokio::io::unix::AsyncFd::with_interest(
-            fd,
-            tokio::io::Interest::READABLE,
-        )?))
+        // SAFETY: `OwnedFd` always gives the same descriptor, and keeps it open.
+        let watched = unsafe {
+            tokio::io::unix::AsyncFd::register_with_interest(fd, tokio::io::Interest::READABLE)
+        };
+        Ok(Self(watched.map_err(std::io::Error::from)?))
     }
 
     /// Returns when the process has ended.

@@ -1,25 +1,42 @@
-//! Exec, attach and port-forward streams.
+//! Exec, attach and port-forward streams: what a streaming server is built on.
+//!
+//! Exec and attach are [`Runtime::open_exec`] and [`Runtime::open_attach`]; a
+//! port-forward is [`Runtime::dial`]. The server that speaks the kubelet's
+//! streaming protocols over these is not built yet, so the CRI calls that hand
+//! out its URLs answer `Unimplemented`.
 
-use anyhow::bail;
-use xebec_cri_api::v1;
+use std::net::{Ipv4Addr, SocketAddr};
+use std::time::Duration;
 
-/// The streams asked for and not yet fetched.
-#[derive(Default)]
-pub struct Streams {}
+use anyhow::{Context, ensure};
+use tokio::net::TcpStream;
 
-impl Streams {
-    /// A URL for an exec.
-    pub fn exec(&self, _: v1::ExecRequest) -> anyhow::Result<String> {
-        bail!("streaming exec is not there yet")
-    }
+use crate::netns;
+use crate::records::Sandbox;
+use crate::runtime::Runtime;
 
-    /// A URL for an attach.
-    pub fn attach(&self, _: v1::AttachRequest) -> anyhow::Result<String> {
-        bail!("attach is not there yet")
-    }
+/// A pod's port that does not answer for this long is given up.
+const DIAL_TIMEOUT: Duration = Duration::from_secs(10);
 
-    /// A URL for a port-forward.
-    pub fn port_forward(&self, _: v1::PortForwardRequest) -> anyhow::Result<String> {
-        bail!("port-forward is not there yet")
+impl Runtime {
+    /// Connects to a TCP port on the loopback address inside a pod.
+    pub async fn dial(&self, sandbox: &Sandbox, port: u16) -> anyhow::Result<TcpStream> {
+        let record = sandbox.record();
+        ensure!(record.ready, "sandbox {:?} is not running", sandbox.id);
+        let address = SocketAddr::from((Ipv4Addr::LOCALHOST, port));
+        let connect = move || {
+            let stream = std::net::TcpStream::connect_timeout(&address, DIAL_TIMEOUT)
+                .with_context(|| format!("failed to connect to localhost:{port} inside the pod"))?;
+            stream.set_nonblocking(true)?;
+            Ok(stream)
+        };
+        let stream = tokio::task::spawn_blocking(move || match &record.netns {
+            // A socket stays in the namespace in which it was made.
+            Some(path) => netns::within(path, connect),
+            None => connect(),
+        })
+        .await
+        .context("connecting to the pod")??;
+        Ok(TcpStream::from_std(stream)?)
     }
 }

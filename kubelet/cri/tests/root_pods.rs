@@ -1,5 +1,7 @@
 //! Pods through the real server and the real shim, as root.
 
+#![allow(clippy::unwrap_used, reason = "a test fails by panicking")]
+
 mod harness;
 
 use std::time::{Duration, Instant};
@@ -304,4 +306,43 @@ async fn a_missing_command_or_image_says_so() {
         .unwrap_err();
     assert!(err.message().contains("localhost/absent:1"), "{err}");
     c.remove_sandbox(&sandbox).await;
+}
+
+#[tokio::test]
+async fn a_hundred_short_lives_are_all_seen_and_pods_join_their_cgroup() {
+    if harness::not_root() {
+        return;
+    }
+    let node = Node::start();
+    node.busybox();
+    let mut c = Client(node.runtime().await);
+    let sandbox = c.sandbox(pod(&node, "many")).await;
+    for n in 0..100 {
+        let id = c
+            .run(
+                &sandbox,
+                shell(&format!("c{n}"), &format!("echo {n}; exit {n}")),
+            )
+            .await;
+        let status = c.wait_exit(&id).await;
+        assert_eq!(status.exit_code, n);
+        assert_eq!(log(&status), [format!("stdout F {n}")]);
+        c.0.remove_container(v1::RemoveContainerRequest { container_id: id })
+            .await
+            .unwrap();
+    }
+    let id = c.run(&sandbox, shell("cg", "cat /proc/self/cgroup")).await;
+    let lines = log(&c.wait_exit(&id).await);
+    let unified = lines
+        .iter()
+        .find_map(|l| l.strip_prefix("stdout F 0::"))
+        .unwrap();
+    let dir = node.unified_cgroup();
+    assert!(dir.join(&sandbox).is_dir());
+    assert!(
+        unified.ends_with(&sandbox) || unified.ends_with(&id),
+        "{unified}"
+    );
+    c.remove_sandbox(&sandbox).await;
+    assert!(!dir.join(&sandbox).exists());
 }

@@ -1,5 +1,7 @@
 //! Users, capabilities, mounts, namespaces, limits, terminals, events, failures.
 
+#![allow(clippy::unwrap_used, reason = "a test fails by panicking")]
+
 mod harness;
 
 use std::os::unix::net::UnixStream;
@@ -653,4 +655,40 @@ async fn a_killed_shim_is_noticed_and_cleaned_up() {
         ));
         assert!(!dir.exists(), "{}", dir.display());
     }
+}
+
+#[tokio::test]
+async fn a_port_inside_a_pod_is_reached() {
+    use tokio::io::{AsyncReadExt, AsyncWriteExt};
+    if harness::not_root() {
+        return;
+    }
+    let node = Node::start();
+    node.busybox();
+    let mut c = Client(node.runtime().await);
+    let sandbox = c.sandbox(pod(&node, "port")).await;
+    let script = "nc -l -p 8080 -e sh -c 'read x; echo pod says $x'";
+    let id = c.run(&sandbox, shell("main", script)).await;
+    // A runtime that only reads what the server keeps.
+    let config = xebec_cri::Config::new(node.root(), node.path("run"));
+    let runtime = xebec_cri::runtime::Runtime::open(config, Default::default())
+        .await
+        .unwrap();
+    let pod = runtime.registry.sandbox(&sandbox).unwrap();
+    let end = Instant::now() + Duration::from_secs(5);
+    let mut stream = loop {
+        match runtime.dial(&pod, 8080).await {
+            Ok(stream) => break stream,
+            Err(err) => assert!(Instant::now() < end, "{err:#}"),
+        }
+        tokio::time::sleep(Duration::from_millis(20)).await;
+    };
+    stream.write_all(b"hi\n").await.unwrap();
+    let mut said = String::new();
+    stream.read_to_string(&mut said).await.unwrap();
+    assert_eq!(said, "pod says hi\n");
+    c.wait_exit(&id).await;
+    let err = runtime.dial(&pod, 8080).await.unwrap_err();
+    assert!(format!("{err:#}").contains("localhost:8080"), "{err:#}");
+    c.remove_sandbox(&sandbox).await;
 }

@@ -68,6 +68,17 @@ impl Node {
         format!("/xbcri-{}", self.name)
     }
 
+    /// Where pods' processes go in the cgroup2 hierarchy.
+    pub fn unified_cgroup(&self) -> PathBuf {
+        let hybrid = Path::new("/sys/fs/cgroup/unified");
+        let base = if hybrid.is_dir() {
+            hybrid
+        } else {
+            Path::new("/sys/fs/cgroup")
+        };
+        base.join(format!("xbcri-net-{}", self.name))
+    }
+
     /// Starts the server (again).
     pub fn boot(&mut self) {
         let log = std::fs::File::options()
@@ -90,6 +101,7 @@ impl Node {
             .args([self.path("root"), self.path("run"), self.path("cni")])
             .arg("/usr/lib/cni")
             .env("XEBEC_CGROUP_PARENT", self.cgroup())
+            .env("XEBEC_UNIFIED_CGROUP", self.unified_cgroup())
             .env("RUST_LOG", "info,xebec_cri=debug")
             .stdin(Stdio::null())
             .stdout(log.try_clone().unwrap())
@@ -234,6 +246,15 @@ impl Drop for Node {
         }
         for mount in mounts_below(self.dir.path()).iter().rev() {
             let _ = nix::mount::umount2(mount.as_str(), nix::mount::MntFlags::MNT_DETACH);
+        }
+        let _ = std::fs::remove_dir(self.unified_cgroup());
+        for hierarchy in std::fs::read_dir("/sys/fs/cgroup")
+            .into_iter()
+            .flatten()
+            .flatten()
+        {
+            let top = hierarchy.path().join(self.cgroup().trim_start_matches('/'));
+            let _ = std::fs::remove_dir(top);
         }
         let _ = Command::new("ip")
             .args(["link", "del", &format!("xbc{}", self.name)])
