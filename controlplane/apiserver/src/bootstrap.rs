@@ -144,6 +144,7 @@ impl Handler {
                 "kubernetes",
                 crate::registry::Part::Raw,
                 false,
+                None,
                 change,
             )
             .await

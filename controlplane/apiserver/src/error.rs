@@ -80,6 +80,11 @@ impl ApiError {
         Self::new(StatusCode::NOT_FOUND, "NotFound", "404 page not found")
     }
 
+    /// Whether this is a conflict that another try may get past.
+    pub fn is_conflict(&self) -> bool {
+        self.reason == "Conflict"
+    }
+
     /// 409: others own what would be changed.
     pub fn apply_conflict(message: String, causes: Vec<Value>) -> Self {
         let mut error = Self::new(StatusCode::CONFLICT, "Conflict", message);

@@ -224,7 +224,7 @@ impl Handler {
     }
 
     /// A token is good only while its account, and the pod it is bound to, are the same ones.
-    async fn token_still_holds(&self, user: &UserInfo) -> Result<(), ApiError> {
+    pub(crate) async fn token_still_holds(&self, user: &UserInfo) -> Result<(), ApiError> {
         let rest = user.name.strip_prefix("system:serviceaccount:").and_then(|rest| rest.split_once(':'));
         let (namespace, name) = rest.ok_or_else(ApiError::unauthorized)?;
         let extra = |key: &str| user.extra.iter().find(|(name, _)| name == key).and_then(|(_, values)| values.first());

@@ -20,6 +20,7 @@ mod server;
 mod services;
 mod special;
 mod tokens;
+mod verbs;
 mod watch;
 
 pub use authn::UserInfo;

@@ -4,9 +4,10 @@ use std::sync::Arc;
 
 use bytes::Bytes;
 use serde_json::{Value, json};
+use xebec_schema::apply::{self, ApplyOptions};
 use xebec_schema::table::Resource;
 use xebec_schema::{Object, strategy, validate};
-use xebec_store::{Compare, KeyValue, Op, Revision, Store, Txn, TxnOutcome};
+use xebec_store::{Compare, KeyValue, Op, Store, Txn, TxnOutcome};
 
 use crate::encode;
 use crate::error::ApiError;
@@ -114,6 +115,7 @@ impl Registry {
         mut object: Object,
         extra: Txn,
         dry_run: bool,
+        track: Option<&ApplyOptions<'_>>,
     ) -> Result<Object, ApiError> {
         let metadata = &mut object["metadata"];
         metadata["uid"] = uuid::Uuid::new_v4().to_string().into();
@@ -272,18 +274,15 @@ impl Registry {
                     value,
                 }
             };
-            let compare = vec![Compare {
-                key: key.clone(),
-                mod_revision: kv.mod_revision,
-            }];
-            match self
-                .store
-                .txn(Txn {
-                    compare,
-                    ops: vec![op],
-                })
-                .await?
-            {
+            txn.compare.insert(
+                0,
+                Compare {
+                    key: key.clone(),
+                    mod_revision: kv.mod_revision,
+                },
+            );
+            txn.ops.push(op);
+            match self.store.txn(txn).await? {
                 TxnOutcome::Committed(revision) => {
                     new["metadata"]["resourceVersion"] = revision.to_string().into();
                     return Ok(new);
@@ -329,18 +328,20 @@ impl Registry {
             } else {
                 Op::Delete { key: key.clone() }
             };
-            let compare = vec![Compare {
-                key: key.clone(),
-                mod_revision: kv.mod_revision,
-            }];
-            match self
-                .store
-                .txn(Txn {
-                    compare,
-                    ops: vec![op],
-                })
-                .await?
-            {
+            let mut txn = if !held && is_service(resource) {
+                Allocator::release(&old)
+            } else {
+                Txn::default()
+            };
+            txn.compare.insert(
+                0,
+                Compare {
+                    key: key.clone(),
+                    mod_revision: kv.mod_revision,
+                },
+            );
+            txn.ops.push(op);
+            match self.store.txn(txn).await? {
                 TxnOutcome::Committed(revision) => {
                     if held {
                         new["metadata"]["resourceVersion"] = revision.to_string().into();

@@ -64,6 +64,35 @@ pub struct Config {
     pub secure_port: u16,
 }
 
+impl Default for Config {
+    /// Everything but credentials, which have no default: no TLS handshake succeeds, and starting asks for a key.
+    fn default() -> Self {
+        let provider = Arc::new(rustls::crypto::ring::default_provider());
+        let versions = "the provider has the default protocol versions";
+        let tls = rustls::ServerConfig::builder_with_provider(provider.clone())
+            .with_safe_default_protocol_versions()
+            .expect(versions)
+            .with_no_client_auth()
+            .with_cert_resolver(Arc::new(rustls::server::ResolvesServerCertUsingSni::new()));
+        let kubelet = rustls::ClientConfig::builder_with_provider(provider)
+            .with_safe_default_protocol_versions()
+            .expect(versions)
+            .with_root_certificates(rustls::RootCertStore::empty())
+            .with_no_client_auth();
+        Self {
+            listen: Vec::new(),
+            tls: Arc::new(tls),
+            service_cidr: IpNet::V4(Ipv4Net::new_assert(std::net::Ipv4Addr::new(10, 96, 0, 0), 16)),
+            node_port_range: 30000..=32767,
+            service_account_issuer: "https://kubernetes.default.svc.cluster.local".into(),
+            service_account_key_pem: String::new(),
+            kubelet_client_tls: Arc::new(kubelet),
+            advertise_address: IpAddr::from([127, 0, 0, 1]),
+            secure_port: 6443,
+        }
+    }
+}
+
 /// Why the server could not be started.
 #[derive(Debug, thiserror::Error)]
 pub enum StartError {

@@ -44,11 +44,6 @@ impl Claims {
         user
     }
 
-    /// `kubernetes.io` claims: namespace, service account, and what the token is bound to.
-    pub(crate) fn bound(&self) -> &Value {
-        &self.0["kubernetes.io"]
-    }
-
     /// `aud`.
     pub(crate) fn audiences(&self) -> Vec<String> {
         self.0["aud"]
