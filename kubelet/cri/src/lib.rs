@@ -34,6 +34,9 @@ use xebec_cri_api::v1::runtime_service_server::RuntimeServiceServer;
 
 pub use xebec_cri_api as api;
 
+/// How long calls under way may take after a shutdown.
+const DRAIN: std::time::Duration = std::time::Duration::from_secs(1);
+
 /// What the runtime needs to know.
 #[derive(Clone, Debug)]
 pub struct Config {
@@ -109,7 +112,7 @@ pub async fn run(config: Config, shutdown: CancellationToken) -> anyhow::Result<
         .with_context(|| format!("cannot listen on {}", socket.display()))?;
     set_owner_only(&socket)?;
     tracing::info!("container runtime serves {}", socket.display());
-    let served = tonic::transport::Server::builder()
+    let server = tonic::transport::Server::builder()
         .add_service(
             RuntimeServiceServer::new(runtime_service::Service(runtime.clone()))
                 .max_decoding_message_size(16 << 20),
@@ -120,10 +123,25 @@ pub async fn run(config: Config, shutdown: CancellationToken) -> anyhow::Result<
         )
         .serve_with_incoming_shutdown(
             UnixListenerStream::new(listener),
-            shutdown.cancelled_owned(),
-        )
-        .await;
+            shutdown.clone().cancelled_owned(),
+        );
+    // Calls under way may end; a client that keeps its connection open may not
+    // keep the server.
+    let served = tokio::select! {
+        served = server => served,
+        () = async {
+            shutdown.cancelled().await;
+            tokio::time::sleep(DRAIN).await;
+        } => Ok(()),
+    };
     let _ = std::fs::remove_file(&socket);
+    if runtime.registry.sandboxes().is_empty() {
+        // With the last pod gone, its parent cgroups should not stay behind.
+        container::remove_cgroup(&runtime.config.cgroup_parent);
+        if let Some(dir) = &runtime.config.unified_cgroup {
+            let _ = std::fs::remove_dir(dir);
+        }
+    }
     served.context("the CRI server failed")
 }
 

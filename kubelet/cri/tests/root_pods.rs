@@ -82,7 +82,7 @@ async fn removal_leaves_nothing() {
     if harness::not_root() {
         return;
     }
-    let node = Node::start();
+    let mut node = Node::start();
     node.busybox();
     let mut c = Client(node.runtime().await);
     let sandbox = c.sandbox(pod(&node, "gone")).await;
@@ -159,6 +159,14 @@ async fn removal_leaves_nothing() {
     c.0.remove_container(v1::RemoveContainerRequest { container_id: id })
         .await
         .unwrap();
+    drop(c);
+    node.stop();
+    for hierarchy in std::fs::read_dir("/sys/fs/cgroup").unwrap().flatten() {
+        let top = hierarchy.path().join(node.cgroup().trim_start_matches('/'));
+        assert!(!top.exists(), "{}", top.display());
+    }
+    assert!(!node.unified_cgroup().exists());
+    assert!(!node.path("run/cri.sock").exists());
 }
 
 #[tokio::test]

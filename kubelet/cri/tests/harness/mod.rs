@@ -128,6 +128,27 @@ impl Node {
         }
     }
 
+    /// Asks the server to end, and waits until it has.
+    pub fn stop(&mut self) {
+        if let Some(mut server) = self.server.take() {
+            // SAFETY: plain kill of this test's own child.
+            unsafe { libc::kill(server.id() as i32, libc::SIGTERM) };
+            let end = Instant::now() + Duration::from_secs(10);
+            loop {
+                if let Some(status) = server.try_wait().unwrap() {
+                    assert!(status.success(), "{}", self.log());
+                    return;
+                }
+                if Instant::now() > end {
+                    let _ = server.kill();
+                    let _ = server.wait();
+                    panic!("the server does not end on SIGTERM");
+                }
+                std::thread::sleep(Duration::from_millis(10));
+            }
+        }
+    }
+
     pub fn log(&self) -> String {
         std::fs::read_to_string(self.path("server.log")).unwrap_or_default()
     }
