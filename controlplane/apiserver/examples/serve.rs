@@ -7,7 +7,9 @@ use std::path::PathBuf;
 use std::sync::Arc;
 
 use base64::Engine;
-use rcgen::{BasicConstraints, CertificateParams, DnType, ExtendedKeyUsagePurpose, IsCa, Issuer, KeyPair};
+use rcgen::{
+    BasicConstraints, CertificateParams, DnType, ExtendedKeyUsagePurpose, IsCa, Issuer, KeyPair,
+};
 use rustls_pki_types::{PrivateKeyDer, PrivatePkcs8KeyDer};
 use tokio_util::sync::CancellationToken;
 use xebec_apiserver::{ApiServer, Config};
@@ -19,13 +21,17 @@ type Any = Box<dyn std::error::Error + Send + Sync>;
 async fn main() -> Result<(), Any> {
     let mut arguments = std::env::args().skip(1);
     let directory = PathBuf::from(arguments.next().ok_or("usage: serve <directory> <port>")?);
-    let port: u16 = arguments.next().ok_or("usage: serve <directory> <port>")?.parse()?;
+    let port: u16 = arguments
+        .next()
+        .ok_or("usage: serve <directory> <port>")?
+        .parse()?;
     std::fs::create_dir_all(&directory)?;
 
     let ca_key = KeyPair::generate()?;
     let mut ca = CertificateParams::new(Vec::new())?;
     ca.is_ca = IsCa::Ca(BasicConstraints::Unconstrained);
-    ca.distinguished_name.push(DnType::CommonName, "xebec-example");
+    ca.distinguished_name
+        .push(DnType::CommonName, "xebec-example");
     let ca_certificate = ca.self_signed(&ca_key)?;
     let issuer = Issuer::new(ca, ca_key);
 
@@ -36,15 +42,24 @@ async fn main() -> Result<(), Any> {
 
     let admin_key = KeyPair::generate()?;
     let mut admin = CertificateParams::new(Vec::new())?;
-    admin.distinguished_name.push(DnType::CommonName, "kubernetes-admin");
-    admin.distinguished_name.push(DnType::OrganizationName, "system:masters");
+    admin
+        .distinguished_name
+        .push(DnType::CommonName, "kubernetes-admin");
+    admin
+        .distinguished_name
+        .push(DnType::OrganizationName, "system:masters");
     admin.extended_key_usages = vec![ExtendedKeyUsagePurpose::ClientAuth];
     let admin_certificate = admin.signed_by(&admin_key, &issuer)?;
 
     let provider = Arc::new(rustls::crypto::ring::default_provider());
     let mut roots = rustls::RootCertStore::empty();
     roots.add(ca_certificate.der().clone())?;
-    let clients = rustls::server::WebPkiClientVerifier::builder_with_provider(Arc::new(roots), provider.clone()).allow_unauthenticated().build()?;
+    let clients = rustls::server::WebPkiClientVerifier::builder_with_provider(
+        Arc::new(roots),
+        provider.clone(),
+    )
+    .allow_unauthenticated()
+    .build()?;
     let key = PrivateKeyDer::Pkcs8(PrivatePkcs8KeyDer::from(server_key.serialize_der()));
     let mut tls = rustls::ServerConfig::builder_with_provider(provider)
         .with_safe_default_protocol_versions()?

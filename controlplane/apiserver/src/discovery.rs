@@ -33,7 +33,7 @@ fn of<'a>(group: &'a str, version: &'a str) -> impl Iterator<Item = &'static Res
 fn group_value(group: &str, versions: &[&str]) -> Value {
     let entry =
         |version: &&str| json!({"groupVersion": format!("{group}/{version}"), "version": version});
-    json!({"name": group, "versions": versions.iter().map(entry).collect::<Vec<_>>(), "preferredVersion": versions.first().map(|v| entry(v))})
+    json!({"name": group, "versions": versions.iter().map(entry).collect::<Vec<_>>(), "preferredVersion": versions.first().map(entry)})
 }
 
 /// `/apis`

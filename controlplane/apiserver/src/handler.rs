@@ -62,20 +62,36 @@ pub(crate) struct Negotiated {
 pub(crate) type Answer = Result<Response<ResponseBody>, ApiError>;
 
 pub(crate) fn full(bytes: Bytes) -> ResponseBody {
-    Full::new(bytes).map_err(|never| match never {}).boxed_unsync()
+    Full::new(bytes)
+        .map_err(|never| match never {})
+        .boxed_unsync()
 }
 
 /// An answer of these bytes.
-pub(crate) fn bytes(status: StatusCode, content_type: &'static str, body: Bytes) -> Response<ResponseBody> {
+pub(crate) fn bytes(
+    status: StatusCode,
+    content_type: &'static str,
+    body: Bytes,
+) -> Response<ResponseBody> {
     let mut response = Response::new(full(body));
     *response.status_mut() = status;
-    response.headers_mut().insert(header::CONTENT_TYPE, HeaderValue::from_static(content_type));
+    response
+        .headers_mut()
+        .insert(header::CONTENT_TYPE, HeaderValue::from_static(content_type));
     response
 }
 
 /// An answer of this value.
 pub(crate) fn value(status: StatusCode, value: &Value, yaml: bool) -> Response<ResponseBody> {
-    bytes(status, if yaml { "application/yaml" } else { "application/json" }, encode::value(value, yaml))
+    bytes(
+        status,
+        if yaml {
+            "application/yaml"
+        } else {
+            "application/json"
+        },
+        encode::value(value, yaml),
+    )
 }
 
 fn text(status: StatusCode, body: impl Into<Bytes>) -> Response<ResponseBody> {
@@ -83,7 +99,10 @@ fn text(status: StatusCode, body: impl Into<Bytes>) -> Response<ResponseBody> {
 }
 
 /// `Warning` headers (RFC 7234) about what was left out of an object.
-pub(crate) fn warn(mut response: Response<ResponseBody>, warnings: &[String]) -> Response<ResponseBody> {
+pub(crate) fn warn(
+    mut response: Response<ResponseBody>,
+    warnings: &[String],
+) -> Response<ResponseBody> {
     for warning in warnings {
         let escaped = warning.replace('\\', "\\\\").replace('"', "\\\"");
         if let Ok(value) = HeaderValue::from_str(&format!("299 - \"{escaped}\"")) {
@@ -95,9 +114,17 @@ pub(crate) fn warn(mut response: Response<ResponseBody>, warnings: &[String]) ->
 
 /// Reads `Accept`: the first type that can be served.
 fn negotiate(headers: &HeaderMap) -> Result<Negotiated, ApiError> {
-    let mut accepted = headers.get_all(header::ACCEPT).iter().filter_map(|value| value.to_str().ok()).flat_map(|value| value.split(',')).peekable();
+    let mut accepted = headers
+        .get_all(header::ACCEPT)
+        .iter()
+        .filter_map(|value| value.to_str().ok())
+        .flat_map(|value| value.split(','))
+        .peekable();
     if accepted.peek().is_none() {
-        return Ok(Negotiated { yaml: false, shape: Shape::Whole });
+        return Ok(Negotiated {
+            yaml: false,
+            shape: Shape::Whole,
+        });
     }
     for entry in accepted {
         let mut parts = entry.split(';').map(str::trim);
@@ -118,7 +145,11 @@ fn negotiate(headers: &HeaderMap) -> Result<Negotiated, ApiError> {
         let shape = match what {
             "" => Shape::Whole,
             "Table" if group == "meta.k8s.io" && version == "v1" => Shape::Table,
-            "PartialObjectMetadata" | "PartialObjectMetadataList" if group == "meta.k8s.io" && version == "v1" => Shape::Partial,
+            "PartialObjectMetadata" | "PartialObjectMetadataList"
+                if group == "meta.k8s.io" && version == "v1" =>
+            {
+                Shape::Partial
+            }
             // Aggregated discovery asks by the same parameter, and falls back.
             _ => continue,
         };
@@ -128,36 +159,75 @@ fn negotiate(headers: &HeaderMap) -> Result<Negotiated, ApiError> {
 }
 
 fn accepts_aggregated(headers: &HeaderMap) -> bool {
-    headers.get_all(header::ACCEPT).iter().filter_map(|value| value.to_str().ok()).flat_map(|value| value.split(',')).any(|entry| {
-        entry.contains("application/json") && entry.contains("g=apidiscovery.k8s.io") && entry.contains("v=v2") && !entry.contains("v=v2beta1") && entry.contains("as=APIGroupDiscoveryList")
-    })
+    headers
+        .get_all(header::ACCEPT)
+        .iter()
+        .filter_map(|value| value.to_str().ok())
+        .flat_map(|value| value.split(','))
+        .any(|entry| {
+            entry.contains("application/json")
+                && entry.contains("g=apidiscovery.k8s.io")
+                && entry.contains("v=v2")
+                && !entry.contains("v=v2beta1")
+                && entry.contains("as=APIGroupDiscoveryList")
+        })
 }
 
 /// The whole body, up to the limit.
 pub(crate) async fn collect(body: RequestBody) -> Result<Bytes, ApiError> {
     match Limited::new(body, BODY_LIMIT).collect().await {
         Ok(collected) => Ok(collected.to_bytes()),
-        Err(error) if error.is::<http_body_util::LengthLimitError>() => Err(ApiError::too_large(BODY_LIMIT)),
-        Err(error) => Err(ApiError::bad_request(format!("could not read the body of the request: {error}"))),
+        Err(error) if error.is::<http_body_util::LengthLimitError>() => {
+            Err(ApiError::too_large(BODY_LIMIT))
+        }
+        Err(error) => Err(ApiError::bad_request(format!(
+            "could not read the body of the request: {error}"
+        ))),
     }
 }
 
 impl Handler {
-    pub(crate) fn new(config: Config, tokens: Tokens, cidr: Ipv4Net, store: Arc<dyn Store>) -> Self {
-        let allocator = Arc::new(Allocator { cidr, ports: config.node_port_range.clone() });
-        let registry = Registry { store, allocator: allocator.clone() };
-        Self { config, tokens, allocator, registry, metrics: Arc::default() }
+    pub(crate) fn new(
+        config: Config,
+        tokens: Tokens,
+        cidr: Ipv4Net,
+        store: Arc<dyn Store>,
+    ) -> Self {
+        let allocator = Arc::new(Allocator {
+            cidr,
+            ports: config.node_port_range.clone(),
+        });
+        let registry = Registry {
+            store,
+            allocator: allocator.clone(),
+        };
+        Self {
+            config,
+            tokens,
+            allocator,
+            registry,
+            metrics: Arc::default(),
+        }
     }
 
     /// Serves one request; errors become `meta/v1` Status.
-    pub(crate) async fn handle(self: &Arc<Self>, request: Request<RequestBody>, identity: Identity) -> Response<ResponseBody> {
-        let yaml = request.headers().get(header::ACCEPT).is_some_and(|accept| accept.as_bytes().starts_with(b"application/yaml"));
+    pub(crate) async fn handle(
+        self: &Arc<Self>,
+        request: Request<RequestBody>,
+        identity: Identity,
+    ) -> Response<ResponseBody> {
+        let yaml = request
+            .headers()
+            .get(header::ACCEPT)
+            .is_some_and(|accept| accept.as_bytes().starts_with(b"application/yaml"));
         let mut response = match self.serve(request, identity).await {
             Ok(response) => response,
             Err(error) => {
                 let mut response = value(error.code, &error.status(), yaml);
                 if let Some(seconds) = error.retry_after {
-                    response.headers_mut().insert(header::RETRY_AFTER, seconds.into());
+                    response
+                        .headers_mut()
+                        .insert(header::RETRY_AFTER, seconds.into());
                 }
                 response
             }
@@ -166,7 +236,9 @@ impl Handler {
         if let Ok(id) = HeaderValue::from_str(&uuid::Uuid::new_v4().to_string()) {
             headers.insert("audit-id", id);
         }
-        headers.entry(header::CACHE_CONTROL).or_insert(HeaderValue::from_static("no-cache, private"));
+        headers
+            .entry(header::CACHE_CONTROL)
+            .or_insert(HeaderValue::from_static("no-cache, private"));
         response
     }
 
@@ -174,7 +246,8 @@ impl Handler {
         let user = match identity {
             Identity::Known(user) => (*user).clone(),
             Identity::Connection { certificate } => {
-                let user = authn::authenticate(request.headers(), certificate.as_deref(), &self.tokens)?;
+                let user =
+                    authn::authenticate(request.headers(), certificate.as_deref(), &self.tokens)?;
                 if request.headers().contains_key(header::AUTHORIZATION) {
                     self.token_still_holds(&user).await?;
                 }
@@ -185,12 +258,20 @@ impl Handler {
         let query = Query::parse(request.uri().query());
         let path = request.uri().path().to_owned();
         let Some(about) = request::parse(request.method(), &path, &query) else {
-            authz::path(&user, &path, &request.method().as_str().to_ascii_lowercase())?;
+            authz::path(
+                &user,
+                &path,
+                &request.method().as_str().to_ascii_lowercase(),
+            )?;
             return self.plain(&request, &path, &query);
         };
         authz::resource(&user, &about)?;
         let labels = Labels {
-            verb: if about.verb == "deletecollection" { "DELETECOLLECTION".into() } else { about.verb.to_ascii_uppercase() },
+            verb: if about.verb == "deletecollection" {
+                "DELETECOLLECTION".into()
+            } else {
+                about.verb.to_ascii_uppercase()
+            },
             group: about.resource.group,
             version: about.resource.version,
             resource: about.resource.plural,
@@ -202,39 +283,70 @@ impl Handler {
             },
         };
         let started = Instant::now();
-        let long_running = about.verb == "watch" || matches!(about.subresource.as_deref(), Some("log" | "exec" | "attach" | "portforward"));
-        let guard = (!long_running).then(|| self.metrics.inflight(!matches!(about.verb, "get" | "list")));
-        let streams = matches!(about.subresource.as_deref(), Some("log" | "exec" | "attach" | "portforward" | "proxy"));
+        let long_running = about.verb == "watch"
+            || matches!(
+                about.subresource.as_deref(),
+                Some("log" | "exec" | "attach" | "portforward")
+            );
+        let guard =
+            (!long_running).then(|| self.metrics.inflight(!matches!(about.verb, "get" | "list")));
+        let streams = matches!(
+            about.subresource.as_deref(),
+            Some("log" | "exec" | "attach" | "portforward" | "proxy")
+        );
         let answer = if streams {
             self.stream(&about, &query, request).await
         } else {
             match negotiate(request.headers()) {
                 Ok(negotiated) => {
                     let (parts, body) = request.into_parts();
-                    let call = Call { user, headers: parts.headers, query, negotiated };
+                    let call = Call {
+                        user,
+                        headers: parts.headers,
+                        query,
+                        negotiated,
+                    };
                     self.resource(&about, &call, body).await
                 }
                 Err(error) => Err(error),
             }
         };
         drop(guard);
-        let code = answer.as_ref().map_or_else(|error| error.code, |response| response.status());
-        self.metrics.record(labels, code.as_u16(), started.elapsed(), long_running);
+        let code = answer
+            .as_ref()
+            .map_or_else(|error| error.code, |response| response.status());
+        self.metrics
+            .record(labels, code.as_u16(), started.elapsed(), long_running);
         answer
     }
 
     /// A token is good only while its account, and the pod it is bound to, are the same ones.
     pub(crate) async fn token_still_holds(&self, user: &UserInfo) -> Result<(), ApiError> {
-        let rest = user.name.strip_prefix("system:serviceaccount:").and_then(|rest| rest.split_once(':'));
+        let rest = user
+            .name
+            .strip_prefix("system:serviceaccount:")
+            .and_then(|rest| rest.split_once(':'));
         let (namespace, name) = rest.ok_or_else(ApiError::unauthorized)?;
-        let extra = |key: &str| user.extra.iter().find(|(name, _)| name == key).and_then(|(_, values)| values.first());
+        let extra = |key: &str| {
+            user.extra
+                .iter()
+                .find(|(name, _)| name == key)
+                .and_then(|(_, values)| values.first())
+        };
         let mut wanted = vec![("serviceaccounts", name, user.uid.as_str())];
-        if let (Some(name), Some(uid)) = (extra("authentication.kubernetes.io/pod-name"), extra("authentication.kubernetes.io/pod-uid")) {
+        if let (Some(name), Some(uid)) = (
+            extra("authentication.kubernetes.io/pod-name"),
+            extra("authentication.kubernetes.io/pod-uid"),
+        ) {
             wanted.push(("pods", name, uid));
         }
         for (plural, name, uid) in wanted {
             let resource = table::resource("", "v1", plural).ok_or_else(ApiError::unauthorized)?;
-            let found = self.registry.get(resource, Some(namespace), name).await.map_err(|_| ApiError::unauthorized())?;
+            let found = self
+                .registry
+                .get(resource, Some(namespace), name)
+                .await
+                .map_err(|_| ApiError::unauthorized())?;
             if found["metadata"]["uid"] != uid {
                 return Err(ApiError::unauthorized());
             }
@@ -245,24 +357,49 @@ impl Handler {
     /// Paths that are no resources: health, discovery, documents.
     fn plain(&self, request: &Request<RequestBody>, path: &str, query: &Query) -> Answer {
         if !matches!(request.method().as_str(), "GET" | "HEAD") {
-            return Err(if path == "/version" || path.starts_with("/api") { ApiError::method_not_allowed() } else { ApiError::no_resource() });
+            return Err(if path == "/version" || path.starts_with("/api") {
+                ApiError::method_not_allowed()
+            } else {
+                ApiError::no_resource()
+            });
         }
         let yaml = negotiate(request.headers()).is_ok_and(|negotiated| negotiated.yaml);
         let document = |body: Value| Ok(value(StatusCode::OK, &body, yaml));
-        let found = |body: Option<Value>| body.map(|body| value(StatusCode::OK, &body, yaml)).ok_or_else(ApiError::no_resource);
+        let found = |body: Option<Value>| {
+            body.map(|body| value(StatusCode::OK, &body, yaml))
+                .ok_or_else(ApiError::no_resource)
+        };
         let parts: Vec<&str> = path.split('/').filter(|part| !part.is_empty()).collect();
         match parts.as_slice() {
-            [check @ ("healthz" | "livez" | "readyz")] => Ok(health(check, query.get("verbose").is_some() || query.flag("verbose"))),
+            [check @ ("healthz" | "livez" | "readyz")] => Ok(health(
+                check,
+                query.get("verbose").is_some() || query.flag("verbose"),
+            )),
             ["healthz" | "livez" | "readyz", "ping" | "etcd"] => Ok(text(StatusCode::OK, "ok")),
             ["version"] => document(discovery::version()),
-            ["metrics"] => Ok(bytes(StatusCode::OK, "text/plain; version=0.0.4; charset=utf-8", self.metrics.render(self.registry.store.size_on_disk()).into())),
+            ["metrics"] => Ok(bytes(
+                StatusCode::OK,
+                "text/plain; version=0.0.4; charset=utf-8",
+                self.metrics
+                    .render(self.registry.store.size_on_disk())
+                    .into(),
+            )),
             [root @ ("api" | "apis")] if accepts_aggregated(request.headers()) => {
                 let body = encode::value(&discovery::aggregated(*root == "api"), false);
-                let mut response = bytes(StatusCode::OK, "application/json;g=apidiscovery.k8s.io;v=v2;as=APIGroupDiscoveryList", body);
-                response.headers_mut().insert(header::VARY, HeaderValue::from_static("Accept"));
+                let mut response = bytes(
+                    StatusCode::OK,
+                    "application/json;g=apidiscovery.k8s.io;v=v2;as=APIGroupDiscoveryList",
+                    body,
+                );
+                response
+                    .headers_mut()
+                    .insert(header::VARY, HeaderValue::from_static("Accept"));
                 Ok(response)
             }
-            ["api"] => document(discovery::api_versions(&format!("{}:{}", self.config.advertise_address, self.config.secure_port))),
+            ["api"] => document(discovery::api_versions(&format!(
+                "{}:{}",
+                self.config.advertise_address, self.config.secure_port
+            ))),
             ["apis"] => document(discovery::api_groups()),
             ["api", version] => found(discovery::api_resources("", version)),
             ["apis", group] => found(discovery::api_group(group)),
@@ -277,21 +414,32 @@ impl Handler {
                 "response_types_supported": ["id_token"], "subject_types_supported": ["public"],
                 "id_token_signing_alg_values_supported": ["ES256"],
             })),
-            _ => Err(if path.starts_with("/api/") || path.starts_with("/apis/") { ApiError::no_resource() } else { ApiError::no_path() }),
+            _ => Err(if path.starts_with("/api/") || path.starts_with("/apis/") {
+                ApiError::no_resource()
+            } else {
+                ApiError::no_path()
+            }),
         }
     }
 }
 
 fn health(check: &str, verbose: bool) -> Response<ResponseBody> {
     if verbose {
-        return text(StatusCode::OK, format!("[+]ping ok\n[+]etcd ok\n{check} check passed\n"));
+        return text(
+            StatusCode::OK,
+            format!("[+]ping ok\n[+]etcd ok\n{check} check passed\n"),
+        );
     }
     text(StatusCode::OK, "ok")
 }
 
 /// How long a watch lasts where it does not say: between half an hour and an hour, so that watches do not all end at once.
 pub(crate) fn watch_timeout(query: &Query) -> Duration {
-    match query.get("timeoutSeconds").and_then(|text| text.parse::<u64>().ok()).filter(|seconds| *seconds > 0) {
+    match query
+        .get("timeoutSeconds")
+        .and_then(|text| text.parse::<u64>().ok())
+        .filter(|seconds| *seconds > 0)
+    {
         Some(seconds) => Duration::from_secs(seconds),
         None => Duration::from_secs(rand::random_range(1800..3600)),
     }

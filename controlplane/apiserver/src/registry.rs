@@ -197,6 +197,10 @@ impl Registry {
 
     /// Changes an object by `change`, which sees it as it stands; tried again when others change it meanwhile,
     /// unless the new object names the version that it was made from.
+    #[allow(
+        clippy::too_many_arguments,
+        reason = "each says another thing about one write"
+    )]
     pub(crate) async fn update(
         &self,
         resource: &'static Resource,
@@ -252,7 +256,10 @@ impl Registry {
             }
             let mut txn = Txn::default();
             if is_service(resource) && part == Part::Main {
-                txn = self.allocator.assign(self.store.as_ref(), Some(&old), &mut new).await?;
+                txn = self
+                    .allocator
+                    .assign(self.store.as_ref(), Some(&old), &mut new)
+                    .await?;
             }
             if let Some(track) = track {
                 apply::track_update(Some(&old), &mut new, resource.type_id, track);

@@ -103,10 +103,7 @@ pub(crate) fn parse(method: &Method, path: &str, query: &Query) -> Option<Resour
     let rest = if watch_prefix { &rest[1..] } else { &rest[..] };
     let (namespace, rest) = match rest {
         // `namespaces/x`, `namespaces/x/status` and `namespaces/x/finalize` are about the namespace itself.
-        ["namespaces", name, tail @ ..]
-            if !tail.is_empty()
-                && !(tail.len() == 1 && matches!(tail[0], "status" | "finalize")) =>
-        {
+        ["namespaces", name, tail @ ..] if !matches!(tail, [] | ["status" | "finalize"]) => {
             (Some((*name).to_owned()), tail)
         }
         other => (None, other),
@@ -147,6 +144,10 @@ pub(crate) fn parse(method: &Method, path: &str, query: &Query) -> Option<Resour
 mod tests {
     use super::*;
 
+    #[allow(
+        clippy::type_complexity,
+        reason = "a tuple to compare with, used in this test only"
+    )]
     fn read(
         method: &str,
         path: &str,

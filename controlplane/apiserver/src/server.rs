@@ -82,7 +82,10 @@ impl Default for Config {
         Self {
             listen: Vec::new(),
             tls: Arc::new(tls),
-            service_cidr: IpNet::V4(Ipv4Net::new_assert(std::net::Ipv4Addr::new(10, 96, 0, 0), 16)),
+            service_cidr: IpNet::V4(Ipv4Net::new_assert(
+                std::net::Ipv4Addr::new(10, 96, 0, 0),
+                16,
+            )),
             node_port_range: 30000..=32767,
             service_account_issuer: "https://kubernetes.default.svc.cluster.local".into(),
             service_account_key_pem: String::new(),

@@ -20,7 +20,12 @@ use crate::verbs::{decode_as, decode_kind, dry_run, media_type};
 const TOKEN_SECONDS: std::ops::RangeInclusive<i64> = 600..=(1 << 32);
 
 impl Handler {
-    pub(crate) async fn subresource(&self, about: &ResourceRequest, call: &Call, body: RequestBody) -> Answer {
+    pub(crate) async fn subresource(
+        &self,
+        about: &ResourceRequest,
+        call: &Call,
+        body: RequestBody,
+    ) -> Answer {
         let sub = about.subresource.as_deref().unwrap_or_default();
         match (about.resource.plural, sub) {
             (_, "scale") => self.scale(about, call, body).await,
@@ -35,18 +40,34 @@ impl Handler {
 
     async fn scale(&self, about: &ResourceRequest, call: &Call, body: RequestBody) -> Answer {
         let resource = about.resource;
-        let (name, namespace) = (about.name.as_deref().unwrap_or_default(), about.namespace.as_deref());
-        let show = |object: &Object| Ok(handler::value(StatusCode::OK, &scale_of(object), call.negotiated.yaml));
+        let (name, namespace) = (
+            about.name.as_deref().unwrap_or_default(),
+            about.namespace.as_deref(),
+        );
+        let show = |object: &Object| {
+            Ok(handler::value(
+                StatusCode::OK,
+                &scale_of(object),
+                call.negotiated.yaml,
+            ))
+        };
         if about.verb == "get" {
             return show(&self.registry.get(resource, namespace, name).await?);
         }
         let dry = dry_run(&call.query, "UpdateOptions")?;
         let kind = media_type(&call.headers).to_owned();
         let body = collect(body).await?;
-        let type_id = table::type_by_name("io.k8s.api.autoscaling.v1.Scale").ok_or_else(|| ApiError::internal("the type table has no Scale"))?;
+        let type_id = table::type_by_name("io.k8s.api.autoscaling.v1.Scale")
+            .ok_or_else(|| ApiError::internal("the type table has no Scale"))?;
         let manager = call.query.get("fieldManager").unwrap_or("unknown");
         let (time, api_version) = (now(), resource.api_version());
-        let track = ApplyOptions { manager, force: false, api_version: &api_version, subresource: "scale", now: &time };
+        let track = ApplyOptions {
+            manager,
+            force: false,
+            api_version: &api_version,
+            subresource: "scale",
+            now: &time,
+        };
         let written = self
             .registry
             .update(resource, namespace, name, Part::Main, dry, Some(&track), |old| {
@@ -72,13 +93,28 @@ impl Handler {
     }
 
     /// `pods/binding`, and the older `bindings`.
-    pub(crate) async fn bind(&self, about: &ResourceRequest, call: &Call, body: RequestBody) -> Answer {
-        let type_id = table::type_by_name("io.k8s.api.core.v1.Binding").ok_or_else(|| ApiError::internal("the type table has no Binding"))?;
-        let (binding, _) = decode_kind(&collect(body).await?, Media::Json, "v1", "Binding", type_id, FieldValidation::Warn)?;
+    pub(crate) async fn bind(
+        &self,
+        about: &ResourceRequest,
+        call: &Call,
+        body: RequestBody,
+    ) -> Answer {
+        let type_id = table::type_by_name("io.k8s.api.core.v1.Binding")
+            .ok_or_else(|| ApiError::internal("the type table has no Binding"))?;
+        let (binding, _) = decode_kind(
+            &collect(body).await?,
+            Media::Json,
+            "v1",
+            "Binding",
+            type_id,
+            FieldValidation::Warn,
+        )?;
         let given = binding["metadata"]["name"].as_str().unwrap_or_default();
         let name = about.name.as_deref().unwrap_or(given);
         if !given.is_empty() && given != name {
-            return Err(ApiError::bad_request("name in URL does not match name in Binding object"));
+            return Err(ApiError::bad_request(
+                "name in URL does not match name in Binding object",
+            ));
         }
         let node = binding["target"]["name"].as_str().unwrap_or_default();
         if node.is_empty() {
@@ -90,43 +126,104 @@ impl Handler {
         let dry = dry_run(&call.query, "CreateOptions")?;
         let change = |old: &Object| {
             if !uid.is_empty() && old["metadata"]["uid"] != uid {
-                return Err(ApiError::conflict(pods, name, "the UID in the precondition does not match the UID in record. The object might have been deleted and then recreated"));
+                return Err(ApiError::conflict(
+                    pods,
+                    name,
+                    "the UID in the precondition does not match the UID in record. The object might have been deleted and then recreated",
+                ));
             }
             if !old["metadata"]["deletionTimestamp"].is_null() {
-                return Err(ApiError::conflict(pods, name, &format!("pod {name} is being deleted, cannot be assigned to a host")));
+                return Err(ApiError::conflict(
+                    pods,
+                    name,
+                    &format!("pod {name} is being deleted, cannot be assigned to a host"),
+                ));
             }
-            if let Some(host) = old["spec"]["nodeName"].as_str().filter(|host| !host.is_empty()) {
-                return Err(ApiError::conflict(pods, name, &format!("pod {name} is already assigned to node {host:?}")));
+            if let Some(host) = old["spec"]["nodeName"]
+                .as_str()
+                .filter(|host| !host.is_empty())
+            {
+                return Err(ApiError::conflict(
+                    pods,
+                    name,
+                    &format!("pod {name} is already assigned to node {host:?}"),
+                ));
             }
             let mut new = old.clone();
             new["spec"]["nodeName"] = node.into();
-            for (key, value) in binding["metadata"]["annotations"].as_object().into_iter().flatten() {
+            for (key, value) in binding["metadata"]["annotations"]
+                .as_object()
+                .into_iter()
+                .flatten()
+            {
                 new["metadata"]["annotations"][key] = value.clone();
             }
             set_condition(&mut new, "PodScheduled");
             Ok(new)
         };
-        self.registry.update(pods, about.namespace.as_deref(), name, Part::Raw, dry, None, change).await?;
-        Ok(handler::value(StatusCode::CREATED, &success(201), call.negotiated.yaml))
+        self.registry
+            .update(
+                pods,
+                about.namespace.as_deref(),
+                name,
+                Part::Raw,
+                dry,
+                None,
+                change,
+            )
+            .await?;
+        Ok(handler::value(
+            StatusCode::CREATED,
+            &success(201),
+            call.negotiated.yaml,
+        ))
     }
 
     /// `pods/eviction` without disruption budgets' arithmetic: a budget that names the pod and allows nothing refuses it.
     async fn evict(&self, about: &ResourceRequest, call: &Call, body: RequestBody) -> Answer {
         let name = about.name.as_deref().unwrap_or_default();
         let body = collect(body).await?;
-        let given: Value = serde_json::from_slice(&body).map_err(|error| ApiError::bad_request(format!("the eviction can't be read: {error}")))?;
-        if given["metadata"]["name"].as_str().is_some_and(|given| given != name) {
-            return Err(ApiError::bad_request("name in URL does not match name in Eviction object"));
+        let given: Value = serde_json::from_slice(&body).map_err(|error| {
+            ApiError::bad_request(format!("the eviction can't be read: {error}"))
+        })?;
+        if given["metadata"]["name"]
+            .as_str()
+            .is_some_and(|given| given != name)
+        {
+            return Err(ApiError::bad_request(
+                "name in URL does not match name in Eviction object",
+            ));
         }
-        let pod = self.registry.get(about.resource, about.namespace.as_deref(), name).await?;
+        let pod = self
+            .registry
+            .get(about.resource, about.namespace.as_deref(), name)
+            .await?;
         if let Some(budgets) = table::resource("policy", "v1", "poddisruptionbudgets") {
-            let keys = crate::registry::prefix_range(crate::registry::key(budgets, about.namespace.as_deref(), None));
-            let found = self.registry.store.range(xebec_store::RangeRequest { keys, at: None, limit: 0 }).await?;
+            let keys = crate::registry::prefix_range(crate::registry::key(
+                budgets,
+                about.namespace.as_deref(),
+                None,
+            ));
+            let found = self
+                .registry
+                .store
+                .range(xebec_store::RangeRequest {
+                    keys,
+                    at: None,
+                    limit: 0,
+                })
+                .await?;
             for kv in &found.kvs {
                 let budget = crate::verbs::read(kv)?;
-                let selector = xebec_schema::selector::LabelSelector::from_object(&budget["spec"]["selector"]).map_err(ApiError::internal)?;
-                if selector.matches(pod["metadata"]["labels"].as_object()) && budget["status"]["disruptionsAllowed"].as_i64().unwrap_or(0) <= 0 {
-                    return Err(ApiError::too_many_requests("Cannot evict pod as it would violate the pod's disruption budget."));
+                let selector =
+                    xebec_schema::selector::LabelSelector::from_object(&budget["spec"]["selector"])
+                        .map_err(ApiError::internal)?;
+                if selector.matches(pod["metadata"]["labels"].as_object())
+                    && budget["status"]["disruptionsAllowed"].as_i64().unwrap_or(0) <= 0
+                {
+                    return Err(ApiError::too_many_requests(
+                        "Cannot evict pod as it would violate the pod's disruption budget.",
+                    ));
                 }
             }
         }
@@ -135,18 +232,32 @@ impl Handler {
             dry_run: dry_run(&call.query, "CreateOptions")?,
             ..DeleteOptions::default()
         };
-        self.registry.delete(about.resource, about.namespace.as_deref(), name, &options).await?;
-        Ok(handler::value(StatusCode::CREATED, &success(201), call.negotiated.yaml))
+        self.registry
+            .delete(about.resource, about.namespace.as_deref(), name, &options)
+            .await?;
+        Ok(handler::value(
+            StatusCode::CREATED,
+            &success(201),
+            call.negotiated.yaml,
+        ))
     }
 
     /// `namespaces/finalize`: the finalizers of the spec, and nothing else.
     async fn finalize(&self, about: &ResourceRequest, call: &Call, body: RequestBody) -> Answer {
-        let (given, _) = decode_as(&collect(body).await?, &call.headers, about.resource, &call.query)?;
+        let (given, _) = decode_as(
+            &collect(body).await?,
+            &call.headers,
+            about.resource,
+            &call.query,
+        )?;
         let name = about.name.as_deref().unwrap_or_default();
         let change = |old: &Object| {
             let mut new = old.clone();
             new["metadata"]["resourceVersion"] = given["metadata"]["resourceVersion"].clone();
-            match given["spec"]["finalizers"].as_array().filter(|all| !all.is_empty()) {
+            match given["spec"]["finalizers"]
+                .as_array()
+                .filter(|all| !all.is_empty())
+            {
                 Some(all) => new["spec"]["finalizers"] = all.clone().into(),
                 None => {
                     if let Some(spec) = new["spec"].as_object_mut() {
@@ -156,23 +267,66 @@ impl Handler {
             }
             Ok(new)
         };
-        let written = self.registry.update(about.resource, None, name, Part::Raw, dry_run(&call.query, "UpdateOptions")?, None, change).await?;
+        let written = self
+            .registry
+            .update(
+                about.resource,
+                None,
+                name,
+                Part::Raw,
+                dry_run(&call.query, "UpdateOptions")?,
+                None,
+                change,
+            )
+            .await?;
         self.answer(about, call, StatusCode::OK, written, &[])
     }
 
     /// `serviceaccounts/token`: a signed token, bound to what the request names.
     async fn token(&self, about: &ResourceRequest, call: &Call, body: RequestBody) -> Answer {
-        let type_id = table::type_by_name("io.k8s.api.authentication.v1.TokenRequest").ok_or_else(|| ApiError::internal("the type table has no TokenRequest"))?;
-        let (mut request, _) = decode_kind(&collect(body).await?, Media::Json, "authentication.k8s.io/v1", "TokenRequest", type_id, FieldValidation::Warn)?;
-        let (name, namespace) = (about.name.as_deref().unwrap_or_default(), about.namespace.as_deref().unwrap_or_default());
-        let account = self.registry.get(about.resource, Some(namespace), name).await?;
-        let seconds = request["spec"]["expirationSeconds"].as_i64().unwrap_or(3600);
+        let type_id = table::type_by_name("io.k8s.api.authentication.v1.TokenRequest")
+            .ok_or_else(|| ApiError::internal("the type table has no TokenRequest"))?;
+        let (mut request, _) = decode_kind(
+            &collect(body).await?,
+            Media::Json,
+            "authentication.k8s.io/v1",
+            "TokenRequest",
+            type_id,
+            FieldValidation::Warn,
+        )?;
+        let (name, namespace) = (
+            about.name.as_deref().unwrap_or_default(),
+            about.namespace.as_deref().unwrap_or_default(),
+        );
+        let account = self
+            .registry
+            .get(about.resource, Some(namespace), name)
+            .await?;
+        let seconds = request["spec"]["expirationSeconds"]
+            .as_i64()
+            .unwrap_or(3600);
         if !TOKEN_SECONDS.contains(&seconds) {
-            let detail = if seconds < 600 { "may not specify a duration less than 10 minutes" } else { "may not specify a duration larger than 2^32 seconds" };
-            let error = xebec_schema::field_error::FieldError::invalid("spec.expirationSeconds", &json!(seconds), detail);
-            return Err(ApiError::invalid("TokenRequest", "authentication.k8s.io", "", &[error]));
+            let detail = if seconds < 600 {
+                "may not specify a duration less than 10 minutes"
+            } else {
+                "may not specify a duration larger than 2^32 seconds"
+            };
+            let error = xebec_schema::field_error::FieldError::invalid(
+                "spec.expirationSeconds",
+                &json!(seconds),
+                detail,
+            );
+            return Err(ApiError::invalid(
+                "TokenRequest",
+                "authentication.k8s.io",
+                "",
+                &[error],
+            ));
         }
-        let audiences = match request["spec"]["audiences"].as_array().filter(|all| !all.is_empty()) {
+        let audiences = match request["spec"]["audiences"]
+            .as_array()
+            .filter(|all| !all.is_empty())
+        {
             Some(all) => Value::from(all.clone()),
             None => json!([self.tokens.issuer]),
         };
@@ -183,20 +337,36 @@ impl Handler {
                 "Pod" => "pods",
                 "Secret" => "secrets",
                 "Node" => "nodes",
-                _ => return Err(ApiError::bad_request(format!("cannot bind token for serviceaccount {name:?} to {kind:?}: only Pod, Secret and Node are possible"))),
+                _ => {
+                    return Err(ApiError::bad_request(format!(
+                        "cannot bind token for serviceaccount {name:?} to {kind:?}: only Pod, Secret and Node are possible"
+                    )));
+                }
             };
             let resource = table::resource("", "v1", plural).ok_or_else(ApiError::no_resource)?;
             let bound_name = bound["name"].as_str().unwrap_or_default();
-            let object = self.registry.get(resource, Some(namespace), bound_name).await?;
+            let object = self
+                .registry
+                .get(resource, Some(namespace), bound_name)
+                .await?;
             let uid = bound["uid"].as_str().unwrap_or_default();
             if !uid.is_empty() && object["metadata"]["uid"] != uid {
                 let was = object["metadata"]["uid"].as_str().unwrap_or_default();
-                return Err(ApiError::conflict(resource, bound_name, &format!("the UID in the bound object reference ({uid}) does not match the UID in record. The object might have been deleted and then recreated ({was})")));
+                return Err(ApiError::conflict(
+                    resource,
+                    bound_name,
+                    &format!(
+                        "the UID in the bound object reference ({uid}) does not match the UID in record. The object might have been deleted and then recreated ({was})"
+                    ),
+                ));
             }
             if kind == "Pod" && object["spec"]["serviceAccountName"] != name {
-                return Err(ApiError::bad_request(format!("cannot bind token for serviceaccount {name:?} to pod running with different serviceaccount name.")));
+                return Err(ApiError::bad_request(format!(
+                    "cannot bind token for serviceaccount {name:?} to pod running with different serviceaccount name."
+                )));
             }
-            kubernetes[kind.to_ascii_lowercase()] = json!({"name": bound_name, "uid": object["metadata"]["uid"]});
+            kubernetes[kind.to_ascii_lowercase()] =
+                json!({"name": bound_name, "uid": object["metadata"]["uid"]});
         }
         let start = time::OffsetDateTime::now_utc();
         let end = start + time::Duration::seconds(seconds);
@@ -205,16 +375,30 @@ impl Handler {
             "iat": start.unix_timestamp(), "nbf": start.unix_timestamp(), "exp": end.unix_timestamp(),
             "jti": uuid::Uuid::new_v4().to_string(), "kubernetes.io": kubernetes,
         });
-        let expiry = end.replace_nanosecond(0).unwrap_or(end).format(&time::format_description::well_known::Rfc3339).unwrap_or_default();
+        let expiry = end
+            .replace_nanosecond(0)
+            .unwrap_or(end)
+            .format(&time::format_description::well_known::Rfc3339)
+            .unwrap_or_default();
         request["spec"]["audiences"] = audiences;
         request["spec"]["expirationSeconds"] = seconds.into();
-        request["metadata"] = json!({"name": name, "namespace": namespace, "creationTimestamp": now()});
+        request["metadata"] =
+            json!({"name": name, "namespace": namespace, "creationTimestamp": now()});
         request["status"] = json!({"token": self.tokens.sign(&claims).map_err(ApiError::internal)?, "expirationTimestamp": expiry});
-        Ok(handler::value(StatusCode::CREATED, &request, call.negotiated.yaml))
+        Ok(handler::value(
+            StatusCode::CREATED,
+            &request,
+            call.negotiated.yaml,
+        ))
     }
 
     /// Kinds that are asked, not stored.
-    pub(crate) async fn virtual_kind(&self, about: &ResourceRequest, call: &Call, body: RequestBody) -> Answer {
+    pub(crate) async fn virtual_kind(
+        &self,
+        about: &ResourceRequest,
+        call: &Call,
+        body: RequestBody,
+    ) -> Answer {
         if about.resource.kind == "Binding" {
             return self.bind(about, call, body).await;
         }
@@ -225,23 +409,46 @@ impl Handler {
                 Some(name) => Err(ApiError::not_found(about.resource, name)),
             };
         }
-        let (mut object, warnings) = decode_as(&collect(body).await?, &call.headers, about.resource, &call.query)?;
+        let (mut object, warnings) = decode_as(
+            &collect(body).await?,
+            &call.headers,
+            about.resource,
+            &call.query,
+        )?;
         let spec = object["spec"].clone();
         object["status"] = match about.resource.kind {
             "SelfSubjectReview" => json!({"userInfo": call.user.to_value()}),
             "SelfSubjectAccessReview" => verdict(&call.user, &spec)?,
             "SubjectAccessReview" | "LocalSubjectAccessReview" => {
-                let groups: Vec<&str> = spec["groups"].as_array().into_iter().flatten().filter_map(Value::as_str).collect();
-                let user = UserInfo { name: spec["user"].as_str().unwrap_or_default().into(), groups: groups.into_iter().map(str::to_owned).collect(), ..UserInfo::default() };
+                let groups: Vec<&str> = spec["groups"]
+                    .as_array()
+                    .into_iter()
+                    .flatten()
+                    .filter_map(Value::as_str)
+                    .collect();
+                let user = UserInfo {
+                    name: spec["user"].as_str().unwrap_or_default().into(),
+                    groups: groups.into_iter().map(str::to_owned).collect(),
+                    ..UserInfo::default()
+                };
                 verdict(&user, &spec)?
             }
             "SelfSubjectRulesReview" => rules(&call.user),
             "TokenReview" => {
                 let audience = spec["audiences"][0].as_str();
-                match self.tokens.verify(spec["token"].as_str().unwrap_or_default(), audience) {
-                    Ok(claims) if self.token_still_holds(&claims.user()).await.is_err() => json!({"user": {}, "error": "invalid bearer token: its service account or pod is gone"}),
-                    Ok(claims) => json!({"authenticated": true, "user": claims.user().to_value(), "audiences": claims.audiences()}),
-                    Err(why) => json!({"user": {}, "error": format!("invalid bearer token: {why}")}),
+                match self
+                    .tokens
+                    .verify(spec["token"].as_str().unwrap_or_default(), audience)
+                {
+                    Ok(claims) if self.token_still_holds(&claims.user()).await.is_err() => {
+                        json!({"user": {}, "error": "invalid bearer token: its service account or pod is gone"})
+                    }
+                    Ok(claims) => {
+                        json!({"authenticated": true, "user": claims.user().to_value(), "audiences": claims.audiences()})
+                    }
+                    Err(why) => {
+                        json!({"user": {}, "error": format!("invalid bearer token: {why}")})
+                    }
                 }
             }
             _ => return Err(ApiError::method_not_allowed()),
@@ -249,14 +456,23 @@ impl Handler {
         if !object["metadata"].is_object() {
             object["metadata"] = json!({});
         }
-        Ok(handler::warn(handler::value(StatusCode::CREATED, &object, call.negotiated.yaml), &warnings))
+        Ok(handler::warn(
+            handler::value(StatusCode::CREATED, &object, call.negotiated.yaml),
+            &warnings,
+        ))
     }
 }
 
 fn scale_of(object: &Object) -> Value {
     let metadata = &object["metadata"];
     let mut kept = json!({});
-    for field in ["name", "namespace", "uid", "resourceVersion", "creationTimestamp"] {
+    for field in [
+        "name",
+        "namespace",
+        "uid",
+        "resourceVersion",
+        "creationTimestamp",
+    ] {
         if !metadata[field].is_null() {
             kept[field] = metadata[field].clone();
         }
@@ -265,15 +481,36 @@ fn scale_of(object: &Object) -> Value {
         "kind": "Scale", "apiVersion": "autoscaling/v1", "metadata": kept,
         "spec": {}, "status": {"replicas": object["status"]["replicas"].as_i64().unwrap_or(0)},
     });
-    if let Some(replicas) = object["spec"]["replicas"].as_i64().filter(|replicas| *replicas != 0) {
+    if let Some(replicas) = object["spec"]["replicas"]
+        .as_i64()
+        .filter(|replicas| *replicas != 0)
+    {
         scale["spec"]["replicas"] = replicas.into();
     }
     let selector = &object["spec"]["selector"];
-    let labels = if selector["matchLabels"].is_object() { &selector["matchLabels"] } else { selector };
-    let mut terms: Vec<String> = labels.as_object().into_iter().flatten().filter_map(|(key, value)| Some(format!("{key}={}", value.as_str()?))).collect();
-    for requirement in selector["matchExpressions"].as_array().into_iter().flatten() {
+    let labels = if selector["matchLabels"].is_object() {
+        &selector["matchLabels"]
+    } else {
+        selector
+    };
+    let mut terms: Vec<String> = labels
+        .as_object()
+        .into_iter()
+        .flatten()
+        .filter_map(|(key, value)| Some(format!("{key}={}", value.as_str()?)))
+        .collect();
+    for requirement in selector["matchExpressions"]
+        .as_array()
+        .into_iter()
+        .flatten()
+    {
         let key = requirement["key"].as_str().unwrap_or_default();
-        let values: Vec<&str> = requirement["values"].as_array().into_iter().flatten().filter_map(Value::as_str).collect();
+        let values: Vec<&str> = requirement["values"]
+            .as_array()
+            .into_iter()
+            .flatten()
+            .filter_map(Value::as_str)
+            .collect();
         terms.push(match requirement["operator"].as_str().unwrap_or_default() {
             "Exists" => key.to_owned(),
             "DoesNotExist" => format!("!{key}"),
@@ -288,7 +525,8 @@ fn scale_of(object: &Object) -> Value {
 }
 
 fn set_condition(pod: &mut Object, kind: &str) {
-    let condition = json!({"type": kind, "status": "True", "lastProbeTime": null, "lastTransitionTime": now()});
+    let condition =
+        json!({"type": kind, "status": "True", "lastProbeTime": null, "lastTransitionTime": now()});
     match pod["status"]["conditions"].as_array_mut() {
         Some(all) => match all.iter_mut().find(|one| one["type"] == kind) {
             Some(one) => *one = condition,
@@ -304,31 +542,67 @@ fn success(code: u16) -> Value {
 
 fn verdict(user: &UserInfo, spec: &Value) -> Result<Value, ApiError> {
     let asked = &spec["resourceAttributes"];
-    let text = |value: &Value| value.as_str().filter(|text| !text.is_empty()).map(str::to_owned);
+    let text = |value: &Value| {
+        value
+            .as_str()
+            .filter(|text| !text.is_empty())
+            .map(str::to_owned)
+    };
     let result = if asked.is_object() {
         let group = asked["group"].as_str().unwrap_or_default();
         let plural = asked["resource"].as_str().unwrap_or_default();
-        let found: Option<&'static Resource> = table::resources().iter().find(|one| one.group == group && one.plural == plural);
+        let found: Option<&'static Resource> = table::resources()
+            .iter()
+            .find(|one| one.group == group && one.plural == plural);
         match found {
             Some(resource) => authz::resource(
                 user,
-                &ResourceRequest { resource, namespace: text(&asked["namespace"]), name: text(&asked["name"]), subresource: text(&asked["subresource"]), verb: known_verb(asked["verb"].as_str().unwrap_or_default()) },
+                &ResourceRequest {
+                    resource,
+                    namespace: text(&asked["namespace"]),
+                    name: text(&asked["name"]),
+                    subresource: text(&asked["subresource"]),
+                    verb: known_verb(asked["verb"].as_str().unwrap_or_default()),
+                },
             )
             .is_ok(),
             None => authz::is_trusted(user),
         }
     } else if spec["nonResourceAttributes"].is_object() {
         let asked = &spec["nonResourceAttributes"];
-        authz::path(user, asked["path"].as_str().unwrap_or_default(), asked["verb"].as_str().unwrap_or_default()).is_ok()
+        authz::path(
+            user,
+            asked["path"].as_str().unwrap_or_default(),
+            asked["verb"].as_str().unwrap_or_default(),
+        )
+        .is_ok()
     } else {
-        let error = xebec_schema::field_error::FieldError::invalid("spec.resourceAttributes", &Value::Null, "exactly one of nonResourceAttributes or resourceAttributes must be specified");
-        return Err(ApiError::invalid("SelfSubjectAccessReview", "authorization.k8s.io", "", &[error]));
+        let error = xebec_schema::field_error::FieldError::invalid(
+            "spec.resourceAttributes",
+            &Value::Null,
+            "exactly one of nonResourceAttributes or resourceAttributes must be specified",
+        );
+        return Err(ApiError::invalid(
+            "SelfSubjectAccessReview",
+            "authorization.k8s.io",
+            "",
+            &[error],
+        ));
     };
     Ok(json!({"allowed": result}))
 }
 
 fn known_verb(verb: &str) -> &'static str {
-    let known = ["get", "list", "watch", "create", "update", "patch", "delete", "deletecollection"];
+    let known = [
+        "get",
+        "list",
+        "watch",
+        "create",
+        "update",
+        "patch",
+        "delete",
+        "deletecollection",
+    ];
     known.into_iter().find(|one| *one == verb).unwrap_or("*")
 }
 

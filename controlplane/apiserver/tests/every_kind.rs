@@ -14,26 +14,54 @@ use xebec_store::{Embedded, Options};
 
 async fn server(directory: &std::path::Path) -> Arc<ApiServer> {
     let key = rcgen::KeyPair::generate().unwrap().serialize_pem();
-    let config = Config { service_account_key_pem: key, ..Config::default() };
+    let config = Config {
+        service_account_key_pem: key,
+        ..Config::default()
+    };
     let store = Embedded::open(directory, Options::default()).unwrap();
-    ApiServer::start(config, store, CancellationToken::new()).await.unwrap()
+    ApiServer::start(config, store, CancellationToken::new())
+        .await
+        .unwrap()
 }
 
 fn admin(server: &Arc<ApiServer>) -> InProcess {
     server.in_process(UserInfo::new("kubernetes-admin", &["system:masters"]))
 }
 
-async fn ask(client: &mut InProcess, method: &str, path: &str, media: &str, body: impl Into<Bytes>) -> (StatusCode, Value) {
-    let request = Request::builder().method(method).uri(path).header("content-type", media).body(Full::new(body.into())).unwrap();
+async fn ask(
+    client: &mut InProcess,
+    method: &str,
+    path: &str,
+    media: &str,
+    body: impl Into<Bytes>,
+) -> (StatusCode, Value) {
+    let request = Request::builder()
+        .method(method)
+        .uri(path)
+        .header("content-type", media)
+        .body(Full::new(body.into()))
+        .unwrap();
     let response = client.call(request).await.unwrap();
     let status = response.status();
     let body = response.into_body().collect().await.unwrap().to_bytes();
-    (status, serde_json::from_slice(&body).unwrap_or_else(|_| Value::String(String::from_utf8_lossy(&body).into_owned())))
+    (
+        status,
+        serde_json::from_slice(&body)
+            .unwrap_or_else(|_| Value::String(String::from_utf8_lossy(&body).into_owned())),
+    )
 }
 
 fn collection(resource: &Resource) -> String {
-    let root = if resource.group.is_empty() { "/api/v1".into() } else { format!("/apis/{}/{}", resource.group, resource.version) };
-    if resource.namespaced { format!("{root}/namespaces/default/{}", resource.plural) } else { format!("{root}/{}", resource.plural) }
+    let root = if resource.group.is_empty() {
+        "/api/v1".into()
+    } else {
+        format!("/apis/{}/{}", resource.group, resource.version)
+    };
+    if resource.namespaced {
+        format!("{root}/namespaces/default/{}", resource.plural)
+    } else {
+        format!("{root}/{}", resource.plural)
+    }
 }
 
 /// What a kind can't be made without.
@@ -43,19 +71,32 @@ fn minimal(resource: &Resource) -> Value {
     let template = json!({"metadata": {"labels": labels}, "spec": {"containers": [{"name": "c", "image": "i"}]}});
     let more = match resource.kind {
         "Pod" => json!({"spec": template["spec"]}),
-        "Deployment" | "ReplicaSet" | "DaemonSet" | "StatefulSet" => json!({"spec": {"selector": {"matchLabels": labels}, "template": template, "serviceName": "x"}}),
+        "Deployment" | "ReplicaSet" | "DaemonSet" | "StatefulSet" => {
+            json!({"spec": {"selector": {"matchLabels": labels}, "template": template, "serviceName": "x"}})
+        }
         "ReplicationController" => json!({"spec": {"selector": labels, "template": template}}),
-        "Job" => json!({"spec": {"template": {"spec": {"restartPolicy": "Never", "containers": [{"name": "c", "image": "i"}]}}}}),
-        "CronJob" => json!({"spec": {"schedule": "* * * * *", "jobTemplate": {"spec": {"template": {"spec": {"restartPolicy": "Never", "containers": [{"name": "c", "image": "i"}]}}}}}}),
+        "Job" => {
+            json!({"spec": {"template": {"spec": {"restartPolicy": "Never", "containers": [{"name": "c", "image": "i"}]}}}})
+        }
+        "CronJob" => {
+            json!({"spec": {"schedule": "* * * * *", "jobTemplate": {"spec": {"template": {"spec": {"restartPolicy": "Never", "containers": [{"name": "c", "image": "i"}]}}}}}})
+        }
+        "PodTemplate" => json!({"template": template}),
         "Service" => json!({"spec": {"ports": [{"port": 80}]}}),
         "EndpointSlice" => json!({"addressType": "IPv4", "endpoints": []}),
         "PriorityClass" => json!({"value": 5}),
         "StorageClass" => json!({"provisioner": "x"}),
         "RuntimeClass" => json!({"handler": "x"}),
-        "Event" => json!({"involvedObject": {"namespace": "default"}, "regarding": {"namespace": "default"}}),
-        "ClusterRoleBinding" | "RoleBinding" => json!({"roleRef": {"apiGroup": "rbac.authorization.k8s.io", "kind": "ClusterRole", "name": "x"}}),
+        "Event" => {
+            json!({"involvedObject": {"namespace": "default"}, "regarding": {"namespace": "default"}})
+        }
+        "ClusterRoleBinding" | "RoleBinding" => {
+            json!({"roleRef": {"apiGroup": "rbac.authorization.k8s.io", "kind": "ClusterRole", "name": "x"}})
+        }
         "ControllerRevision" => json!({"revision": 1}),
-        "HorizontalPodAutoscaler" => json!({"spec": {"maxReplicas": 2, "scaleTargetRef": {"kind": "Deployment", "name": "x"}}}),
+        "HorizontalPodAutoscaler" => {
+            json!({"spec": {"maxReplicas": 2, "scaleTargetRef": {"kind": "Deployment", "name": "x"}}})
+        }
         _ => json!({}),
     };
     for (key, value) in more.as_object().into_iter().flatten() {
@@ -71,9 +112,23 @@ async fn every_kind_is_created_read_listed_watched_patched_and_deleted() {
     let mut client = admin(&server);
     const JSON: &str = "application/json";
     let account = json!({"metadata": {"name": "default"}}).to_string();
-    assert_eq!(ask(&mut client, "POST", "/api/v1/namespaces/default/serviceaccounts", JSON, account).await.0, StatusCode::CREATED);
+    assert_eq!(
+        ask(
+            &mut client,
+            "POST",
+            "/api/v1/namespaces/default/serviceaccounts",
+            JSON,
+            account
+        )
+        .await
+        .0,
+        StatusCode::CREATED
+    );
     let mut failed = Vec::new();
-    for resource in table::resources().iter().filter(|resource| resource.is_stored()) {
+    for resource in table::resources()
+        .iter()
+        .filter(|resource| resource.is_stored())
+    {
         let path = collection(resource);
         let mut object = minimal(resource);
         if resource.group == "events.k8s.io" {
@@ -86,15 +141,33 @@ async fn every_kind_is_created_read_listed_watched_patched_and_deleted() {
         }
         let one = format!("{path}/minimal");
         let (status, got) = ask(&mut client, "GET", &one, JSON, "").await;
-        if status != StatusCode::OK || got["metadata"]["uid"] != made["metadata"]["uid"] || got["kind"] != resource.kind {
+        if status != StatusCode::OK
+            || got["metadata"]["uid"] != made["metadata"]["uid"]
+            || got["kind"] != resource.kind
+        {
             failed.push(format!("get {path}: {status} {got}"));
         }
-        let (_, list) = ask(&mut client, "GET", &format!("{path}?fieldSelector=metadata.name%3Dminimal"), JSON, "").await;
-        if list["items"].as_array().map(Vec::len) != Some(1) || list["kind"] != resource.list_kind() {
+        let (_, list) = ask(
+            &mut client,
+            "GET",
+            &format!("{path}?fieldSelector=metadata.name%3Dminimal"),
+            JSON,
+            "",
+        )
+        .await;
+        if list["items"].as_array().map(Vec::len) != Some(1) || list["kind"] != resource.list_kind()
+        {
             failed.push(format!("list {path}: {list}"));
         }
         let patch = json!({"metadata": {"labels": {"patched": "yes"}}}).to_string();
-        let (status, patched) = ask(&mut client, "PATCH", &one, "application/merge-patch+json", patch).await;
+        let (status, patched) = ask(
+            &mut client,
+            "PATCH",
+            &one,
+            "application/merge-patch+json",
+            patch,
+        )
+        .await;
         if status != StatusCode::OK || patched["metadata"]["labels"]["patched"] != "yes" {
             failed.push(format!("patch {path}: {status} {}", patched["message"]));
         }
@@ -108,10 +181,17 @@ async fn every_kind_is_created_read_listed_watched_patched_and_deleted() {
         let body = client.call(request).await.unwrap().into_body();
         let mut events = Vec::new();
         let mut body = body;
-        let wanted = if resource.kind == "Namespace" { ["MODIFIED", "MODIFIED"] } else { ["MODIFIED", "DELETED"] };
+        let wanted = if resource.kind == "Namespace" {
+            ["MODIFIED", "MODIFIED"]
+        } else {
+            ["MODIFIED", "DELETED"]
+        };
         while events.len() < 2 {
-            let Some(Ok(frame)) = body.frame().await else { break };
-            let event: Value = serde_json::from_slice(&frame.into_data().unwrap_or_default()).unwrap_or_default();
+            let Some(Ok(frame)) = body.frame().await else {
+                break;
+            };
+            let event: Value =
+                serde_json::from_slice(&frame.into_data().unwrap_or_default()).unwrap_or_default();
             events.push(event["type"].as_str().unwrap_or_default().to_owned());
         }
         if events != wanted {
@@ -130,16 +210,36 @@ async fn bad_input_is_refused_and_changes_nothing() {
     let cases: [(&str, Vec<u8>, u16); 7] = [
         ("application/json", b"{\"kind\":".to_vec(), 400),
         ("application/yaml", b"a: [1, }".to_vec(), 400),
-        ("application/json", br#"{"apiVersion":"v1","kind":"Nonsense","metadata":{"name":"a"}}"#.to_vec(), 400),
-        ("application/json", br#"{"apiVersion":"v9","kind":"ConfigMap","metadata":{"name":"a"}}"#.to_vec(), 400),
+        (
+            "application/json",
+            br#"{"apiVersion":"v1","kind":"Nonsense","metadata":{"name":"a"}}"#.to_vec(),
+            400,
+        ),
+        (
+            "application/json",
+            br#"{"apiVersion":"v9","kind":"ConfigMap","metadata":{"name":"a"}}"#.to_vec(),
+            400,
+        ),
         ("application/json", vec![b' '; 10 << 20], 413),
-        ("application/vnd.kubernetes.protobuf", b"k8s\0".to_vec(), 415),
-        ("application/json", br#"{"apiVersion":"v1","kind":"ConfigMap","metadata":{"name":"Not A Name"}}"#.to_vec(), 422),
+        (
+            "application/vnd.kubernetes.protobuf",
+            b"k8s\0".to_vec(),
+            415,
+        ),
+        (
+            "application/json",
+            br#"{"apiVersion":"v1","kind":"ConfigMap","metadata":{"name":"Not A Name"}}"#.to_vec(),
+            422,
+        ),
     ];
     for (media, body, code) in cases {
         let shown = String::from_utf8_lossy(&body[..body.len().min(60)]).into_owned();
         let (status, answer) = ask(&mut client, "POST", path, media, body).await;
-        assert_eq!((status.as_u16(), answer["kind"].as_str()), (code, Some("Status")), "{shown}: {answer}");
+        assert_eq!(
+            (status.as_u16(), answer["kind"].as_str()),
+            (code, Some("Status")),
+            "{shown}: {answer}"
+        );
     }
     let (_, list) = ask(&mut client, "GET", path, "application/json", "").await;
     assert_eq!(list["items"], json!([]));
@@ -150,10 +250,30 @@ async fn others_are_refused() {
     let directory = tempfile::tempdir().unwrap();
     let server = server(directory.path()).await;
     let mut stranger = server.in_process(UserInfo::new("jane", &[]));
-    let (status, answer) = ask(&mut stranger, "GET", "/api/v1/namespaces/default/pods", "application/json", "").await;
+    let (status, answer) = ask(
+        &mut stranger,
+        "GET",
+        "/api/v1/namespaces/default/pods",
+        "application/json",
+        "",
+    )
+    .await;
     assert_eq!(status, StatusCode::FORBIDDEN);
-    assert_eq!(answer["message"], "pods is forbidden: User \"jane\" cannot list resource \"pods\" in API group \"\" in the namespace \"default\"");
+    assert_eq!(
+        answer["message"],
+        "pods is forbidden: User \"jane\" cannot list resource \"pods\" in API group \"\" in the namespace \"default\""
+    );
     let mut nobody = server.in_process(UserInfo::anonymous());
-    assert_eq!(ask(&mut nobody, "GET", "/version", "application/json", "").await.0, StatusCode::OK);
-    assert_eq!(ask(&mut nobody, "GET", "/apis", "application/json", "").await.0, StatusCode::FORBIDDEN);
+    assert_eq!(
+        ask(&mut nobody, "GET", "/version", "application/json", "")
+            .await
+            .0,
+        StatusCode::OK
+    );
+    assert_eq!(
+        ask(&mut nobody, "GET", "/apis", "application/json", "")
+            .await
+            .0,
+        StatusCode::FORBIDDEN
+    );
 }
