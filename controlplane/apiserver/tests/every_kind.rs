@@ -1,5 +1,7 @@
 //! Every stored kind through the in-process service: create, get, list, watch, patch, delete; bad input.
 
+#![allow(clippy::unwrap_used, reason = "a failed step fails the test")]
+
 use std::sync::Arc;
 
 use bytes::Bytes;
