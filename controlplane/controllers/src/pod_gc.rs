@@ -52,10 +52,11 @@ pub(crate) fn start(
         let key = || Work::Pod(Key::of(pod.as_ref()));
         match node_name(pod) {
             None if is_terminating(pod) => wake.add(key()),
-            Some(node) if old.is_none_or(|old| node_name(old).is_none()) => {
-                if cluster.nodes.get(&Key::new("", node)).is_none() {
-                    wake.add_after(key(), quarantine);
-                }
+            Some(node)
+                if old.is_none_or(|old| node_name(old).is_none())
+                    && cluster.nodes.get(&Key::new("", node)).is_none() =>
+            {
+                wake.add_after(key(), quarantine);
             }
             _ => {}
         }
