@@ -23,6 +23,9 @@ use xebec_store::{Embedded, Options};
 
 const CA: &str = "-----BEGIN CERTIFICATE-----\ntest\n-----END CERTIFICATE-----\n";
 
+/// How long a pod takes to stop.
+const STOPPING: Duration = Duration::from_millis(300);
+
 /// A control plane without a scheduler and a kubelet; everything ends with it.
 struct Cluster {
     client: Client,
@@ -77,7 +80,7 @@ impl Cluster {
         create(&api, json!({"metadata": {"name": name}})).await;
     }
 
-    /// A node whose kubelet runs every pod at once and stops it as soon as it is told to.
+    /// A node whose kubelet runs every pod at once and stops it a little after it is told to.
     async fn node(&self, name: &str) -> tokio::task::JoinHandle<()> {
         let nodes = Api::<Node>::all(self.client.clone());
         create(
@@ -142,9 +145,14 @@ async fn run_pod(client: &Client, node: &str, pod: &Pod, last: &mut u8) -> kube:
                 .await?;
         }
         Some(bound) if bound == node && pod.metadata.deletion_timestamp.is_some() => {
-            let _ = api
-                .delete(&name, &DeleteParams::default().grace_period(0))
-                .await?;
+            // It takes its time, during which a rash controller would be found out.
+            tokio::spawn(async move {
+                tokio::time::sleep(STOPPING).await;
+                // Already gone when told twice.
+                let _ = api
+                    .delete(&name, &DeleteParams::default().grace_period(0))
+                    .await;
+            });
         }
         Some(bound) if bound == node && phase.as_deref() != Some("Running") => {
             *last += 1;
