@@ -1,2 +1,161 @@
-//! The `xebec` executable.
-fn main() {}
+//! The `xebec` executable: one binary that is the cluster, its parts and its command line.
+
+mod demo;
+mod down;
+mod image;
+mod kubeconfig;
+mod paths;
+mod pki;
+mod status;
+mod tables;
+mod tcp_bench;
+mod text;
+mod unix_http;
+mod up;
+
+use std::io::IsTerminal;
+use std::path::{Path, PathBuf};
+use std::process::ExitCode;
+
+use anyhow::{Context, Result};
+use clap::{CommandFactory, Parser, Subcommand};
+use paths::Layout;
+
+#[derive(Parser)]
+#[command(
+    name = "xebec",
+    version,
+    about = "Kubernetes on an eBPF dataplane, in one binary",
+    propagate_version = true
+)]
+struct Cli {
+    /// Where the cluster's data lies
+    #[arg(
+        long,
+        global = true,
+        env = "XEBEC_DATA_DIR",
+        default_value = "/var/lib/xebec"
+    )]
+    data_dir: PathBuf,
+    /// Where sockets and mounts lie
+    #[arg(
+        long,
+        global = true,
+        env = "XEBEC_RUN_DIR",
+        default_value = "/run/xebec"
+    )]
+    run_dir: PathBuf,
+    /// Log filter, such as `info`, `debug` or `xebec_agent=debug`
+    #[arg(
+        long,
+        global = true,
+        env = "XEBEC_LOG",
+        default_value = "warn,xebec=info"
+    )]
+    log: String,
+    #[command(subcommand)]
+    command: Command,
+}
+
+#[derive(Subcommand)]
+enum Command {
+    /// Start a cluster on this machine
+    Up(up::Up),
+    /// Stop the cluster; its data stays for the next `up`
+    Down(down::Down),
+    /// What runs, and whether it is healthy
+    Status(status::Status),
+    /// Endpoints: the pods that the node's agent has connected
+    #[command(subcommand)]
+    Endpoint(tables::Endpoint),
+    /// Images of the container runtime
+    #[command(subcommand)]
+    Image(image::Image),
+    /// Print the administrator's kubeconfig
+    Kubeconfig {
+        /// Merge it into the user's kubeconfig instead ($KUBECONFIG or ~/.kube/config)
+        #[arg(long)]
+        write: bool,
+    },
+    /// Print a shell completion script
+    Completion {
+        /// The shell
+        shell: clap_complete::Shell,
+    },
+    /// The small application of the demo image
+    #[command(subcommand, hide = true)]
+    Demo(demo::Demo),
+}
+
+fn main() -> ExitCode {
+    let mut args = std::env::args_os();
+    let name = args.next().unwrap_or_default();
+    if Path::new(&name)
+        .file_name()
+        .is_some_and(|name| name == "xebec-cni")
+    {
+        return xebec_cni::main();
+    }
+    // The shim stays single-threaded and small: it never meets the async runtime or clap.
+    if args.next().is_some_and(|first| first == "shim") {
+        let args = args.map(|arg| arg.to_string_lossy().into_owned()).collect();
+        return ExitCode::from(u8::try_from(xebec_shim::main(args)).unwrap_or(1));
+    }
+    let cli = match Cli::try_parse() {
+        Ok(cli) => cli,
+        Err(error) => error.exit(),
+    };
+    match run(cli) {
+        Ok(()) => ExitCode::SUCCESS,
+        Err(error) => {
+            eprintln!("xebec: {error:#}");
+            ExitCode::FAILURE
+        }
+    }
+}
+
+fn run(cli: Cli) -> Result<()> {
+    init_log(&cli.log)?;
+    let layout = Layout {
+        data: cli.data_dir,
+        run: cli.run_dir,
+    };
+    let runtime = match &cli.command {
+        Command::Up(_) => tokio::runtime::Builder::new_multi_thread(),
+        _ => tokio::runtime::Builder::new_current_thread(),
+    }
+    .enable_all()
+    .build()
+    .context("could not start the async runtime")?;
+    match cli.command {
+        Command::Up(up) => {
+            if up.detach {
+                return up::detach::run(&layout);
+            }
+            runtime.block_on(up.run(layout))
+        }
+        Command::Down(down) => runtime.block_on(down.run(layout)),
+        Command::Status(status) => runtime.block_on(status.run(&layout)),
+        Command::Endpoint(endpoint) => runtime.block_on(endpoint.run(&layout)),
+        Command::Image(image) => runtime.block_on(image.run(&layout)),
+        Command::Kubeconfig { write } => kubeconfig::run(&layout, write),
+        Command::Completion { shell } => {
+            clap_complete::generate(shell, &mut Cli::command(), "xebec", &mut std::io::stdout());
+            Ok(())
+        }
+        Command::Demo(demo) => runtime.block_on(demo.run()),
+    }
+}
+
+fn init_log(filter: &str) -> Result<()> {
+    use tracing_subscriber::EnvFilter;
+    let filter = EnvFilter::try_new(filter).with_context(|| {
+        format!("--log {filter:?} is no log filter (try `info` or `xebec_agent=debug`)")
+    })?;
+    tracing_subscriber::fmt()
+        .with_env_filter(filter)
+        .with_writer(std::io::stderr)
+        .with_ansi(std::io::stderr().is_terminal())
+        .init();
+    Ok(())
+}

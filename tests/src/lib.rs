@@ -11,7 +11,9 @@ use serde_json::Value;
 
 /// The executable under test, from `$XEBEC_BIN` (set by `cargo xtask test`).
 pub fn xebec_bin() -> PathBuf {
-    std::env::var_os("XEBEC_BIN").map(PathBuf::from).expect("XEBEC_BIN is set by `cargo xtask test`")
+    std::env::var_os("XEBEC_BIN")
+        .map(PathBuf::from)
+        .expect("XEBEC_BIN is set by `cargo xtask test`")
 }
 
 /// A cluster of the executable under test in folders of its own.
@@ -25,16 +27,24 @@ impl Cluster {
     /// Starts a cluster with these arguments for `up`, and waits until it is Ready.
     pub fn up(name: &str, args: &[&str]) -> Result<Self> {
         let dir = PathBuf::from(format!("/tmp/xebec-test-{name}-{}", std::process::id()));
-        std::fs::create_dir_all(&dir).with_context(|| format!("could not make {}", dir.display()))?;
-        let mut cluster =
-            Self { dir, args: args.iter().map(|arg| (*arg).to_owned()).collect(), down: false };
+        std::fs::create_dir_all(&dir)
+            .with_context(|| format!("could not make {}", dir.display()))?;
+        let mut cluster = Self {
+            dir,
+            args: args.iter().map(|arg| (*arg).to_owned()).collect(),
+            down: false,
+        };
         cluster.start()?;
         Ok(cluster)
     }
 
     /// Starts it (again) on the same data.
     pub fn start(&mut self) -> Result<()> {
-        let output = self.xebec(&["up", "--detach"]).args(&self.args).output().context("could not start xebec")?;
+        let output = self
+            .xebec(&["up", "--detach"])
+            .args(&self.args)
+            .output()
+            .context("could not start xebec")?;
         succeed("xebec up", output)?;
         self.down = false;
         Ok(())
@@ -43,25 +53,39 @@ impl Cluster {
     /// `xebec` with this cluster's folders and the given arguments.
     pub fn xebec(&self, args: &[&str]) -> Command {
         let mut command = Command::new(xebec_bin());
-        command.env("XEBEC_DATA_DIR", self.dir.join("data")).env("XEBEC_RUN_DIR", self.dir.join("run")).args(args);
+        command
+            .env("XEBEC_DATA_DIR", self.dir.join("data"))
+            .env("XEBEC_RUN_DIR", self.dir.join("run"))
+            .args(args);
         command
     }
 
     /// Runs `xebec` and gives its standard output.
     pub fn run(&self, args: &[&str]) -> Result<String> {
-        succeed(&format!("xebec {}", args.join(" ")), self.xebec(args).output().context("could not start xebec")?)
+        succeed(
+            &format!("xebec {}", args.join(" ")),
+            self.xebec(args).output().context("could not start xebec")?,
+        )
     }
 
     /// The real kubectl, as administrator.
     pub fn kubectl(&self, args: &[&str]) -> Command {
-        let mut command = Command::new(std::env::var_os("KUBECTL").unwrap_or_else(|| "kubectl".into()));
-        command.env("KUBECONFIG", self.dir.join("data/admin.kubeconfig")).args(args);
+        let mut command =
+            Command::new(std::env::var_os("KUBECTL").unwrap_or_else(|| "kubectl".into()));
+        command
+            .env("KUBECONFIG", self.dir.join("data/admin.kubeconfig"))
+            .args(args);
         command
     }
 
     /// Runs kubectl and gives its standard output.
     pub fn k(&self, args: &[&str]) -> Result<String> {
-        succeed(&format!("kubectl {}", args.join(" ")), self.kubectl(args).output().context("could not start kubectl")?)
+        succeed(
+            &format!("kubectl {}", args.join(" ")),
+            self.kubectl(args)
+                .output()
+                .context("could not start kubectl")?,
+        )
     }
 
     /// `kubectl get … -o json`.
@@ -79,9 +103,10 @@ impl Cluster {
             .flatten()
             .filter(|pod| pod["metadata"]["deletionTimestamp"].is_null())
             .filter(|pod| {
-                pod["status"]["conditions"]
-                    .as_array()
-                    .is_some_and(|all| all.iter().any(|c| c["type"] == "Ready" && c["status"] == "True"))
+                pod["status"]["conditions"].as_array().is_some_and(|all| {
+                    all.iter()
+                        .any(|c| c["type"] == "Ready" && c["status"] == "True")
+                })
             })
             .filter_map(|pod| pod["metadata"]["name"].as_str().map(str::to_owned))
             .collect())
@@ -89,9 +114,13 @@ impl Cluster {
 
     /// Pid of the process that runs the cluster.
     pub fn pid(&self) -> Result<i32> {
-        let state = std::fs::read(self.dir.join("run/up.json")).context("the cluster has no state file")?;
+        let state =
+            std::fs::read(self.dir.join("run/up.json")).context("the cluster has no state file")?;
         let state: Value = serde_json::from_slice(&state).context("the state file is no JSON")?;
-        state["pid"].as_i64().map(|pid| pid as i32).context("the state file names no pid")
+        state["pid"]
+            .as_i64()
+            .map(|pid| pid as i32)
+            .context("the state file names no pid")
     }
 
     /// `xebec down`.
@@ -135,7 +164,11 @@ pub fn succeed(what: &str, output: Output) -> Result<String> {
 }
 
 /// Asks again until it holds; the last error or `what` is the failure.
-pub fn eventually(what: &str, timeout: Duration, mut holds: impl FnMut() -> Result<bool>) -> Result<()> {
+pub fn eventually(
+    what: &str,
+    timeout: Duration,
+    mut holds: impl FnMut() -> Result<bool>,
+) -> Result<()> {
     let deadline = Instant::now() + timeout;
     loop {
         let answer = holds();
@@ -166,16 +199,26 @@ impl Machine {
     /// The machine as it is now.
     pub fn now() -> Result<Self> {
         let lines = |args: &[&str]| -> Result<BTreeSet<String>> {
-            let text = succeed("ip", Command::new("ip").args(args).output().context("could not start ip")?)?;
+            let text = succeed(
+                "ip",
+                Command::new("ip")
+                    .args(args)
+                    .output()
+                    .context("could not start ip")?,
+            )?;
             Ok(text.lines().map(str::to_owned).collect())
         };
-        let mounts = std::fs::read_to_string("/proc/self/mounts").context("could not read mounts")?;
+        let mounts =
+            std::fs::read_to_string("/proc/self/mounts").context("could not read mounts")?;
         Ok(Self {
             links: lines(&["-br", "link"])?,
             routes: lines(&["route", "show", "table", "all"])?,
             rules: lines(&["rule"])?,
             mounts: mounts.lines().map(str::to_owned).collect(),
-            programs: aya::programs::loaded_programs().filter_map(Result::ok).map(|program| program.id()).collect(),
+            programs: aya::programs::loaded_programs()
+                .filter_map(Result::ok)
+                .map(|program| program.id())
+                .collect(),
             processes: processes_of(&xebec_bin()),
             cgroups: cgroups(Path::new("/sys/fs/cgroup")),
         })
@@ -188,10 +231,16 @@ fn processes_of(executable: &Path) -> BTreeSet<String> {
         .into_iter()
         .flatten()
         .flatten()
-        .filter(|entry| std::fs::read_link(entry.path().join("exe")).is_ok_and(|exe| exe == executable))
+        .filter(|entry| {
+            std::fs::read_link(entry.path().join("exe")).is_ok_and(|exe| exe == executable)
+        })
         .map(|entry| {
             let command = std::fs::read(entry.path().join("cmdline")).unwrap_or_default();
-            format!("{} {}", entry.file_name().to_string_lossy(), String::from_utf8_lossy(&command).replace('\0', " "))
+            format!(
+                "{} {}",
+                entry.file_name().to_string_lossy(),
+                String::from_utf8_lossy(&command).replace('\0', " ")
+            )
         })
         .collect()
 }
@@ -205,7 +254,10 @@ fn cgroups(dir: &Path) -> BTreeSet<PathBuf> {
             continue;
         }
         let name = entry.file_name();
-        if ["xebec", "kubepods"].iter().any(|ours| name.to_string_lossy().contains(ours)) {
+        if ["xebec", "kubepods"]
+            .iter()
+            .any(|ours| name.to_string_lossy().contains(ours))
+        {
             found.insert(path.clone());
         }
         found.extend(cgroups(&path));

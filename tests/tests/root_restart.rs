@@ -19,7 +19,11 @@ fn pods(cluster: &Cluster) -> Result<BTreeMap<String, (String, String, u64)>> {
         .map(|pod| {
             let container = &pod["status"]["containerStatuses"][0];
             let text = |value: &serde_json::Value| value.as_str().unwrap_or_default().to_owned();
-            let state = (text(&pod["status"]["podIP"]), text(&container["containerID"]), container["restartCount"].as_u64().unwrap_or(99));
+            let state = (
+                text(&pod["status"]["podIP"]),
+                text(&container["containerID"]),
+                container["restartCount"].as_u64().unwrap_or(99),
+            );
             (text(&pod["metadata"]["name"]), state)
         })
         .collect())
@@ -31,29 +35,56 @@ fn killing_everything_but_the_shims_disturbs_nobody() -> Result<()> {
     let mut cluster = Cluster::up("restart", &[])?;
     cluster.k(&["apply", "-f", &shop().to_string_lossy()])?;
     eventually("the shop is Ready", Duration::from_secs(60), || {
-        Ok(cluster.ready_pods("shop", "app=web")?.len() == 3 && cluster.ready_pods("shop", "app=api")?.len() == 2)
+        Ok(cluster.ready_pods("shop", "app=web")?.len() == 3
+            && cluster.ready_pods("shop", "app=api")?.len() == 2)
     })?;
     let running = pods(&cluster)?;
     // One connection that stays open over the kill: curl reads one answer a second over it.
-    let address = running.iter().find(|(name, _)| name.starts_with("web-")).map(|(_, pod)| pod.0.clone()).context("no web pod")?;
-    let urls: Vec<String> = (0..8).map(|n| format!("http://{address}:8080/whoami?{n}")).collect();
+    let address = running
+        .iter()
+        .find(|(name, _)| name.starts_with("web-"))
+        .map(|(_, pod)| pod.0.clone())
+        .context("no web pod")?;
+    let urls: Vec<String> = (0..8)
+        .map(|n| format!("http://{address}:8080/whoami?{n}"))
+        .collect();
     let mut client = Command::new("curl")
-        .args(["--silent", "--show-error", "--fail", "--rate", "1/s", "--write-out", "%{num_connects}\\n", "--output", "/dev/null"])
+        .args([
+            "--silent",
+            "--show-error",
+            "--fail",
+            "--rate",
+            "1/s",
+            "--write-out",
+            "%{num_connects}\\n",
+            "--output",
+            "/dev/null",
+        ])
         .args(&urls)
         .stdout(Stdio::piped())
         .spawn()
         .context("could not start curl")?;
     let mut answers = BufReader::new(client.stdout.take().context("curl has no output")?).lines();
-    assert_eq!(answers.next().transpose()?.as_deref(), Some("1"), "the first answer opens the connection");
+    assert_eq!(
+        answers.next().transpose()?.as_deref(),
+        Some("1"),
+        "the first answer opens the connection"
+    );
     succeed_kill(cluster.pid()?)?;
     let rest: Vec<String> = answers.collect::<Result<_, _>>()?;
     assert!(client.wait()?.success(), "the connection broke");
     assert_eq!(rest, ["0"; 7], "all answers came over the one connection");
     cluster.start()?;
-    eventually("the API knows the pods again", Duration::from_secs(60), || {
-        Ok(cluster.ready_pods("shop", "app=web")?.len() == 3)
-    })?;
-    assert_eq!(running, pods(&cluster)?, "the same containers run, with the same addresses");
+    eventually(
+        "the API knows the pods again",
+        Duration::from_secs(60),
+        || Ok(cluster.ready_pods("shop", "app=web")?.len() == 3),
+    )?;
+    assert_eq!(
+        running,
+        pods(&cluster)?,
+        "the same containers run, with the same addresses"
+    );
     // Killed once more, `down` alone cleans up.
     succeed_kill(cluster.pid()?)?;
     cluster.down()?;
@@ -62,7 +93,10 @@ fn killing_everything_but_the_shims_disturbs_nobody() -> Result<()> {
 }
 
 fn succeed_kill(pid: i32) -> Result<()> {
-    let status = Command::new("kill").args(["-9", &pid.to_string()]).status().context("could not start kill")?;
+    let status = Command::new("kill")
+        .args(["-9", &pid.to_string()])
+        .status()
+        .context("could not start kill")?;
     anyhow::ensure!(status.success(), "could not kill {pid}");
     Ok(())
 }

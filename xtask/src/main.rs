@@ -1,6 +1,5 @@
 //! What a developer types: `cargo xtask up | test | bench | build | codegen | setup`.
 
-mod ebpf;
 mod setup;
 mod shell;
 
@@ -20,9 +19,9 @@ struct Args {
 
 #[derive(Subcommand)]
 enum Command {
-    /// Install what the build and the tests lack (Debian and Ubuntu packages, bpf-linker)
+    /// Install what the build and the tests lack (Debian and Ubuntu packages)
     Setup,
-    /// Build the eBPF object and the `xebec` executable; prints its path
+    /// Build the `xebec` executable; prints its path
     Build {
         /// Build with the release profile
         #[arg(long)]
@@ -86,16 +85,18 @@ fn run(command: Command) -> Result<()> {
             let xebec = build(true)?;
             Cmd::cargo(["build", "--release", "-p", "xebec-bench"]).run()?;
             let bench = artifact(true, "xebec-bench")?;
-            Cmd::as_root(bench).env("XEBEC_BIN", &xebec).args(args).run()
+            Cmd::as_root(bench)
+                .env("XEBEC_BIN", &xebec)
+                .args(args)
+                .run()
         }
         Command::Codegen { check } => codegen(check),
     }
 }
 
-/// Builds the eBPF object, then the executable that embeds it.
+/// Builds the executable.
 fn build(release: bool) -> Result<PathBuf> {
-    let object = ebpf::build()?;
-    let mut cmd = Cmd::cargo(["build", "-p", "xebec"]).env("XEBEC_EBPF_OBJECT", &object);
+    let mut cmd = Cmd::cargo(["build", "-p", "xebec"]);
     if release {
         cmd = cmd.arg("--release");
     }
@@ -125,13 +126,8 @@ fn codegen(check: bool) -> Result<()> {
 fn test(no_root: bool, filter: Option<&str>) -> Result<()> {
     setup::for_tests()?;
     let xebec = build(false)?;
-    let object = ebpf::build()?;
     let kubectl = setup::kubectl()?;
-    let base = |cmd: Cmd| {
-        cmd.env("XEBEC_BIN", &xebec)
-            .env("XEBEC_EBPF_OBJECT", &object)
-            .env("KUBECTL", &kubectl)
-    };
+    let base = |cmd: Cmd| cmd.env("XEBEC_BIN", &xebec).env("KUBECTL", &kubectl);
     if filter.is_none() {
         codegen(true)?;
     }
@@ -147,7 +143,7 @@ fn test(no_root: bool, filter: Option<&str>) -> Result<()> {
     for package in setup::ROOT_TEST_PACKAGES {
         // The build runs as the calling user so that no file in the target folder belongs to root.
         base(Cmd::cargo(["test", "--no-run", "--quiet", "-p", package])).run()?;
-        for binary in shell::test_binaries(package, &[("XEBEC_EBPF_OBJECT", object.as_os_str())])? {
+        for binary in shell::test_binaries(package)? {
             let mut cmd = base(Cmd::as_root(&binary.path))
                 .dir(root().join(&binary.package_dir))
                 .args(["--test-threads=1"]);

@@ -4,12 +4,10 @@ use std::path::PathBuf;
 
 use anyhow::{Context, Result, bail};
 
-use crate::ebpf;
 use crate::shell::{Cmd, is_root, on_path};
 
 /// Packages whose integration tests named `root_*` need root.
-pub const ROOT_TEST_PACKAGES: &[&str] =
-    &["xebec-packet-tests", "xebec-cri", "xebec-agent", "xebec-kubelet", "xebec-tests"];
+pub const ROOT_TEST_PACKAGES: &[&str] = &["xebec-store", "xebec-cri", "xebec-tests"];
 
 /// What is looked for, and the Debian package that brings it.
 struct Need {
@@ -19,25 +17,62 @@ struct Need {
 }
 
 const BUILD: &[Need] = &[
-    Need { what: "cc", package: "gcc" },
-    Need { what: "/usr/include/stdio.h", package: "libc6-dev" },
+    Need {
+        what: "cc",
+        package: "gcc",
+    },
+    Need {
+        what: "/usr/include/stdio.h",
+        package: "libc6-dev",
+    },
 ];
 
 const TEST: &[Need] = &[
-    Need { what: "ip", package: "iproute2" },
-    Need { what: "nsenter", package: "util-linux" },
-    Need { what: "curl", package: "curl" },
-    Need { what: "pip3", package: "python3-pip" },
-    Need { what: "/bin/busybox", package: "busybox-static" },
-    Need { what: "docker-registry", package: "docker-registry" },
-    Need { what: "python3", package: "python3" },
-    Need { what: "/usr/lib/python3/dist-packages/yaml/__init__.py", package: "python3-yaml" },
+    Need {
+        what: "ip",
+        package: "iproute2",
+    },
+    Need {
+        what: "nsenter",
+        package: "util-linux",
+    },
+    Need {
+        what: "curl",
+        package: "curl",
+    },
+    Need {
+        what: "pip3",
+        package: "python3-pip",
+    },
+    Need {
+        what: "/bin/busybox",
+        package: "busybox-static",
+    },
+    Need {
+        what: "docker-registry",
+        package: "docker-registry",
+    },
+    Need {
+        what: "/usr/lib/cni/bridge",
+        package: "containernetworking-plugins",
+    },
+    Need {
+        what: "mount",
+        package: "mount",
+    },
+    Need {
+        what: "python3",
+        package: "python3",
+    },
+    Need {
+        what: "/usr/lib/python3/dist-packages/yaml/__init__.py",
+        package: "python3-yaml",
+    },
 ];
 
 /// Installs what `build` needs.
 pub fn for_build() -> Result<()> {
-    install(BUILD)?;
-    ebpf::ensure_toolchain()
+    install(BUILD)
 }
 
 /// Installs what `test` and `bench` need besides.
@@ -53,7 +88,10 @@ pub fn kubectl() -> Result<PathBuf> {
         return Ok(path.into());
     }
     if !on_path("kubectl") {
-        install(&[Need { what: "kubectl", package: "kubernetes-client" }])?;
+        install(&[Need {
+            what: "kubectl",
+            package: "kubernetes-client",
+        }])?;
     }
     Ok("kubectl".into())
 }
@@ -61,7 +99,10 @@ pub fn kubectl() -> Result<PathBuf> {
 /// Installs Debian packages by name.
 pub fn apt(packages: &[&str]) -> Result<()> {
     if !on_path("apt-get") {
-        bail!("please install with this system's package manager: {}", packages.join(" "));
+        bail!(
+            "please install with this system's package manager: {}",
+            packages.join(" ")
+        );
     }
     if !is_root() && !on_path("sudo") {
         bail!("please run as root: apt-get install {}", packages.join(" "));
@@ -74,7 +115,9 @@ pub fn apt(packages: &[&str]) -> Result<()> {
     };
     if install().run().is_err() {
         Cmd::as_root("apt-get").args(["update", "-qq"]).run()?;
-        install().run().with_context(|| format!("could not install {}", packages.join(" ")))?;
+        install()
+            .run()
+            .with_context(|| format!("could not install {}", packages.join(" ")))?;
     }
     Ok(())
 }
@@ -84,9 +127,15 @@ fn install(needs: &[Need]) -> Result<()> {
         .iter()
         .filter(|need| match need.what.strip_prefix('/') {
             Some(_) => !std::path::Path::new(need.what).exists(),
-            None => !on_path(need.what) && !std::path::Path::new("/usr/sbin").join(need.what).exists(),
+            None => {
+                !on_path(need.what) && !std::path::Path::new("/usr/sbin").join(need.what).exists()
+            }
         })
         .map(|need| need.package)
         .collect();
-    if missing.is_empty() { Ok(()) } else { apt(&missing) }
+    if missing.is_empty() {
+        Ok(())
+    } else {
+        apt(&missing)
+    }
 }

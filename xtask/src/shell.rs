@@ -50,12 +50,6 @@ impl Cmd {
         self
     }
 
-    /// Removes an environment variable.
-    pub fn env_remove(mut self, key: &str) -> Self {
-        self.0.env_remove(key);
-        self
-    }
-
     /// The folder it runs in.
     pub fn dir(mut self, dir: impl AsRef<Path>) -> Self {
         self.0.current_dir(dir);
@@ -65,7 +59,10 @@ impl Cmd {
     /// Runs it with our output; a non-zero exit is an error that names the command.
     pub fn run(mut self) -> Result<()> {
         eprintln!("+ {}", self.line());
-        let status = self.0.status().with_context(|| format!("could not start `{}`", self.line()))?;
+        let status = self
+            .0
+            .status()
+            .with_context(|| format!("could not start `{}`", self.line()))?;
         if !status.success() {
             bail!("`{}` failed: {status}", self.line());
         }
@@ -74,9 +71,17 @@ impl Cmd {
 
     /// Runs it and gives what it printed on standard output.
     pub fn output(mut self) -> Result<String> {
-        let output = self.0.output().with_context(|| format!("could not start `{}`", self.line()))?;
+        let output = self
+            .0
+            .output()
+            .with_context(|| format!("could not start `{}`", self.line()))?;
         if !output.status.success() {
-            bail!("`{}` failed: {}\n{}", self.line(), output.status, String::from_utf8_lossy(&output.stderr));
+            bail!(
+                "`{}` failed: {}\n{}",
+                self.line(),
+                output.status,
+                String::from_utf8_lossy(&output.stderr)
+            );
         }
         Ok(String::from_utf8_lossy(&output.stdout).into_owned())
     }
@@ -123,7 +128,8 @@ pub fn on_path(program: &str) -> bool {
 /// Cargo's target folder for this workspace.
 pub fn target_dir() -> Result<PathBuf> {
     let metadata = Cmd::cargo(["metadata", "--format-version=1", "--no-deps"]).output()?;
-    let metadata: serde_json::Value = serde_json::from_str(&metadata).context("cargo metadata gave no JSON")?;
+    let metadata: serde_json::Value =
+        serde_json::from_str(&metadata).context("cargo metadata gave no JSON")?;
     metadata["target_directory"]
         .as_str()
         .map(PathBuf::from)
@@ -150,14 +156,20 @@ pub struct TestBinary {
 
 /// The test executables of a package's `root_*` integration tests, or all of them where the
 /// package exists for root tests alone (it is no default member).
-pub fn test_binaries(package: &str, envs: &[(&str, &OsStr)]) -> Result<Vec<TestBinary>> {
-    let mut cmd = Cmd::cargo(["test", "--no-run", "--quiet", "--message-format=json", "-p", package]);
-    for (key, value) in envs {
-        cmd = cmd.env(key, value);
-    }
+pub fn test_binaries(package: &str) -> Result<Vec<TestBinary>> {
+    let cmd = Cmd::cargo([
+        "test",
+        "--no-run",
+        "--quiet",
+        "--message-format=json",
+        "-p",
+        package,
+    ]);
     let mut found = Vec::new();
     for line in cmd.output()?.lines() {
-        let Ok(message) = serde_json::from_str::<serde_json::Value>(line) else { continue };
+        let Ok(message) = serde_json::from_str::<serde_json::Value>(line) else {
+            continue;
+        };
         let (Some(path), Some(manifest), Some(name)) = (
             message["executable"].as_str(),
             message["manifest_path"].as_str(),
@@ -168,7 +180,10 @@ pub fn test_binaries(package: &str, envs: &[(&str, &OsStr)]) -> Result<Vec<TestB
         let is_test = message["profile"]["test"] == true && message["target"]["kind"][0] == "test";
         if is_test && name.starts_with("root_") {
             let dir = Path::new(manifest).parent().unwrap_or(Path::new("."));
-            found.push(TestBinary { path: path.into(), package_dir: dir.into() });
+            found.push(TestBinary {
+                path: path.into(),
+                package_dir: dir.into(),
+            });
         }
     }
     if found.is_empty() {

@@ -1,0 +1,283 @@
+//! Endpoints: the pods of this node, made and unmade by CNI requests and remembered across restarts.
+
+use std::collections::BTreeMap;
+use std::net::Ipv4Addr;
+use std::path::{Path, PathBuf};
+
+use anyhow::{Context, Result};
+use ipnet::Ipv4Net;
+use rtnetlink::Handle;
+use serde::{Deserialize, Serialize};
+use serde_json::{Value, json};
+use tokio::sync::Mutex;
+
+use crate::ipam::Ipam;
+use crate::link;
+
+/// One pod's connection.
+#[derive(Clone, Debug, Serialize, Deserialize)]
+pub struct Endpoint {
+    /// CNI container id: the sandbox.
+    pub container_id: String,
+    /// Name of the device in the pod.
+    pub ifname: String,
+    /// Name of the host's end.
+    pub device: String,
+    /// The pod's address.
+    pub address: Ipv4Addr,
+    /// Network namespace, as the runtime named it.
+    pub netns: PathBuf,
+    /// Namespace of the pod.
+    pub namespace: String,
+    /// Name of the pod.
+    pub pod: String,
+}
+
+/// A CNI error (spec 1.1.0, section 5).
+#[derive(Debug)]
+pub struct CniError {
+    /// The specification's code.
+    pub code: u32,
+    /// What happened.
+    pub message: String,
+}
+
+impl From<anyhow::Error> for CniError {
+    fn from(error: anyhow::Error) -> Self {
+        // 999: an error of the plugin's own.
+        Self {
+            code: 999,
+            message: format!("{error:#}"),
+        }
+    }
+}
+
+/// All endpoints of the node.
+pub struct Endpoints {
+    state: Mutex<State>,
+    path: PathBuf,
+    netlink: Handle,
+}
+
+struct State {
+    ipam: Ipam,
+    endpoints: BTreeMap<String, Endpoint>,
+}
+
+impl Endpoints {
+    /// Reads what the last agent of this node left.
+    pub fn open(dir: &Path, range: Ipv4Net) -> Result<Self> {
+        let ipam = Ipam::open(dir, range)?;
+        let path = dir.join("endpoints.json");
+        let endpoints = match std::fs::read(&path) {
+            Ok(text) => serde_json::from_slice(&text)
+                .with_context(|| format!("{} can't be read", path.display()))?,
+            Err(error) if error.kind() == std::io::ErrorKind::NotFound => BTreeMap::new(),
+            Err(error) => {
+                return Err(error).with_context(|| format!("could not read {}", path.display()));
+            }
+        };
+        Ok(Self {
+            state: Mutex::new(State { ipam, endpoints }),
+            path,
+            netlink: link::handle()?,
+        })
+    }
+
+    /// All endpoints, by container id.
+    pub async fn list(&self) -> Vec<Endpoint> {
+        self.state
+            .lock()
+            .await
+            .endpoints
+            .values()
+            .cloned()
+            .collect()
+    }
+
+    /// Carries out a CNI request; the answer is the plugin's result, null where it has none.
+    pub async fn cni(&self, request: &Value) -> Result<Value, CniError> {
+        let text = |key: &str| request[key].as_str().unwrap_or_default();
+        match text("command") {
+            "ADD" => self.add(request).await,
+            "DEL" => {
+                self.remove(&key_of(text("containerID"), text("ifname")))
+                    .await?;
+                Ok(Value::Null)
+            }
+            "CHECK" => {
+                self.check(&key_of(text("containerID"), text("ifname")))
+                    .await
+            }
+            "STATUS" => Ok(Value::Null),
+            "GC" => self.collect(request).await,
+            other => Err(CniError {
+                code: 4,
+                message: format!("CNI_COMMAND {other:?} is not known"),
+            }),
+        }
+    }
+
+    async fn add(&self, request: &Value) -> Result<Value, CniError> {
+        let text = |key: &str| request[key].as_str().unwrap_or_default().to_owned();
+        let (container_id, ifname, netns) = (text("containerID"), text("ifname"), text("netns"));
+        for (name, value) in [
+            ("CNI_CONTAINERID", &container_id),
+            ("CNI_IFNAME", &ifname),
+            ("CNI_NETNS", &netns),
+        ] {
+            if value.is_empty() {
+                return Err(CniError {
+                    code: 4,
+                    message: format!("{name} is missing"),
+                });
+            }
+        }
+        let args = text("args");
+        let arg = |name: &str| {
+            args.split(';')
+                .find_map(|pair| pair.strip_prefix(name)?.strip_prefix('='))
+                .unwrap_or_default()
+                .to_owned()
+        };
+        let key = key_of(&container_id, &ifname);
+        let mut state = self.state.lock().await;
+        let address = state.ipam.allocate(&key)?;
+        let endpoint = Endpoint {
+            device: device_name(&key),
+            netns: netns.into(),
+            namespace: arg("K8S_POD_NAMESPACE"),
+            pod: arg("K8S_POD_NAME"),
+            container_id,
+            ifname,
+            address,
+        };
+        if let Err(error) = link::connect(
+            &self.netlink,
+            &endpoint.device,
+            &endpoint.netns,
+            &endpoint.ifname,
+            address,
+        )
+        .await
+        {
+            state.ipam.release(&key)?;
+            return Err(error.into());
+        }
+        let result = result_of(&endpoint, request);
+        state.endpoints.insert(key, endpoint);
+        self.save(&state)?;
+        Ok(result)
+    }
+
+    async fn remove(&self, key: &str) -> Result<()> {
+        let mut state = self.state.lock().await;
+        link::remove(&self.netlink, &device_name(key)).await?;
+        state.ipam.release(key)?;
+        if state.endpoints.remove(key).is_some() {
+            self.save(&state)?;
+        }
+        Ok(())
+    }
+
+    async fn check(&self, key: &str) -> Result<Value, CniError> {
+        let state = self.state.lock().await;
+        let Some(endpoint) = state.endpoints.get(key) else {
+            return Err(CniError {
+                code: 3,
+                message: "the container is not known to the agent".into(),
+            });
+        };
+        if link::find(&self.netlink, &endpoint.device).await?.is_none() {
+            return Err(CniError {
+                code: 999,
+                message: format!("the device {} is gone", endpoint.device),
+            });
+        }
+        Ok(Value::Null)
+    }
+
+    /// Removes what is not among `cni.dev/valid-attachments`.
+    async fn collect(&self, request: &Value) -> Result<Value, CniError> {
+        let valid: Vec<String> = request["config"]["cni.dev/valid-attachments"]
+            .as_array()
+            .into_iter()
+            .flatten()
+            .map(|one| {
+                key_of(
+                    one["containerID"].as_str().unwrap_or_default(),
+                    one["ifname"].as_str().unwrap_or_default(),
+                )
+            })
+            .collect();
+        let known: Vec<String> = self
+            .state
+            .lock()
+            .await
+            .ipam
+            .owners()
+            .map(|(owner, _)| owner.to_owned())
+            .collect();
+        for key in known.iter().filter(|key| !valid.contains(key)) {
+            self.remove(key).await?;
+        }
+        Ok(Value::Null)
+    }
+
+    fn save(&self, state: &State) -> Result<()> {
+        let write = || -> std::io::Result<()> {
+            let temporary = self.path.with_extension("tmp");
+            std::fs::write(&temporary, serde_json::to_vec(&state.endpoints)?)?;
+            std::fs::rename(&temporary, &self.path)
+        };
+        write().with_context(|| format!("could not write {}", self.path.display()))
+    }
+}
+
+fn key_of(container_id: &str, ifname: &str) -> String {
+    format!("{container_id}/{ifname}")
+}
+
+/// A device name (at most 15 bytes) from a container's id and interface: the same ones give the same name.
+pub fn device_name(key: &str) -> String {
+    // FNV-1a, 64 bit: ids are random already, this only shortens them.
+    let hash = key.bytes().fold(0xcbf2_9ce4_8422_2325u64, |hash, byte| {
+        (hash ^ u64::from(byte)).wrapping_mul(0x100_0000_01b3)
+    });
+    format!("xbc{:011x}", hash & 0xfff_ffff_ffff)
+}
+
+/// The CNI result of an ADD.
+fn result_of(endpoint: &Endpoint, request: &Value) -> Value {
+    let version = request["config"]["cniVersion"].as_str().unwrap_or("1.0.0");
+    let mut address = json!({"address": format!("{}/32", endpoint.address), "interface": 1});
+    if version.starts_with("0.") {
+        address["version"] = "4".into();
+    }
+    json!({
+        "cniVersion": version,
+        "interfaces": [
+            {"name": endpoint.device},
+            {"name": endpoint.ifname, "sandbox": endpoint.netns},
+        ],
+        "ips": [address],
+        "routes": [{"dst": "0.0.0.0/0"}],
+        "dns": {},
+    })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn device_names_fit_and_differ() {
+        let (a, b) = (device_name("a/eth0"), device_name("a/eth1"));
+        assert_ne!(a, b);
+        assert_eq!(a, device_name("a/eth0"));
+        assert!(
+            a.len() <= 14,
+            "room for the temporary name of the other end: {a}"
+        );
+    }
+}

@@ -1,0 +1,104 @@
+//! What a running `up` says of itself, for `status` and `down`.
+
+use anyhow::{Context, Result};
+use serde::{Deserialize, Serialize};
+
+use crate::paths::{Layout, write_private};
+
+/// The content of `<run>/up.json`.
+#[derive(Clone, Debug, Serialize, Deserialize)]
+pub struct UpState {
+    /// The process that runs the cluster.
+    pub pid: i32,
+    /// That process's start time, clock ticks since boot (proc(5) stat field 22): pids are used again.
+    pub start_time: u64,
+    /// URL of the API server.
+    pub server: String,
+    /// Name of the node.
+    pub node: String,
+    /// The cgroup v2 folder of its pods.
+    pub pod_cgroup: std::path::PathBuf,
+    /// The node has been Ready.
+    #[serde(default)]
+    pub ready: bool,
+}
+
+impl UpState {
+    /// The state of the process that asks.
+    pub fn of_this_process(server: &str, node: &str, pod_cgroup: &std::path::Path) -> Result<Self> {
+        let pid = std::process::id() as i32;
+        let start_time = start_time(pid).context("could not read this process's start time")?;
+        let (server, node) = (server.to_owned(), node.to_owned());
+        Ok(Self {
+            pid,
+            start_time,
+            server,
+            node,
+            pod_cgroup: pod_cgroup.to_path_buf(),
+            ready: false,
+        })
+    }
+
+    /// Writes it for others.
+    pub fn write(&self, layout: &Layout) -> Result<()> {
+        let json = serde_json::to_vec_pretty(self).context("could not write JSON")?;
+        write_private(&layout.up_state(), &json)
+    }
+
+    /// Says that the node has been Ready.
+    pub fn mark_ready(layout: &Layout) -> Result<()> {
+        let mut state = Self::read(layout)?.context("the state file of this cluster is gone")?;
+        state.ready = true;
+        state.write(layout)
+    }
+
+    /// What the last `up` wrote, if it is there.
+    pub fn read(layout: &Layout) -> Result<Option<Self>> {
+        let path = layout.up_state();
+        match std::fs::read(&path) {
+            Ok(json) => serde_json::from_slice(&json).map(Some).with_context(|| {
+                format!(
+                    "{} can't be read; remove it if no cluster runs",
+                    path.display()
+                )
+            }),
+            Err(error) if error.kind() == std::io::ErrorKind::NotFound => Ok(None),
+            Err(error) => Err(error).with_context(|| format!("could not read {}", path.display())),
+        }
+    }
+
+    /// Whether that process is still the one that wrote this.
+    pub fn is_running(&self) -> bool {
+        start_time(self.pid) == Some(self.start_time)
+    }
+}
+
+/// Start time of a process in clock ticks since boot; none if it is gone or a zombie.
+fn start_time(pid: i32) -> Option<u64> {
+    let stat = std::fs::read_to_string(format!("/proc/{pid}/stat")).ok()?;
+    // The command's name may hold spaces and brackets: fields are counted from the last bracket.
+    let mut fields = stat.rsplit_once(')')?.1.split_whitespace();
+    if fields.next()? == "Z" {
+        return None;
+    }
+    fields.nth(18)?.parse().ok()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_running_process_is_known_by_pid_and_start_time() {
+        let state = UpState::of_this_process("https://x", "n", std::path::Path::new("/c")).unwrap();
+        assert!(state.is_running());
+        let other = UpState {
+            start_time: state.start_time + 1,
+            ..state
+        };
+        assert!(
+            !other.is_running(),
+            "a later process with the same pid is another one"
+        );
+    }
+}

@@ -1,0 +1,109 @@
+//! What the kubelet is told, and how its parts are started.
+
+use std::net::IpAddr;
+use std::path::PathBuf;
+use std::sync::Arc;
+
+use anyhow::{Context, Result};
+use ipnet::IpNet;
+use tokio::task::JoinSet;
+use tokio_util::sync::CancellationToken;
+
+use crate::events::Teller;
+use crate::runtime::Runtime;
+use crate::{node, pods, server};
+
+/// How the kubelet runs.
+#[derive(Clone)]
+pub struct Config {
+    /// Name of the Node object.
+    pub node_name: String,
+    /// Its InternalIP.
+    pub node_ip: IpAddr,
+    /// Port of the HTTPS server.
+    pub port: u16,
+    /// The container runtime's socket (CRI v1).
+    pub cri_socket: PathBuf,
+    /// Pod volumes and logs.
+    pub root: PathBuf,
+    /// TLS of the server; client certificates are asked for and verified by it.
+    pub tls: Arc<rustls::ServerConfig>,
+    /// DNS servers of pods with `dnsPolicy: ClusterFirst`; none = the node's own.
+    pub cluster_dns: Vec<IpAddr>,
+    /// DNS domain of the cluster.
+    pub cluster_domain: String,
+    /// The node's range of pod addresses, written into the Node when it is registered.
+    pub pod_cidr: Option<IpNet>,
+    /// Most pods at once.
+    pub max_pods: u32,
+    /// Parent of the pods' cgroups.
+    pub cgroup_parent: String,
+}
+
+impl Config {
+    /// The usual values, for this node with this runtime.
+    pub fn new(
+        node_name: String,
+        node_ip: IpAddr,
+        cri_socket: PathBuf,
+        root: PathBuf,
+        tls: Arc<rustls::ServerConfig>,
+    ) -> Self {
+        Self {
+            node_name,
+            node_ip,
+            port: 10250,
+            cri_socket,
+            root,
+            tls,
+            cluster_dns: Vec::new(),
+            cluster_domain: "cluster.local".into(),
+            pod_cidr: None,
+            max_pods: 110,
+            cgroup_parent: "/kubepods".into(),
+        }
+    }
+
+    /// Where a pod's logs lie: `<root>/logs/<namespace>_<name>_<uid>`.
+    pub(crate) fn log_dir(&self, namespace: &str, name: &str, uid: &str) -> PathBuf {
+        self.root
+            .join("logs")
+            .join(format!("{namespace}_{name}_{uid}"))
+    }
+
+    /// Where a pod's volumes lie.
+    pub(crate) fn pod_dir(&self, uid: &str) -> PathBuf {
+        self.root.join("pods").join(uid)
+    }
+}
+
+/// Runs until `shutdown`; pods stay as they are.
+pub async fn run(client: kube::Client, config: Config, shutdown: CancellationToken) -> Result<()> {
+    for dir in ["logs", "pods"] {
+        let dir = config.root.join(dir);
+        std::fs::create_dir_all(&dir)
+            .with_context(|| format!("could not make {}", dir.display()))?;
+    }
+    let runtime = Runtime::connect(&config.cri_socket).await?;
+    let config = Arc::new(config);
+    let teller = Teller::new(client.clone(), &config.node_name);
+    let pods = pods::Pods::new(client.clone(), config.clone(), runtime.clone(), teller);
+    let mut tasks = JoinSet::new();
+    tasks.spawn(server::run(
+        config.clone(),
+        runtime.clone(),
+        pods.clone(),
+        shutdown.clone(),
+    ));
+    tasks.spawn(node::run(
+        client.clone(),
+        config.clone(),
+        runtime.clone(),
+        shutdown.clone(),
+    ));
+    tasks.spawn(pods.run(shutdown.clone()));
+    while let Some(ended) = tasks.join_next().await {
+        ended.context("a part of the kubelet panicked")??;
+    }
+    Ok(())
+}

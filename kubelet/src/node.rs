@@ -1,0 +1,336 @@
+//! The Node object and its Lease: registered once, renewed every ten seconds, its status written on change.
+
+use std::collections::BTreeMap;
+use std::sync::Arc;
+use std::time::Duration;
+
+use anyhow::{Context, Result};
+use k8s_openapi::api::coordination::v1::{Lease, LeaseSpec};
+use k8s_openapi::api::core::v1::{
+    ContainerImage, DaemonEndpoint, Node, NodeAddress, NodeCondition, NodeDaemonEndpoints,
+    NodeSpec, NodeStatus, NodeSystemInfo,
+};
+use k8s_openapi::apimachinery::pkg::api::resource::Quantity;
+use k8s_openapi::apimachinery::pkg::apis::meta::v1::{MicroTime, ObjectMeta, OwnerReference};
+use k8s_openapi::jiff::Timestamp;
+use kube::Api;
+use kube::api::{Patch, PatchParams, PostParams};
+use tokio_util::sync::CancellationToken;
+use tracing::{info, warn};
+
+use crate::config::Config;
+use crate::runtime::Runtime;
+use crate::status::now;
+
+/// Upstream's rhythm: a lease of 40 s renewed every 10 s, the status at least every 5 min.
+const LEASE_SECONDS: i32 = 40;
+const RENEW_EVERY: Duration = Duration::from_secs(10);
+const STATUS_EVERY: u32 = 30;
+
+/// Registers the node and keeps it fresh until `shutdown`.
+pub(crate) async fn run(
+    client: kube::Client,
+    config: Arc<Config>,
+    runtime: Runtime,
+    shutdown: CancellationToken,
+) -> Result<()> {
+    let nodes = Api::<Node>::all(client.clone());
+    let node = loop {
+        match register(&nodes, &config, &runtime).await {
+            Ok(node) => break node,
+            Err(error) => warn!(
+                error = format!("{error:#}"),
+                "could not register the node; trying again"
+            ),
+        }
+        tokio::select! {
+            () = shutdown.cancelled() => return Ok(()),
+            () = tokio::time::sleep(Duration::from_secs(1)) => {}
+        }
+    };
+    info!(node = config.node_name, "registered");
+    let leases = Api::<Lease>::namespaced(client, "kube-node-lease");
+    let mut written = None;
+    let mut round = 0u32;
+    let mut ticks = tokio::time::interval(RENEW_EVERY);
+    loop {
+        tokio::select! {
+            () = shutdown.cancelled() => return Ok(()),
+            _ = ticks.tick() => {}
+        }
+        if let Err(error) = renew(&leases, &config, &node).await {
+            warn!(
+                error = format!("{error:#}"),
+                "could not renew the node's lease"
+            );
+        }
+        let not_ready = runtime
+            .not_ready()
+            .await
+            .unwrap_or_else(|error| Some(format!("container runtime: {error:#}")));
+        let images = runtime.list_images().await.unwrap_or_default();
+        let facts = (not_ready.clone(), images.len());
+        round += 1;
+        if written.as_ref() != Some(&facts) || round >= STATUS_EVERY {
+            match write_status(&nodes, &config, &runtime, not_ready, images).await {
+                Ok(()) => (written, round) = (Some(facts), 0),
+                Err(error) => warn!(
+                    error = format!("{error:#}"),
+                    "could not write the node's status"
+                ),
+            }
+        }
+        // Until the runtime is ready it is asked often, so that the node is Ready as soon as it can be.
+        if written
+            .as_ref()
+            .is_some_and(|(not_ready, _)| not_ready.is_some())
+        {
+            ticks.reset_after(Duration::from_millis(50));
+        }
+    }
+}
+
+async fn register(nodes: &Api<Node>, config: &Config, runtime: &Runtime) -> Result<Node> {
+    if let Some(node) = nodes
+        .get_opt(&config.node_name)
+        .await
+        .context("could not read the node")?
+    {
+        return Ok(node);
+    }
+    let not_ready = runtime.not_ready().await?;
+    let images = runtime.list_images().await.unwrap_or_default();
+    let arch = match std::env::consts::ARCH {
+        "x86_64" => "amd64",
+        "aarch64" => "arm64",
+        other => other,
+    };
+    let labels: BTreeMap<String, String> = [
+        ("kubernetes.io/hostname", config.node_name.as_str()),
+        ("kubernetes.io/os", "linux"),
+        ("kubernetes.io/arch", arch),
+        ("beta.kubernetes.io/os", "linux"),
+        ("beta.kubernetes.io/arch", arch),
+    ]
+    .map(|(key, value)| (key.to_owned(), value.to_owned()))
+    .into();
+    let cidr = config.pod_cidr.map(|cidr| cidr.to_string());
+    let node = Node {
+        metadata: ObjectMeta {
+            name: Some(config.node_name.clone()),
+            labels: Some(labels),
+            ..ObjectMeta::default()
+        },
+        spec: Some(NodeSpec {
+            pod_cidr: cidr.clone(),
+            pod_cidrs: cidr.map(|cidr| vec![cidr]),
+            ..NodeSpec::default()
+        }),
+        status: Some(status(config, runtime, None, not_ready, images)?),
+    };
+    nodes
+        .create(&PostParams::default(), &node)
+        .await
+        .context("could not create the node")
+}
+
+async fn write_status(
+    nodes: &Api<Node>,
+    config: &Config,
+    runtime: &Runtime,
+    not_ready: Option<String>,
+    images: Vec<(Vec<String>, i64)>,
+) -> Result<()> {
+    let old = nodes
+        .get(&config.node_name)
+        .await
+        .context("could not read the node")?;
+    let status = status(config, runtime, old.status.as_ref(), not_ready, images)?;
+    let patch = serde_json::json!({"status": status});
+    nodes
+        .patch_status(
+            &config.node_name,
+            &PatchParams::default(),
+            &Patch::Strategic(patch),
+        )
+        .await
+        .context("could not patch the node")?;
+    Ok(())
+}
+
+async fn renew(leases: &Api<Lease>, config: &Config, node: &Node) -> Result<()> {
+    let time = Some(MicroTime(Timestamp::now()));
+    let patch = serde_json::json!({"spec": {"renewTime": time}});
+    match leases
+        .patch(
+            &config.node_name,
+            &PatchParams::default(),
+            &Patch::Merge(patch),
+        )
+        .await
+    {
+        Err(kube::Error::Api(status)) if status.code == 404 => {}
+        other => return other.map(drop).context("could not patch the lease"),
+    }
+    let owner = OwnerReference {
+        api_version: "v1".into(),
+        kind: "Node".into(),
+        name: config.node_name.clone(),
+        uid: node.metadata.uid.clone().unwrap_or_default(),
+        ..OwnerReference::default()
+    };
+    let lease = Lease {
+        metadata: ObjectMeta {
+            name: Some(config.node_name.clone()),
+            owner_references: Some(vec![owner]),
+            ..ObjectMeta::default()
+        },
+        spec: Some(LeaseSpec {
+            holder_identity: Some(config.node_name.clone()),
+            lease_duration_seconds: Some(LEASE_SECONDS),
+            renew_time: time,
+            ..LeaseSpec::default()
+        }),
+    };
+    leases
+        .create(&PostParams::default(), &lease)
+        .await
+        .map(drop)
+        .context("could not create the lease")
+}
+
+fn status(
+    config: &Config,
+    runtime: &Runtime,
+    old: Option<&NodeStatus>,
+    not_ready: Option<String>,
+    images: Vec<(Vec<String>, i64)>,
+) -> Result<NodeStatus> {
+    let read = |path: &str| std::fs::read_to_string(path).unwrap_or_default();
+    let memory_kib: u64 = read("/proc/meminfo")
+        .lines()
+        .find_map(|line| {
+            line.strip_prefix("MemTotal:")?
+                .trim()
+                .strip_suffix(" kB")?
+                .parse()
+                .ok()
+        })
+        .unwrap_or(0);
+    let cores = std::thread::available_parallelism().map_or(1, usize::from);
+    let disk =
+        nix::sys::statvfs::statvfs(&config.root).context("could not ask for the disk's size")?;
+    let disk_bytes = disk.blocks() * disk.fragment_size();
+    let amount = |cpu: String, memory: u64, disk: u64| -> BTreeMap<String, Quantity> {
+        [
+            ("cpu", cpu),
+            ("memory", format!("{memory}Ki")),
+            ("ephemeral-storage", disk.to_string()),
+            ("pods", config.max_pods.to_string()),
+        ]
+        .map(|(name, value)| (name.to_owned(), Quantity(value)))
+        .into()
+    };
+    let condition = |kind: &str, status: &str, reason: &str, message: String| {
+        let before = old
+            .and_then(|old| old.conditions.as_ref())
+            .and_then(|all| all.iter().find(|c| c.type_ == kind && c.status == status));
+        NodeCondition {
+            type_: kind.to_owned(),
+            status: status.to_owned(),
+            reason: Some(reason.to_owned()),
+            message: Some(message),
+            last_heartbeat_time: Some(now()),
+            last_transition_time: before
+                .and_then(|c| c.last_transition_time.clone())
+                .or_else(|| Some(now())),
+        }
+    };
+    let os = read("/etc/os-release");
+    let pretty = os
+        .lines()
+        .find_map(|line| line.strip_prefix("PRETTY_NAME="))
+        .map(|name| name.trim_matches('"').to_owned());
+    let uname = nix::sys::utsname::uname().context("could not read the kernel's version")?;
+    let ready = match not_ready {
+        None => condition(
+            "Ready",
+            "True",
+            "KubeletReady",
+            "kubelet is posting ready status".into(),
+        ),
+        Some(why) => condition("Ready", "False", "KubeletNotReady", why),
+    };
+    Ok(NodeStatus {
+        // A hundredth of a core and 64 MiB are kept for the node's own parts.
+        capacity: Some(amount(cores.to_string(), memory_kib, disk_bytes)),
+        allocatable: Some(amount(
+            format!("{}m", cores * 1000 - 10),
+            memory_kib.saturating_sub(64 * 1024),
+            disk_bytes / 10 * 9,
+        )),
+        addresses: Some(vec![
+            NodeAddress {
+                type_: "InternalIP".into(),
+                address: config.node_ip.to_string(),
+            },
+            NodeAddress {
+                type_: "Hostname".into(),
+                address: config.node_name.clone(),
+            },
+        ]),
+        conditions: Some(vec![
+            condition(
+                "MemoryPressure",
+                "False",
+                "KubeletHasSufficientMemory",
+                "kubelet has sufficient memory available".into(),
+            ),
+            condition(
+                "DiskPressure",
+                "False",
+                "KubeletHasNoDiskPressure",
+                "kubelet has no disk pressure".into(),
+            ),
+            condition(
+                "PIDPressure",
+                "False",
+                "KubeletHasSufficientPID",
+                "kubelet has sufficient PID available".into(),
+            ),
+            ready,
+        ]),
+        daemon_endpoints: Some(NodeDaemonEndpoints {
+            kubelet_endpoint: Some(DaemonEndpoint {
+                port: config.port.into(),
+            }),
+        }),
+        images: Some(
+            images
+                .into_iter()
+                .map(|(names, size)| ContainerImage {
+                    names: Some(names),
+                    size_bytes: Some(size),
+                })
+                .collect(),
+        ),
+        node_info: Some(NodeSystemInfo {
+            architecture: if std::env::consts::ARCH == "x86_64" {
+                "amd64".into()
+            } else {
+                std::env::consts::ARCH.into()
+            },
+            boot_id: read("/proc/sys/kernel/random/boot_id").trim().to_owned(),
+            container_runtime_version: runtime.version.clone(),
+            kernel_version: uname.release().to_string_lossy().into_owned(),
+            kube_proxy_version: String::new(),
+            kubelet_version: concat!("v1.36.0+xebec-", env!("CARGO_PKG_VERSION")).into(),
+            machine_id: read("/etc/machine-id").trim().to_owned(),
+            operating_system: "linux".into(),
+            os_image: pretty.unwrap_or_else(|| "Linux".into()),
+            system_uuid: read("/sys/class/dmi/id/product_uuid").trim().to_owned(),
+            ..NodeSystemInfo::default()
+        }),
+        ..NodeStatus::default()
+    })
+}

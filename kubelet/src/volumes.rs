@@ -1,0 +1,540 @@
+//! Volumes of a pod on this node: emptyDir, hostPath, and files made from the API, swapped in whole.
+
+use std::collections::BTreeMap;
+use std::os::unix::fs::PermissionsExt;
+use std::path::{Path, PathBuf};
+
+use anyhow::{Context, Result, bail};
+use k8s_openapi::api::authentication::v1::{BoundObjectReference, TokenRequest, TokenRequestSpec};
+use k8s_openapi::api::core::v1::{
+    ConfigMap, DownwardAPIVolumeFile, KeyToPath, Secret, ServiceAccount, Volume,
+};
+use kube::Api;
+
+use crate::env::{Sources, pod_field, resource_field};
+
+/// Files by relative path, with their mode.
+type Files = BTreeMap<String, (Vec<u8>, u32)>;
+
+/// Host paths of a pod's volumes by name.
+pub(crate) type Mounts = BTreeMap<String, PathBuf>;
+
+/// Makes every volume ready; what changed in the API since is written anew.
+pub(crate) async fn prepare(sources: &Sources<'_>, pod_dir: &Path) -> Result<Mounts> {
+    let mut mounts = Mounts::new();
+    for volume in sources
+        .pod
+        .spec
+        .iter()
+        .flat_map(|spec| spec.volumes.iter().flatten())
+    {
+        let path = one(sources, pod_dir, volume)
+            .await
+            .with_context(|| format!("MountVolume.SetUp failed for volume {:?}", volume.name))?;
+        mounts.insert(volume.name.clone(), path);
+    }
+    Ok(mounts)
+}
+
+async fn one(sources: &Sources<'_>, pod_dir: &Path, volume: &Volume) -> Result<PathBuf> {
+    let dir = |kind: &str| pod_dir.join("volumes").join(kind).join(&volume.name);
+    if let Some(empty) = &volume.empty_dir {
+        if empty
+            .medium
+            .as_deref()
+            .is_some_and(|medium| medium == "Memory")
+        {
+            return memory_dir(
+                &dir("kubernetes.io~empty-dir"),
+                empty.size_limit.as_ref().map(|q| q.0.as_str()),
+            );
+        }
+        let path = dir("kubernetes.io~empty-dir");
+        make_dir(&path, 0o777)?;
+        return Ok(path);
+    }
+    if let Some(host) = &volume.host_path {
+        return host_path(
+            Path::new(&host.path),
+            host.type_.as_deref().unwrap_or_default(),
+        );
+    }
+    let mut files = Files::new();
+    let kind = if let Some(source) = &volume.config_map {
+        config_map(
+            sources,
+            &source.name,
+            source.items.as_deref(),
+            source.optional,
+            source.default_mode,
+            &mut files,
+        )
+        .await?;
+        "kubernetes.io~configmap"
+    } else if let Some(source) = &volume.secret {
+        let name = source.secret_name.as_deref().unwrap_or_default();
+        secret(
+            sources,
+            name,
+            source.items.as_deref(),
+            source.optional,
+            source.default_mode,
+            &mut files,
+        )
+        .await?;
+        "kubernetes.io~secret"
+    } else if let Some(source) = &volume.downward_api {
+        downward(
+            sources,
+            source.items.as_deref().unwrap_or_default(),
+            source.default_mode,
+            &mut files,
+        )?;
+        "kubernetes.io~downward-api"
+    } else if let Some(projected) = &volume.projected {
+        for source in projected.sources.iter().flatten() {
+            let mode = projected.default_mode;
+            if let Some(map) = &source.config_map {
+                config_map(
+                    sources,
+                    &map.name,
+                    map.items.as_deref(),
+                    map.optional,
+                    mode,
+                    &mut files,
+                )
+                .await?;
+            }
+            if let Some(one) = &source.secret {
+                secret(
+                    sources,
+                    &one.name,
+                    one.items.as_deref(),
+                    one.optional,
+                    mode,
+                    &mut files,
+                )
+                .await?;
+            }
+            if let Some(one) = &source.downward_api {
+                downward(
+                    sources,
+                    one.items.as_deref().unwrap_or_default(),
+                    mode,
+                    &mut files,
+                )?;
+            }
+            if let Some(one) = &source.service_account_token {
+                let value = token(sources, one.audience.as_deref(), one.expiration_seconds).await?;
+                files.insert(
+                    one.path.clone(),
+                    (value.into_bytes(), mode.unwrap_or(0o644) as u32),
+                );
+            }
+        }
+        "kubernetes.io~projected"
+    } else {
+        bail!("its kind is not supported by this kubelet");
+    };
+    let path = dir(kind);
+    make_dir(&path, 0o755)?;
+    write_atomically(&path, &files)?;
+    Ok(path)
+}
+
+fn make_dir(path: &Path, mode: u32) -> Result<()> {
+    std::fs::create_dir_all(path).with_context(|| format!("could not make {}", path.display()))?;
+    std::fs::set_permissions(path, std::fs::Permissions::from_mode(mode))
+        .with_context(|| format!("could not set the mode of {}", path.display()))
+}
+
+/// An emptyDir in memory: a tmpfs, mounted once.
+fn memory_dir(path: &Path, limit: Option<&str>) -> Result<PathBuf> {
+    make_dir(path, 0o777)?;
+    let mounts =
+        std::fs::read_to_string("/proc/self/mounts").context("could not read the mount table")?;
+    let shown = path.to_string_lossy();
+    if mounts
+        .lines()
+        .any(|line| line.split(' ').nth(1) == Some(&shown))
+    {
+        return Ok(path.to_path_buf());
+    }
+    let size = limit
+        .and_then(|text| xebec_schema::quantity::Quantity::parse(text).ok())
+        .map(|q| format!("size={},", q.value()))
+        .unwrap_or_default();
+    let options = format!("{size}mode=0777");
+    nix::mount::mount(
+        Some("tmpfs"),
+        path,
+        Some("tmpfs"),
+        nix::mount::MsFlags::empty(),
+        Some(options.as_str()),
+    )
+    .context("could not mount a tmpfs")?;
+    Ok(path.to_path_buf())
+}
+
+/// core/v1 HostPathType.
+fn host_path(path: &Path, kind: &str) -> Result<PathBuf> {
+    use std::os::unix::fs::FileTypeExt;
+    let found = std::fs::metadata(path)
+        .map(|metadata| metadata.file_type())
+        .ok();
+    let must = |holds: bool, what: &str| {
+        if holds {
+            Ok(())
+        } else {
+            bail!(
+                "hostPath type check failed: {} is not a {what}",
+                path.display()
+            )
+        }
+    };
+    match kind {
+        "" => {}
+        "DirectoryOrCreate" if found.is_none() => make_dir(path, 0o755)?,
+        "FileOrCreate" if found.is_none() => {
+            std::fs::File::create(path)
+                .with_context(|| format!("could not make {}", path.display()))?;
+        }
+        "Directory" | "DirectoryOrCreate" => must(found.is_some_and(|t| t.is_dir()), "directory")?,
+        "File" | "FileOrCreate" => must(found.is_some_and(|t| t.is_file()), "file")?,
+        "Socket" => must(found.is_some_and(|t| t.is_socket()), "socket file")?,
+        "CharDevice" => must(
+            found.is_some_and(|t| t.is_char_device()),
+            "character device",
+        )?,
+        "BlockDevice" => must(found.is_some_and(|t| t.is_block_device()), "block device")?,
+        other => bail!("hostPath type {other:?} is not known"),
+    }
+    Ok(path.to_path_buf())
+}
+
+/// Picks keys of a map by `items`, or all of them.
+fn pick(
+    what: &str,
+    data: &BTreeMap<String, Vec<u8>>,
+    items: Option<&[KeyToPath]>,
+    optional: bool,
+    mode: Option<i32>,
+    files: &mut Files,
+) -> Result<()> {
+    let default = mode.unwrap_or(0o644) as u32;
+    let Some(items) = items.filter(|items| !items.is_empty()) else {
+        files.extend(
+            data.iter()
+                .map(|(key, value)| (key.clone(), (value.clone(), default))),
+        );
+        return Ok(());
+    };
+    for item in items {
+        match data.get(&item.key) {
+            Some(value) => {
+                files.insert(
+                    item.path.clone(),
+                    (value.clone(), item.mode.map_or(default, |mode| mode as u32)),
+                );
+            }
+            None if optional => {}
+            None => bail!("references non-existent key {} of {what}", item.key),
+        }
+    }
+    Ok(())
+}
+
+async fn config_map(
+    sources: &Sources<'_>,
+    name: &str,
+    items: Option<&[KeyToPath]>,
+    optional: Option<bool>,
+    mode: Option<i32>,
+    files: &mut Files,
+) -> Result<()> {
+    let namespace = sources
+        .pod
+        .metadata
+        .namespace
+        .as_deref()
+        .unwrap_or_default();
+    let optional = optional.unwrap_or(false);
+    let Some(map) = Api::<ConfigMap>::namespaced(sources.client.clone(), namespace)
+        .get_opt(name)
+        .await?
+    else {
+        if optional {
+            return Ok(());
+        }
+        bail!("configmap {name:?} not found");
+    };
+    let mut data: BTreeMap<String, Vec<u8>> = map
+        .data
+        .unwrap_or_default()
+        .into_iter()
+        .map(|(key, value)| (key, value.into_bytes()))
+        .collect();
+    data.extend(
+        map.binary_data
+            .unwrap_or_default()
+            .into_iter()
+            .map(|(key, value)| (key, value.0)),
+    );
+    pick(
+        &format!("configmap {name:?}"),
+        &data,
+        items,
+        optional,
+        mode,
+        files,
+    )
+}
+
+async fn secret(
+    sources: &Sources<'_>,
+    name: &str,
+    items: Option<&[KeyToPath]>,
+    optional: Option<bool>,
+    mode: Option<i32>,
+    files: &mut Files,
+) -> Result<()> {
+    let namespace = sources
+        .pod
+        .metadata
+        .namespace
+        .as_deref()
+        .unwrap_or_default();
+    let optional = optional.unwrap_or(false);
+    let Some(secret) = Api::<Secret>::namespaced(sources.client.clone(), namespace)
+        .get_opt(name)
+        .await?
+    else {
+        if optional {
+            return Ok(());
+        }
+        bail!("secret {name:?} not found");
+    };
+    let data = secret
+        .data
+        .unwrap_or_default()
+        .into_iter()
+        .map(|(key, value)| (key, value.0))
+        .collect();
+    pick(
+        &format!("secret {name:?}"),
+        &data,
+        items,
+        optional,
+        mode,
+        files,
+    )
+}
+
+fn downward(
+    sources: &Sources<'_>,
+    items: &[DownwardAPIVolumeFile],
+    mode: Option<i32>,
+    files: &mut Files,
+) -> Result<()> {
+    for item in items {
+        let value = if let Some(field) = &item.field_ref {
+            pod_field(sources, &field.field_path)?
+        } else if let Some(resource) = &item.resource_field_ref {
+            let Some(first) = sources
+                .pod
+                .spec
+                .as_ref()
+                .and_then(|spec| spec.containers.first())
+            else {
+                continue;
+            };
+            resource_field(
+                sources.pod,
+                first,
+                resource.container_name.as_deref(),
+                &resource.resource,
+                resource.divisor.as_ref().map(|d| d.0.as_str()),
+            )?
+        } else {
+            continue;
+        };
+        files.insert(
+            item.path.clone(),
+            (
+                value.into_bytes(),
+                item.mode.or(mode).unwrap_or(0o644) as u32,
+            ),
+        );
+    }
+    Ok(())
+}
+
+/// A token of the pod's account, bound to the pod.
+async fn token(
+    sources: &Sources<'_>,
+    audience: Option<&str>,
+    seconds: Option<i64>,
+) -> Result<String> {
+    let metadata = &sources.pod.metadata;
+    let account = sources
+        .pod
+        .spec
+        .as_ref()
+        .and_then(|spec| spec.service_account_name.clone())
+        .unwrap_or_else(|| "default".into());
+    let request = TokenRequest {
+        spec: Some(TokenRequestSpec {
+            audiences: audience
+                .filter(|a| !a.is_empty())
+                .map(|a| vec![a.to_owned()]),
+            expiration_seconds: Some(seconds.unwrap_or(3600)),
+            bound_object_ref: Some(BoundObjectReference {
+                api_version: Some("v1".into()),
+                kind: Some("Pod".into()),
+                name: metadata.name.clone(),
+                uid: metadata.uid.clone(),
+            }),
+        }),
+        ..TokenRequest::default()
+    };
+    let api = Api::<ServiceAccount>::namespaced(
+        sources.client.clone(),
+        metadata.namespace.as_deref().unwrap_or_default(),
+    );
+    let answer: TokenRequest = api
+        .create_subresource("token", &account, &Default::default(), &request)
+        .await
+        .context("could not get a token")?;
+    answer
+        .status
+        .and_then(|status| status.token)
+        .context("the API server gave no token")
+}
+
+/// Writes files into a fresh folder and swaps the `..data` link to it, so that a reader sees all old or all new.
+fn write_atomically(dir: &Path, files: &Files) -> Result<()> {
+    let data = dir.join("..data");
+    let unchanged = files.iter().all(|(path, (content, _))| {
+        std::fs::read(data.join(path)).is_ok_and(|old| old == *content)
+    });
+    let count = |path: &Path| std::fs::read_dir(path).map_or(0, |entries| entries.count());
+    let tops: std::collections::BTreeSet<&str> = files
+        .keys()
+        .map(|path| path.split('/').next().unwrap_or(path))
+        .collect();
+    if unchanged && data.exists() && count(&data) == tops.len() {
+        return Ok(());
+    }
+    let stamp = std::time::SystemTime::now()
+        .duration_since(std::time::UNIX_EPOCH)
+        .map_or(0, |d| d.as_nanos());
+    let fresh_name = format!("..{stamp}");
+    let fresh = dir.join(&fresh_name);
+    make_dir(&fresh, 0o755)?;
+    for (path, (content, mode)) in files {
+        // The API server refuses `..` and absolute paths in items; keys can't hold a slash.
+        if Path::new(path)
+            .components()
+            .any(|part| !matches!(part, std::path::Component::Normal(_)))
+        {
+            bail!("{path:?} leaves the volume");
+        }
+        let target = fresh.join(path);
+        if let Some(parent) = target.parent() {
+            std::fs::create_dir_all(parent)
+                .with_context(|| format!("could not make {}", parent.display()))?;
+        }
+        std::fs::write(&target, content)
+            .with_context(|| format!("could not write {}", target.display()))?;
+        std::fs::set_permissions(&target, std::fs::Permissions::from_mode(*mode))
+            .with_context(|| format!("could not set the mode of {}", target.display()))?;
+    }
+    let old = std::fs::read_link(&data).ok();
+    let temporary = dir.join("..data_tmp");
+    let _ = std::fs::remove_file(&temporary);
+    std::os::unix::fs::symlink(&fresh_name, &temporary)
+        .and_then(|()| std::fs::rename(&temporary, &data))
+        .with_context(|| format!("could not swap {}", data.display()))?;
+    for entry in std::fs::read_dir(dir)
+        .with_context(|| format!("could not list {}", dir.display()))?
+        .flatten()
+    {
+        let name = entry.file_name();
+        let shown = name.to_string_lossy();
+        if !shown.starts_with("..") && !tops.contains(shown.as_ref()) {
+            let _ = std::fs::remove_file(entry.path());
+        }
+    }
+    for top in tops {
+        let link = dir.join(top);
+        if std::fs::symlink_metadata(&link).is_err() {
+            std::os::unix::fs::symlink(Path::new("..data").join(top), &link)
+                .with_context(|| format!("could not link {}", link.display()))?;
+        }
+    }
+    if let Some(old) = old.filter(|old| *old != Path::new(&fresh_name)) {
+        let _ = std::fs::remove_dir_all(dir.join(old));
+    }
+    Ok(())
+}
+
+/// Removes a pod's folder, with what is mounted in it.
+pub(crate) fn remove(pod_dir: &Path) -> Result<()> {
+    let mounts = std::fs::read_to_string("/proc/self/mounts").unwrap_or_default();
+    let prefix = format!("{}/", pod_dir.display());
+    for point in mounts
+        .lines()
+        .rev()
+        .filter_map(|line| line.split(' ').nth(1))
+        .filter(|point| point.starts_with(&prefix))
+    {
+        nix::mount::umount2(point, nix::mount::MntFlags::MNT_DETACH)
+            .with_context(|| format!("could not unmount {point}"))?;
+    }
+    match std::fs::remove_dir_all(pod_dir) {
+        Err(error) if error.kind() != std::io::ErrorKind::NotFound => {
+            Err(error).with_context(|| format!("could not remove {}", pod_dir.display()))
+        }
+        _ => Ok(()),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn files_are_swapped_whole_and_old_ones_go() {
+        let dir = tempfile::tempdir().unwrap();
+        let files = |pairs: &[(&str, &str)]| -> Files {
+            pairs
+                .iter()
+                .map(|(p, c)| ((*p).to_owned(), (c.as_bytes().to_vec(), 0o640)))
+                .collect()
+        };
+        write_atomically(dir.path(), &files(&[("a", "1"), ("sub/b", "2")])).unwrap();
+        assert_eq!(
+            std::fs::read_to_string(dir.path().join("sub/b")).unwrap(),
+            "2"
+        );
+        assert_eq!(
+            std::fs::metadata(dir.path().join("a"))
+                .unwrap()
+                .permissions()
+                .mode()
+                & 0o777,
+            0o640
+        );
+        let before = std::fs::read_link(dir.path().join("..data")).unwrap();
+        write_atomically(dir.path(), &files(&[("a", "1"), ("sub/b", "2")])).unwrap();
+        assert_eq!(
+            std::fs::read_link(dir.path().join("..data")).unwrap(),
+            before,
+            "nothing changed, nothing is swapped"
+        );
+        write_atomically(dir.path(), &files(&[("a", "3")])).unwrap();
+        assert_eq!(std::fs::read_to_string(dir.path().join("a")).unwrap(), "3");
+        assert!(!dir.path().join("sub").exists() && !dir.path().join(before).exists());
+        assert!(write_atomically(dir.path(), &files(&[("../x", "3")])).is_err());
+    }
+}
