@@ -16,6 +16,7 @@ use tokio::net::UnixListener;
 use tokio_util::sync::CancellationToken;
 
 use crate::endpoints::Endpoints;
+use crate::services::Shown;
 
 /// Bytes of a request: a CNI configuration with its previous result.
 const LIMIT: usize = 1 << 20;
@@ -24,6 +25,7 @@ const LIMIT: usize = 1 << 20;
 pub(crate) async fn run(
     socket: PathBuf,
     endpoints: Arc<Endpoints>,
+    services: Shown,
     shutdown: CancellationToken,
 ) -> Result<()> {
     let _ = std::fs::remove_file(&socket);
@@ -38,11 +40,11 @@ pub(crate) async fn run(
             () = shutdown.cancelled() => break,
             accepted = listener.accept() => accepted.context("could not accept on the agent's socket")?.0,
         };
-        let endpoints = endpoints.clone();
+        let (endpoints, services) = (endpoints.clone(), services.clone());
         tokio::spawn(async move {
             let service = service_fn(move |request| {
-                let endpoints = endpoints.clone();
-                async move { Ok::<_, Infallible>(answer(request, &endpoints).await) }
+                let (endpoints, services) = (endpoints.clone(), services.clone());
+                async move { Ok::<_, Infallible>(answer(request, &endpoints, &services).await) }
             });
             // A client that goes away is no fault.
             let _ = hyper::server::conn::http1::Builder::new()
@@ -64,7 +66,11 @@ fn reply(status: StatusCode, value: &Value) -> Response<Full<Bytes>> {
     response
 }
 
-async fn answer(request: Request<Incoming>, endpoints: &Endpoints) -> Response<Full<Bytes>> {
+async fn answer(
+    request: Request<Incoming>,
+    endpoints: &Endpoints,
+    services: &Shown,
+) -> Response<Full<Bytes>> {
     let path = request.uri().path().to_owned();
     match (request.method(), path.as_str()) {
         (&Method::POST, "/cni") => {
@@ -86,7 +92,8 @@ async fn answer(request: Request<Incoming>, endpoints: &Endpoints) -> Response<F
                 Err(error) => cni_error(error.code, error.message),
             }
         }
-        (&Method::GET, "/tables") => reply(StatusCode::OK, &json!(["endpoints"])),
+        (&Method::GET, "/tables") => reply(StatusCode::OK, &json!(["endpoints", "services"])),
+        (&Method::GET, "/tables/services") => reply(StatusCode::OK, &services.rows().into()),
         (&Method::GET, "/tables/endpoints") => {
             let rows: Vec<Value> = endpoints
                 .list()

@@ -67,7 +67,10 @@ enum Command {
     Status(status::Status),
     /// Endpoints: the pods that the node's agent has connected
     #[command(subcommand)]
-    Endpoint(tables::Endpoint),
+    Endpoint(tables::Table),
+    /// Services, as they are in the kernel
+    #[command(subcommand)]
+    Service(tables::Table),
     /// Images of the container runtime
     #[command(subcommand)]
     Image(image::Image),
@@ -136,7 +139,8 @@ fn run(cli: Cli) -> Result<()> {
         }
         Command::Down(down) => runtime.block_on(down.run(layout)),
         Command::Status(status) => runtime.block_on(status.run(&layout)),
-        Command::Endpoint(endpoint) => runtime.block_on(endpoint.run(&layout)),
+        Command::Endpoint(table) => runtime.block_on(table.run(&layout, "endpoints")),
+        Command::Service(table) => runtime.block_on(table.run(&layout, "services")),
         Command::Image(image) => runtime.block_on(image.run(&layout)),
         Command::Kubeconfig { write } => kubeconfig::run(&layout, write),
         Command::Completion { shell } => {

@@ -80,6 +80,11 @@ impl NodeLayout {
         self.run.join("agent.sock")
     }
 
+    /// A BPF filesystem of our own, for pinned links.
+    pub fn bpf(&self) -> PathBuf {
+        self.run.join("bpf")
+    }
+
     /// Images and container filesystems.
     pub fn cri_root(&self) -> PathBuf {
         self.data.join("cri")

@@ -1,4 +1,4 @@
-//! `xebec endpoint list`: the agent's tables, as it holds them.
+//! `xebec endpoint list`, `xebec service list`: the agent's tables, as it holds them.
 
 use anyhow::{Context, Result};
 use clap::{Args, Subcommand, ValueEnum};
@@ -24,19 +24,19 @@ enum Output {
     Json,
 }
 
-/// `xebec endpoint`.
+/// `<noun> list`.
 #[derive(Subcommand)]
-pub enum Endpoint {
+pub enum Table {
     /// List them
     #[command(visible_alias = "ls")]
     List(ListArgs),
 }
 
-impl Endpoint {
-    /// Asks the agent and prints.
-    pub async fn run(self, layout: &Layout) -> Result<()> {
+impl Table {
+    /// Asks the agent for this table and prints it.
+    pub async fn run(self, layout: &Layout, name: &str) -> Result<()> {
         let Self::List(args) = self;
-        list(layout, "/tables/endpoints", &args).await
+        list(layout, &format!("/tables/{name}"), &args).await
     }
 }
 

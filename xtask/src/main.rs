@@ -1,10 +1,12 @@
 //! What a developer types: `cargo xtask up | test | bench | build | codegen | setup`.
 
+mod ebpf;
 mod setup;
 mod shell;
 
 use std::path::PathBuf;
 use std::process::ExitCode;
+use std::sync::OnceLock;
 
 use anyhow::{Context, Result};
 use clap::{Parser, Subcommand};
@@ -83,7 +85,7 @@ fn run(command: Command) -> Result<()> {
         Command::Bench { args } => {
             setup::for_tests()?;
             let xebec = build(true)?;
-            Cmd::cargo(["build", "--release", "-p", "xebec-bench"]).run()?;
+            cargo(["build", "--release", "-p", "xebec-bench"])?.run()?;
             let bench = artifact(true, "xebec-bench")?;
             Cmd::as_root(bench)
                 .env("XEBEC_BIN", &xebec)
@@ -94,9 +96,22 @@ fn run(command: Command) -> Result<()> {
     }
 }
 
+/// Cargo, with the eBPF object that the agent embeds.
+fn cargo<const N: usize>(args: [&str; N]) -> Result<Cmd> {
+    static OBJECT: OnceLock<PathBuf> = OnceLock::new();
+    let object = match OBJECT.get() {
+        Some(object) => object,
+        None => {
+            let built = ebpf::build()?;
+            OBJECT.get_or_init(|| built)
+        }
+    };
+    Ok(Cmd::cargo(args).env("XEBEC_EBPF_OBJECT", object))
+}
+
 /// Builds the executable.
 fn build(release: bool) -> Result<PathBuf> {
-    let mut cmd = Cmd::cargo(["build", "-p", "xebec"]);
+    let mut cmd = cargo(["build", "-p", "xebec"])?;
     if release {
         cmd = cmd.arg("--release");
     }
@@ -131,7 +146,7 @@ fn test(no_root: bool, filter: Option<&str>) -> Result<()> {
     if filter.is_none() {
         codegen(true)?;
     }
-    let mut unit = base(Cmd::cargo(["test", "--quiet"]));
+    let mut unit = base(cargo(["test", "--quiet"])?);
     if let Some(filter) = filter {
         unit = unit.arg(filter);
     }
@@ -142,8 +157,8 @@ fn test(no_root: bool, filter: Option<&str>) -> Result<()> {
     }
     for package in setup::ROOT_TEST_PACKAGES {
         // The build runs as the calling user so that no file in the target folder belongs to root.
-        base(Cmd::cargo(["test", "--no-run", "--quiet", "-p", package])).run()?;
-        for binary in shell::test_binaries(package)? {
+        base(cargo(["test", "--no-run", "--quiet", "-p", package])?).run()?;
+        for binary in shell::test_binaries(cargo([])?, package)? {
             let mut cmd = base(Cmd::as_root(&binary.path))
                 .dir(root().join(&binary.package_dir))
                 .args(["--test-threads=1"]);

@@ -4,6 +4,7 @@ use std::path::PathBuf;
 
 use anyhow::{Context, Result, bail};
 
+use crate::ebpf;
 use crate::shell::{Cmd, is_root, on_path};
 
 /// Packages whose integration tests named `root_*` need root.
@@ -72,7 +73,8 @@ const TEST: &[Need] = &[
 
 /// Installs what `build` needs.
 pub fn for_build() -> Result<()> {
-    install(BUILD)
+    install(BUILD)?;
+    ebpf::ensure_toolchain()
 }
 
 /// Installs what `test` and `bench` need besides.

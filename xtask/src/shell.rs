@@ -50,6 +50,12 @@ impl Cmd {
         self
     }
 
+    /// Removes an environment variable.
+    pub fn env_remove(mut self, key: &str) -> Self {
+        self.0.env_remove(key);
+        self
+    }
+
     /// The folder it runs in.
     pub fn dir(mut self, dir: impl AsRef<Path>) -> Self {
         self.0.current_dir(dir);
@@ -156,8 +162,8 @@ pub struct TestBinary {
 
 /// The test executables of a package's `root_*` integration tests, or all of them where the
 /// package exists for root tests alone (it is no default member).
-pub fn test_binaries(package: &str) -> Result<Vec<TestBinary>> {
-    let cmd = Cmd::cargo([
+pub fn test_binaries(cargo: Cmd, package: &str) -> Result<Vec<TestBinary>> {
+    let cmd = cargo.args([
         "test",
         "--no-run",
         "--quiet",

@@ -97,6 +97,7 @@ impl Up {
             .unwrap_or_else(|| machine.hostname.clone());
         let config = NodeConfig {
             layout: layout.node(&name),
+            cgroup_root: machine.cgroup2.clone(),
             pod_cgroup: machine.cgroup2.join("xebec").join(&name),
             name,
             ip: machine.address,

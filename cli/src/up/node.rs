@@ -29,11 +29,22 @@ pub struct NodeConfig {
     pub cluster_domain: String,
     /// Port of the kubelet's HTTPS server.
     pub kubelet_port: u16,
+    /// The root of cgroup v2: the host's own processes reach Services too.
+    pub cgroup_root: PathBuf,
     /// The cgroup v2 folder that pods are put into.
     pub pod_cgroup: PathBuf,
     /// Its folders.
     pub layout: NodeLayout,
 }
+
+/// The user and groups of the agent.
+const AGENT_USER: (&str, &[&str]) = (
+    "system:serviceaccount:kube-system:xebec-agent",
+    &[
+        "system:serviceaccounts",
+        "system:serviceaccounts:kube-system",
+    ],
+);
 
 /// Parent of the cgroups of all pods.
 pub const CGROUP_PARENT: &str = "/xebec";
@@ -77,6 +88,8 @@ pub fn start(
         pod_cidr: config.pod_cidr,
         socket: layout.agent_socket(),
         state_dir: layout.agent_state(),
+        bpf_dir: layout.bpf(),
+        cgroup_root: config.cgroup_root.clone(),
     };
     let cri = xebec_cri::Config {
         shim_command: vec![executable.to_string_lossy().into_owned(), "shim".into()],
@@ -97,7 +110,14 @@ pub fn start(
     node.cluster_domain = config.cluster_domain.clone();
     node.pod_cidr = Some(config.pod_cidr);
     node.cgroup_parent = format!("{CGROUP_PARENT}/kubepods");
-    tasks.spawn(named("agent", xebec_agent::run(agent, rest.clone())));
+    tasks.spawn(named(
+        "agent",
+        xebec_agent::run(
+            control_plane.client(AGENT_USER.0, AGENT_USER.1),
+            agent,
+            rest.clone(),
+        ),
+    ));
     tasks.spawn(named(
         "container runtime",
         xebec_cri::run(cri, rest.clone()),

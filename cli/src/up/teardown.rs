@@ -46,9 +46,11 @@ pub async fn remains(layout: &NodeLayout, pod_cgroup: &Path) -> Result<()> {
         pod_cidr: ipnet::IpNet::V4(ipnet::Ipv4Net::default()),
         socket: layout.agent_socket(),
         state_dir: layout.agent_state(),
+        bpf_dir: layout.bpf(),
+        cgroup_root: pod_cgroup.to_path_buf(),
     };
     let parts = [
-        tokio::spawn(xebec_agent::run(agent, rest.clone())),
+        tokio::spawn(xebec_agent::run_detached(agent, rest.clone())),
         tokio::spawn(xebec_cri::run(cri, rest.clone())),
     ];
     for _ in 0..250 {

@@ -2,7 +2,10 @@
 //!
 //! Skipped with a line where the recordings are not there.
 
-#![allow(clippy::unwrap_used, reason = "a recording that can't be read is a failed test")]
+#![allow(
+    clippy::unwrap_used,
+    reason = "a recording that can't be read is a failed test"
+)]
 
 use std::collections::HashMap;
 use std::path::Path;

@@ -1,0 +1,582 @@
+//! Services: what the API says of them and their endpoints becomes frontends and backends in the kernel.
+
+use std::collections::{BTreeMap, BTreeSet, HashMap};
+use std::net::{IpAddr, Ipv4Addr};
+use std::sync::{Arc, Mutex, PoisonError};
+
+use anyhow::Result;
+use futures::{StreamExt, TryStreamExt};
+use k8s_openapi::api::core::v1::Service;
+use k8s_openapi::api::discovery::v1::EndpointSlice;
+use kube::Api;
+use kube::runtime::watcher::{self, Event};
+use kube::runtime::{WatchStreamExt, watcher as watch};
+use serde_json::{Value, json};
+use tokio_util::sync::CancellationToken;
+use tracing::warn;
+use xebec_dataplane_common::{Address, FrontendKey, FrontendValue};
+
+use crate::loader::ServiceMaps;
+
+/// A Service's or slice's namespace and name.
+type Name = (String, String);
+
+/// What of a Service the dataplane needs.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+struct ServiceView {
+    cluster_ip: Option<Ipv4Addr>,
+    ports: Vec<PortView>,
+    publish_not_ready: bool,
+}
+
+#[derive(Clone, Debug, PartialEq, Eq)]
+struct PortView {
+    name: String,
+    port: u16,
+    node_port: u16,
+    protocol: u8,
+}
+
+/// What of an EndpointSlice it needs.
+#[derive(Clone, Debug, PartialEq, Eq)]
+struct SliceView {
+    service: Name,
+    /// Address, ready, and still serving while it ends.
+    endpoints: Vec<(Ipv4Addr, bool, bool)>,
+    /// Name, port, protocol.
+    ports: Vec<(String, u16, u8)>,
+}
+
+fn protocol(name: Option<&str>) -> u8 {
+    match name {
+        Some("UDP") => 17,
+        Some("SCTP") => 132,
+        _ => 6,
+    }
+}
+
+fn protocol_name(number: u8) -> &'static str {
+    match number {
+        17 => "UDP",
+        132 => "SCTP",
+        _ => "TCP",
+    }
+}
+
+impl From<&Service> for ServiceView {
+    fn from(service: &Service) -> Self {
+        let Some(spec) = &service.spec else {
+            return Self::default();
+        };
+        let number = |value: i32| u16::try_from(value).unwrap_or(0);
+        Self {
+            cluster_ip: spec.cluster_ip.as_deref().and_then(|ip| ip.parse().ok()),
+            ports: spec
+                .ports
+                .iter()
+                .flatten()
+                .map(|port| PortView {
+                    name: port.name.clone().unwrap_or_default(),
+                    port: number(port.port),
+                    node_port: port.node_port.map_or(0, number),
+                    protocol: protocol(port.protocol.as_deref()),
+                })
+                .collect(),
+            publish_not_ready: spec.publish_not_ready_addresses.unwrap_or(false),
+        }
+    }
+}
+
+impl From<&EndpointSlice> for SliceView {
+    fn from(slice: &EndpointSlice) -> Self {
+        let metadata = &slice.metadata;
+        let service = metadata
+            .labels
+            .iter()
+            .flatten()
+            .find(|(key, _)| *key == "kubernetes.io/service-name")
+            .map(|(_, name)| name.clone());
+        let mut endpoints = Vec::new();
+        for endpoint in slice.endpoints.iter().flatten() {
+            let conditions = endpoint.conditions.clone().unwrap_or_default();
+            let ready = conditions.ready.unwrap_or(true);
+            let ending =
+                conditions.terminating.unwrap_or(false) && conditions.serving.unwrap_or(ready);
+            // All addresses of one endpoint are the same backend; clients take the first.
+            if let Some(address) = endpoint
+                .addresses
+                .first()
+                .and_then(|address| address.parse().ok())
+            {
+                endpoints.push((address, ready, ending));
+            }
+        }
+        let ports = slice.ports.iter().flatten().filter_map(|port| {
+            let number = port.port.and_then(|number| u16::try_from(number).ok())?;
+            Some((
+                port.name.clone().unwrap_or_default(),
+                number,
+                protocol(port.protocol.as_deref()),
+            ))
+        });
+        Self {
+            service: (
+                metadata.namespace.clone().unwrap_or_default(),
+                service.unwrap_or_default(),
+            ),
+            ports: ports.collect(),
+            endpoints,
+        }
+    }
+}
+
+/// A frontend as it is in the kernel.
+#[derive(Clone, Debug)]
+struct Installed {
+    set: u32,
+    keys: Vec<FrontendKey>,
+    backends: Vec<(Ipv4Addr, u16)>,
+}
+
+/// The kernel's side of Services; tests put a plain map in its place.
+trait Kernel {
+    fn add_set(&mut self, set: u32, backends: &[Address]) -> Result<()>;
+    fn set_frontend(&mut self, key: FrontendKey, value: FrontendValue) -> Result<()>;
+    fn remove_frontend(&mut self, key: FrontendKey) -> Result<()>;
+    fn remove_set(&mut self, set: u32, count: u32) -> Result<()>;
+}
+
+impl Kernel for ServiceMaps {
+    fn add_set(&mut self, set: u32, backends: &[Address]) -> Result<()> {
+        self.add_set(set, backends)
+    }
+    fn set_frontend(&mut self, key: FrontendKey, value: FrontendValue) -> Result<()> {
+        self.set_frontend(key, value)
+    }
+    fn remove_frontend(&mut self, key: FrontendKey) -> Result<()> {
+        self.remove_frontend(key)
+    }
+    fn remove_set(&mut self, set: u32, count: u32) -> Result<()> {
+        self.remove_set(set, count)
+    }
+}
+
+/// Tables of the API's state, and what of it is in the kernel.
+struct Reconciler<K> {
+    kernel: K,
+    /// Addresses that node ports are reached at.
+    node_addresses: Vec<Ipv4Addr>,
+    services: HashMap<Name, ServiceView>,
+    slices: BTreeMap<Name, SliceView>,
+    /// By Service and port.
+    installed: BTreeMap<(Name, u16, u8), Installed>,
+    next_set: u32,
+}
+
+fn address(ip: Ipv4Addr, port: u16) -> Address {
+    Address {
+        address: u32::from_ne_bytes(ip.octets()),
+        port: port.to_be(),
+        pad: 0,
+    }
+}
+
+impl<K: Kernel> Reconciler<K> {
+    fn new(kernel: K, node_addresses: Vec<Ipv4Addr>) -> Self {
+        Self {
+            kernel,
+            node_addresses,
+            services: HashMap::new(),
+            slices: BTreeMap::new(),
+            installed: BTreeMap::new(),
+            next_set: 0,
+        }
+    }
+
+    /// Where connections to a port go: ready endpoints, or where there is none those that still serve while they end.
+    fn backends(
+        &self,
+        name: &Name,
+        service: &ServiceView,
+        port: &PortView,
+    ) -> Vec<(Ipv4Addr, u16)> {
+        let of = |wanted: &dyn Fn(bool, bool) -> bool| -> Vec<(Ipv4Addr, u16)> {
+            let mut found = BTreeSet::new();
+            for slice in self.slices.values().filter(|slice| slice.service == *name) {
+                let number = slice
+                    .ports
+                    .iter()
+                    .find(|(name, _, protocol)| *name == port.name && *protocol == port.protocol);
+                let Some((_, number, _)) = number else {
+                    continue;
+                };
+                found.extend(
+                    slice
+                        .endpoints
+                        .iter()
+                        .filter(|(_, ready, ending)| wanted(*ready, *ending))
+                        .map(|(ip, _, _)| (*ip, *number)),
+                );
+            }
+            found.into_iter().collect()
+        };
+        let ready = of(&|ready, _| ready || service.publish_not_ready);
+        if ready.is_empty() {
+            of(&|_, ending| ending)
+        } else {
+            ready
+        }
+    }
+
+    /// Brings the kernel in step with one Service.
+    fn reconcile(&mut self, name: &Name) -> Result<()> {
+        let service = self.services.get(name).cloned().unwrap_or_default();
+        let mut wanted: BTreeMap<(u16, u8), (Vec<FrontendKey>, Vec<(Ipv4Addr, u16)>)> =
+            BTreeMap::new();
+        for port in &service.ports {
+            let Some(cluster_ip) = service.cluster_ip else {
+                continue;
+            };
+            let key = |ip: Ipv4Addr, port_number: u16| {
+                let to = address(ip, port_number);
+                FrontendKey {
+                    address: to.address,
+                    port: to.port,
+                    protocol: port.protocol,
+                    pad: 0,
+                }
+            };
+            let mut keys = vec![key(cluster_ip, port.port)];
+            if port.node_port > 0 {
+                keys.extend(
+                    self.node_addresses
+                        .iter()
+                        .map(|ip| key(*ip, port.node_port)),
+                );
+            }
+            wanted.insert(
+                (port.port, port.protocol),
+                (keys, self.backends(name, &service, port)),
+            );
+        }
+        for ((port, protocol), (keys, backends)) in &wanted {
+            let id = (name.clone(), *port, *protocol);
+            let before = self.installed.get(&id).cloned();
+            if before
+                .as_ref()
+                .is_some_and(|before| before.keys == *keys && before.backends == *backends)
+            {
+                continue;
+            }
+            self.next_set = self.next_set.wrapping_add(1);
+            let (set, count) = (self.next_set, backends.len() as u32);
+            let addresses: Vec<Address> = backends
+                .iter()
+                .map(|(ip, port)| address(*ip, *port))
+                .collect();
+            self.kernel.add_set(set, &addresses)?;
+            for key in keys {
+                self.kernel
+                    .set_frontend(*key, FrontendValue { set, count })?;
+            }
+            if let Some(before) = before {
+                for gone in before.keys.iter().filter(|key| !keys.contains(key)) {
+                    self.kernel.remove_frontend(*gone)?;
+                }
+                self.kernel
+                    .remove_set(before.set, before.backends.len() as u32)?;
+            }
+            self.installed.insert(
+                id,
+                Installed {
+                    set,
+                    keys: keys.clone(),
+                    backends: backends.clone(),
+                },
+            );
+        }
+        let gone: Vec<(Name, u16, u8)> = self
+            .installed
+            .range((name.clone(), 0, 0)..=(name.clone(), u16::MAX, u8::MAX))
+            .map(|(id, _)| id.clone())
+            .filter(|(_, port, protocol)| !wanted.contains_key(&(*port, *protocol)))
+            .collect();
+        for id in gone {
+            let Some(before) = self.installed.remove(&id) else {
+                continue;
+            };
+            for key in &before.keys {
+                self.kernel.remove_frontend(*key)?;
+            }
+            self.kernel
+                .remove_set(before.set, before.backends.len() as u32)?;
+        }
+        Ok(())
+    }
+
+    fn rows(&self) -> Vec<Value> {
+        let mut rows = Vec::new();
+        for ((name, _, protocol), installed) in &self.installed {
+            let backends: Vec<String> = installed
+                .backends
+                .iter()
+                .map(|(ip, port)| format!("{ip}:{port}"))
+                .collect();
+            for key in &installed.keys {
+                let ip = Ipv4Addr::from(key.address.to_ne_bytes());
+                rows.push(json!({
+                    "service": format!("{}/{}", name.0, name.1),
+                    "frontend": format!("{ip}:{}/{}", u16::from_be(key.port), protocol_name(*protocol)),
+                    "backends": backends,
+                }));
+            }
+        }
+        rows
+    }
+}
+
+/// What is in the kernel, as rows for the command line.
+#[derive(Clone, Default)]
+pub struct Shown(Arc<Mutex<Vec<Value>>>);
+
+impl Shown {
+    /// One row a frontend.
+    pub fn rows(&self) -> Vec<Value> {
+        self.0
+            .lock()
+            .unwrap_or_else(PoisonError::into_inner)
+            .clone()
+    }
+
+    fn set(&self, rows: Vec<Value>) {
+        *self.0.lock().unwrap_or_else(PoisonError::into_inner) = rows;
+    }
+}
+
+/// Keeps the kernel in step until `shutdown`. `ready` is called once, when everything that the API had at first is in the kernel.
+pub(crate) async fn run(
+    client: kube::Client,
+    maps: ServiceMaps,
+    node_ip: IpAddr,
+    shown: Shown,
+    ready: impl FnOnce() -> Result<()>,
+    shutdown: CancellationToken,
+) -> Result<()> {
+    let mut node_addresses = vec![Ipv4Addr::LOCALHOST];
+    if let IpAddr::V4(ip) = node_ip {
+        if ip != Ipv4Addr::LOCALHOST {
+            node_addresses.push(ip);
+        }
+    }
+    let mut reconciler = Reconciler::new(maps, node_addresses);
+    let mut services = watch(
+        Api::<Service>::all(client.clone()),
+        watcher::Config::default(),
+    )
+    .default_backoff()
+    .boxed();
+    let mut slices = watch(
+        Api::<EndpointSlice>::all(client),
+        watcher::Config::default(),
+    )
+    .default_backoff()
+    .boxed();
+    let (mut ready, mut listed) = (Some(ready), (false, false));
+    let (mut seen_services, mut seen_slices): (BTreeSet<Name>, BTreeSet<Name>) = Default::default();
+    let name = |metadata: &kube::api::ObjectMeta| -> Name {
+        (
+            metadata.namespace.clone().unwrap_or_default(),
+            metadata.name.clone().unwrap_or_default(),
+        )
+    };
+    loop {
+        let mut changed: Vec<Name> = Vec::new();
+        tokio::select! {
+            () = shutdown.cancelled() => return Ok(()),
+            event = services.try_next() => match event {
+                Ok(Some(Event::Init)) => seen_services.clear(),
+                Ok(Some(Event::InitApply(service) | Event::Apply(service))) => {
+                    let name = name(&service.metadata);
+                    seen_services.insert(name.clone());
+                    reconciler.services.insert(name.clone(), ServiceView::from(&service));
+                    changed.push(name);
+                }
+                Ok(Some(Event::InitDone)) => {
+                    listed.0 = true;
+                    changed = reconciler.services.keys().filter(|name| !seen_services.contains(*name)).cloned().collect();
+                    reconciler.services.retain(|name, _| seen_services.contains(name));
+                }
+                Ok(Some(Event::Delete(service))) => {
+                    let name = name(&service.metadata);
+                    reconciler.services.remove(&name);
+                    changed.push(name);
+                }
+                Ok(None) => anyhow::bail!("the watch of services ended"),
+                Err(error) => warn!(%error, "the watch of services failed; trying again"),
+            },
+            event = slices.try_next() => match event {
+                Ok(Some(Event::Init)) => seen_slices.clear(),
+                Ok(Some(Event::InitApply(slice) | Event::Apply(slice))) => {
+                    let (name, view) = (name(&slice.metadata), SliceView::from(&slice));
+                    seen_slices.insert(name.clone());
+                    changed.push(view.service.clone());
+                    changed.extend(reconciler.slices.insert(name, view).map(|before| before.service));
+                }
+                Ok(Some(Event::InitDone)) => {
+                    listed.1 = true;
+                    let gone: Vec<Name> = reconciler.slices.keys().filter(|name| !seen_slices.contains(*name)).cloned().collect();
+                    changed.extend(gone.iter().filter_map(|name| reconciler.slices.remove(name)).map(|before| before.service));
+                }
+                Ok(Some(Event::Delete(slice))) => {
+                    changed.extend(reconciler.slices.remove(&name(&slice.metadata)).map(|before| before.service));
+                }
+                Ok(None) => anyhow::bail!("the watch of endpoint slices ended"),
+                Err(error) => warn!(%error, "the watch of endpoint slices failed; trying again"),
+            },
+        }
+        for name in &changed {
+            if let Err(error) = reconciler.reconcile(name) {
+                warn!(
+                    service = format!("{}/{}", name.0, name.1),
+                    error = format!("{error:#}"),
+                    "the dataplane could not take the Service; what was there stays"
+                );
+            }
+        }
+        if !changed.is_empty() {
+            shown.set(reconciler.rows());
+        }
+        if listed == (true, true) {
+            if let Some(ready) = ready.take() {
+                ready()?;
+            }
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// The maps as plain ones, and a check that no frontend ever points at what is not there.
+    #[derive(Default)]
+    struct Plain {
+        frontends: BTreeMap<[u8; 8], FrontendValue>,
+        backends: BTreeMap<(u32, u32), Address>,
+    }
+
+    impl Plain {
+        fn check(&self) {
+            for value in self.frontends.values() {
+                for slot in 0..value.count {
+                    assert!(
+                        self.backends.contains_key(&(value.set, slot)),
+                        "a frontend points at a backend that is not there"
+                    );
+                }
+            }
+        }
+    }
+
+    impl Kernel for Plain {
+        fn add_set(&mut self, set: u32, backends: &[Address]) -> Result<()> {
+            self.backends.extend(
+                backends
+                    .iter()
+                    .enumerate()
+                    .map(|(slot, backend)| ((set, slot as u32), *backend)),
+            );
+            self.check();
+            Ok(())
+        }
+        fn set_frontend(&mut self, key: FrontendKey, value: FrontendValue) -> Result<()> {
+            self.frontends.insert(key.to_bytes(), value);
+            self.check();
+            Ok(())
+        }
+        fn remove_frontend(&mut self, key: FrontendKey) -> Result<()> {
+            self.frontends.remove(&key.to_bytes());
+            Ok(())
+        }
+        fn remove_set(&mut self, set: u32, count: u32) -> Result<()> {
+            (0..count).for_each(|slot| drop(self.backends.remove(&(set, slot))));
+            self.check();
+            Ok(())
+        }
+    }
+
+    fn service(node_port: u16) -> ServiceView {
+        let port = PortView {
+            name: "http".into(),
+            port: 80,
+            node_port,
+            protocol: 6,
+        };
+        ServiceView {
+            cluster_ip: Some(Ipv4Addr::new(10, 96, 0, 9)),
+            ports: vec![port],
+            publish_not_ready: false,
+        }
+    }
+
+    fn slice(name: &Name, endpoints: &[(u8, bool, bool)]) -> SliceView {
+        SliceView {
+            service: name.clone(),
+            endpoints: endpoints
+                .iter()
+                .map(|(last, ready, ending)| (Ipv4Addr::new(10, 244, 0, *last), *ready, *ending))
+                .collect(),
+            ports: vec![("http".into(), 8080, 6)],
+        }
+    }
+
+    #[test]
+    fn a_service_comes_changes_and_goes_without_a_gap() {
+        let name: Name = ("shop".into(), "web".into());
+        let mut reconciler = Reconciler::new(Plain::default(), vec![Ipv4Addr::new(192, 0, 2, 1)]);
+        let counts = |reconciler: &Reconciler<Plain>| {
+            (
+                reconciler.kernel.frontends.len(),
+                reconciler.kernel.backends.len(),
+            )
+        };
+        reconciler.services.insert(name.clone(), service(30080));
+        reconciler.reconcile(&name).unwrap();
+        assert_eq!(
+            counts(&reconciler),
+            (2, 0),
+            "without endpoints it is there and refuses"
+        );
+        reconciler.slices.insert(
+            name.clone(),
+            slice(
+                &name,
+                &[(1, true, false), (2, true, false), (3, false, false)],
+            ),
+        );
+        reconciler.reconcile(&name).unwrap();
+        assert_eq!(counts(&reconciler), (2, 2), "only ready endpoints");
+        let sets = reconciler.next_set;
+        reconciler.reconcile(&name).unwrap();
+        assert_eq!(
+            reconciler.next_set, sets,
+            "nothing changed, nothing is written"
+        );
+        reconciler.slices.insert(
+            name.clone(),
+            slice(&name, &[(1, false, true), (2, false, false)]),
+        );
+        reconciler.reconcile(&name).unwrap();
+        assert_eq!(
+            counts(&reconciler),
+            (2, 1),
+            "where none is ready, the one that still serves"
+        );
+        reconciler.services.insert(name.clone(), service(0));
+        reconciler.reconcile(&name).unwrap();
+        assert_eq!(counts(&reconciler), (1, 1), "the node port is gone");
+        reconciler.services.remove(&name);
+        reconciler.reconcile(&name).unwrap();
+        assert_eq!(counts(&reconciler), (0, 0));
+    }
+}

@@ -1,0 +1,17 @@
+//! The kernel side of the dataplane: one file per hook.
+#![no_std]
+#![no_main]
+
+mod maps;
+mod socket;
+
+#[cfg(not(test))]
+#[panic_handler]
+fn panic(_: &core::panic::PanicInfo) -> ! {
+    loop {}
+}
+
+/// Some helpers may only be called by programs under the GPL.
+#[unsafe(link_section = "license")]
+#[unsafe(no_mangle)]
+static LICENSE: [u8; 13] = *b"Dual MIT/GPL\0";
