@@ -495,7 +495,8 @@ mod tests {
             Ok(())
         }
         fn remove_set(&mut self, set: u32, count: u32) -> Result<()> {
-            (0..count).for_each(|slot| drop(self.backends.remove(&(set, slot))));
+            self.backends
+                .retain(|(of, slot), _| *of != set || *slot >= count);
             self.check();
             Ok(())
         }
