@@ -10,7 +10,9 @@ pub mod link;
 pub mod loader;
 pub mod maps;
 pub mod names;
+pub mod nodes;
 pub mod policy;
+mod routes;
 pub mod services;
 
 use std::net::IpAddr;
@@ -68,11 +70,20 @@ pub async fn run(client: kube::Client, config: Config, shutdown: CancellationTok
     let endpoints = connect(&config, Some(dataplane.clone()))?;
     let shown = services::Shown::default();
     let (services_ready, services_are_ready) = oneshot::channel();
+    let (nodes, nodes_told) = watch::channel(None);
+    let routes = routes::run(
+        config.node_name.clone(),
+        pod_range(&config)?,
+        nodes_told.clone(),
+        shutdown.clone(),
+    );
+    let nodes = nodes::run(client.clone(), nodes, shutdown.clone());
     let policy = policy::watch::run(client.clone(), engine.clone(), synced, shutdown.clone());
     let services = services::run(
         client,
         maps.services,
         config.node_ip,
+        nodes_told,
         shown.clone(),
         services_ready,
         shutdown.clone(),
@@ -100,7 +111,7 @@ pub async fn run(client: kube::Client, config: Config, shutdown: CancellationTok
             .attach_sockets(&config.cgroup_root)
     };
     let api = api::run(config.socket.clone(), tables, shutdown.clone());
-    tokio::try_join!(policy, services, follow, take_over, api).map(drop)
+    tokio::try_join!(policy, services, nodes, routes, follow, take_over, api).map(drop)
 }
 
 /// Serves the socket alone, for taking pods away where no API server runs.
@@ -115,9 +126,7 @@ pub async fn run_detached(config: Config, shutdown: CancellationToken) -> Result
 }
 
 fn connect(config: &Config, dataplane: Option<Arc<Dataplane>>) -> Result<Arc<Endpoints>> {
-    let IpNet::V4(range) = config.pod_cidr else {
-        bail!("the pod range {} is not IPv4", config.pod_cidr)
-    };
+    let range = pod_range(config)?;
     let forward = "/proc/sys/net/ipv4/ip_forward";
     std::fs::write(forward, "1").with_context(|| format!("could not write {forward}"))?;
     Ok(Arc::new(Endpoints::open(
@@ -125,6 +134,13 @@ fn connect(config: &Config, dataplane: Option<Arc<Dataplane>>) -> Result<Arc<End
         range,
         dataplane,
     )?))
+}
+
+fn pod_range(config: &Config) -> Result<ipnet::Ipv4Net> {
+    match config.pod_cidr {
+        IpNet::V4(range) => Ok(range),
+        IpNet::V6(range) => bail!("the pod range {range} is not IPv4"),
+    }
 }
 
 /// Removes the devices of all endpoints that are on record, and the records.
