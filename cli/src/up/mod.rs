@@ -73,6 +73,9 @@ impl Up {
     /// Runs until Ctrl-C, SIGTERM or `xebec down`. `log` is what is logged, by other processes of the cluster too.
     pub async fn run(self, layout: Layout, log: &str) -> Result<()> {
         let started = Instant::now();
+        let since = std::time::SystemTime::now()
+            .duration_since(std::time::UNIX_EPOCH)
+            .map_or(0, |since| since.as_secs() as i64);
         install_tls_provider()?;
         let listen = SocketAddr::from((Ipv4Addr::UNSPECIFIED, self.api_port));
         self.check_ranges()?;
@@ -110,7 +113,7 @@ impl Up {
 
         let state = UpState::of_this_process(&server, &nodes)?;
         state.write(&layout)?;
-        plan::forget_others(&layout, control_plane.admin(), &nodes).await;
+        plan::forget_nodes(&layout, control_plane.admin(), &nodes).await;
         let mut parts = Nodes::start(&nodes, &authority, &control_plane, &url(inside), log).await?;
         let ready = async {
             if !self.no_demo_image {
@@ -121,7 +124,7 @@ impl Up {
             }
             let names: Vec<&str> = nodes.iter().map(|node| node.name.as_str()).collect();
             let patience = Duration::from_secs(self.timeout);
-            node::wait_ready(control_plane.admin(), &names, patience).await?;
+            node::wait_ready(control_plane.admin(), &names, since, patience).await?;
             print_next_steps(&layout, &state.node_names(), started.elapsed());
             UpState::mark_ready(&layout)?;
             // From here on only a failure or a signal ends it.

@@ -232,8 +232,14 @@ impl Running {
     }
 }
 
-/// Waits until all these nodes report Ready.
-pub async fn wait_ready(client: kube::Client, nodes: &[&str], timeout: Duration) -> Result<()> {
+/// Waits until all these nodes report Ready. What a node said before `since` (seconds of the epoch) was said by a
+/// cluster that has ended.
+pub async fn wait_ready(
+    client: kube::Client,
+    nodes: &[&str],
+    since: i64,
+    timeout: Duration,
+) -> Result<()> {
     use futures::TryStreamExt;
     let mut changes = std::pin::pin!(
         watcher(
@@ -249,7 +255,7 @@ pub async fn wait_ready(client: kube::Client, nodes: &[&str], timeout: Duration)
             match changes.try_next().await {
                 Ok(Some(found)) => {
                     let name = found.metadata.name.as_deref().unwrap_or_default();
-                    if is_ready(&found) && waiting.contains(&name) {
+                    if is_ready(&found, since) && waiting.contains(&name) {
                         info!(node = name, "ready");
                         waiting.retain(|waiting| *waiting != name);
                     }
@@ -270,9 +276,29 @@ pub async fn wait_ready(client: kube::Client, nodes: &[&str], timeout: Duration)
     }
 }
 
-fn is_ready(node: &NodeObject) -> bool {
+fn is_ready(node: &NodeObject, since: i64) -> bool {
     node.status
         .iter()
         .flat_map(|status| status.conditions.iter().flatten())
-        .any(|condition| condition.type_ == "Ready" && condition.status == "True")
+        .filter(|condition| condition.type_ == "Ready" && condition.status == "True")
+        .filter_map(|condition| condition.last_heartbeat_time.as_ref())
+        .any(|heartbeat| heartbeat.0.as_second() >= since)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn what_an_ended_cluster_said_does_not_count() {
+        let node = |status: &str| -> NodeObject {
+            serde_json::from_value(serde_json::json!({"status": {"conditions": [
+                {"type": "Ready", "status": status, "lastHeartbeatTime": "1970-01-01T00:01:40Z"},
+            ]}}))
+            .unwrap()
+        };
+        assert!(is_ready(&node("True"), 100));
+        assert!(!is_ready(&node("True"), 101));
+        assert!(!is_ready(&node("False"), 100));
+    }
 }

@@ -127,15 +127,27 @@ impl Up {
 }
 
 /// Removes the Nodes of an earlier `up` that this one does not run: they will not come back by themselves, and their
-/// pods are to run elsewhere.
-pub(super) async fn forget_others(layout: &Layout, client: kube::Client, nodes: &[NodeConfig]) {
+/// pods are to run elsewhere. A node whose range of pods is another one now is registered anew.
+pub(super) async fn forget_nodes(layout: &Layout, client: kube::Client, nodes: &[NodeConfig]) {
     let api = kube::Api::<Node>::all(client);
     for name in layout.known_nodes() {
-        if nodes.iter().any(|node| node.name == name) {
-            continue;
-        }
-        match api.delete(&name, &kube::api::DeleteParams::default()).await {
-            Ok(_) => info!(node = name, "a node that does not run any more was removed"),
+        let outcome = async {
+            let Some(found) = api.get_opt(&name).await? else {
+                return Ok(());
+            };
+            let spec = found.spec.unwrap_or_default();
+            let stays = nodes
+                .iter()
+                .any(|node| node.name == name && spec.pod_cidr == Some(node.pod_cidr.to_string()));
+            if !stays {
+                api.delete(&name, &kube::api::DeleteParams::default())
+                    .await?;
+                info!(node = name, "a node that does not run any more was removed");
+            }
+            Ok::<(), kube::Error>(())
+        };
+        match outcome.await {
+            Ok(()) => {}
             Err(kube::Error::Api(status)) if status.code == 404 => {}
             Err(error) => warn!(node = name, %error, "could not remove a node that does not run"),
         }

@@ -17,6 +17,8 @@ pub const CGROUPS: &str = "xebec";
 /// Stops the kubelet, removes every pod sandbox through CRI, then ends the rest and cleans up.
 pub async fn node(mut running: Running, config: &NodeConfig) {
     running.end_kubelet().await;
+    // They may be starting still, and pods of a killed predecessor be known to them alone.
+    sockets(&config.layout).await;
     if let Err(error) = remove_sandboxes(&config.layout).await {
         warn!(error = format!("{error:#}"), "could not remove all pods");
     }
@@ -39,6 +41,18 @@ pub async fn remains(config: &NodeConfig) -> Result<()> {
         tokio::spawn(xebec_agent::run_detached(agent, rest.clone())),
         tokio::spawn(xebec_cri::run(cri, rest.clone())),
     ];
+    sockets(layout).await;
+    let removed = remove_sandboxes(layout).await;
+    rest.cancel();
+    for part in parts {
+        part.await.context("a part panicked")??;
+    }
+    removed?;
+    clean(config).await
+}
+
+/// Waits until runtime and agent answer, which without an answer is told by what is asked of them next.
+async fn sockets(layout: &NodeLayout) {
     for _ in 0..250 {
         if layout.cri_socket().exists()
             && layout.agent_socket().exists()
@@ -48,13 +62,6 @@ pub async fn remains(config: &NodeConfig) -> Result<()> {
         }
         tokio::time::sleep(Duration::from_millis(20)).await;
     }
-    let removed = remove_sandboxes(layout).await;
-    rest.cancel();
-    for part in parts {
-        part.await.context("a part panicked")??;
-    }
-    removed?;
-    clean(config).await
 }
 
 /// Stops and removes every sandbox that the runtime has.
