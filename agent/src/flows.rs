@@ -11,11 +11,12 @@ use tokio::io::unix::AsyncFd;
 use tokio::sync::broadcast;
 use tokio_util::sync::CancellationToken;
 use xebec_dataplane_common::flow::{
-    Counters, DROPPED, EGRESS, Event, REASON_INVALID, REASON_POLICY, REASON_SOURCE,
+    Counters, DROPPED, EGRESS, Event, REASON_INVALID, REASON_NO_MAPPING, REASON_POLICY,
+    REASON_SOURCE,
 };
 use xebec_dataplane_common::{ICMP, SCTP, TCP, UDP};
 
-use crate::maps::{FlowMaps, from_be};
+use crate::maps::{FlowMaps, from_be, next_event};
 use crate::names::{Names, Peer};
 use crate::policy::compile::{Name, RuleId};
 
@@ -79,10 +80,8 @@ impl Flows {
                 };
                 let offset = wall_clock_offset();
                 let ring = ready.get_inner_mut();
-                while let Some(item) = ring.next() {
-                    if item.len() == size_of::<Event>() {
-                        flows.take(bytemuck::pod_read_unaligned(&item), offset, &peer_of_world);
-                    }
+                while let Some(event) = next_event(ring) {
+                    flows.take(event, offset, &peer_of_world);
                 }
                 ready.clear_ready();
             }
@@ -272,6 +271,7 @@ fn reason(number: u8) -> &'static str {
         REASON_SOURCE => "INVALID_SOURCE_IP",
         REASON_POLICY => "POLICY_DENIED",
         REASON_INVALID => "INVALID_PACKET_DROPPED",
+        REASON_NO_MAPPING => "NO_MAPPING_FOR_NAT_MASQUERADE",
         _ => "DROP_REASON_UNKNOWN",
     }
 }

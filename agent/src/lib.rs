@@ -10,6 +10,7 @@ pub mod link;
 pub mod loader;
 pub mod maps;
 pub mod names;
+pub mod network;
 pub mod policy;
 pub mod services;
 
@@ -43,6 +44,8 @@ pub struct Config {
     pub bpf_dir: PathBuf,
     /// The cgroup v2 folder whose processes reach Services.
     pub cgroup_root: PathBuf,
+    /// Devices that lead to other nodes and the outside; none for those of the node's address and the default route.
+    pub devices: Vec<String>,
 }
 
 /// Runs until `shutdown`; pods stay connected, Services translated and policy enforced as they were.
@@ -59,6 +62,13 @@ pub async fn run(client: kube::Client, config: Config, shutdown: CancellationTok
     let engine = Engine::new(maps.policy, names, &config.node_name, generation);
     let engine = Arc::new(Mutex::new(engine));
     let (synced, mut is_synced) = watch::channel(false);
+    let network = network::run(
+        client.clone(),
+        maps.network,
+        config.node_ip,
+        shutdown.clone(),
+    );
+    let devices = network::devices(&config).await?;
     let dataplane = Arc::new(Dataplane {
         engine: engine.clone(),
         programs: Mutex::new(programs),
@@ -93,14 +103,12 @@ pub async fn run(client: kube::Client, config: Config, shutdown: CancellationTok
             known = known => if !known { return Ok(()) },
         }
         endpoints.adopt().await?;
-        dataplane
-            .programs
-            .lock()
-            .await
-            .attach_sockets(&config.cgroup_root)
+        let mut programs = dataplane.programs.lock().await;
+        programs.attach_network(&devices)?;
+        programs.attach_sockets(&config.cgroup_root)
     };
     let api = api::run(config.socket.clone(), tables, shutdown.clone());
-    tokio::try_join!(policy, services, follow, take_over, api).map(drop)
+    tokio::try_join!(policy, services, network, follow, take_over, api).map(drop)
 }
 
 /// Serves the socket alone, for taking pods away where no API server runs.

@@ -3,6 +3,7 @@
 use aya_ebpf::macros::map;
 use aya_ebpf::maps::{Array, HashMap, LpmTrie, LruHashMap, PerCpuArray, RingBuf};
 use xebec_dataplane_common::flow::{Counters, Flow, FlowKey};
+use xebec_dataplane_common::nat::{Nat, Settings, Tuple};
 use xebec_dataplane_common::policy::{CidrKey, Endpoint, RuleKey, Set};
 use xebec_dataplane_common::service::{
     Address, BackendKey, FrontendKey, FrontendValue, ReverseKey,
@@ -44,7 +45,20 @@ pub static RULES: HashMap<RuleKey, u32> = HashMap::with_max_entries(524_288, NO_
 #[map]
 pub static CIDRS: LpmTrie<CidrKey, u32> = LpmTrie::with_max_entries(131_072, NO_PREALLOC);
 
-/// Flows that were allowed. The one map that is adopted by the next agent: all others are rebuilt from the API.
+/// Address blocks that know the way to pods: nodes and pods' ranges.
+#[map]
+pub static NATIVE: LpmTrie<u32, u8> = LpmTrie::with_max_entries(16_384, NO_PREALLOC);
+
+/// What translation needs to know of the node.
+#[map]
+pub static SETTINGS: Array<Settings> = Array::with_max_entries(1, 0);
+
+/// Translations, two for each flow. With flows, the one map that is adopted by the next agent: all others are
+/// rebuilt from the API.
+#[map]
+pub static NATS: LruHashMap<Tuple, Nat> = LruHashMap::pinned(131_072, 0);
+
+/// Flows that were allowed; adopted by the next agent.
 #[map]
 pub static FLOWS: LruHashMap<FlowKey, Flow> = LruHashMap::pinned(131_072, 0);
 

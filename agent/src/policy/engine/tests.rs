@@ -380,10 +380,7 @@ fn the_kernel_holds_what_the_objects_say_after_every_change() {
             assert!(plain.rules.is_empty() && plain.cidrs.is_empty() && plain.sets.is_empty());
         });
     }
-    assert!(
-        asked > 20_000 && allowed > 5_000,
-        "{allowed} of {asked}"
-    );
+    assert!(asked > 20_000 && allowed > 5_000, "{allowed} of {asked}");
 }
 
 fn one_pod() -> History {
