@@ -11,6 +11,7 @@ use xebec_schema::quantity::Quantity;
 use crate::config::Config;
 use crate::env::expand;
 use crate::runtime::{CONTAINER_NAME, POD_NAME, POD_NAMESPACE, POD_UID, RESTARTS};
+use crate::subpath::Bound;
 use crate::volumes::Mounts;
 
 /// Upstream's masks for containers that are not privileged.
@@ -268,12 +269,12 @@ pub(crate) struct Given<'a> {
     pub pod_ip: &'a str,
 }
 
-/// One container.
+/// One container; what is bound must stay so until the container has been started.
 pub(crate) fn container(
     pod: &Pod,
     spec: &Container,
     given: Given<'_>,
-) -> Result<v1::ContainerConfig> {
+) -> Result<(v1::ContainerConfig, Bound)> {
     let variables = given.env.iter().cloned().collect();
     let words = |words: &Option<Vec<String>>| {
         words
@@ -286,7 +287,8 @@ pub(crate) fn container(
     all_labels.retain(|key, _| key.starts_with("io.kubernetes."));
     all_labels.insert(CONTAINER_NAME.into(), spec.name.clone());
     let mut mounts = Vec::new();
-    for mount in spec.volume_mounts.iter().flatten() {
+    let mut bound = Bound::default();
+    for (index, mount) in spec.volume_mounts.iter().flatten().enumerate() {
         let host = given
             .mounts
             .get(&mount.name)
@@ -300,18 +302,19 @@ pub(crate) fn container(
         let host = if sub.is_empty() {
             host.clone()
         } else {
-            anyhow::ensure!(
-                Path::new(&sub)
-                    .components()
-                    .all(|part| matches!(part, std::path::Component::Normal(_))),
-                "subPath {sub:?} leaves the volume"
-            );
-            let path = host.join(&sub);
-            if !path.exists() {
-                std::fs::create_dir_all(&path)
-                    .with_context(|| format!("could not make {}", path.display()))?;
-            }
-            path
+            let target = given
+                .pod_dir
+                .join("volume-subpaths")
+                .join(&mount.name)
+                .join(&spec.name)
+                .join(index.to_string());
+            bound.bind(host, &sub, &target).with_context(|| {
+                format!(
+                    "failed to prepare subPath for volumeMount {:?} of container {:?}",
+                    mount.name, spec.name
+                )
+            })?;
+            target
         };
         mounts.push(v1::Mount {
             container_path: mount.mount_path.clone(),
@@ -358,7 +361,7 @@ pub(crate) fn container(
             ..Default::default()
         });
     }
-    Ok(v1::ContainerConfig {
+    let config = v1::ContainerConfig {
         metadata: Some(v1::ContainerMetadata {
             name: spec.name.clone(),
             attempt: given.restarts as u32,
@@ -390,7 +393,8 @@ pub(crate) fn container(
             security_context: Some(security(pod, spec)),
         }),
         ..Default::default()
-    })
+    };
+    Ok((config, bound))
 }
 
 fn security(pod: &Pod, spec: &Container) -> v1::LinuxContainerSecurityContext {

@@ -16,6 +16,7 @@ mod probes;
 mod runtime;
 mod server;
 mod status;
+mod subpath;
 mod volumes;
 mod worker;
 

@@ -156,7 +156,8 @@ fn memory_dir(path: &Path, limit: Option<&str>) -> Result<PathBuf> {
     let shown = path.to_string_lossy();
     if mounts
         .lines()
-        .any(|line| line.split(' ').nth(1) == Some(&shown))
+        .filter_map(|line| line.split(' ').nth(1))
+        .any(|point| unescape(point) == shown)
     {
         return Ok(path.to_path_buf());
     }
@@ -478,6 +479,20 @@ fn write_atomically(dir: &Path, files: &Files) -> Result<()> {
     Ok(())
 }
 
+/// A path of the mount table, where blanks and the like are written as `\040`.
+fn unescape(shown: &str) -> String {
+    let (bytes, mut out, mut at) = (shown.as_bytes(), Vec::new(), 0);
+    while let Some(byte) = bytes.get(at) {
+        let octal = bytes
+            .get(at + 1..at + 4)
+            .filter(|_| *byte == b'\\')
+            .and_then(|digits| u8::from_str_radix(std::str::from_utf8(digits).ok()?, 8).ok());
+        out.push(octal.unwrap_or(*byte));
+        at += if octal.is_some() { 4 } else { 1 };
+    }
+    String::from_utf8_lossy(&out).into_owned()
+}
+
 /// Removes a pod's folder, with what is mounted in it.
 pub(crate) fn remove(pod_dir: &Path) -> Result<()> {
     let mounts = std::fs::read_to_string("/proc/self/mounts").unwrap_or_default();
@@ -486,9 +501,10 @@ pub(crate) fn remove(pod_dir: &Path) -> Result<()> {
         .lines()
         .rev()
         .filter_map(|line| line.split(' ').nth(1))
+        .map(unescape)
         .filter(|point| point.starts_with(&prefix))
     {
-        nix::mount::umount2(point, nix::mount::MntFlags::MNT_DETACH)
+        nix::mount::umount2(point.as_str(), nix::mount::MntFlags::MNT_DETACH)
             .with_context(|| format!("could not unmount {point}"))?;
     }
     match std::fs::remove_dir_all(pod_dir) {
@@ -536,5 +552,11 @@ mod tests {
         assert_eq!(std::fs::read_to_string(dir.path().join("a")).unwrap(), "3");
         assert!(!dir.path().join("sub").exists() && !dir.path().join(before).exists());
         assert!(write_atomically(dir.path(), &files(&[("../x", "3")])).is_err());
+    }
+
+    #[test]
+    fn the_mount_table_is_read_as_it_is_written() {
+        assert_eq!(unescape(r"/a\040b\134c/d"), r"/a b\c/d");
+        assert_eq!(unescape("/plain"), "/plain");
     }
 }

@@ -1,0 +1,184 @@
+//! What is known of a pod's containers, and its status in the API.
+
+use super::*;
+
+impl Worker {
+    /// What is known of a container, for the status.
+    pub(super) fn known(&self, name: &str, state: &PodState) -> Known {
+        let spec = self.pod.spec.as_ref().and_then(|s| {
+            s.containers
+                .iter()
+                .chain(s.init_containers.iter().flatten())
+                .find(|c| c.name == name)
+        });
+        let has = |probe: fn(&Container) -> bool| spec.is_some_and(probe);
+        let latest = state.latest(name);
+        let probed = latest
+            .and_then(|c| self.probed.get(&c.id))
+            .cloned()
+            .unwrap_or_default();
+        // A kubelet that was restarted believes what the last one wrote, until a probe says otherwise.
+        let before = self.pod.status.as_ref().and_then(|s| {
+            s.container_statuses
+                .iter()
+                .chain(&s.init_container_statuses)
+                .flatten()
+                .find(|c| c.name == name)
+        });
+        let same = before.filter(|before| {
+            latest.is_some_and(|c| {
+                before
+                    .container_id
+                    .as_deref()
+                    .is_some_and(|id| id.ends_with(&c.id))
+            })
+        });
+        let started = probed.started.unwrap_or_else(|| {
+            !has(|c| c.startup_probe.is_some()) || same.is_some_and(|s| s.started == Some(true))
+        });
+        let ready = probed.ready.unwrap_or_else(|| {
+            !has(|c| c.readiness_probe.is_some()) || same.is_some_and(|s| s.ready)
+        });
+        let leaving = self.pod.metadata.deletion_timestamp.is_some();
+        Known {
+            waiting: self.waiting.get(name).cloned(),
+            started,
+            ready: ready && !leaving,
+        }
+    }
+
+    /// Starts the probes of running containers, and ends those of others.
+    pub(super) fn watch_probes(&mut self, state: &PodState) {
+        let Some(spec) = self.pod.spec.clone() else {
+            return;
+        };
+        let pod_ip = state
+            .ready_sandbox()
+            .and_then(|s| s.network.as_ref())
+            .map(|network| network.ip.clone())
+            .filter(|ip| !ip.is_empty());
+        let pod_ip = pod_ip.unwrap_or_else(|| self.shared.config.node_ip.to_string());
+        let running: Vec<&v1::ContainerStatus> = state
+            .containers
+            .iter()
+            .filter(|c| c.state() == ContainerRunning)
+            .collect();
+        self.tasks.retain(|(id, _), task| {
+            let keep = running.iter().any(|container| container.id == *id);
+            if !keep {
+                task.abort();
+            }
+            keep
+        });
+        self.probed
+            .retain(|id, _| state.containers.iter().any(|container| container.id == *id));
+        for container in spec
+            .containers
+            .iter()
+            .chain(spec.init_containers.iter().flatten())
+        {
+            let Some(latest) = state
+                .latest(&container.name)
+                .filter(|c| c.state() == ContainerRunning)
+            else {
+                continue;
+            };
+            let started = self.known(&container.name, state).started;
+            // The others begin when the startup probe has passed.
+            let probes = [
+                (
+                    Kind::Startup,
+                    container.startup_probe.as_ref().filter(|_| !started),
+                ),
+                (
+                    Kind::Readiness,
+                    container.readiness_probe.as_ref().filter(|_| started),
+                ),
+                (
+                    Kind::Liveness,
+                    container.liveness_probe.as_ref().filter(|_| started),
+                ),
+            ];
+            for (kind, probe) in probes {
+                let Some(probe) = probe else { continue };
+                let key = (latest.id.clone(), kind);
+                if self.tasks.contains_key(&key) {
+                    continue;
+                }
+                let target = probes::Target {
+                    container: container.clone(),
+                    container_id: latest.id.clone(),
+                    pod_ip: pod_ip.clone(),
+                };
+                let task = tokio::spawn(probes::run(
+                    self.shared.runtime.clone(),
+                    target,
+                    kind,
+                    probe.clone(),
+                    self.verdicts.0.clone(),
+                ));
+                self.tasks.insert(key, task.abort_handle());
+            }
+        }
+    }
+
+    pub(super) async fn write_status(&mut self, state: &PodState) -> Result<()> {
+        let runtime_name = self
+            .shared
+            .runtime
+            .version
+            .split("://")
+            .next()
+            .unwrap_or_default()
+            .to_owned();
+        let new = {
+            let known = |name: &str| self.known(name, state);
+            status::pod_status(&Facts {
+                pod: &self.pod,
+                state,
+                node_ip: self.shared.config.node_ip.to_string(),
+                runtime_name: &runtime_name,
+                known: &known,
+                over: self.over.clone(),
+            })
+        };
+        if self.pod.status.as_ref() == Some(&new) {
+            return Ok(());
+        }
+        let api = Api::<Pod>::namespaced(
+            self.shared.client.clone(),
+            self.pod.metadata.namespace.as_deref().unwrap_or_default(),
+        );
+        let mut status = serde_json::to_value(&new).context("could not encode the status")?;
+        // What is not said any more must go, which a merge does by null.
+        for key in ["reason", "message"] {
+            if status.get(key).is_none()
+                && self.pod.status.as_ref().is_some_and(|old| {
+                    if key == "reason" {
+                        old.reason.is_some()
+                    } else {
+                        old.message.is_some()
+                    }
+                })
+            {
+                status[key] = serde_json::Value::Null;
+            }
+        }
+        let patch = serde_json::json!({"metadata": {"uid": self.uid()}, "status": status});
+        match api
+            .patch_status(
+                self.pod.metadata.name.as_deref().unwrap_or_default(),
+                &PatchParams::default(),
+                &Patch::Merge(patch),
+            )
+            .await
+        {
+            Ok(pod) => {
+                self.pod.status = pod.status;
+                Ok(())
+            }
+            Err(kube::Error::Api(status)) if status.code == 404 => Ok(()),
+            Err(error) => Err(error).context("could not write the pod's status"),
+        }
+    }
+}
