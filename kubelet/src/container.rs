@@ -261,7 +261,7 @@ fn resources(requirements: Option<&ResourceRequirements>) -> v1::LinuxContainerR
 
 /// What a container is made from besides its spec.
 pub(crate) struct Given<'a> {
-    pub image: String,
+    pub image: &'a v1::Image,
     pub env: Vec<(String, String)>,
     pub mounts: &'a Mounts,
     pub restarts: i32,
@@ -275,6 +275,7 @@ pub(crate) fn container(
     spec: &Container,
     given: Given<'_>,
 ) -> Result<(v1::ContainerConfig, Bound)> {
+    must_not_be_root(pod, spec, given.image)?;
     let variables = given.env.iter().cloned().collect();
     let words = |words: &Option<Vec<String>>| {
         words
@@ -367,7 +368,9 @@ pub(crate) fn container(
             attempt: given.restarts as u32,
         }),
         image: Some(v1::ImageSpec {
-            image: given.image,
+            // By its id, so that it is the very one whose user was looked at.
+            image: given.image.id.clone(),
+            user_specified_image: spec.image.clone().unwrap_or_default(),
             ..Default::default()
         }),
         command: words(&spec.command),
@@ -395,6 +398,46 @@ pub(crate) fn container(
         ..Default::default()
     };
     Ok((config, bound))
+}
+
+/// `runAsNonRoot`: neither the spec nor, where it says nothing, the image may choose uid 0.
+fn must_not_be_root(pod: &Pod, spec: &Container, image: &v1::Image) -> Result<()> {
+    let own = spec.security_context.as_ref();
+    let of_pod = pod.spec.as_ref().and_then(|s| s.security_context.as_ref());
+    let wanted = own
+        .and_then(|s| s.run_as_non_root)
+        .or(of_pod.and_then(|s| s.run_as_non_root));
+    if wanted != Some(true) {
+        return Ok(());
+    }
+    let text = |value: &Option<String>| value.clone().unwrap_or_default();
+    let metadata = &pod.metadata;
+    let who = format!(
+        "(pod: \"{}_{}({})\", container: {})",
+        text(&metadata.name),
+        text(&metadata.namespace),
+        text(&metadata.uid),
+        spec.name
+    );
+    let user = own
+        .and_then(|s| s.run_as_user)
+        .or(of_pod.and_then(|s| s.run_as_user));
+    if let Some(user) = user {
+        anyhow::ensure!(
+            user != 0,
+            "container's runAsUser breaks non-root policy {who}"
+        );
+        return Ok(());
+    }
+    // An image that names no user runs as root.
+    match (&image.uid, image.username.as_str()) {
+        (Some(uid), _) if uid.value != 0 => Ok(()),
+        (None, name) if !name.is_empty() => anyhow::bail!(
+            "container has runAsNonRoot and image has non-numeric user ({name}), \
+             cannot verify user is non-root {who}"
+        ),
+        _ => anyhow::bail!("container has runAsNonRoot and image will run as root {who}"),
+    }
 }
 
 fn security(pod: &Pod, spec: &Container) -> v1::LinuxContainerSecurityContext {
@@ -466,4 +509,64 @@ fn hosts_file(pod: &Pod, pod_dir: &Path, pod_ip: &str) -> Result<String> {
     let path = pod_dir.join("etc-hosts");
     std::fs::write(&path, text).with_context(|| format!("could not write {}", path.display()))?;
     Ok(path.to_string_lossy().into_owned())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn pod(of_pod: serde_json::Value, own: serde_json::Value) -> Pod {
+        serde_json::from_value(serde_json::json!({
+            "metadata": {"name": "p", "namespace": "n", "uid": "u"},
+            "spec": {"securityContext": of_pod, "containers": [{"name": "c", "securityContext": own}]},
+        }))
+        .unwrap()
+    }
+
+    fn verdict(of_pod: serde_json::Value, own: serde_json::Value, image: v1::Image) -> String {
+        let pod = pod(of_pod, own);
+        let spec = &pod.spec.as_ref().unwrap().containers[0];
+        match must_not_be_root(&pod, spec, &image) {
+            Ok(()) => "ok".into(),
+            Err(error) => error.to_string(),
+        }
+    }
+
+    #[test]
+    fn root_is_refused_where_the_pod_says_so() {
+        use serde_json::json;
+        let nobody = || v1::Image {
+            uid: Some(v1::Int64Value { value: 65534 }),
+            ..Default::default()
+        };
+        let zero = || v1::Image {
+            uid: Some(v1::Int64Value { value: 0 }),
+            ..Default::default()
+        };
+        let named = || v1::Image {
+            username: "app".into(),
+            ..Default::default()
+        };
+        let strict = || json!({"runAsNonRoot": true});
+        assert_eq!(verdict(json!({}), json!({}), zero()), "ok");
+        assert_eq!(verdict(strict(), json!({}), nobody()), "ok");
+        assert_eq!(
+            verdict(strict(), json!({"runAsNonRoot": false}), zero()),
+            "ok"
+        );
+        assert_eq!(verdict(strict(), json!({"runAsUser": 7}), named()), "ok");
+        let root =
+            "container has runAsNonRoot and image will run as root (pod: \"p_n(u)\", container: c)";
+        assert_eq!(verdict(strict(), json!({}), zero()), root);
+        assert_eq!(verdict(json!({}), strict(), v1::Image::default()), root);
+        assert_eq!(
+            verdict(json!({"runAsUser": 0}), strict(), nobody()),
+            "container's runAsUser breaks non-root policy (pod: \"p_n(u)\", container: c)"
+        );
+        assert_eq!(
+            verdict(strict(), json!({}), named()),
+            "container has runAsNonRoot and image has non-numeric user (app), cannot verify user is \
+             non-root (pod: \"p_n(u)\", container: c)"
+        );
+    }
 }

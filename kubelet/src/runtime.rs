@@ -375,8 +375,8 @@ impl Runtime {
             .url)
     }
 
-    /// The image's id, if the runtime has it.
-    pub(crate) async fn image(&self, image: &str) -> Result<Option<String>> {
+    /// The image, if the runtime has it.
+    pub(crate) async fn image(&self, image: &str) -> Result<Option<v1::Image>> {
         let spec = v1::ImageSpec {
             image: image.to_owned(),
             ..Default::default()
@@ -392,7 +392,7 @@ impl Runtime {
             .await
             .map_err(plain)?
             .into_inner();
-        Ok(status.image.map(|image| image.id))
+        Ok(status.image)
     }
 
     pub(crate) async fn pull(&self, image: &str) -> Result<String> {

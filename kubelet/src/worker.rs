@@ -35,6 +35,9 @@ const REFRESH: Duration = Duration::from_secs(60);
 /// A failed step is tried again after this.
 const RETRY: Duration = Duration::from_secs(2);
 
+/// A container that could not be made or started is tried again after this.
+const START_AGAIN: Duration = Duration::from_secs(10);
+
 /// Why a worker is woken.
 #[derive(Clone, Debug)]
 pub(crate) enum Wake {
@@ -71,6 +74,8 @@ pub(crate) struct Worker {
     backoff: Backoff,
     /// What a container waits for: reason and message, by its name.
     waiting: HashMap<String, (String, String)>,
+    /// When a container that could not be started is tried again, by its name.
+    not_before: HashMap<String, Instant>,
     /// By container id.
     probed: HashMap<String, Probed>,
     tasks: HashMap<(String, Kind), AbortHandle>,
@@ -100,6 +105,7 @@ impl Worker {
             gone: false,
             backoff: Backoff::default(),
             waiting: HashMap::new(),
+            not_before: HashMap::new(),
             probed: HashMap::new(),
             tasks: HashMap::new(),
             verdicts: mpsc::unbounded_channel(),

@@ -122,6 +122,13 @@ impl Worker {
         sandbox: &v1::PodSandboxStatus,
         restarts: i32,
     ) -> Result<()> {
+        // What happens to the pod meanwhile is no reason to try again earlier.
+        if let Some(at) = self.not_before.get(&spec.name).copied() {
+            if at > Instant::now() {
+                self.wake_at(at);
+                return Ok(());
+            }
+        }
         let Some(image) = self.ensure_image(spec).await? else {
             return Ok(());
         };
@@ -138,41 +145,30 @@ impl Worker {
             node_ip: shared.config.node_ip,
             pod_ip: Some(&ip),
         };
-        let env = match env::environment(&sources, spec).await {
-            Ok(env) => env,
-            Err(error) => {
-                let message = format!("{error:#}");
-                self.waiting.insert(
-                    spec.name.clone(),
-                    ("CreateContainerConfigError".into(), message.clone()),
-                );
-                self.shared
-                    .teller
-                    .warning(
-                        &self.pod,
-                        Some(&spec.name),
-                        "Failed",
-                        format!("Error: {message}"),
-                    )
-                    .await;
-                self.wake_at(Instant::now() + RETRY);
-                return Ok(());
-            }
-        };
         let mounts = self
             .mounts
             .as_ref()
             .map(|(mounts, _)| mounts.clone())
             .unwrap_or_default();
-        let given = Given {
-            image,
-            env,
-            mounts: &mounts,
-            restarts,
-            pod_dir: &self.pod_dir(),
-            pod_ip: &ip,
+        let configured = async {
+            let given = Given {
+                image: &image,
+                env: env::environment(&sources, spec).await?,
+                mounts: &mounts,
+                restarts,
+                pod_dir: &self.pod_dir(),
+                pod_ip: &ip,
+            };
+            container::container(&self.pod, spec, given)
         };
-        let (config, bound) = container::container(&self.pod, spec, given)?;
+        let (config, bound) = match configured.await {
+            Ok(configured) => configured,
+            Err(error) => {
+                let reason = "CreateContainerConfigError";
+                self.could_not_start(spec, reason, &error).await;
+                return Ok(());
+            }
+        };
         let metadata = &self.pod.metadata;
         let text = |value: &Option<String>| value.clone().unwrap_or_default();
         let logs = shared
@@ -213,6 +209,7 @@ impl Worker {
         match made {
             Ok(id) => {
                 self.waiting.remove(&spec.name);
+                self.not_before.remove(&spec.name);
                 shared
                     .teller
                     .normal(
@@ -235,41 +232,43 @@ impl Worker {
                 Ok(())
             }
             Err((reason, error)) => {
-                let message = format!("{error:#}");
-                warn!(
-                    pod = self.key(),
-                    container = spec.name,
-                    message,
-                    "could not start the container"
-                );
-                self.waiting
-                    .insert(spec.name.clone(), (reason.into(), message.clone()));
-                shared
-                    .teller
-                    .warning(
-                        &self.pod,
-                        Some(&spec.name),
-                        "Failed",
-                        format!("Error: {message}"),
-                    )
-                    .await;
-                self.backoff
-                    .failed(&spec.name, Duration::ZERO, Instant::now());
-                self.wake_at(Instant::now() + self.backoff.wait(&spec.name));
+                self.could_not_start(spec, reason, &error).await;
                 Ok(())
             }
         }
     }
 
+    /// Says why a container does not start, and when it is tried again.
+    async fn could_not_start(&mut self, spec: &Container, reason: &str, error: &anyhow::Error) {
+        let message = format!("{error:#}");
+        warn!(
+            pod = self.key(),
+            container = spec.name,
+            reason,
+            message,
+            "could not start the container"
+        );
+        let note = format!("Error: {message}");
+        self.waiting
+            .insert(spec.name.clone(), (reason.into(), message));
+        self.shared
+            .teller
+            .warning(&self.pod, Some(&spec.name), "Failed", note)
+            .await;
+        let again = Instant::now() + START_AGAIN;
+        self.not_before.insert(spec.name.clone(), again);
+        self.wake_at(again);
+    }
+
     /// The image by its pull policy; none while it is not there.
-    pub(super) async fn ensure_image(&mut self, spec: &Container) -> Result<Option<String>> {
+    pub(super) async fn ensure_image(&mut self, spec: &Container) -> Result<Option<v1::Image>> {
         let image = spec.image.clone().unwrap_or_default();
         let runtime = self.shared.runtime.clone();
         let policy = spec.image_pull_policy.as_deref().unwrap_or("IfNotPresent");
         let present = runtime.image(&image).await?;
         match (policy, present) {
             ("Always", _) | (_, None) if policy != "Never" => {}
-            (_, Some(_)) => return Ok(Some(image)),
+            (_, Some(found)) => return Ok(Some(found)),
             (_, None) => {
                 let message =
                     format!("Container image {image:?} is not present with pull policy of Never");
@@ -325,7 +324,10 @@ impl Worker {
                     .teller
                     .normal(&self.pod, Some(&spec.name), "Pulled", note)
                     .await;
-                Ok(Some(image))
+                let found = runtime.image(&image).await?;
+                found
+                    .map(Some)
+                    .context("the runtime lost the image that it just pulled")
             }
             Err(error) => {
                 let message = format!("Failed to pull image {image:?}: {error:#}");
