@@ -119,6 +119,46 @@ impl Runtime {
             .into_inner())
     }
 
+    /// Sets `over` once a container has ended, or the runtime does not know it any more.
+    pub(crate) async fn tell_end(self, id: String, over: tokio::sync::watch::Sender<bool>) {
+        let follow = async {
+            loop {
+                let events = self.events().await;
+                // Asked once the stream is open: it may have ended before.
+                if self.has_ended(&id).await {
+                    break;
+                }
+                if let Ok(mut events) = events {
+                    while let Ok(Some(event)) = events.message().await {
+                        if event.container_id == id && self.has_ended(&id).await {
+                            return;
+                        }
+                    }
+                }
+                // The runtime is being restarted, or has no events to give.
+                tokio::time::sleep(Duration::from_secs(1)).await;
+            }
+        };
+        tokio::select! {
+            () = follow => drop(over.send(true)),
+            () = over.closed() => {}
+        }
+    }
+
+    async fn has_ended(&self, id: &str) -> bool {
+        let request = v1::ContainerStatusRequest {
+            container_id: id.to_owned(),
+            verbose: false,
+        };
+        match self.runtime.clone().container_status(request).await {
+            Ok(answer) => answer
+                .into_inner()
+                .status
+                .is_none_or(|status| status.state() == v1::ContainerState::ContainerExited),
+            Err(status) => status.code() == tonic::Code::NotFound,
+        }
+    }
+
     /// Whether runtime and network are ready, with the reason where they are not.
     pub(crate) async fn not_ready(&self) -> Result<Option<String>> {
         let status = self
