@@ -17,6 +17,7 @@ mod runtime;
 mod server;
 mod status;
 mod subpath;
+mod tokens;
 mod volumes;
 mod worker;
 

@@ -1,6 +1,7 @@
 //! The pods of this node: a worker for each, woken by the API's watch and the runtime's events.
 
 use std::collections::{HashMap, HashSet};
+use std::path::{Path, PathBuf};
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
 
@@ -12,11 +13,13 @@ use kube::runtime::watcher::{self, Event};
 use kube::runtime::{WatchStreamExt, watcher as watch};
 use tokio::sync::mpsc;
 use tokio_util::sync::CancellationToken;
+use tokio_util::task::TaskTracker;
 use tracing::{info, warn};
 
 use crate::config::Config;
 use crate::events::Teller;
 use crate::runtime::{POD_UID, Runtime};
+use crate::volumes;
 use crate::worker::{Shared, Wake, Worker};
 
 /// All workers; cheap to clone.
@@ -24,6 +27,8 @@ use crate::worker::{Shared, Wake, Worker};
 pub(crate) struct Pods {
     shared: Shared,
     workers: Arc<Mutex<HashMap<String, Handle>>>,
+    tasks: TaskTracker,
+    shutdown: CancellationToken,
 }
 
 struct Handle {
@@ -37,6 +42,7 @@ impl Pods {
         config: Arc<Config>,
         runtime: Runtime,
         teller: Teller,
+        shutdown: CancellationToken,
     ) -> Self {
         Self {
             shared: Shared {
@@ -46,6 +52,8 @@ impl Pods {
                 teller,
             },
             workers: Arc::default(),
+            tasks: TaskTracker::new(),
+            shutdown,
         }
     }
 
@@ -74,8 +82,20 @@ impl Pods {
     }
 
     /// Runs until `shutdown`; pods stay as they are.
-    pub(crate) async fn run(self, shutdown: CancellationToken) -> Result<()> {
-        let events = tokio::spawn(self.clone().follow_runtime(shutdown.clone()));
+    pub(crate) async fn run(self) -> Result<()> {
+        let outcome = tokio::select! {
+            () = self.shutdown.cancelled() => Ok(()),
+            () = self.follow_runtime() => Ok(()),
+            ended = self.follow_api() => ended,
+        };
+        self.shutdown.cancel();
+        self.tasks.close();
+        self.tasks.wait().await;
+        self.lock().clear();
+        outcome
+    }
+
+    async fn follow_api(&self) -> Result<()> {
         let config = watcher::Config::default()
             .fields(&format!("spec.nodeName={}", self.shared.config.node_name));
         let mut pods = std::pin::pin!(
@@ -83,11 +103,7 @@ impl Pods {
         );
         let mut seen = HashSet::new();
         loop {
-            let event = tokio::select! {
-                () = shutdown.cancelled() => break,
-                event = pods.try_next() => event,
-            };
-            match event {
+            match pods.try_next().await {
                 Ok(Some(Event::Init)) => seen.clear(),
                 Ok(Some(Event::InitApply(pod))) => {
                     seen.insert(pod.metadata.uid.clone().unwrap_or_default());
@@ -106,13 +122,12 @@ impl Pods {
                         .collect();
                     lost.iter().for_each(|uid| self.gone(uid));
                     self.remove_orphans(&seen).await;
+                    self.remove_leftovers(&seen);
                 }
                 Ok(None) => anyhow::bail!("the watch of pods ended"),
                 Err(error) => warn!(%error, "the watch of pods failed; trying again"),
             }
         }
-        events.abort();
-        Ok(())
     }
 
     /// Gives a pod to its worker, which is made if need be.
@@ -126,13 +141,24 @@ impl Pods {
             }
         }
         let (wakes, receiver) = mpsc::unbounded_channel();
-        let worker = Worker::new(self.shared.clone(), pod.clone());
+        let worker = Worker::new(self.shared.clone(), pod.clone(), receiver);
         workers.insert(uid.clone(), Handle { pod, wakes });
         drop(workers);
         let pods = self.clone();
-        tokio::spawn(async move {
-            worker.run(receiver).await;
-            pods.lock().remove(&uid);
+        self.tasks.spawn(async move {
+            // What a worker was doing is taken up by the next kubelet, from what it finds.
+            tokio::select! {
+                () = pods.shutdown.cancelled() => {}
+                () = worker.run() => {}
+            }
+            // Unless the pod has been given to a new worker already.
+            let mut workers = pods.lock();
+            if workers
+                .get(&uid)
+                .is_some_and(|handle| handle.wakes.is_closed())
+            {
+                workers.remove(&uid);
+            }
         });
     }
 
@@ -174,9 +200,29 @@ impl Pods {
         }
     }
 
+    /// Folders of pods that neither the API nor the runtime knows any more.
+    fn remove_leftovers(&self, known: &HashSet<String>) {
+        let root = &self.shared.config.root;
+        for (folder, uid, path) in leftovers(root) {
+            if known.contains(&uid) || self.lock().contains_key(&uid) {
+                continue;
+            }
+            info!(uid, folder, "removing what a pod has left");
+            let removed = if folder == "pods" {
+                volumes::remove(&path)
+            } else {
+                std::fs::remove_dir_all(&path).map_err(Into::into)
+            };
+            if let Err(error) = removed {
+                let error = format!("{error:#}");
+                warn!(error, "could not remove what a pod has left");
+            }
+        }
+    }
+
     /// Wakes workers by the runtime's events; a broken stream is opened again, and all are woken since some may be lost.
-    async fn follow_runtime(self, shutdown: CancellationToken) {
-        while !shutdown.is_cancelled() {
+    async fn follow_runtime(&self) {
+        loop {
             match self.shared.runtime.events().await {
                 Ok(mut events) => {
                     self.lock()
@@ -205,5 +251,42 @@ impl Pods {
             }
             tokio::time::sleep(Duration::from_secs(1)).await;
         }
+    }
+}
+
+/// The folders of pods under the kubelet's root: kind, uid and path.
+fn leftovers(root: &Path) -> Vec<(&'static str, String, PathBuf)> {
+    let mut found = Vec::new();
+    for folder in ["pods", "logs"] {
+        let entries = std::fs::read_dir(root.join(folder)).into_iter().flatten();
+        for entry in entries.flatten() {
+            let name = entry.file_name().to_string_lossy().into_owned();
+            // `pods/<uid>` and `logs/<namespace>_<name>_<uid>`
+            let uid = match folder {
+                "pods" => Some(name.as_str()),
+                _ => name.splitn(3, '_').nth(2),
+            };
+            if let Some(uid) = uid {
+                found.push((folder, uid.to_owned(), entry.path()));
+            }
+        }
+    }
+    found
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn folders_tell_whose_they_are() {
+        let root = tempfile::tempdir().unwrap();
+        for dir in ["pods/u-1", "logs/default_web-0_u-2", "logs/other"] {
+            std::fs::create_dir_all(root.path().join(dir)).unwrap();
+        }
+        let found = leftovers(root.path());
+        let shown: Vec<_> = found.iter().map(|(f, uid, _)| (*f, uid.as_str())).collect();
+        assert_eq!(shown, [("pods", "u-1"), ("logs", "u-2")]);
+        assert_eq!(found[1].2, root.path().join("logs/default_web-0_u-2"));
     }
 }

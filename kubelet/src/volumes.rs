@@ -5,13 +5,11 @@ use std::os::unix::fs::PermissionsExt;
 use std::path::{Path, PathBuf};
 
 use anyhow::{Context, Result, bail};
-use k8s_openapi::api::authentication::v1::{BoundObjectReference, TokenRequest, TokenRequestSpec};
-use k8s_openapi::api::core::v1::{
-    ConfigMap, DownwardAPIVolumeFile, KeyToPath, Secret, ServiceAccount, Volume,
-};
+use k8s_openapi::api::core::v1::{ConfigMap, DownwardAPIVolumeFile, KeyToPath, Secret, Volume};
 use kube::Api;
 
 use crate::env::{Sources, pod_field, resource_field};
+use crate::tokens::Tokens;
 
 /// Files by relative path, with their mode.
 type Files = BTreeMap<String, (Vec<u8>, u32)>;
@@ -20,7 +18,11 @@ type Files = BTreeMap<String, (Vec<u8>, u32)>;
 pub(crate) type Mounts = BTreeMap<String, PathBuf>;
 
 /// Makes every volume ready; what changed in the API since is written anew.
-pub(crate) async fn prepare(sources: &Sources<'_>, pod_dir: &Path) -> Result<Mounts> {
+pub(crate) async fn prepare(
+    sources: &Sources<'_>,
+    pod_dir: &Path,
+    tokens: &mut Tokens,
+) -> Result<Mounts> {
     let mut mounts = Mounts::new();
     for volume in sources
         .pod
@@ -28,7 +30,7 @@ pub(crate) async fn prepare(sources: &Sources<'_>, pod_dir: &Path) -> Result<Mou
         .iter()
         .flat_map(|spec| spec.volumes.iter().flatten())
     {
-        let path = one(sources, pod_dir, volume)
+        let path = one(sources, pod_dir, volume, tokens)
             .await
             .with_context(|| format!("MountVolume.SetUp failed for volume {:?}", volume.name))?;
         mounts.insert(volume.name.clone(), path);
@@ -36,7 +38,12 @@ pub(crate) async fn prepare(sources: &Sources<'_>, pod_dir: &Path) -> Result<Mou
     Ok(mounts)
 }
 
-async fn one(sources: &Sources<'_>, pod_dir: &Path, volume: &Volume) -> Result<PathBuf> {
+async fn one(
+    sources: &Sources<'_>,
+    pod_dir: &Path,
+    volume: &Volume,
+    tokens: &mut Tokens,
+) -> Result<PathBuf> {
     let dir = |kind: &str| pod_dir.join("volumes").join(kind).join(&volume.name);
     if let Some(empty) = &volume.empty_dir {
         if empty
@@ -125,7 +132,10 @@ async fn one(sources: &Sources<'_>, pod_dir: &Path, volume: &Volume) -> Result<P
                 )?;
             }
             if let Some(one) = &source.service_account_token {
-                let value = token(sources, one.audience.as_deref(), one.expiration_seconds).await?;
+                let audience = one.audience.as_deref();
+                let value = tokens
+                    .get(sources, audience, one.expiration_seconds)
+                    .await?;
                 files.insert(
                     one.path.clone(),
                     (value.into_bytes(), mode.unwrap_or(0o644) as u32),
@@ -368,48 +378,6 @@ fn downward(
         );
     }
     Ok(())
-}
-
-/// A token of the pod's account, bound to the pod.
-async fn token(
-    sources: &Sources<'_>,
-    audience: Option<&str>,
-    seconds: Option<i64>,
-) -> Result<String> {
-    let metadata = &sources.pod.metadata;
-    let account = sources
-        .pod
-        .spec
-        .as_ref()
-        .and_then(|spec| spec.service_account_name.clone())
-        .unwrap_or_else(|| "default".into());
-    let request = TokenRequest {
-        spec: Some(TokenRequestSpec {
-            audiences: audience
-                .filter(|a| !a.is_empty())
-                .map(|a| vec![a.to_owned()]),
-            expiration_seconds: Some(seconds.unwrap_or(3600)),
-            bound_object_ref: Some(BoundObjectReference {
-                api_version: Some("v1".into()),
-                kind: Some("Pod".into()),
-                name: metadata.name.clone(),
-                uid: metadata.uid.clone(),
-            }),
-        }),
-        ..TokenRequest::default()
-    };
-    let api = Api::<ServiceAccount>::namespaced(
-        sources.client.clone(),
-        metadata.namespace.as_deref().unwrap_or_default(),
-    );
-    let answer: TokenRequest = api
-        .create_subresource("token", &account, &Default::default(), &request)
-        .await
-        .context("could not get a token")?;
-    answer
-        .status
-        .and_then(|status| status.token)
-        .context("the API server gave no token")
 }
 
 /// Writes files into a fresh folder and swaps the `..data` link to it, so that a reader sees all old or all new.

@@ -10,8 +10,8 @@ use k8s_openapi::api::core::v1::{Container, LifecycleHandler, Pod};
 use k8s_openapi::jiff::Timestamp;
 use kube::Api;
 use kube::api::{DeleteParams, Patch, PatchParams, Preconditions};
-use tokio::sync::mpsc;
-use tokio::task::AbortHandle;
+use tokio::sync::{mpsc, watch};
+use tokio_util::task::AbortOnDropHandle;
 use tracing::{debug, warn};
 use xebec_cri_api::v1;
 use xebec_cri_api::v1::ContainerState::{ContainerExited, ContainerRunning};
@@ -22,8 +22,9 @@ use crate::container::{self, Given};
 use crate::env::{self, Sources};
 use crate::events::Teller;
 use crate::probes::{self, Kind, Verdict};
-use crate::runtime::{PodState, Runtime};
+use crate::runtime::{CONTAINER_NAME, PodState, Runtime};
 use crate::status::{self, Facts, Known};
+use crate::tokens::Tokens;
 use crate::volumes;
 
 mod report;
@@ -69,6 +70,11 @@ struct Probed {
 pub(crate) struct Worker {
     shared: Shared,
     pod: Pod,
+    wakes: mpsc::UnboundedReceiver<Wake>,
+    /// When the pod must have ended, once it is to end.
+    limit: watch::Sender<Option<Instant>>,
+    /// The pod has ended for good, and what it used is given back.
+    settled: bool,
     /// The object is gone from the API.
     gone: bool,
     backoff: Backoff,
@@ -78,12 +84,13 @@ pub(crate) struct Worker {
     not_before: HashMap<String, Instant>,
     /// By container id.
     probed: HashMap<String, Probed>,
-    tasks: HashMap<(String, Kind), AbortHandle>,
+    tasks: HashMap<(String, Kind), AbortOnDropHandle<()>>,
     verdicts: (
         mpsc::UnboundedSender<Verdict>,
         mpsc::UnboundedReceiver<Verdict>,
     ),
     mounts: Option<(volumes::Mounts, Instant)>,
+    tokens: Tokens,
     sandbox_attempt: u32,
     over: Option<(&'static str, String, String)>,
     /// Earliest time at which there is something to do without being told.
@@ -98,10 +105,13 @@ enum Step {
 }
 
 impl Worker {
-    pub(crate) fn new(shared: Shared, pod: Pod) -> Self {
-        Self {
+    pub(crate) fn new(shared: Shared, pod: Pod, wakes: mpsc::UnboundedReceiver<Wake>) -> Self {
+        let mut worker = Self {
             shared,
             pod,
+            wakes,
+            limit: watch::channel(None).0,
+            settled: false,
             gone: false,
             backoff: Backoff::default(),
             waiting: HashMap::new(),
@@ -110,14 +120,17 @@ impl Worker {
             tasks: HashMap::new(),
             verdicts: mpsc::unbounded_channel(),
             mounts: None,
+            tokens: Tokens::default(),
             sandbox_attempt: 0,
             over: None,
             next: None,
-        }
+        };
+        worker.note_leaving();
+        worker
     }
 
     /// Runs until the pod is gone and cleaned up.
-    pub(crate) async fn run(mut self, mut wakes: mpsc::UnboundedReceiver<Wake>) {
+    pub(crate) async fn run(mut self) {
         loop {
             self.next = None;
             match self.sync().await {
@@ -140,18 +153,17 @@ impl Worker {
                 }
             };
             tokio::select! {
-                wake = wakes.recv() => match wake {
+                wake = self.wakes.recv() => match wake {
                     Some(wake) => self.take(wake),
                     None => break,
                 },
                 Some(verdict) = self.verdicts.1.recv() => self.judge(verdict).await,
                 () = sleep => {}
             }
-            while let Ok(wake) = wakes.try_recv() {
+            while let Ok(wake) = self.wakes.try_recv() {
                 self.take(wake);
             }
         }
-        self.tasks.values().for_each(AbortHandle::abort);
     }
 
     fn take(&mut self, wake: Wake) {
@@ -160,6 +172,27 @@ impl Worker {
             Wake::Gone => self.gone = true,
             Wake::Runtime => {}
         }
+        self.note_leaving();
+    }
+
+    fn is_leaving(&self) -> bool {
+        self.gone || self.pod.metadata.deletion_timestamp.is_some()
+    }
+
+    /// Notes by when the pod must have ended. A second delete may bring that closer, nothing puts it off.
+    fn note_leaving(&mut self) {
+        if !self.is_leaving() {
+            return;
+        }
+        let allowed = if self.gone { 1 } else { self.grace() };
+        let limit = Instant::now() + Duration::from_secs(allowed as u64);
+        self.limit.send_if_modified(|known| {
+            let closer = known.is_none_or(|known| limit < known);
+            if closer {
+                *known = Some(limit);
+            }
+            closer
+        });
     }
 
     fn key(&self) -> String {
@@ -200,23 +233,34 @@ impl Worker {
     }
 
     async fn sync(&mut self) -> Result<Step> {
+        if self.settled && !self.is_leaving() {
+            return Ok(Step::GoOn);
+        }
         let state = self
             .shared
             .runtime
             .pod(self.uid())
             .await
             .context("could not ask the container runtime")?;
-        if self.gone || self.pod.metadata.deletion_timestamp.is_some() {
+        if self.is_leaving() {
             return self.terminate(state).await;
         }
         let phase = self.pod.status.as_ref().and_then(|s| s.phase.as_deref());
         if matches!(phase, Some("Succeeded" | "Failed")) {
-            self.stop_all(&state, 0).await?;
+            self.tasks.clear();
+            let stop = self.stopper(self.grace()).stop_all(state);
+            self.meanwhile(false, stop).await??;
+            // Logs and ended containers stay until the object goes; memory and disk are given back now.
+            volumes::remove(&self.pod_dir())?;
+            self.settled = true;
             return Ok(Step::GoOn);
         }
         self.check_deadline();
         if self.over.is_some() {
-            self.stop_all(&state, self.grace()).await?;
+            let stop = self.stopper(self.grace()).stop_all(state);
+            if self.attend(stop).await.transpose()?.is_none() {
+                return Ok(Step::Finished);
+            }
             let state = self.shared.runtime.pod(self.uid()).await?;
             self.write_status(&state).await?;
             return Ok(Step::GoOn);
@@ -415,6 +459,7 @@ impl Worker {
             .as_ref()
             .map(|network| network.ip.clone())
             .unwrap_or_default();
+        let pod_dir = self.pod_dir();
         let sources = Sources {
             client: &self.shared.client,
             pod: &self.pod,
@@ -422,7 +467,7 @@ impl Worker {
             node_ip: self.shared.config.node_ip,
             pod_ip: Some(&ip),
         };
-        match volumes::prepare(&sources, &self.pod_dir()).await {
+        match volumes::prepare(&sources, &pod_dir, &mut self.tokens).await {
             Ok(mounts) => {
                 self.mounts = Some((mounts, now));
                 if self.has_api_volumes() {

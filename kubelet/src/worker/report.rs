@@ -39,11 +39,11 @@ impl Worker {
         let ready = probed.ready.unwrap_or_else(|| {
             !has(|c| c.readiness_probe.is_some()) || same.is_some_and(|s| s.ready)
         });
-        let leaving = self.pod.metadata.deletion_timestamp.is_some();
         Known {
             waiting: self.waiting.get(name).cloned(),
             started,
-            ready: ready && !leaving,
+            // Nothing else says of such a pod that it is about to end.
+            ready: ready && self.over.is_none(),
         }
     }
 
@@ -63,13 +63,8 @@ impl Worker {
             .iter()
             .filter(|c| c.state() == ContainerRunning)
             .collect();
-        self.tasks.retain(|(id, _), task| {
-            let keep = running.iter().any(|container| container.id == *id);
-            if !keep {
-                task.abort();
-            }
-            keep
-        });
+        self.tasks
+            .retain(|(id, _), _| running.iter().any(|container| container.id == *id));
         self.probed
             .retain(|id, _| state.containers.iter().any(|container| container.id == *id));
         for container in spec
@@ -117,7 +112,7 @@ impl Worker {
                     probe.clone(),
                     self.verdicts.0.clone(),
                 ));
-                self.tasks.insert(key, task.abort_handle());
+                self.tasks.insert(key, AbortOnDropHandle::new(task));
             }
         }
     }
@@ -131,6 +126,10 @@ impl Worker {
             .next()
             .unwrap_or_default()
             .to_owned();
+        let runs = state
+            .containers
+            .iter()
+            .any(|container| container.state() == ContainerRunning);
         let new = {
             let known = |name: &str| self.known(name, state);
             status::pod_status(&Facts {
@@ -139,7 +138,8 @@ impl Worker {
                 node_ip: self.shared.config.node_ip.to_string(),
                 runtime_name: &runtime_name,
                 known: &known,
-                over: self.over.clone(),
+                // A pod has not failed before its last container has ended.
+                over: self.over.clone().filter(|_| !runs),
             })
         };
         if self.pod.status.as_ref() == Some(&new) {

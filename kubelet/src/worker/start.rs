@@ -37,7 +37,19 @@ impl Worker {
                         .teller
                         .normal(&self.pod, Some(&spec.name), "Killing", note)
                         .await;
-                    self.stop(spec, &container.id, self.grace()).await?;
+                    let probe = if probed.live == Some(false) {
+                        &spec.liveness_probe
+                    } else {
+                        &spec.startup_probe
+                    };
+                    let grace = probe
+                        .as_ref()
+                        .and_then(|probe| probe.termination_grace_period_seconds)
+                        .unwrap_or(self.grace());
+                    let stop = self
+                        .stopper(grace)
+                        .stop(Some(spec.clone()), container.id.clone());
+                    self.meanwhile(false, stop).await??;
                     self.wake_at(Instant::now());
                 }
                 Ok(())
@@ -219,16 +231,7 @@ impl Worker {
                         format!("Container started: {}", spec.name),
                     )
                     .await;
-                if let Some(hook) = spec.lifecycle.as_ref().and_then(|l| l.post_start.as_ref()) {
-                    if let Err(error) = self.hook(hook, spec, &id, &ip).await {
-                        let note = format!("PostStartHook failed: {error:#}");
-                        shared
-                            .teller
-                            .warning(&self.pod, Some(&spec.name), "FailedPostStartHook", note)
-                            .await;
-                        self.stop(spec, &id, self.grace()).await?;
-                    }
-                }
+                self.post_start(spec, &id, &ip).await?;
                 Ok(())
             }
             Err((reason, error)) => {
@@ -236,6 +239,27 @@ impl Worker {
                 Ok(())
             }
         }
+    }
+
+    /// The postStart hook; a container whose hook fails is ended.
+    async fn post_start(&mut self, spec: &Container, id: &str, ip: &str) -> Result<()> {
+        let Some(hook) = spec.lifecycle.as_ref().and_then(|l| l.post_start.as_ref()) else {
+            return Ok(());
+        };
+        let runtime = self.shared.runtime.clone();
+        let hook = stop::run_hook(&runtime, hook, spec, id, ip);
+        if let Err(error) = self.meanwhile(true, hook).await? {
+            let note = format!("PostStartHook failed: {error:#}");
+            self.shared
+                .teller
+                .warning(&self.pod, Some(&spec.name), "FailedPostStartHook", note)
+                .await;
+            let stop = self
+                .stopper(self.grace())
+                .stop(Some(spec.clone()), id.to_owned());
+            self.meanwhile(false, stop).await??;
+        }
+        Ok(())
     }
 
     /// Says why a container does not start, and when it is tried again.
@@ -313,7 +337,7 @@ impl Worker {
             )
             .await;
         let started = Instant::now();
-        match runtime.pull(&image).await {
+        match self.meanwhile(true, runtime.pull(&image)).await? {
             Ok(_) => {
                 self.backoff.clear(&key);
                 let note = format!(
