@@ -1,7 +1,8 @@
 //! From a pod's spec to what CRI wants: sandbox and container configurations.
 
 use std::collections::HashMap;
-use std::path::Path;
+use std::os::unix::fs::PermissionsExt;
+use std::path::{Path, PathBuf};
 
 use anyhow::{Context, Result};
 use k8s_openapi::api::core::v1::{Container, Pod, ResourceRequirements};
@@ -346,16 +347,15 @@ pub(crate) fn container(
         .as_deref()
         .filter(|path| !path.is_empty());
     if let Some(path) = termination {
-        let file = given
-            .pod_dir
-            .join("containers")
-            .join(&spec.name)
-            .join(format!("termination-{}", given.restarts));
+        let file = termination_file(given.pod_dir, &spec.name, given.restarts);
         if let Some(dir) = file.parent() {
             std::fs::create_dir_all(dir)
                 .with_context(|| format!("could not make {}", dir.display()))?;
         }
-        std::fs::write(&file, b"").with_context(|| format!("could not make {}", file.display()))?;
+        // Whoever the container runs as may write it; its folder is root's alone.
+        std::fs::write(&file, b"")
+            .and_then(|()| std::fs::set_permissions(&file, std::fs::Permissions::from_mode(0o666)))
+            .with_context(|| format!("could not make {}", file.display()))?;
         mounts.push(v1::Mount {
             container_path: path.to_owned(),
             host_path: file.to_string_lossy().into_owned(),
@@ -482,6 +482,14 @@ fn security(pod: &Pod, spec: &Container) -> v1::LinuxContainerSecurityContext {
         readonly_paths: paths(READ_ONLY),
         ..Default::default()
     }
+}
+
+/// Where a container leaves what it has to say at its end.
+pub(crate) fn termination_file(pod_dir: &Path, container: &str, restarts: i32) -> PathBuf {
+    pod_dir
+        .join("containers")
+        .join(container)
+        .join(format!("termination-{restarts}"))
 }
 
 /// The pod's own `/etc/hosts`.

@@ -9,6 +9,7 @@ mod config;
 mod container;
 mod env;
 mod events;
+mod last_words;
 mod logs;
 mod node;
 mod pods;

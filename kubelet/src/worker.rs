@@ -21,6 +21,7 @@ use crate::config::Config;
 use crate::container::{self, Given};
 use crate::env::{self, Sources};
 use crate::events::Teller;
+use crate::last_words;
 use crate::probes::{self, Kind, Verdict};
 use crate::runtime::{CONTAINER_NAME, PodState, Runtime};
 use crate::status::{self, Facts, Known};
@@ -82,6 +83,10 @@ pub(crate) struct Worker {
     waiting: HashMap<String, (String, String)>,
     /// When a container that could not be started is tried again, by its name.
     not_before: HashMap<String, Instant>,
+    /// What containers said at their end, by container id.
+    messages: HashMap<String, String>,
+    /// Why an image could not be pulled, by its name.
+    pull_errors: HashMap<String, String>,
     /// By container id.
     probed: HashMap<String, Probed>,
     tasks: HashMap<(String, Kind), AbortOnDropHandle<()>>,
@@ -116,6 +121,8 @@ impl Worker {
             backoff: Backoff::default(),
             waiting: HashMap::new(),
             not_before: HashMap::new(),
+            messages: HashMap::new(),
+            pull_errors: HashMap::new(),
             probed: HashMap::new(),
             tasks: HashMap::new(),
             verdicts: mpsc::unbounded_channel(),

@@ -47,6 +47,45 @@ impl Worker {
         }
     }
 
+    /// Adds to ended containers what they said at their end; each is read once.
+    async fn hear_last_words(&mut self, state: &mut PodState) {
+        let known = |id: &String| state.containers.iter().any(|c| c.id == *id);
+        self.messages.retain(|id, _| known(id));
+        let dir = self.pod_dir();
+        for container in &mut state.containers {
+            if container.state() != ContainerExited {
+                continue;
+            }
+            let said = match self.messages.get(&container.id) {
+                Some(said) => said.clone(),
+                None => {
+                    let name = container.labels.get(CONTAINER_NAME);
+                    let spec = self.pod.spec.as_ref().and_then(|s| {
+                        let all = s
+                            .containers
+                            .iter()
+                            .chain(s.init_containers.iter().flatten());
+                        all.into_iter().find(|c| Some(&c.name) == name)
+                    });
+                    let said = match spec {
+                        Some(spec) => last_words::read(&dir, spec, container).await,
+                        None => String::new(),
+                    };
+                    self.messages.insert(container.id.clone(), said.clone());
+                    said
+                }
+            };
+            if !said.is_empty() {
+                let between = if container.message.is_empty() {
+                    ""
+                } else {
+                    ": "
+                };
+                container.message = format!("{}{between}{said}", container.message);
+            }
+        }
+    }
+
     /// Starts the probes of running containers, and ends those of others.
     pub(super) fn watch_probes(&mut self, state: &PodState) {
         let Some(spec) = self.pod.spec.clone() else {
@@ -126,6 +165,8 @@ impl Worker {
             .next()
             .unwrap_or_default()
             .to_owned();
+        let mut heard = state.clone();
+        self.hear_last_words(&mut heard).await;
         let runs = state
             .containers
             .iter()
@@ -134,7 +175,7 @@ impl Worker {
             let known = |name: &str| self.known(name, state);
             status::pod_status(&Facts {
                 pod: &self.pod,
-                state,
+                state: &heard,
                 node_ip: self.shared.config.node_ip.to_string(),
                 runtime_name: &runtime_name,
                 known: &known,

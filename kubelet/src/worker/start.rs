@@ -289,7 +289,15 @@ impl Worker {
         let image = spec.image.clone().unwrap_or_default();
         let runtime = self.shared.runtime.clone();
         let policy = spec.image_pull_policy.as_deref().unwrap_or("IfNotPresent");
-        let present = runtime.image(&image).await?;
+        let present = match runtime.image(&image).await {
+            Ok(present) => present,
+            Err(error) => {
+                let error = error.context(format!("Failed to inspect image {image:?}"));
+                self.could_not_start(spec, "ImageInspectError", &error)
+                    .await;
+                return Ok(None);
+            }
+        };
         match (policy, present) {
             ("Always", _) | (_, None) if policy != "Never" => {}
             (_, Some(found)) => return Ok(Some(found)),
@@ -316,10 +324,13 @@ impl Worker {
         let now = Instant::now();
         if let Some(until) = self.backoff.until(&key, now) {
             let message = format!("Back-off pulling image {image:?}");
-            self.waiting.insert(
-                spec.name.clone(),
-                ("ImagePullBackOff".into(), message.clone()),
-            );
+            let cause = self.pull_errors.get(&image);
+            let shown = match cause {
+                Some(cause) => format!("{message}: ErrImagePull: {cause}"),
+                None => message.clone(),
+            };
+            self.waiting
+                .insert(spec.name.clone(), ("ImagePullBackOff".into(), shown));
             self.shared
                 .teller
                 .normal(&self.pod, Some(&spec.name), "BackOff", message)
@@ -340,6 +351,7 @@ impl Worker {
         match self.meanwhile(true, runtime.pull(&image)).await? {
             Ok(_) => {
                 self.backoff.clear(&key);
+                self.pull_errors.remove(&image);
                 let note = format!(
                     "Successfully pulled image {image:?} in {}ms",
                     started.elapsed().as_millis()
@@ -355,10 +367,10 @@ impl Worker {
             }
             Err(error) => {
                 let message = format!("Failed to pull image {image:?}: {error:#}");
-                self.waiting.insert(
-                    spec.name.clone(),
-                    ("ErrImagePull".into(), format!("{error:#}")),
-                );
+                let cause = format!("{error:#}");
+                self.waiting
+                    .insert(spec.name.clone(), ("ErrImagePull".into(), cause.clone()));
+                self.pull_errors.insert(image, cause);
                 self.shared
                     .teller
                     .warning(&self.pod, Some(&spec.name), "Failed", message)
