@@ -13,6 +13,7 @@ mod last_words;
 mod logs;
 mod node;
 mod pods;
+mod pressure;
 mod probes;
 mod runtime;
 mod server;
