@@ -15,6 +15,7 @@ mod node;
 mod pods;
 mod pressure;
 mod probes;
+mod pull_secrets;
 mod runtime;
 mod server;
 mod status;

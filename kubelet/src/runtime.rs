@@ -435,23 +435,39 @@ impl Runtime {
         Ok(status.image)
     }
 
-    pub(crate) async fn pull(&self, image: &str) -> Result<String> {
+    /// Pulls an image with one of these credentials, or without any where there is none.
+    pub(crate) async fn pull(&self, image: &str, tries: Vec<v1::AuthConfig>) -> Result<()> {
+        let mut tries = tries.into_iter().map(Some).collect::<Vec<_>>();
+        if tries.is_empty() {
+            tries.push(None);
+        }
+        let mut errors: Vec<String> = Vec::new();
+        for auth in tries {
+            match self.pull_once(image, auth).await {
+                Ok(()) => return Ok(()),
+                Err(error) => errors.push(format!("{error:#}")),
+            }
+        }
+        errors.dedup();
+        anyhow::bail!("{}", errors.join("; "))
+    }
+
+    async fn pull_once(&self, image: &str, auth: Option<v1::AuthConfig>) -> Result<()> {
         let spec = v1::ImageSpec {
             image: image.to_owned(),
             ..Default::default()
         };
         let request = v1::PullImageRequest {
             image: Some(spec),
+            auth,
             ..Default::default()
         };
-        Ok(self
-            .images
+        self.images
             .clone()
             .pull_image(request)
             .await
-            .map_err(plain)?
-            .into_inner()
-            .image_ref)
+            .map(drop)
+            .map_err(plain)
     }
 
     /// Images for the Node's status, as (names, bytes).

@@ -17,11 +17,13 @@ type Files = BTreeMap<String, (Vec<u8>, u32)>;
 /// Host paths of a pod's volumes by name.
 pub(crate) type Mounts = BTreeMap<String, PathBuf>;
 
-/// Makes every volume ready; what changed in the API since is written anew.
+/// Makes every volume ready; what changed in the API since is written anew. Only the `first` time owner and mode
+/// of what pods write to are set, since these are the pod's own to change.
 pub(crate) async fn prepare(
     sources: &Sources<'_>,
     pod_dir: &Path,
     tokens: &mut Tokens,
+    first: bool,
 ) -> Result<Mounts> {
     let mut mounts = Mounts::new();
     for volume in sources
@@ -30,7 +32,7 @@ pub(crate) async fn prepare(
         .iter()
         .flat_map(|spec| spec.volumes.iter().flatten())
     {
-        let path = one(sources, pod_dir, volume, tokens)
+        let path = one(sources, pod_dir, volume, tokens, first)
             .await
             .with_context(|| format!("MountVolume.SetUp failed for volume {:?}", volume.name))?;
         mounts.insert(volume.name.clone(), path);
@@ -43,7 +45,16 @@ async fn one(
     pod_dir: &Path,
     volume: &Volume,
     tokens: &mut Tokens,
+    first: bool,
 ) -> Result<PathBuf> {
+    let group = sources
+        .pod
+        .spec
+        .as_ref()
+        .and_then(|spec| spec.security_context.as_ref()?.fs_group);
+    let group = group
+        .map(|group| u32::try_from(group).with_context(|| format!("fsGroup {group} is no group")))
+        .transpose()?;
     let dir = |kind: &str| pod_dir.join("volumes").join(kind).join(&volume.name);
     if let Some(empty) = &volume.empty_dir {
         if empty
@@ -51,13 +62,17 @@ async fn one(
             .as_deref()
             .is_some_and(|medium| medium == "Memory")
         {
-            return memory_dir(
-                &dir("kubernetes.io~empty-dir"),
-                empty.size_limit.as_ref().map(|q| q.0.as_str()),
-            );
+            let path = dir("kubernetes.io~empty-dir");
+            let limit = empty.size_limit.as_ref().map(|q| q.0.as_str());
+            memory_dir(&path, limit, first)?;
+            give(&path, group.filter(|_| first), 0o660)?;
+            return Ok(path);
         }
         let path = dir("kubernetes.io~empty-dir");
-        make_dir(&path, 0o777)?;
+        if first || !path.exists() {
+            make_dir(&path, 0o777)?;
+            give(&path, group, 0o660)?;
+        }
         return Ok(path);
     }
     if let Some(host) = &volume.host_path {
@@ -148,7 +163,8 @@ async fn one(
     };
     let path = dir(kind);
     make_dir(&path, 0o755)?;
-    write_atomically(&path, &files)?;
+    give(&path, group, 0o440)?;
+    write_atomically(&path, &files, group)?;
     Ok(path)
 }
 
@@ -159,8 +175,10 @@ fn make_dir(path: &Path, mode: u32) -> Result<()> {
 }
 
 /// An emptyDir in memory: a tmpfs, mounted once.
-fn memory_dir(path: &Path, limit: Option<&str>) -> Result<PathBuf> {
-    make_dir(path, 0o777)?;
+fn memory_dir(path: &Path, limit: Option<&str>, first: bool) -> Result<()> {
+    if first || !path.exists() {
+        make_dir(path, 0o777)?;
+    }
     let mounts =
         std::fs::read_to_string("/proc/self/mounts").context("could not read the mount table")?;
     let shown = path.to_string_lossy();
@@ -169,7 +187,7 @@ fn memory_dir(path: &Path, limit: Option<&str>) -> Result<PathBuf> {
         .filter_map(|line| line.split(' ').nth(1))
         .any(|point| unescape(point) == shown)
     {
-        return Ok(path.to_path_buf());
+        return Ok(());
     }
     let size = limit
         .and_then(|text| xebec_schema::quantity::Quantity::parse(text).ok())
@@ -183,8 +201,27 @@ fn memory_dir(path: &Path, limit: Option<&str>) -> Result<PathBuf> {
         nix::mount::MsFlags::empty(),
         Some(options.as_str()),
     )
-    .context("could not mount a tmpfs")?;
-    Ok(path.to_path_buf())
+    .context("could not mount a tmpfs")
+}
+
+/// Gives a file or folder to the pod's `fsGroup`: with these rights, and for folders so that what is made in them
+/// belongs to the group too.
+fn give(path: &Path, group: Option<u32>, rights: u32) -> Result<()> {
+    let Some(group) = group else {
+        return Ok(());
+    };
+    let metadata = std::fs::symlink_metadata(path)
+        .with_context(|| format!("could not look at {}", path.display()))?;
+    let more = if metadata.is_dir() {
+        rights | 0o2110
+    } else {
+        rights
+    };
+    let mode = metadata.permissions().mode() & 0o7777 | more;
+    // Changing the owner takes set-id bits away, so the mode comes last.
+    std::os::unix::fs::lchown(path, None, Some(group))
+        .and_then(|()| std::fs::set_permissions(path, std::fs::Permissions::from_mode(mode)))
+        .with_context(|| format!("could not give {} to group {group}", path.display()))
 }
 
 /// core/v1 HostPathType.
@@ -381,7 +418,7 @@ fn downward(
 }
 
 /// Writes files into a fresh folder and swaps the `..data` link to it, so that a reader sees all old or all new.
-fn write_atomically(dir: &Path, files: &Files) -> Result<()> {
+fn write_atomically(dir: &Path, files: &Files, group: Option<u32>) -> Result<()> {
     let data = dir.join("..data");
     let unchanged = files.iter().all(|(path, (content, _))| {
         std::fs::read(data.join(path)).is_ok_and(|old| old == *content)
@@ -400,6 +437,7 @@ fn write_atomically(dir: &Path, files: &Files) -> Result<()> {
     let fresh_name = format!("..{stamp}");
     let fresh = dir.join(&fresh_name);
     make_dir(&fresh, 0o755)?;
+    give(&fresh, group, 0o440)?;
     for (path, (content, mode)) in files {
         // The API server refuses `..` and absolute paths in items; keys can't hold a slash.
         if Path::new(path)
@@ -412,11 +450,15 @@ fn write_atomically(dir: &Path, files: &Files) -> Result<()> {
         if let Some(parent) = target.parent() {
             std::fs::create_dir_all(parent)
                 .with_context(|| format!("could not make {}", parent.display()))?;
+            for dir in parent.ancestors().take_while(|dir| *dir != fresh) {
+                give(dir, group, 0o440)?;
+            }
         }
         std::fs::write(&target, content)
             .with_context(|| format!("could not write {}", target.display()))?;
         std::fs::set_permissions(&target, std::fs::Permissions::from_mode(*mode))
             .with_context(|| format!("could not set the mode of {}", target.display()))?;
+        give(&target, group, 0o440)?;
     }
     let old = std::fs::read_link(&data).ok();
     let temporary = dir.join("..data_tmp");
@@ -496,7 +538,7 @@ mod tests {
                 .map(|(p, c)| ((*p).to_owned(), (c.as_bytes().to_vec(), 0o640)))
                 .collect()
         };
-        write_atomically(dir.path(), &files(&[("a", "1"), ("sub/b", "2")])).unwrap();
+        write_atomically(dir.path(), &files(&[("a", "1"), ("sub/b", "2")]), None).unwrap();
         assert_eq!(
             std::fs::read_to_string(dir.path().join("sub/b")).unwrap(),
             "2"
@@ -510,16 +552,37 @@ mod tests {
             0o640
         );
         let before = std::fs::read_link(dir.path().join("..data")).unwrap();
-        write_atomically(dir.path(), &files(&[("a", "1"), ("sub/b", "2")])).unwrap();
+        write_atomically(dir.path(), &files(&[("a", "1"), ("sub/b", "2")]), None).unwrap();
         assert_eq!(
             std::fs::read_link(dir.path().join("..data")).unwrap(),
             before,
             "nothing changed, nothing is swapped"
         );
-        write_atomically(dir.path(), &files(&[("a", "3")])).unwrap();
+        write_atomically(dir.path(), &files(&[("a", "3")]), None).unwrap();
         assert_eq!(std::fs::read_to_string(dir.path().join("a")).unwrap(), "3");
         assert!(!dir.path().join("sub").exists() && !dir.path().join(before).exists());
-        assert!(write_atomically(dir.path(), &files(&[("../x", "3")])).is_err());
+        assert!(write_atomically(dir.path(), &files(&[("../x", "3")]), None).is_err());
+    }
+
+    #[test]
+    fn files_belong_to_the_pods_group() {
+        use std::os::unix::fs::MetadataExt;
+        let dir = tempfile::tempdir().unwrap();
+        // Root may give to any group, others only to their own.
+        let group = if nix::unistd::geteuid().is_root() {
+            4242
+        } else {
+            nix::unistd::getegid().as_raw()
+        };
+        let files = Files::from([("sub/a".to_owned(), (b"1".to_vec(), 0o400))]);
+        write_atomically(dir.path(), &files, Some(group)).unwrap();
+        let seen = |path: &str| {
+            let metadata = std::fs::metadata(dir.path().join(path)).unwrap();
+            (metadata.gid(), metadata.mode() & 0o7777)
+        };
+        assert_eq!(seen("sub/a"), (group, 0o440));
+        assert_eq!(seen("sub"), (group, 0o2755));
+        assert_eq!(seen("..data"), (group, 0o2755));
     }
 
     #[test]

@@ -23,6 +23,7 @@ use crate::env::{self, Sources};
 use crate::events::Teller;
 use crate::last_words;
 use crate::probes::{self, Kind, Verdict};
+use crate::pull_secrets;
 use crate::runtime::{CONTAINER_NAME, PodState, Runtime};
 use crate::status::{self, Facts, Known};
 use crate::tokens::Tokens;
@@ -474,7 +475,8 @@ impl Worker {
             node_ip: self.shared.config.node_ip,
             pod_ip: Some(&ip),
         };
-        match volumes::prepare(&sources, &pod_dir, &mut self.tokens).await {
+        let first = self.mounts.is_none();
+        match volumes::prepare(&sources, &pod_dir, &mut self.tokens, first).await {
             Ok(mounts) => {
                 self.mounts = Some((mounts, now));
                 if self.has_api_volumes() {

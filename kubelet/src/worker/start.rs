@@ -347,8 +347,20 @@ impl Worker {
                 format!("Pulling image {image:?}"),
             )
             .await;
+        let (auths, missing) =
+            pull_secrets::credentials(&self.shared.client, &self.pod, &image).await;
+        if !missing.is_empty() {
+            let note = format!(
+                "Unable to retrieve some image pull secrets ({}); attempting to pull the image may not succeed.",
+                missing.join(", ")
+            );
+            self.shared
+                .teller
+                .warning(&self.pod, None, "FailedToRetrieveImagePullSecret", note)
+                .await;
+        }
         let started = Instant::now();
-        match self.meanwhile(true, runtime.pull(&image)).await? {
+        match self.meanwhile(true, runtime.pull(&image, auths)).await? {
             Ok(_) => {
                 self.backoff.clear(&key);
                 self.pull_errors.remove(&image);
