@@ -28,8 +28,14 @@ pub(crate) struct Pods {
     shared: Shared,
     workers: Arc<Mutex<HashMap<String, Handle>>>,
     tasks: TaskTracker,
+    /// Told to begin no more.
     shutdown: CancellationToken,
+    /// Told to drop what they are at.
+    overdue: CancellationToken,
 }
+
+/// How long workers may take to finish what they are at when the kubelet ends.
+const FAREWELL: Duration = Duration::from_secs(5);
 
 struct Handle {
     pod: Pod,
@@ -54,6 +60,7 @@ impl Pods {
             workers: Arc::default(),
             tasks: TaskTracker::new(),
             shutdown,
+            overdue: CancellationToken::new(),
         }
     }
 
@@ -83,15 +90,24 @@ impl Pods {
 
     /// Runs until `shutdown`; pods stay as they are.
     pub(crate) async fn run(self) -> Result<()> {
+        // Whatever way this ends, no worker stays.
+        let _end = self.overdue.clone().drop_guard();
         let outcome = tokio::select! {
             () = self.shutdown.cancelled() => Ok(()),
             () = self.follow_runtime() => Ok(()),
             ended = self.follow_api() => ended,
         };
-        self.shutdown.cancel();
-        self.tasks.close();
-        self.tasks.wait().await;
+        // A worker that nobody can wake any more ends after the step that it is at.
         self.lock().clear();
+        self.tasks.close();
+        if tokio::time::timeout(FAREWELL, self.tasks.wait())
+            .await
+            .is_err()
+        {
+            warn!("some pods are still being synced; they are left as they are");
+            self.overdue.cancel();
+            self.tasks.wait().await;
+        }
         outcome
     }
 
@@ -146,9 +162,9 @@ impl Pods {
         drop(workers);
         let pods = self.clone();
         self.tasks.spawn(async move {
-            // What a worker was doing is taken up by the next kubelet, from what it finds.
+            // What a worker leaves undone is taken up by the next kubelet, from what it finds.
             tokio::select! {
-                () = pods.shutdown.cancelled() => {}
+                () = pods.overdue.cancelled() => {}
                 () = worker.run() => {}
             }
             // Unless the pod has been given to a new worker already.

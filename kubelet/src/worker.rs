@@ -161,6 +161,7 @@ impl Worker {
                 }
             };
             tokio::select! {
+                biased;
                 wake = self.wakes.recv() => match wake {
                     Some(wake) => self.take(wake),
                     None => break,
