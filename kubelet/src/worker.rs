@@ -221,6 +221,13 @@ impl Worker {
         self.shared.config.pod_dir(self.uid())
     }
 
+    /// The pod's address; on the node's own network that is the node's.
+    fn pod_ip(&self, sandbox: &v1::PodSandboxStatus) -> String {
+        let ip = sandbox.network.as_ref().map(|network| network.ip.clone());
+        ip.filter(|ip| !ip.is_empty())
+            .unwrap_or_else(|| self.shared.config.node_ip.to_string())
+    }
+
     fn wake_at(&mut self, at: Instant) {
         self.next = Some(self.next.map_or(at, |next| next.min(at)));
     }
@@ -463,11 +470,7 @@ impl Worker {
                 return Ok(());
             }
         }
-        let ip = sandbox
-            .network
-            .as_ref()
-            .map(|network| network.ip.clone())
-            .unwrap_or_default();
+        let ip = self.pod_ip(sandbox);
         let pod_dir = self.pod_dir();
         let sources = Sources {
             client: &self.shared.client,

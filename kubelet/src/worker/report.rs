@@ -91,12 +91,8 @@ impl Worker {
         let Some(spec) = self.pod.spec.clone() else {
             return;
         };
-        let pod_ip = state
-            .ready_sandbox()
-            .and_then(|s| s.network.as_ref())
-            .map(|network| network.ip.clone())
-            .filter(|ip| !ip.is_empty());
-        let pod_ip = pod_ip.unwrap_or_else(|| self.shared.config.node_ip.to_string());
+        let sandbox = state.ready_sandbox();
+        let pod_ip = sandbox.map(|s| self.pod_ip(s)).unwrap_or_default();
         let running: Vec<&v1::ContainerStatus> = state
             .containers
             .iter()

@@ -144,11 +144,7 @@ impl Worker {
         let Some(image) = self.ensure_image(spec).await? else {
             return Ok(());
         };
-        let ip = sandbox
-            .network
-            .as_ref()
-            .map(|network| network.ip.clone())
-            .unwrap_or_default();
+        let ip = self.pod_ip(sandbox);
         let shared = self.shared.clone();
         let sources = Sources {
             client: &shared.client,

@@ -1,5 +1,7 @@
 //! A node for tests: this kubelet with the real container runtime against the real API server, in one process.
 
+#![allow(dead_code, reason = "each test file uses a part of it")]
+
 use std::net::{IpAddr, Ipv4Addr};
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
@@ -41,6 +43,21 @@ pub fn not_root() -> bool {
     }
     eprintln!("left out: this test needs root");
     true
+}
+
+/// A server with a certificate of its own making.
+pub fn tls() -> rustls::ServerConfig {
+    let key = rcgen::generate_simple_self_signed(["localhost".to_owned()]).unwrap();
+    let provider = Arc::new(rustls::crypto::ring::default_provider());
+    rustls::ServerConfig::builder_with_provider(provider)
+        .with_safe_default_protocol_versions()
+        .unwrap()
+        .with_no_client_auth()
+        .with_single_cert(
+            vec![key.cert.der().clone()],
+            rustls::pki_types::PrivateKeyDer::Pkcs8(key.signing_key.serialize_der().into()),
+        )
+        .unwrap()
 }
 
 impl Node {
@@ -118,23 +135,12 @@ impl Node {
         let user = format!("system:node:{NODE}");
         let user = UserInfo::new(&user, &["system:nodes"]);
         let client = Client::new(self.server.in_process(user), "default");
-        let key = rcgen::generate_simple_self_signed(["localhost".to_owned()]).unwrap();
-        let provider = Arc::new(rustls::crypto::ring::default_provider());
-        let tls = rustls::ServerConfig::builder_with_provider(provider)
-            .with_safe_default_protocol_versions()
-            .unwrap()
-            .with_no_client_auth()
-            .with_single_cert(
-                vec![key.cert.der().clone()],
-                rustls::pki_types::PrivateKeyDer::Pkcs8(key.signing_key.serialize_der().into()),
-            )
-            .unwrap();
         let mut config = xebec_kubelet::Config::new(
             NODE.into(),
             IpAddr::V4(Ipv4Addr::LOCALHOST),
             self.path("run/cri.sock"),
             self.path("kubelet"),
-            Arc::new(tls),
+            Arc::new(tls()),
         );
         config.port = self.port;
         config.cgroup_parent = format!("{}/kubepods", self.cgroup());
