@@ -101,6 +101,8 @@ pub(crate) struct Worker {
     over: Option<(&'static str, String, String)>,
     /// Earliest time at which there is something to do without being told.
     next: Option<Instant>,
+    /// Something was told while a step was under way, which may have looked before.
+    woken: bool,
 }
 
 /// Whether the worker goes on.
@@ -132,6 +134,7 @@ impl Worker {
             sandbox_attempt: 0,
             over: None,
             next: None,
+            woken: false,
         };
         worker.note_leaving();
         worker
@@ -141,6 +144,7 @@ impl Worker {
     pub(crate) async fn run(mut self) {
         loop {
             self.next = None;
+            self.woken = false;
             match self.sync().await {
                 Ok(Step::Finished) => break,
                 Ok(Step::GoOn) => {}
@@ -152,6 +156,9 @@ impl Worker {
                     );
                     self.wake_at(Instant::now() + RETRY);
                 }
+            }
+            if self.woken && !self.wakes.is_closed() {
+                continue;
             }
             let next = self.next;
             let sleep = async {
@@ -176,6 +183,7 @@ impl Worker {
     }
 
     fn take(&mut self, wake: Wake) {
+        self.woken = true;
         match wake {
             Wake::Pod(pod) => self.pod = *pod,
             Wake::Gone => self.gone = true,
