@@ -278,3 +278,21 @@ async fn a_pod_that_ends_is_told_so_and_heard_until_it_has() {
     );
     node.end().await;
 }
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_pod_deleted_while_its_end_is_tidied_up_leaves_nothing() {
+    if not_root() {
+        return;
+    }
+    let node = Node::start(21055).await;
+    for round in 0..6 {
+        let name = format!("done-{round}");
+        let once = json!({"restartPolicy": "Never"});
+        node.pod(&name, shell("exit 0"), once).await;
+        node.until(&name, "Succeeded", |pod| phase(pod) == "Succeeded")
+            .await;
+        // Nobody tells of it a second time.
+        node.delete(&name, Some(0)).await;
+    }
+    node.end().await;
+}
