@@ -1,9 +1,4 @@
-//! Exec, attach and port-forward streams: what a streaming server is built on.
-//!
-//! Exec and attach are [`Runtime::open_exec`] and [`Runtime::open_attach`]; a
-//! port-forward is [`Runtime::dial`]. The server that speaks the kubelet's
-//! streaming protocols over these is not built yet, so the CRI calls that hand
-//! out its URLs answer `Unimplemented`.
+//! Connects to a port inside a pod.
 
 use std::net::{Ipv4Addr, SocketAddr};
 use std::time::Duration;
