@@ -19,7 +19,7 @@ pub mod shim_client;
 mod spec;
 mod stats;
 mod status;
-mod streaming;
+pub mod streaming;
 mod users;
 
 use std::net::SocketAddr;

@@ -415,13 +415,11 @@ impl RuntimeService for Service {
         if container.record().phase != Phase::Running {
             return Err(Status::unknown("container is not running"));
         }
-        // The container knows whether it has a terminal; a client may not.
-        let tty = container.config.tty;
         let streams = checked(Streams {
-            tty,
-            stdin: request.stdin && container.config.stdin,
+            tty: request.tty,
+            stdin: request.stdin,
             stdout: request.stdout,
-            stderr: request.stderr && !tty,
+            stderr: request.stderr,
         })?;
         let target = Target::Attach {
             container: container.id.clone(),

@@ -7,6 +7,7 @@
 mod dial;
 mod process;
 pub(crate) mod server;
+pub mod spdy;
 mod status;
 pub(crate) mod tokens;
 mod websocket;

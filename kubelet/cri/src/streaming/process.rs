@@ -115,7 +115,7 @@ async fn send_output(
                     Channel::Stdout => streams.stdout,
                     Channel::Stderr => streams.stderr,
                 };
-                if wanted && output.send(channel, data.into()).await.is_err() {
+                if wanted && output.send(channel, data).await.is_err() {
                     return Ok(None);
                 }
             }

@@ -19,11 +19,14 @@ use hyper_util::rt::{TokioIo, TokioTimer};
 use tokio::net::TcpListener;
 
 use super::tokens::Target;
-use super::websocket;
+use super::{spdy, websocket};
 use crate::runtime::Runtime;
 
 /// How long a client may take for its request's headers.
 const HEADERS: Duration = Duration::from_secs(10);
+
+/// Where SPDY clients say what they want to speak over it.
+const STREAM_PROTOCOL: HeaderName = HeaderName::from_static("x-stream-protocol-version");
 
 type Answer = Response<Full<Bytes>>;
 
@@ -88,6 +91,7 @@ fn text(status: StatusCode, text: impl Into<String>) -> Answer {
 /// What is spoken on a connection once it is upgraded.
 enum Wire {
     WebSocket,
+    Spdy,
 }
 
 fn answer(runtime: &Arc<Runtime>, peer: SocketAddr, mut request: Request<Incoming>) -> Answer {
@@ -127,12 +131,27 @@ async fn stream(
     wire: Wire,
     connection: hyper::upgrade::Upgraded,
 ) {
-    match (wire, target) {
-        (Wire::WebSocket, Target::Exec { streams, .. } | Target::Attach { streams, .. }) => {
-            let socket = websocket::open(connection).await;
-            websocket::process(runtime, target, *streams, socket).await;
+    match target {
+        Target::Exec { streams, .. } | Target::Attach { streams, .. } => match wire {
+            Wire::WebSocket => {
+                let socket = websocket::open(connection).await;
+                websocket::process(runtime, target, *streams, socket).await;
+            }
+            Wire::Spdy => {
+                let session = spdy::open(connection);
+                spdy::process(runtime, target, *streams, session).await;
+            }
+        },
+        Target::PortForward { sandbox } => {
+            let session = match wire {
+                Wire::WebSocket => spdy::tunnel(websocket::open(connection).await),
+                Wire::Spdy => spdy::open(connection),
+            };
+            match runtime.registry.sandbox(sandbox) {
+                Some(sandbox) => spdy::forward(runtime, &sandbox, session).await,
+                None => tracing::debug!("a pod has gone before its port-forward began"),
+            }
         }
-        (_, Target::PortForward { .. }) => {}
     }
 }
 
@@ -168,7 +187,10 @@ fn agree(target: &Target, request: &HeaderMap) -> Result<(Wire, HeaderMap), (Sta
                 "the WebSocket request has no key or another version than 13".to_owned(),
             ));
         };
-        let ours = websocket::PROCESS_PROTOCOLS;
+        let ours = match target {
+            Target::Exec { .. } | Target::Attach { .. } => websocket::PROCESS_PROTOCOLS,
+            Target::PortForward { .. } => websocket::FORWARD_PROTOCOLS,
+        };
         let protocol = choose(list(request, &SEC_WEBSOCKET_PROTOCOL), ours)?;
         headers.insert(UPGRADE, HeaderValue::from_static("websocket"));
         headers.insert(SEC_WEBSOCKET_PROTOCOL, HeaderValue::from_static(protocol));
@@ -178,7 +200,16 @@ fn agree(target: &Target, request: &HeaderMap) -> Result<(Wire, HeaderMap), (Sta
         }
         return Ok((Wire::WebSocket, headers));
     }
-    let _ = target;
+    if asks("SPDY/3.1") {
+        let ours = match target {
+            Target::Exec { .. } | Target::Attach { .. } => spdy::PROCESS_PROTOCOLS,
+            Target::PortForward { .. } => spdy::FORWARD_PROTOCOLS,
+        };
+        let protocol = choose(list(request, &STREAM_PROTOCOL), ours)?;
+        headers.insert(UPGRADE, HeaderValue::from_static("SPDY/3.1"));
+        headers.insert(STREAM_PROTOCOL, HeaderValue::from_static(protocol));
+        return Ok((Wire::Spdy, headers));
+    }
     Err((
         StatusCode::BAD_REQUEST,
         "the request asks for an unknown protocol: use WebSocket or SPDY/3.1".to_owned(),

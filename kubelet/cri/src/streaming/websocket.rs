@@ -20,6 +20,8 @@ use crate::runtime::Runtime;
 
 /// Protocols of exec and attach.
 pub(super) const PROCESS_PROTOCOLS: &[&str] = &["v5.channel.k8s.io", "v4.channel.k8s.io"];
+/// Port-forward: SPDY in binary messages.
+pub(super) const FORWARD_PROTOCOLS: &[&str] = &["SPDY/3.1+portforward.k8s.io"];
 
 const STDIN: u8 = 0;
 const STDOUT: u8 = 1;
@@ -35,7 +37,8 @@ const GOODBYE: Duration = Duration::from_secs(5);
 const LONGEST_MESSAGE: usize = 16 << 20;
 const BUFFER: usize = 32 * 1024;
 
-type Socket = WebSocketStream<TokioIo<Upgraded>>;
+/// A client's WebSocket.
+pub(super) type Socket = WebSocketStream<TokioIo<Upgraded>>;
 
 /// The answer to a client's `Sec-WebSocket-Key`.
 pub(super) fn accept_key(key: &[u8]) -> String {
