@@ -20,6 +20,8 @@ use crate::loader::ServiceMaps;
 
 /// A Service's or slice's namespace and name.
 type Name = (String, String);
+/// Addresses and ports of backends, in order.
+type Backends = Vec<(Ipv4Addr, u16)>;
 
 /// What of a Service the dataplane needs.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
@@ -135,7 +137,7 @@ impl From<&EndpointSlice> for SliceView {
 struct Installed {
     set: u32,
     keys: Vec<FrontendKey>,
-    backends: Vec<(Ipv4Addr, u16)>,
+    backends: Backends,
 }
 
 /// The kernel's side of Services; tests put a plain map in its place.
@@ -194,13 +196,8 @@ impl<K: Kernel> Reconciler<K> {
     }
 
     /// Where connections to a port go: ready endpoints, or where there is none those that still serve while they end.
-    fn backends(
-        &self,
-        name: &Name,
-        service: &ServiceView,
-        port: &PortView,
-    ) -> Vec<(Ipv4Addr, u16)> {
-        let of = |wanted: &dyn Fn(bool, bool) -> bool| -> Vec<(Ipv4Addr, u16)> {
+    fn backends(&self, name: &Name, service: &ServiceView, port: &PortView) -> Backends {
+        let of = |wanted: &dyn Fn(bool, bool) -> bool| -> Backends {
             let mut found = BTreeSet::new();
             for slice in self.slices.values().filter(|slice| slice.service == *name) {
                 let number = slice
@@ -231,8 +228,7 @@ impl<K: Kernel> Reconciler<K> {
     /// Brings the kernel in step with one Service.
     fn reconcile(&mut self, name: &Name) -> Result<()> {
         let service = self.services.get(name).cloned().unwrap_or_default();
-        let mut wanted: BTreeMap<(u16, u8), (Vec<FrontendKey>, Vec<(Ipv4Addr, u16)>)> =
-            BTreeMap::new();
+        let mut wanted: BTreeMap<(u16, u8), (Vec<FrontendKey>, Backends)> = BTreeMap::new();
         for port in &service.ports {
             let Some(cluster_ip) = service.cluster_ip else {
                 continue;
@@ -499,7 +495,8 @@ mod tests {
             Ok(())
         }
         fn remove_set(&mut self, set: u32, count: u32) -> Result<()> {
-            (0..count).for_each(|slot| drop(self.backends.remove(&(set, slot))));
+            self.backends
+                .retain(|(of, slot), _| *of != set || *slot >= count);
             self.check();
             Ok(())
         }

@@ -12,6 +12,7 @@ use kube::runtime::watcher::{self, Event};
 use kube::runtime::{WatchStreamExt, watcher as watch};
 use tokio::sync::mpsc;
 use tokio_util::sync::CancellationToken;
+use tokio_util::task::TaskTracker;
 use tracing::{info, warn};
 
 use crate::config::Config;
@@ -24,7 +25,11 @@ use crate::worker::{Shared, Wake, Worker};
 pub(crate) struct Pods {
     shared: Shared,
     workers: Arc<Mutex<HashMap<String, Handle>>>,
+    tracker: TaskTracker,
 }
+
+/// How long workers may take to finish what they are at when the kubelet ends.
+const FAREWELL: Duration = Duration::from_secs(5);
 
 struct Handle {
     pod: Pod,
@@ -46,6 +51,7 @@ impl Pods {
                 teller,
             },
             workers: Arc::default(),
+            tracker: TaskTracker::new(),
         }
     }
 
@@ -112,6 +118,15 @@ impl Pods {
             }
         }
         events.abort();
+        // A worker whose wakes have no sender any more ends after the sync that it is at.
+        self.lock().clear();
+        self.tracker.close();
+        if tokio::time::timeout(FAREWELL, self.tracker.wait())
+            .await
+            .is_err()
+        {
+            warn!("some pods are still being synced; they are left as they are");
+        }
         Ok(())
     }
 
@@ -130,7 +145,7 @@ impl Pods {
         workers.insert(uid.clone(), Handle { pod, wakes });
         drop(workers);
         let pods = self.clone();
-        tokio::spawn(async move {
+        self.tracker.spawn(async move {
             worker.run(receiver).await;
             pods.lock().remove(&uid);
         });

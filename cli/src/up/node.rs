@@ -8,7 +8,7 @@ use anyhow::{Context, Result, bail};
 use ipnet::IpNet;
 use k8s_openapi::api::core::v1::Node as NodeObject;
 use kube::runtime::{WatchStreamExt, watcher};
-use tokio::task::JoinSet;
+use tokio::task::{JoinHandle, JoinSet};
 use tokio_util::sync::CancellationToken;
 use tracing::{info, warn};
 
@@ -55,8 +55,10 @@ pub struct Running {
     pub kubelet: CancellationToken,
     /// Ends runtime and agent.
     pub rest: CancellationToken,
-    /// What runs.
+    /// What runs besides the kubelet.
     pub tasks: JoinSet<Result<()>>,
+    /// The kubelet, which ends first.
+    pub kubelet_task: JoinHandle<Result<()>>,
 }
 
 /// Starts agent, runtime and kubelet, with a client that calls the API server directly.
@@ -122,7 +124,7 @@ pub fn start(
         "container runtime",
         xebec_cri::run(cri, rest.clone()),
     ));
-    tasks.spawn(named(
+    let kubelet_task = tokio::spawn(named(
         "kubelet",
         xebec_kubelet::run(client, node, kubelet.clone()),
     ));
@@ -130,6 +132,7 @@ pub fn start(
         kubelet,
         rest,
         tasks,
+        kubelet_task,
     })
 }
 
@@ -160,7 +163,11 @@ fn install_cni(layout: &NodeLayout) -> Result<()> {
 impl Running {
     /// The error of the first part that ends by itself; waits for ever while all run.
     pub async fn first_failure(&mut self) -> anyhow::Error {
-        match self.tasks.join_next().await {
+        let ended = tokio::select! {
+            ended = self.tasks.join_next() => ended,
+            ended = &mut self.kubelet_task => Some(ended),
+        };
+        match ended {
             Some(Ok(Ok(()))) => anyhow::anyhow!("a part of the node ended by itself"),
             Some(Ok(Err(error))) => error,
             Some(Err(error)) => anyhow::anyhow!("a part of the node panicked: {error}"),
@@ -168,9 +175,18 @@ impl Running {
         }
     }
 
+    /// Ends the kubelet and waits until it touches nothing any more.
+    pub async fn end_kubelet(&mut self) {
+        self.kubelet.cancel();
+        if !self.kubelet_task.is_finished() {
+            // Its failure was told already, or matters no more.
+            let _ = (&mut self.kubelet_task).await;
+        }
+    }
+
     /// Ends the parts and leaves pods and their network as they are.
     pub async fn leave(mut self) {
-        self.kubelet.cancel();
+        self.end_kubelet().await;
         self.rest.cancel();
         while self.tasks.join_next().await.is_some() {}
     }

@@ -13,7 +13,7 @@ use crate::paths::{Layout, NodeLayout};
 
 /// Stops the kubelet, removes every pod sandbox through CRI, then ends the rest and cleans up.
 pub async fn node(mut running: Running, config: &NodeConfig) {
-    running.kubelet.cancel();
+    running.end_kubelet().await;
     if let Err(error) = remove_sandboxes(&config.layout).await {
         warn!(error = format!("{error:#}"), "could not remove all pods");
     }
