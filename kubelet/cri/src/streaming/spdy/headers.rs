@@ -96,6 +96,9 @@ impl Unpacker {
     }
 }
 
+/// A stored block of no bytes.
+const FLUSH: [u8; 5] = [0, 0, 0, 0xff, 0xff];
+
 /// Packs header blocks without headers: all that a server's replies need here.
 #[derive(Default)]
 pub(super) struct EmptyPacker {
@@ -118,6 +121,9 @@ impl EmptyPacker {
         packed.extend_from_slice(&len.to_le_bytes());
         packed.extend_from_slice(&(!len).to_le_bytes());
         packed.extend_from_slice(&block);
+        // An empty block is zlib's flush: decompressors that give out whole
+        // windows, as Go's does, wait for it before they give this block out.
+        packed.extend_from_slice(&FLUSH);
         packed
     }
 }
@@ -203,8 +209,11 @@ mod tests {
     fn a_decompressor_takes_our_blocks() {
         let (mut packer, mut unpacker) = (EmptyPacker::default(), Unpacker::new());
         for _ in 0..3 {
-            let headers = unpacker.unpack(&packer.pack()).unwrap();
-            assert_eq!(headers, Headers::default());
+            let packed = packer.pack();
+            // As a compressor's own flush ends a block, which clients wait for.
+            assert!(packed.ends_with(&FLUSH), "{packed:x?}");
+            assert_eq!(unpacker.unpack(&packed).unwrap(), Headers::default());
         }
+        assert!(pack(&mut deflate(), &[]).ends_with(&FLUSH));
     }
 }
