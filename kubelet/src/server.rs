@@ -360,8 +360,9 @@ impl Server {
                 .filter(|(name, _)| name == "command")
                 .map(|(_, value)| value.clone())
                 .collect();
-            let (stdin, stdout, stderr, tty) =
-                (flag("input"), flag("output"), flag("error"), flag("tty"));
+            let (stdin, stdout, tty) = (flag("input"), flag("output"), flag("tty"));
+            // A terminal has one output; who asks for two gets that one.
+            let stderr = flag("error") && !tty;
             if kind == "exec" {
                 self.runtime
                     .exec_url(v1::ExecRequest {

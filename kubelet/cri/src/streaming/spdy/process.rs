@@ -81,10 +81,9 @@ pub(in super::super) async fn process(
     };
     // What still comes in is of no use.
     drop(input);
-    for writer in [output.stdout, output.stderr, stdin_end, resize_end] {
-        if let Some(writer) = writer {
-            writer.finish().await;
-        }
+    let writers = [output.stdout, output.stderr, stdin_end, resize_end];
+    for writer in writers.into_iter().flatten() {
+        writer.finish().await;
     }
     if let Some(error) = error {
         let _ = error.write(status.to_string().as_bytes()).await;
