@@ -135,7 +135,7 @@ fn exec(cluster: &Cluster, protocol: Protocol) -> Result<()> {
         kubectl(
             cluster,
             protocol,
-            &["exec", "server", "--", "/xebec", "--version"],
+            &["exec", "server", "--", "/bin/xebec", "--version"],
             b"",
         )?,
     )?;
@@ -242,8 +242,8 @@ fn exec_in_a_terminal(cluster: &Cluster, protocol: Protocol) -> Result<()> {
     )?;
     until(&mut screen, "second")?;
     keys.write_all(b"hello\r")?;
-    until(&mut screen, "got <hello>\r\n")?;
-    until(&mut screen, "ready")?;
+    let seen = until(&mut screen, "ready")?;
+    assert!(seen.contains("got <hello>\r\n"), "{seen}");
     keys.write_all(b"\x03")?;
     until(&mut screen, "interrupted")?;
     let status = child.0.wait().context("could not wait for script")?;
