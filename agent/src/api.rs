@@ -6,26 +6,43 @@ use std::sync::Arc;
 
 use anyhow::{Context, Result};
 use bytes::Bytes;
+use futures::StreamExt;
 use http::{Method, Request, Response, StatusCode};
-use http_body_util::{BodyExt, Full, Limited};
-use hyper::body::Incoming;
+use http_body_util::combinators::UnsyncBoxBody;
+use http_body_util::{BodyExt, Full, Limited, StreamBody};
+use hyper::body::{Frame, Incoming};
 use hyper::service::service_fn;
 use hyper_util::rt::TokioIo;
 use serde_json::{Value, json};
 use tokio::net::UnixListener;
+use tokio::sync::broadcast::error::RecvError;
 use tokio_util::sync::CancellationToken;
 
 use crate::endpoints::Endpoints;
+use crate::flows::{Filter, Flows, Seen};
+use crate::maps::PolicyMaps;
+use crate::policy::watch::Shared;
 use crate::services::Shown;
 
 /// Bytes of a request: a CNI configuration with its previous result.
 const LIMIT: usize = 1 << 20;
 
+/// What can be asked.
+#[derive(Clone)]
+pub(crate) struct Tables {
+    pub endpoints: Arc<Endpoints>,
+    pub services: Shown,
+    /// None where pods are only taken away.
+    pub engine: Option<Shared<PolicyMaps>>,
+    pub flows: Flows,
+}
+
+type Body = UnsyncBoxBody<Bytes, Infallible>;
+
 /// Serves until `shutdown`.
 pub(crate) async fn run(
     socket: PathBuf,
-    endpoints: Arc<Endpoints>,
-    services: Shown,
+    tables: Tables,
     shutdown: CancellationToken,
 ) -> Result<()> {
     let _ = std::fs::remove_file(&socket);
@@ -40,11 +57,11 @@ pub(crate) async fn run(
             () = shutdown.cancelled() => break,
             accepted = listener.accept() => accepted.context("could not accept on the agent's socket")?.0,
         };
-        let (endpoints, services) = (endpoints.clone(), services.clone());
+        let tables = tables.clone();
         tokio::spawn(async move {
             let service = service_fn(move |request| {
-                let (endpoints, services) = (endpoints.clone(), services.clone());
-                async move { Ok::<_, Infallible>(answer(request, &endpoints, &services).await) }
+                let tables = tables.clone();
+                async move { Ok::<_, Infallible>(answer(request, &tables).await) }
             });
             // A client that goes away is no fault.
             let _ = hyper::server::conn::http1::Builder::new()
@@ -56,8 +73,8 @@ pub(crate) async fn run(
     Ok(())
 }
 
-fn reply(status: StatusCode, value: &Value) -> Response<Full<Bytes>> {
-    let mut response = Response::new(Full::new(Bytes::from(value.to_string())));
+fn reply(status: StatusCode, value: &Value) -> Response<Body> {
+    let mut response = Response::new(Full::new(Bytes::from(value.to_string())).boxed_unsync());
     *response.status_mut() = status;
     response.headers_mut().insert(
         http::header::CONTENT_TYPE,
@@ -66,11 +83,57 @@ fn reply(status: StatusCode, value: &Value) -> Response<Full<Bytes>> {
     response
 }
 
-async fn answer(
-    request: Request<Incoming>,
-    endpoints: &Endpoints,
-    services: &Shown,
-) -> Response<Full<Bytes>> {
+/// Flows as newline-delimited JSON.
+fn flows(flows: &Flows, query: &str) -> Response<Body> {
+    let filter = match Filter::parse(query) {
+        Ok(filter) => filter,
+        Err(error) => {
+            return reply(
+                StatusCode::BAD_REQUEST,
+                &json!({"error": format!("{error:#}")}),
+            );
+        }
+    };
+    let line = |flows: &Flows, seen: &Seen| Bytes::from(format!("{}\n", flows.to_json(seen)));
+    let (newest, news) = flows.read(&filter);
+    let first: Bytes = newest
+        .iter()
+        .flat_map(|seen| line(flows, seen))
+        .collect::<Vec<u8>>()
+        .into();
+    let mut response = if filter.follow {
+        let later = futures::stream::unfold(
+            (flows.clone(), news, filter),
+            move |(flows, mut news, filter)| async move {
+                loop {
+                    let bytes = match news.recv().await {
+                        Ok(seen) if filter.passes(&seen) => line(&flows, &seen),
+                        Ok(_) => continue,
+                        // A slow reader is told what it missed.
+                        Err(RecvError::Lagged(missed)) => Bytes::from(format!(
+                            "{}\n",
+                            json!({"lost_events": {"source": "HUBBLE_RING_BUFFER", "num_events_lost": missed}})
+                        )),
+                        Err(RecvError::Closed) => return None,
+                    };
+                    return Some((bytes, (flows, news, filter)));
+                }
+            },
+        );
+        let all = futures::stream::once(async move { first }).chain(later);
+        Response::new(StreamBody::new(all.map(|bytes| Ok(Frame::data(bytes)))).boxed_unsync())
+    } else {
+        Response::new(Full::new(first).boxed_unsync())
+    };
+    response.headers_mut().insert(
+        http::header::CONTENT_TYPE,
+        http::HeaderValue::from_static("application/x-ndjson"),
+    );
+    response
+}
+
+async fn answer(request: Request<Incoming>, tables: &Tables) -> Response<Body> {
+    let endpoints = &tables.endpoints;
     let path = request.uri().path().to_owned();
     match (request.method(), path.as_str()) {
         (&Method::POST, "/cni") => {
@@ -92,8 +155,20 @@ async fn answer(
                 Err(error) => cni_error(error.code, error.message),
             }
         }
-        (&Method::GET, "/tables") => reply(StatusCode::OK, &json!(["endpoints", "services"])),
-        (&Method::GET, "/tables/services") => reply(StatusCode::OK, &services.rows().into()),
+        (&Method::GET, "/flows") => flows(&tables.flows, request.uri().query().unwrap_or_default()),
+        (&Method::GET, "/tables") => reply(
+            StatusCode::OK,
+            &json!(["endpoints", "services", "policies", "identities"]),
+        ),
+        (&Method::GET, "/tables/services") => reply(StatusCode::OK, &tables.services.rows().into()),
+        (&Method::GET, "/tables/policies") => match &tables.engine {
+            Some(engine) => reply(StatusCode::OK, &engine.lock().await.policy_rows().into()),
+            None => reply(StatusCode::OK, &json!([])),
+        },
+        (&Method::GET, "/tables/identities") => match &tables.engine {
+            Some(engine) => reply(StatusCode::OK, &engine.lock().await.identity_rows().into()),
+            None => reply(StatusCode::OK, &json!([])),
+        },
         (&Method::GET, "/tables/endpoints") => {
             let rows: Vec<Value> = endpoints
                 .list()
@@ -103,10 +178,21 @@ async fn answer(
                 .collect();
             reply(StatusCode::OK, &rows.into())
         }
-        (&Method::GET, "/status") => reply(
-            StatusCode::OK,
-            &json!({"healthy": true, "endpoints": endpoints.list().await.len()}),
-        ),
+        (&Method::GET, "/status") => match tables.flows.counters() {
+            Ok(counters) => reply(
+                StatusCode::OK,
+                &json!({
+                    "healthy": true,
+                    "endpoints": endpoints.list().await.len(),
+                    "packets": {"forwarded": counters.forwarded, "dropped": counters.dropped},
+                    "flow_events": {"produced": counters.produced, "lost": counters.lost},
+                }),
+            ),
+            Err(error) => reply(
+                StatusCode::OK,
+                &json!({"healthy": false, "error": format!("{error:#}")}),
+            ),
+        },
         _ => reply(
             StatusCode::NOT_FOUND,
             &json!({"error": format!("the agent has no {path}")}),

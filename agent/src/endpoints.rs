@@ -3,6 +3,7 @@
 use std::collections::BTreeMap;
 use std::net::Ipv4Addr;
 use std::path::{Path, PathBuf};
+use std::sync::Arc;
 
 use anyhow::{Context, Result};
 use ipnet::Ipv4Net;
@@ -11,8 +12,10 @@ use serde::{Deserialize, Serialize};
 use serde_json::{Value, json};
 use tokio::sync::Mutex;
 
+use crate::dataplane::{Dataplane, Known};
 use crate::ipam::Ipam;
-use crate::link;
+use crate::link::{self, Wires};
+use crate::policy::compile::Name;
 
 /// One pod's connection.
 #[derive(Clone, Debug, Serialize, Deserialize)]
@@ -31,6 +34,15 @@ pub struct Endpoint {
     pub namespace: String,
     /// Name of the pod.
     pub pod: String,
+    /// Hardware address of the pod's end.
+    #[serde(default)]
+    pub mac: [u8; 6],
+}
+
+impl Endpoint {
+    fn name(&self) -> Name {
+        (self.namespace.clone(), self.pod.clone())
+    }
 }
 
 /// A CNI error (spec 1.1.0, section 5).
@@ -57,6 +69,8 @@ pub struct Endpoints {
     state: Mutex<State>,
     path: PathBuf,
     netlink: Handle,
+    /// None where pods are only taken away.
+    dataplane: Option<Arc<Dataplane>>,
 }
 
 struct State {
@@ -66,7 +80,7 @@ struct State {
 
 impl Endpoints {
     /// Reads what the last agent of this node left.
-    pub fn open(dir: &Path, range: Ipv4Net) -> Result<Self> {
+    pub fn open(dir: &Path, range: Ipv4Net, dataplane: Option<Arc<Dataplane>>) -> Result<Self> {
         let ipam = Ipam::open(dir, range)?;
         let path = dir.join("endpoints.json");
         let endpoints = match std::fs::read(&path) {
@@ -81,7 +95,34 @@ impl Endpoints {
             state: Mutex::new(State { ipam, endpoints }),
             path,
             netlink: link::handle()?,
+            dataplane,
         })
+    }
+
+    /// Puts the pods that were connected before this agent started under it.
+    pub async fn adopt(&self) -> Result<()> {
+        let Some(dataplane) = &self.dataplane else {
+            return Ok(());
+        };
+        for endpoint in self.list().await {
+            // A device that is gone went with its pod, whose removal is still to come.
+            if let Some((ifindex, _)) = link::find(&self.netlink, &endpoint.device).await? {
+                let wires = Wires {
+                    ifindex,
+                    mac: endpoint.mac,
+                };
+                dataplane
+                    .connect(
+                        &endpoint.name(),
+                        endpoint.address,
+                        wires,
+                        &endpoint.device,
+                        Known::IfPresent,
+                    )
+                    .await?;
+            }
+        }
+        Ok(())
     }
 
     /// All endpoints, by container id.
@@ -143,7 +184,7 @@ impl Endpoints {
         let key = key_of(&container_id, &ifname);
         let mut state = self.state.lock().await;
         let address = state.ipam.allocate(&key)?;
-        let endpoint = Endpoint {
+        let mut endpoint = Endpoint {
             device: device_name(&key),
             netns: netns.into(),
             namespace: arg("K8S_POD_NAMESPACE"),
@@ -151,16 +192,14 @@ impl Endpoints {
             container_id,
             ifname,
             address,
+            mac: [0; 6],
         };
-        if let Err(error) = link::connect(
-            &self.netlink,
-            &endpoint.device,
-            &endpoint.netns,
-            &endpoint.ifname,
-            address,
-        )
-        .await
-        {
+        // Others need not wait while this pod's policy is looked up.
+        drop(state);
+        let outcome = self.wire(&mut endpoint).await;
+        let mut state = self.state.lock().await;
+        if let Err(error) = outcome {
+            self.unwire(&endpoint.device, Some(address)).await?;
             state.ipam.release(&key)?;
             return Err(error.into());
         }
@@ -170,9 +209,45 @@ impl Endpoints {
         Ok(result)
     }
 
+    /// Makes the wires, and puts them under policy before anything can be sent.
+    async fn wire(&self, endpoint: &mut Endpoint) -> Result<()> {
+        let wires = link::connect(
+            &self.netlink,
+            &endpoint.device,
+            &endpoint.netns,
+            &endpoint.ifname,
+            endpoint.address,
+        )
+        .await?;
+        endpoint.mac = wires.mac;
+        match &self.dataplane {
+            Some(dataplane) => {
+                dataplane
+                    .connect(
+                        &endpoint.name(),
+                        endpoint.address,
+                        wires,
+                        &endpoint.device,
+                        Known::Must,
+                    )
+                    .await
+            }
+            None => Ok(()),
+        }
+    }
+
+    async fn unwire(&self, device: &str, address: Option<Ipv4Addr>) -> Result<()> {
+        link::remove(&self.netlink, device).await?;
+        if let Some(dataplane) = &self.dataplane {
+            dataplane.disconnect(address, device).await?;
+        }
+        Ok(())
+    }
+
     async fn remove(&self, key: &str) -> Result<()> {
         let mut state = self.state.lock().await;
-        link::remove(&self.netlink, &device_name(key)).await?;
+        let address = state.endpoints.get(key).map(|endpoint| endpoint.address);
+        self.unwire(&device_name(key), address).await?;
         state.ipam.release(key)?;
         if state.endpoints.remove(key).is_some() {
             self.save(&state)?;

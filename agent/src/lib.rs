@@ -1,10 +1,16 @@
-//! The node agent: connects the pods of one node, and translates Services to their endpoints by eBPF.
+//! The node agent: connects the pods of one node, translates Services to their endpoints, enforces policy and
+//! tells of flows, by eBPF.
 
 mod api;
+mod dataplane;
 pub mod endpoints;
+pub mod flows;
 mod ipam;
 pub mod link;
 pub mod loader;
+pub mod maps;
+pub mod names;
+pub mod policy;
 pub mod services;
 
 use std::net::IpAddr;
@@ -13,9 +19,12 @@ use std::sync::Arc;
 
 use anyhow::{Context, Result, bail};
 use ipnet::IpNet;
+use tokio::sync::{Mutex, oneshot, watch};
 use tokio_util::sync::CancellationToken;
 
+use dataplane::Dataplane;
 use endpoints::Endpoints;
+use policy::engine::Engine;
 
 /// How the agent runs.
 #[derive(Clone, Debug)]
@@ -36,55 +45,93 @@ pub struct Config {
     pub cgroup_root: PathBuf,
 }
 
-/// Runs until `shutdown`; pods stay connected, and Services stay translated as they were.
+/// Runs until `shutdown`; pods stay connected, Services translated and policy enforced as they were.
 pub async fn run(client: kube::Client, config: Config, shutdown: CancellationToken) -> Result<()> {
-    let endpoints = connect(&config)?;
-    loader::mount(&config.bpf_dir)?;
-    let mut programs = loader::Loaded::new()?;
-    let maps = programs.service_maps()?;
+    let mut programs = loader::Loaded::new(&config.bpf_dir)?;
+    let maps = programs.maps()?;
+    let names = names::Names::default();
+    let mut flows = flows::Flows::new(names.clone(), &config.node_name);
+    let follow = flows.follow(maps.flows, shutdown.clone())?;
+    // Flows that an agent before this one allowed are judged anew: its generation was taken from the clock, too.
+    let generation = std::time::SystemTime::now()
+        .duration_since(std::time::UNIX_EPOCH)
+        .map_or(1, |since| since.as_millis() as u32);
+    let engine = Engine::new(maps.policy, names, &config.node_name, generation);
+    let engine = Arc::new(Mutex::new(engine));
+    let (synced, mut is_synced) = watch::channel(false);
+    let dataplane = Arc::new(Dataplane {
+        engine: engine.clone(),
+        programs: Mutex::new(programs),
+        synced: is_synced.clone(),
+        dir: config.bpf_dir.clone(),
+    });
+    let endpoints = connect(&config, Some(dataplane.clone()))?;
     let shown = services::Shown::default();
-    let attach = {
-        let (cgroup, pins) = (config.cgroup_root.clone(), config.bpf_dir.join("links"));
-        move || programs.attach(&cgroup, &pins)
-    };
+    let (services_ready, services_are_ready) = oneshot::channel();
+    let policy = policy::watch::run(client.clone(), engine.clone(), synced, shutdown.clone());
     let services = services::run(
         client,
-        maps,
+        maps.services,
         config.node_ip,
         shown.clone(),
-        attach,
+        services_ready,
         shutdown.clone(),
     );
-    let api = api::run(config.socket.clone(), endpoints, shown, shutdown);
-    tokio::try_join!(services, api).map(drop)
+    let tables = api::Tables {
+        endpoints: endpoints.clone(),
+        services: shown,
+        engine: Some(engine),
+        flows,
+    };
+    // What ran before this agent is taken over once everything is known, so that no rule is missing for a moment.
+    let take_over = async {
+        let known = async {
+            is_synced.wait_for(|synced| *synced).await.is_ok() && services_are_ready.await.is_ok()
+        };
+        tokio::select! {
+            () = shutdown.cancelled() => return Ok(()),
+            known = known => if !known { return Ok(()) },
+        }
+        endpoints.adopt().await?;
+        dataplane
+            .programs
+            .lock()
+            .await
+            .attach_sockets(&config.cgroup_root)
+    };
+    let api = api::run(config.socket.clone(), tables, shutdown.clone());
+    tokio::try_join!(policy, services, follow, take_over, api).map(drop)
 }
 
 /// Serves the socket alone, for taking pods away where no API server runs.
 pub async fn run_detached(config: Config, shutdown: CancellationToken) -> Result<()> {
-    let endpoints = connect(&config)?;
-    api::run(
-        config.socket,
-        endpoints,
-        services::Shown::default(),
-        shutdown,
-    )
-    .await
+    let tables = api::Tables {
+        endpoints: connect(&config, None)?,
+        services: services::Shown::default(),
+        engine: None,
+        flows: flows::Flows::new(names::Names::default(), &config.node_name),
+    };
+    api::run(config.socket, tables, shutdown).await
 }
 
-fn connect(config: &Config) -> Result<Arc<Endpoints>> {
+fn connect(config: &Config, dataplane: Option<Arc<Dataplane>>) -> Result<Arc<Endpoints>> {
     let IpNet::V4(range) = config.pod_cidr else {
         bail!("the pod range {} is not IPv4", config.pod_cidr)
     };
     let forward = "/proc/sys/net/ipv4/ip_forward";
     std::fs::write(forward, "1").with_context(|| format!("could not write {forward}"))?;
-    Ok(Arc::new(Endpoints::open(&config.state_dir, range)?))
+    Ok(Arc::new(Endpoints::open(
+        &config.state_dir,
+        range,
+        dataplane,
+    )?))
 }
 
 /// Removes the devices of all endpoints that are on record, and the records.
 pub async fn cleanup(state_dir: &Path) -> Result<()> {
     let range = ipnet::Ipv4Net::default();
     let handle = link::handle()?;
-    for endpoint in Endpoints::open(state_dir, range)?.list().await {
+    for endpoint in Endpoints::open(state_dir, range, None)?.list().await {
         link::remove(&handle, &endpoint.device).await?;
     }
     match std::fs::remove_dir_all(state_dir) {

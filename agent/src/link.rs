@@ -48,6 +48,15 @@ async fn must_find(handle: &Handle, name: &str) -> Result<(u32, Vec<u8>)> {
         .with_context(|| format!("there is no device {name}"))
 }
 
+/// What the dataplane needs to know of a veth pair.
+#[derive(Clone, Copy, Debug)]
+pub struct Wires {
+    /// Index of the host's end.
+    pub ifindex: u32,
+    /// Hardware address of the pod's end.
+    pub mac: [u8; 6],
+}
+
 /// Connects a pod: `host` is the name of this end, `inner` that of the pod's end in `netns`.
 pub async fn connect(
     handle: &Handle,
@@ -55,7 +64,7 @@ pub async fn connect(
     netns: &Path,
     inner: &str,
     address: Ipv4Addr,
-) -> Result<()> {
+) -> Result<Wires> {
     // What a failed try left is of no use: the pair is made anew.
     remove(handle, host).await?;
     let namespace = File::open(netns)
@@ -113,7 +122,14 @@ pub async fn connect(
         .replace()
         .execute()
         .await
-        .with_context(|| format!("could not name {address} a neighbour"))
+        .with_context(|| format!("could not name {address} a neighbour"))?;
+    let mac = pod_mac
+        .try_into()
+        .map_err(|mac| anyhow::anyhow!("{inner} has no Ethernet address but {mac:?}"))?;
+    Ok(Wires {
+        ifindex: index,
+        mac,
+    })
 }
 
 /// Within the pod: loopback, address, the way out.

@@ -1,13 +1,20 @@
 //! Loads the eBPF programs, attaches them, and keeps them attached beyond the agent's life by pinned links.
 
-use std::path::Path;
+use std::path::{Path, PathBuf};
 
 use anyhow::{Context, Result};
-use aya::maps::{HashMap, MapData};
-use aya::programs::links::FdLink;
-use aya::programs::{CgroupAttachMode, CgroupSockAddr};
+use aya::programs::links::{FdLink, LinkOrder, PinnedLink};
+use aya::programs::tc::{SchedClassifierLink, TcAttachOptions};
+use aya::programs::{CgroupAttachMode, CgroupSockAddr, SchedClassifier, TcAttachType};
 use aya::{Ebpf, EbpfLoader};
-use xebec_dataplane_common::{Address, BackendKey, FrontendKey, FrontendValue};
+use xebec_dataplane_common::LAYOUT;
+
+use crate::maps::{FlowMaps, PolicyMaps, ServiceMaps};
+
+/// Folder of the pinned links of socket hooks.
+const CGROUP_LINKS: &str = "links";
+/// Folder of the pinned links of pods' devices.
+const POD_LINKS: &str = "pods";
 
 /// The object that was built with this agent.
 #[cfg(ebpf_object)]
@@ -34,21 +41,41 @@ const SOCKET_HOOKS: &[&str] = &[
     "xebec_connect4",
 ];
 
-/// Programs that are loaded and not yet attached.
+/// The hooks of a pod's device: where they are attached, and their names.
+const POD_HOOKS: &[(TcAttachType, &str)] = &[
+    (TcAttachType::Ingress, "xebec_from_pod"),
+    (TcAttachType::Egress, "xebec_to_pod"),
+];
+
+/// Programs that are loaded, and where their links are pinned.
 pub struct Loaded {
     ebpf: Ebpf,
+    /// A BPF filesystem of our own.
+    dir: PathBuf,
 }
 
-/// The maps of Services.
-pub struct ServiceMaps {
-    frontends: HashMap<MapData, [u8; 8], [u8; 8]>,
-    backends: HashMap<MapData, [u8; 8], [u8; 8]>,
+/// All maps, each for the part that writes it.
+pub struct Maps {
+    /// Services.
+    pub services: ServiceMaps,
+    /// Endpoints, identities, policy.
+    pub policy: PolicyMaps,
+    /// Events of flows.
+    pub flows: FlowMaps,
 }
 
 impl Loaded {
-    /// Loads every program; the kernel checks them.
-    pub fn new() -> Result<Self> {
+    /// Loads every program; the kernel checks them. Flows are those of the agent before this one, if it had the
+    /// same layout; everything else is filled anew.
+    pub fn new(dir: &Path) -> Result<Self> {
+        mount(dir)?;
+        let maps = dir.join(format!("maps-{LAYOUT}"));
+        for dir in [&maps, &dir.join(CGROUP_LINKS), &dir.join(POD_LINKS)] {
+            std::fs::create_dir_all(dir)
+                .with_context(|| format!("could not make {}", dir.display()))?;
+        }
         let mut ebpf = EbpfLoader::new()
+            .default_map_pin_directory(&maps)
             .load(object()?)
             .context("the kernel refused the eBPF maps (is this root?)")?;
         for name in SOCKET_HOOKS {
@@ -56,30 +83,78 @@ impl Loaded {
                 .load()
                 .with_context(|| format!("the kernel refused the eBPF program {name}"))?;
         }
-        Ok(Self { ebpf })
-    }
-
-    /// The maps of Services, once.
-    pub fn service_maps(&mut self) -> Result<ServiceMaps> {
-        let mut take = |name: &str| -> Result<HashMap<MapData, [u8; 8], [u8; 8]>> {
-            let map = self
-                .ebpf
-                .take_map(name)
-                .with_context(|| format!("the eBPF object has no map {name}"))?;
-            HashMap::try_from(map)
-                .with_context(|| format!("the eBPF map {name} has another layout"))
-        };
-        Ok(ServiceMaps {
-            frontends: take("FRONTENDS")?,
-            backends: take("BACKENDS")?,
+        for (_, name) in POD_HOOKS {
+            pod_hook(&mut ebpf, name)?
+                .load()
+                .with_context(|| format!("the kernel refused the eBPF program {name}"))?;
+        }
+        Ok(Self {
+            ebpf,
+            dir: dir.to_path_buf(),
         })
     }
 
+    /// The maps, once.
+    pub fn maps(&mut self) -> Result<Maps> {
+        Ok(Maps {
+            services: ServiceMaps::new(&mut self.ebpf)?,
+            policy: PolicyMaps::new(&mut self.ebpf)?,
+            flows: FlowMaps::new(&mut self.ebpf)?,
+        })
+    }
+
+    /// Attaches the hooks of a pod's device. Where an agent before this one attached its own, they are replaced
+    /// in place: no packet passes unjudged.
+    pub fn attach_pod(&mut self, device: &str) -> Result<()> {
+        for (place, name) in POD_HOOKS {
+            let pin = pod_pin(&self.dir, device, name);
+            let program = pod_hook(&mut self.ebpf, name)?;
+            if pin.exists() {
+                let link = PinnedLink::from_pin(&pin)
+                    .with_context(|| format!("could not open {}", pin.display()))?;
+                let link = SchedClassifierLink::try_from(FdLink::from(link))
+                    .with_context(|| format!("{} is another kind of link", pin.display()))?;
+                let replaced = program.attach_to_link(link);
+                match replaced {
+                    Ok(link) => {
+                        // The pin keeps the link; ours may go.
+                        drop(program.take_link(link));
+                        continue;
+                    }
+                    // Its device went with its namespace meanwhile.
+                    Err(error) => {
+                        tracing::debug!(%error, device, "a pinned link is of no use any more");
+                        std::fs::remove_file(&pin)
+                            .with_context(|| format!("could not remove {}", pin.display()))?;
+                    }
+                }
+            }
+            let link = program
+                .attach_with_options(
+                    device,
+                    *place,
+                    TcAttachOptions::TcxOrder(LinkOrder::default()),
+                )
+                .with_context(|| {
+                    format!("could not attach {name} to {device} (tcx needs Linux 6.6)")
+                })?;
+            let link = program
+                .take_link(link)
+                .with_context(|| format!("could not keep the link of {name}"))?;
+            let link = FdLink::try_from(link)
+                .with_context(|| format!("this kernel attaches {name} without a link"))?;
+            link.pin(&pin)
+                .with_context(|| format!("could not pin the link of {name} on {device}"))?;
+        }
+        Ok(())
+    }
+
     /// Attaches the socket hooks to a cgroup, then lets go of those of an agent before this one: at no moment is none attached.
-    pub fn attach(mut self, cgroup: &Path, pins: &Path) -> Result<()> {
+    pub fn attach_sockets(&mut self, cgroup: &Path) -> Result<()> {
+        let pins = self.dir.join(CGROUP_LINKS);
         let directory = std::fs::File::open(cgroup)
             .with_context(|| format!("could not open {}", cgroup.display()))?;
-        let before = pinned(pins)?;
+        let before = pinned(&pins)?;
         let stamp = std::time::SystemTime::now()
             .duration_since(std::time::UNIX_EPOCH)
             .map_or(0, |since| since.as_nanos());
@@ -113,16 +188,42 @@ fn socket_hook<'a>(ebpf: &'a mut Ebpf, name: &str) -> Result<&'a mut CgroupSockA
         .with_context(|| format!("the eBPF program {name} is of another kind"))
 }
 
-/// What is pinned in a folder, which is made where it is missing.
-fn pinned(dir: &Path) -> Result<Vec<std::path::PathBuf>> {
-    std::fs::create_dir_all(dir).with_context(|| format!("could not make {}", dir.display()))?;
+fn pod_hook<'a>(ebpf: &'a mut Ebpf, name: &str) -> Result<&'a mut SchedClassifier> {
+    let program = ebpf
+        .program_mut(name)
+        .with_context(|| format!("the eBPF object has no program {name}"))?;
+    program
+        .try_into()
+        .with_context(|| format!("the eBPF program {name} is of another kind"))
+}
+
+fn pod_pin(dir: &Path, device: &str, hook: &str) -> PathBuf {
+    dir.join(POD_LINKS).join(format!("{device}-{hook}"))
+}
+
+/// Lets go of the links of a pod's device, which is gone or about to go.
+pub fn forget_pod(dir: &Path, device: &str) -> Result<()> {
+    for (_, name) in POD_HOOKS {
+        let pin = pod_pin(dir, device, name);
+        match std::fs::remove_file(&pin) {
+            Err(error) if error.kind() != std::io::ErrorKind::NotFound => {
+                return Err(error).with_context(|| format!("could not remove {}", pin.display()));
+            }
+            _ => {}
+        }
+    }
+    Ok(())
+}
+
+/// What is pinned in a folder.
+fn pinned(dir: &Path) -> Result<Vec<PathBuf>> {
     let entries =
         std::fs::read_dir(dir).with_context(|| format!("could not list {}", dir.display()))?;
     Ok(entries.flatten().map(|entry| entry.path()).collect())
 }
 
 /// Mounts a BPF filesystem of our own, where pins lie, unless it is there from before.
-pub fn mount(dir: &Path) -> Result<()> {
+fn mount(dir: &Path) -> Result<()> {
     std::fs::create_dir_all(dir).with_context(|| format!("could not make {}", dir.display()))?;
     let there = nix::sys::statfs::statfs(dir)
         .with_context(|| format!("could not look at {}", dir.display()))?;
@@ -142,46 +243,4 @@ pub fn mount(dir: &Path) -> Result<()> {
             dir.display()
         )
     })
-}
-
-impl ServiceMaps {
-    /// Writes a set of backends, which nothing refers to yet.
-    pub fn add_set(&mut self, set: u32, backends: &[Address]) -> Result<()> {
-        for (slot, backend) in backends.iter().enumerate() {
-            let key = BackendKey {
-                set,
-                slot: slot as u32,
-            };
-            self.backends
-                .insert(key.to_bytes(), backend.to_bytes(), 0)
-                .context("the map of backends is full")?;
-        }
-        Ok(())
-    }
-
-    /// Points a frontend at a set.
-    pub fn set_frontend(&mut self, key: FrontendKey, value: FrontendValue) -> Result<()> {
-        self.frontends
-            .insert(key.to_bytes(), value.to_bytes(), 0)
-            .context("the map of frontends is full")
-    }
-
-    /// Removes a frontend; one that is not there is no error.
-    pub fn remove_frontend(&mut self, key: FrontendKey) -> Result<()> {
-        match self.frontends.remove(&key.to_bytes()) {
-            Ok(()) | Err(aya::maps::MapError::KeyNotFound) => Ok(()),
-            Err(error) => Err(error).context("could not remove a frontend"),
-        }
-    }
-
-    /// Removes a set that nothing refers to any more.
-    pub fn remove_set(&mut self, set: u32, count: u32) -> Result<()> {
-        for slot in 0..count {
-            match self.backends.remove(&BackendKey { set, slot }.to_bytes()) {
-                Ok(()) | Err(aya::maps::MapError::KeyNotFound) => {}
-                Err(error) => return Err(error).context("could not remove a backend"),
-            }
-        }
-        Ok(())
-    }
 }

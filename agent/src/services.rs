@@ -12,11 +12,12 @@ use kube::Api;
 use kube::runtime::watcher::{self, Event};
 use kube::runtime::{WatchStreamExt, watcher as watch};
 use serde_json::{Value, json};
+use tokio::sync::oneshot;
 use tokio_util::sync::CancellationToken;
 use tracing::warn;
-use xebec_dataplane_common::{Address, FrontendKey, FrontendValue};
+use xebec_dataplane_common::service::{Address, FrontendKey, FrontendValue};
 
-use crate::loader::ServiceMaps;
+use crate::maps::ServiceMaps;
 
 /// A Service's or slice's namespace and name.
 type Name = (String, String);
@@ -349,13 +350,13 @@ impl Shown {
     }
 }
 
-/// Keeps the kernel in step until `shutdown`. `ready` is called once, when everything that the API had at first is in the kernel.
+/// Keeps the kernel in step until `shutdown`. `ready` is sent once, when everything that the API had at first is in the kernel.
 pub(crate) async fn run(
     client: kube::Client,
     maps: ServiceMaps,
     node_ip: IpAddr,
     shown: Shown,
-    ready: impl FnOnce() -> Result<()>,
+    ready: oneshot::Sender<()>,
     shutdown: CancellationToken,
 ) -> Result<()> {
     let mut node_addresses = vec![Ipv4Addr::LOCALHOST];
@@ -444,7 +445,8 @@ pub(crate) async fn run(
         }
         if listed == (true, true) {
             if let Some(ready) = ready.take() {
-                ready()?;
+                // Nobody waits any more when the agent is stopping.
+                let _ = ready.send(());
             }
         }
     }
@@ -457,7 +459,7 @@ mod tests {
     /// The maps as plain ones, and a check that no frontend ever points at what is not there.
     #[derive(Default)]
     struct Plain {
-        frontends: BTreeMap<[u8; 8], FrontendValue>,
+        frontends: HashMap<FrontendKey, FrontendValue>,
         backends: BTreeMap<(u32, u32), Address>,
     }
 
@@ -486,12 +488,12 @@ mod tests {
             Ok(())
         }
         fn set_frontend(&mut self, key: FrontendKey, value: FrontendValue) -> Result<()> {
-            self.frontends.insert(key.to_bytes(), value);
+            self.frontends.insert(key, value);
             self.check();
             Ok(())
         }
         fn remove_frontend(&mut self, key: FrontendKey) -> Result<()> {
-            self.frontends.remove(&key.to_bytes());
+            self.frontends.remove(&key);
             Ok(())
         }
         fn remove_set(&mut self, set: u32, count: u32) -> Result<()> {

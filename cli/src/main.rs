@@ -4,6 +4,7 @@ mod demo;
 mod down;
 mod image;
 mod kubeconfig;
+mod observe;
 mod paths;
 mod pki;
 mod status;
@@ -71,6 +72,14 @@ enum Command {
     /// Services, as they are in the kernel
     #[command(subcommand)]
     Service(tables::Table),
+    /// Network policies, as they are in the kernel
+    #[command(subcommand)]
+    Policy(tables::Table),
+    /// Identities: the label sets that policies tell apart
+    #[command(subcommand)]
+    Identity(tables::Table),
+    /// Who talked to whom, allowed or dropped, and by which rule
+    Observe(observe::Observe),
     /// Images of the container runtime
     #[command(subcommand)]
     Image(image::Image),
@@ -141,6 +150,9 @@ fn run(cli: Cli) -> Result<()> {
         Command::Status(status) => runtime.block_on(status.run(&layout)),
         Command::Endpoint(table) => runtime.block_on(table.run(&layout, "endpoints")),
         Command::Service(table) => runtime.block_on(table.run(&layout, "services")),
+        Command::Policy(table) => runtime.block_on(table.run(&layout, "policies")),
+        Command::Identity(table) => runtime.block_on(table.run(&layout, "identities")),
+        Command::Observe(observe) => runtime.block_on(observe.run(&layout)),
         Command::Image(image) => runtime.block_on(image.run(&layout)),
         Command::Kubeconfig { write } => kubeconfig::run(&layout, write),
         Command::Completion { shell } => {

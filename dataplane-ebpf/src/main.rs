@@ -2,7 +2,11 @@
 #![no_std]
 #![no_main]
 
+mod flow;
 mod maps;
+mod packet;
+mod pod;
+mod policy;
 mod socket;
 
 #[cfg(not(test))]

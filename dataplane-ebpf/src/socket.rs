@@ -3,7 +3,7 @@
 use aya_ebpf::helpers::{bpf_get_prandom_u32, bpf_get_socket_cookie, bpf_set_retval};
 use aya_ebpf::macros::cgroup_sock_addr;
 use aya_ebpf::programs::SockAddrContext;
-use xebec_dataplane_common::{Address, BackendKey, FrontendKey, ReverseKey};
+use xebec_dataplane_common::service::{Address, BackendKey, FrontendKey, ReverseKey};
 
 use crate::maps::{BACKENDS, FRONTENDS, REVERSE};
 

@@ -184,7 +184,6 @@ pub fn eventually(
 }
 
 /// What a cluster may leave on a machine: links, routes, mounts, eBPF programs, processes.
-#[derive(Debug, PartialEq, Eq)]
 pub struct Machine {
     links: BTreeSet<String>,
     routes: BTreeSet<String>,
@@ -223,6 +222,48 @@ impl Machine {
             cgroups: cgroups(Path::new("/sys/fs/cgroup")),
         })
     }
+}
+
+/// Fails if the machine has anything that it had not `before`, or lost what is not a pod's.
+///
+/// A cluster that someone else ran may end meanwhile; what it takes with it is not judged.
+pub fn assert_nothing_left(before: &Machine) -> Result<()> {
+    let now = Machine::now()?;
+    let text = |ids: &BTreeSet<u32>| -> BTreeSet<String> {
+        ids.iter().map(|id| format!("program {id}")).collect()
+    };
+    let paths = |paths: &BTreeSet<PathBuf>| -> BTreeSet<String> {
+        paths
+            .iter()
+            .map(|path| path.display().to_string())
+            .collect()
+    };
+    let mut changes = Vec::new();
+    for (before, now, lost_counts) in [
+        (&before.links, &now.links, true),
+        (&before.routes, &now.routes, true),
+        (&before.rules, &now.rules, true),
+        (&before.mounts, &now.mounts, false),
+        (&text(&before.programs), &text(&now.programs), false),
+        (&before.processes, &now.processes, false),
+        (&paths(&before.cgroups), &paths(&now.cgroups), false),
+    ] {
+        changes.extend(now.difference(before).map(|new| format!("left: {new}")));
+        if lost_counts {
+            changes.extend(
+                before
+                    .difference(now)
+                    .filter(|lost| !lost.contains("xbc"))
+                    .map(|lost| format!("lost: {lost}")),
+            );
+        }
+    }
+    anyhow::ensure!(
+        changes.is_empty(),
+        "the machine changed:\n{}",
+        changes.join("\n")
+    );
+    Ok(())
 }
 
 /// Processes that run this executable.
@@ -265,7 +306,7 @@ fn cgroups(dir: &Path) -> BTreeSet<PathBuf> {
     found
 }
 
-/// The shop's manifest.
+/// The shop's manifest; tests run in their package's folder.
 pub fn shop() -> PathBuf {
-    Path::new(env!("CARGO_MANIFEST_DIR")).join("../docs/examples/shop.yaml")
+    PathBuf::from("../docs/examples/shop.yaml")
 }

@@ -5,7 +5,8 @@ use std::process::Stdio;
 use std::time::Duration;
 
 use anyhow::{Context, Result};
-use xebec_tests::{Cluster, Machine, eventually, shop, succeed, xebec_bin};
+use serde_json::Value;
+use xebec_tests::{Cluster, Machine, assert_nothing_left, eventually, shop, succeed, xebec_bin};
 
 const MINUTE: Duration = Duration::from_secs(60);
 
@@ -81,6 +82,38 @@ fn pods_reach_the_service(cluster: &Cluster) -> Result<()> {
     let ready = cluster.ready_pods("shop", "app=api")?;
     assert!(ready.iter().map(String::as_str).eq(apis.keys().copied()));
     Ok(())
+}
+
+/// The pod that no rule lets in is dropped, and its flow says by which policy.
+fn denied_flow_names_the_policy(cluster: &Cluster) -> Result<()> {
+    eventually(
+        "the denied pod's flow is seen with its policy",
+        MINUTE,
+        || {
+            let flows = cluster.run(&[
+                "observe",
+                "-o",
+                "json",
+                "--verdict",
+                "DROPPED",
+                "--namespace",
+                "shop",
+                "--last",
+                "50",
+            ])?;
+            Ok(flows
+                .lines()
+                .filter_map(|line| serde_json::from_str::<Value>(line).ok())
+                .any(|value| {
+                    let flow = &value["flow"];
+                    flow["verdict"] == "DROPPED"
+                        && flow["source"]["pod_name"] == "stranger"
+                        && flow["ingress_denied_by"]
+                            .as_array()
+                            .is_some_and(|by| by.iter().any(|p| p["name"] == "api-from-web"))
+                }))
+        },
+    )
 }
 
 fn node_address(cluster: &Cluster) -> Result<String> {
@@ -187,13 +220,19 @@ fn shop_on_one_node_and_nothing_left_behind() -> Result<()> {
         1000,
     );
     pods_reach_the_service(&cluster)?;
+    denied_flow_names_the_policy(&cluster)?;
     let logs = cluster.k(&["logs", "-n", "shop", "deployment/web"])?;
+    let answers = cluster.k(&["logs", "-n", "shop", "stranger"])?;
+    assert!(
+        !answers.contains("api-"),
+        "the stranger got through: {answers}"
+    );
     assert!(logs.contains("listens on"), "{logs}");
     scaled_pods_get_traffic(&cluster)?;
     no_request_fails_when_a_backend_goes(&cluster)?;
     cluster.run(&["status"])?;
     cluster.down()?;
-    assert_eq!(before, Machine::now()?);
+    assert_nothing_left(&before)?;
     // The data survived: the next `up` finds the same objects and runs their pods.
     cluster.start()?;
     eventually("the shop's pods run again", MINUTE, || {
@@ -201,6 +240,6 @@ fn shop_on_one_node_and_nothing_left_behind() -> Result<()> {
         Ok(ready.len() == 5 && through_node_port(&cluster, 200)?.keys().eq(ready.iter()))
     })?;
     cluster.down()?;
-    assert_eq!(before, Machine::now()?);
+    assert_nothing_left(&before)?;
     Ok(())
 }

@@ -26,6 +26,13 @@ fn main() -> ExitCode {
     }
 }
 
+/// Our package's folder in the clone that runs us; several may share one target folder.
+fn manifest_dir() -> Result<PathBuf> {
+    std::env::var_os("CARGO_MANIFEST_DIR")
+        .map(PathBuf::from)
+        .context("CARGO_MANIFEST_DIR is not set: run `cargo xtask codegen`")
+}
+
 fn run() -> Result<()> {
     let check = match std::env::args().nth(1).as_deref() {
         None => false,
@@ -33,7 +40,7 @@ fn run() -> Result<()> {
         Some(other) => bail!("{other:?} is not known; only --check is"),
     };
     let table = render(&definitions()?, &field_numbers()?)?;
-    let path = Path::new(env!("CARGO_MANIFEST_DIR")).join("../data/types.txt");
+    let path = manifest_dir()?.join("../data/types.txt");
     if !check {
         return std::fs::write(&path, table)
             .with_context(|| format!("could not write {}", path.display()));
@@ -120,7 +127,7 @@ fn field_numbers() -> Result<Numbers> {
             "--features",
             "xebec-codegen/field-numbers",
         ])
-        .current_dir(env!("CARGO_MANIFEST_DIR"))
+        .current_dir(manifest_dir()?)
         .output()
         .context("could not start cargo")?;
     if !metadata.status.success() {

@@ -1,0 +1,387 @@
+//! Flows: events of the kernel, named and kept, for those who ask who talked to whom.
+
+use std::collections::VecDeque;
+use std::sync::{Arc, Mutex, PoisonError};
+
+use anyhow::{Context, Result};
+use aya::maps::{MapData, PerCpuArray};
+use k8s_openapi::jiff::Timestamp;
+use serde_json::{Value, json};
+use tokio::io::unix::AsyncFd;
+use tokio::sync::broadcast;
+use tokio_util::sync::CancellationToken;
+use xebec_dataplane_common::flow::{
+    Counters, DROPPED, EGRESS, Event, REASON_INVALID, REASON_POLICY, REASON_SOURCE,
+};
+use xebec_dataplane_common::{ICMP, SCTP, TCP, UDP};
+
+use crate::maps::{FlowMaps, from_be};
+use crate::names::{Names, Peer};
+use crate::policy::compile::{Name, RuleId};
+
+/// How many flows are kept: as many as Hubble keeps by default.
+const KEPT: usize = 4_095;
+/// How far a follower may fall behind.
+const BEHIND: usize = 1_024;
+
+/// One event, with the names that held when it happened.
+#[derive(Clone, Debug)]
+pub struct Seen {
+    event: Event,
+    /// Wall-clock time.
+    time: Timestamp,
+    source: Arc<Peer>,
+    destination: Arc<Peer>,
+    rule: Option<Arc<RuleId>>,
+    denied_by: Option<Arc<Vec<Name>>>,
+}
+
+/// All flows of the node; cheap to clone.
+#[derive(Clone)]
+pub struct Flows {
+    kept: Arc<Mutex<VecDeque<Arc<Seen>>>>,
+    news: broadcast::Sender<Arc<Seen>>,
+    names: Names,
+    node_name: Arc<str>,
+    counters: Option<Arc<PerCpuArray<MapData, [u8; 32]>>>,
+}
+
+impl Flows {
+    /// No flows yet.
+    pub fn new(names: Names, node_name: &str) -> Self {
+        Self {
+            kept: Arc::default(),
+            news: broadcast::channel(BEHIND).0,
+            names,
+            node_name: node_name.into(),
+            counters: None,
+        }
+    }
+
+    /// Takes the kernel's events until `shutdown`; woken by them, it never asks by itself.
+    pub(crate) fn follow(
+        &mut self,
+        maps: FlowMaps,
+        shutdown: CancellationToken,
+    ) -> Result<impl Future<Output = Result<()>> + use<>> {
+        let (events, counters) = maps.split();
+        self.counters = Some(Arc::new(counters));
+        let flows = self.clone();
+        let peer_of_world = Arc::new(Peer::world());
+        // SAFETY: the ring owns its map's descriptor, gives the same one always, and lives in the `AsyncFd`.
+        let ring = unsafe { AsyncFd::register(events) };
+        let mut ring = ring.context("could not wait for events of flows")?;
+        Ok(async move {
+            loop {
+                let mut ready = tokio::select! {
+                    () = shutdown.cancelled() => return Ok(()),
+                    ready = ring.readable_mut() => ready.context("could not wait for events of flows")?,
+                };
+                let offset = wall_clock_offset();
+                let ring = ready.get_inner_mut();
+                while let Some(item) = ring.next() {
+                    if item.len() == size_of::<Event>() {
+                        flows.take(bytemuck::pod_read_unaligned(&item), offset, &peer_of_world);
+                    }
+                }
+                ready.clear_ready();
+            }
+        })
+    }
+
+    fn take(&self, event: Event, offset: i128, world: &Arc<Peer>) {
+        let peer = |address: u32| {
+            self.names
+                .peer(from_be(address))
+                .unwrap_or_else(|| world.clone())
+        };
+        let seen = Arc::new(Seen {
+            event,
+            time: Timestamp::from_nanosecond(i128::from(event.time) + offset).unwrap_or_default(),
+            source: peer(event.source),
+            destination: peer(event.destination),
+            rule: self.names.rule(event.rule),
+            denied_by: if event.reason == REASON_POLICY {
+                self.names.policies(event.set)
+            } else {
+                None
+            },
+        });
+        let mut kept = self.kept.lock().unwrap_or_else(PoisonError::into_inner);
+        if kept.len() == KEPT {
+            kept.pop_front();
+        }
+        kept.push_back(seen.clone());
+        drop(kept);
+        // Nobody need follow.
+        let _ = self.news.send(seen);
+    }
+
+    /// The newest flows that pass a filter, oldest first, and those to come.
+    pub fn read(&self, filter: &Filter) -> (Vec<Arc<Seen>>, broadcast::Receiver<Arc<Seen>>) {
+        let kept = self.kept.lock().unwrap_or_else(PoisonError::into_inner);
+        // Taken under the lock, so that no flow is lost or told twice between the two.
+        let news = self.news.subscribe();
+        let mut newest: Vec<Arc<Seen>> = kept
+            .iter()
+            .rev()
+            .filter(|seen| filter.passes(seen))
+            .take(filter.last)
+            .cloned()
+            .collect();
+        newest.reverse();
+        (newest, news)
+    }
+
+    /// The kernel's counters.
+    pub fn counters(&self) -> Result<Counters> {
+        self.counters.as_ref().map_or_else(
+            || Ok(Counters::default()),
+            |counters| FlowMaps::counters(counters),
+        )
+    }
+
+    /// A flow as Hubble's observer API writes it in JSON (`GetFlowsResponse`).
+    pub fn to_json(&self, seen: &Seen) -> Value {
+        let event = &seen.event;
+        let time = seen.time.to_string();
+        let mut flow = json!({
+            "time": time,
+            "verdict": if event.verdict == DROPPED { "DROPPED" } else { "FORWARDED" },
+            "IP": {
+                "source": from_be(event.source),
+                "destination": from_be(event.destination),
+                "ipVersion": "IPv4",
+            },
+            "l4": l4(event),
+            "source": endpoint(&seen.source),
+            "destination": endpoint(&seen.destination),
+            "Type": "L3_L4",
+            "node_name": &*self.node_name,
+            "is_reply": event.reply != 0,
+            "event_type": {"type": if event.verdict == DROPPED { 1 } else { 4 }},
+            "traffic_direction": if event.direction == EGRESS { "EGRESS" } else { "INGRESS" },
+            "Summary": summary(event),
+        });
+        let direction = if event.direction == EGRESS {
+            "egress"
+        } else {
+            "ingress"
+        };
+        if event.verdict == DROPPED {
+            flow["drop_reason"] = event.reason.into();
+            flow["drop_reason_desc"] = reason(event.reason).into();
+            if let Some(policies) = &seen.denied_by {
+                flow[format!("{direction}_denied_by")] = policies.iter().map(policy).collect();
+            }
+        } else {
+            flow["trace_observation_point"] = if event.direction == EGRESS {
+                "FROM_ENDPOINT"
+            } else {
+                "TO_ENDPOINT"
+            }
+            .into();
+            if let Some(rule) = &seen.rule {
+                let direction = rule.direction.name().to_ascii_lowercase();
+                let mut by = policy(&rule.policy);
+                by["rule"] = rule.index.into();
+                flow[format!("{direction}_allowed_by")] = json!([by]);
+            }
+        }
+        json!({"flow": flow, "node_name": &*self.node_name, "time": time})
+    }
+}
+
+fn policy(name: &Name) -> Value {
+    json!({"kind": "NetworkPolicy", "namespace": name.0, "name": name.1})
+}
+
+fn endpoint(peer: &Peer) -> Value {
+    let mut value = json!({"identity": peer.identity, "labels": peer.labels});
+    if !peer.pod.1.is_empty() {
+        value["namespace"] = peer.pod.0.clone().into();
+        value["pod_name"] = peer.pod.1.clone().into();
+    }
+    if let Some((kind, name)) = &peer.workload {
+        value["workloads"] = json!([{"kind": kind, "name": name}]);
+    }
+    value
+}
+
+const FLAGS: [&str; 6] = ["FIN", "SYN", "RST", "PSH", "ACK", "URG"];
+
+fn l4(event: &Event) -> Value {
+    let (from, to) = (
+        u16::from_be(event.source_port),
+        u16::from_be(event.destination_port),
+    );
+    match event.protocol {
+        TCP => {
+            let flags: serde_json::Map<String, Value> = (0..)
+                .zip(FLAGS)
+                .filter(|(bit, _)| event.tcp_flags >> bit & 1 == 1)
+                .map(|(_, name)| (name.to_owned(), true.into()))
+                .collect();
+            json!({"TCP": {"source_port": from, "destination_port": to, "flags": flags}})
+        }
+        UDP => json!({"UDP": {"source_port": from, "destination_port": to}}),
+        SCTP => json!({"SCTP": {"source_port": from, "destination_port": to}}),
+        ICMP => {
+            let [kind, code] = event.source_port.to_ne_bytes();
+            json!({"ICMPv4": {"type": kind, "code": code}})
+        }
+        _ => json!({}),
+    }
+}
+
+/// The protocol's name in flows and filters.
+fn protocol(number: u8) -> &'static str {
+    match number {
+        TCP => "TCP",
+        UDP => "UDP",
+        SCTP => "SCTP",
+        ICMP => "ICMPv4",
+        _ => "UNKNOWN",
+    }
+}
+
+fn summary(event: &Event) -> String {
+    match event.protocol {
+        TCP => {
+            // Hubble lists SYN and ACK first.
+            let order = [1_u8, 4, 0, 2, 3, 5];
+            let set: Vec<&str> = order
+                .iter()
+                .filter(|bit| event.tcp_flags >> **bit & 1 == 1)
+                .filter_map(|bit| FLAGS.get(usize::from(*bit)).copied())
+                .collect();
+            format!("TCP Flags: {}", set.join(", "))
+        }
+        ICMP => match event.source_port.to_ne_bytes() {
+            [8, _] => "ICMPv4 EchoRequest".to_owned(),
+            [0, _] => "ICMPv4 EchoReply".to_owned(),
+            [kind, code] => format!("ICMPv4 type {kind} code {code}"),
+        },
+        other => protocol(other).to_owned(),
+    }
+}
+
+/// Names of `DropReason` (Hubble's flow.proto).
+fn reason(number: u8) -> &'static str {
+    match number {
+        REASON_SOURCE => "INVALID_SOURCE_IP",
+        REASON_POLICY => "POLICY_DENIED",
+        REASON_INVALID => "INVALID_PACKET_DROPPED",
+        _ => "DROP_REASON_UNKNOWN",
+    }
+}
+
+/// What to add to the monotonic clock to get the time of day, ns.
+fn wall_clock_offset() -> i128 {
+    use nix::time::{ClockId, clock_gettime};
+    let monotonic = clock_gettime(ClockId::CLOCK_MONOTONIC).map_or(0, |time| {
+        i128::from(time.tv_sec()) * 1_000_000_000 + i128::from(time.tv_nsec())
+    });
+    Timestamp::now().as_nanosecond() - monotonic
+}
+
+/// Which flows are wanted.
+#[derive(Clone, Debug, Default)]
+pub struct Filter {
+    /// Either end in this namespace.
+    pub namespace: Option<String>,
+    /// Either end this pod; its namespace may be left open.
+    pub pod: Option<(Option<String>, String)>,
+    /// This verdict.
+    pub verdict: Option<String>,
+    /// This protocol.
+    pub protocol: Option<String>,
+    /// Either end has this port.
+    pub port: Option<u16>,
+    /// Not older than this.
+    pub since: Option<Timestamp>,
+    /// The newest so many.
+    pub last: usize,
+    /// Those to come, too.
+    pub follow: bool,
+}
+
+impl Filter {
+    /// From the pairs of a query; what is not known is an error.
+    pub fn parse(query: &str) -> Result<Self> {
+        let mut filter = Self {
+            last: 20,
+            ..Self::default()
+        };
+        for (key, value) in form_urlencoded::parse(query.as_bytes()) {
+            let value = value.into_owned();
+            let number = || {
+                value
+                    .parse::<u64>()
+                    .with_context(|| format!("{key}={value:?} is no number"))
+            };
+            match &*key {
+                "namespace" => filter.namespace = Some(value),
+                "pod" => {
+                    filter.pod = Some(match value.split_once('/') {
+                        Some((namespace, pod)) => (Some(namespace.to_owned()), pod.to_owned()),
+                        None => (None, value),
+                    })
+                }
+                "verdict" => filter.verdict = Some(value.to_ascii_uppercase()),
+                "protocol" => filter.protocol = Some(value.to_ascii_lowercase()),
+                "port" => {
+                    filter.port = Some(
+                        u16::try_from(number()?)
+                            .with_context(|| format!("port={value} is no port"))?,
+                    )
+                }
+                "since" => {
+                    let seconds = value
+                        .trim_end_matches('s')
+                        .parse::<u64>()
+                        .with_context(|| format!("since={value:?} is not in seconds"))?;
+                    let ago = std::time::Duration::from_secs(seconds);
+                    filter.since = Some(
+                        Timestamp::now()
+                            .checked_sub(ago)
+                            .context("since is too long ago")?,
+                    );
+                }
+                "last" => filter.last = usize::try_from(number()?).unwrap_or(usize::MAX),
+                "follow" => filter.follow = value == "true",
+                other => anyhow::bail!("flows can't be filtered by {other:?}"),
+            }
+        }
+        Ok(filter)
+    }
+
+    /// Whether a flow is wanted.
+    pub fn passes(&self, seen: &Seen) -> bool {
+        let ends = [&seen.source, &seen.destination];
+        let verdict = if seen.event.verdict == DROPPED {
+            "DROPPED"
+        } else {
+            "FORWARDED"
+        };
+        let ports = [seen.event.source_port, seen.event.destination_port].map(u16::from_be);
+        self.namespace
+            .as_ref()
+            .is_none_or(|wanted| ends.iter().any(|end| end.pod.0 == *wanted))
+            && self.pod.as_ref().is_none_or(|(namespace, pod)| {
+                ends.iter().any(|end| {
+                    end.pod.1.starts_with(pod.as_str())
+                        && namespace.as_ref().is_none_or(|wanted| end.pod.0 == *wanted)
+                })
+            })
+            && self.verdict.as_ref().is_none_or(|wanted| wanted == verdict)
+            && self.protocol.as_ref().is_none_or(|wanted| {
+                let name = protocol(seen.event.protocol).to_ascii_lowercase();
+                name == *wanted || wanted == "icmp" && seen.event.protocol == ICMP
+            })
+            && self
+                .port
+                .is_none_or(|wanted| seen.event.protocol != ICMP && ports.contains(&wanted))
+            && self.since.is_none_or(|since| seen.time >= since)
+    }
+}

@@ -1,0 +1,250 @@
+//! The kernel's maps, as the agent writes and reads them.
+
+use std::net::Ipv4Addr;
+
+use anyhow::{Context, Result};
+use aya::maps::lpm_trie::{Key, LpmTrie};
+use aya::maps::{Array, HashMap, Map, MapData, MapError, PerCpuArray, RingBuf};
+use bytemuck::must_cast;
+use xebec_dataplane_common::flow::Counters;
+use xebec_dataplane_common::policy::{CidrKey, Endpoint, RuleKey, Set};
+use xebec_dataplane_common::service::{Address, BackendKey, FrontendKey, FrontendValue};
+
+/// An address as the maps hold it.
+pub fn be(address: Ipv4Addr) -> u32 {
+    u32::from_ne_bytes(address.octets())
+}
+
+/// The address that a map holds.
+pub fn from_be(address: u32) -> Ipv4Addr {
+    Ipv4Addr::from(address.to_ne_bytes())
+}
+
+/// Takes a map out of the loaded object by its name.
+pub(crate) fn take<T: TryFrom<Map, Error = MapError>>(
+    ebpf: &mut aya::Ebpf,
+    name: &str,
+) -> Result<T> {
+    let map = ebpf
+        .take_map(name)
+        .with_context(|| format!("the eBPF object has no map {name}"))?;
+    T::try_from(map).with_context(|| format!("the eBPF map {name} is of another kind"))
+}
+
+/// What is not there need not be removed.
+fn gone(outcome: Result<(), MapError>, what: &'static str) -> Result<()> {
+    match outcome {
+        Ok(()) | Err(MapError::KeyNotFound) => Ok(()),
+        Err(MapError::SyscallError(error))
+            if error.io_error.raw_os_error() == Some(libc::ENOENT) =>
+        {
+            Ok(())
+        }
+        Err(error) => Err(error).with_context(|| format!("could not remove {what}")),
+    }
+}
+
+/// Frontends and backends of Services.
+pub struct ServiceMaps {
+    frontends: HashMap<MapData, [u8; 8], [u8; 8]>,
+    backends: HashMap<MapData, [u8; 8], [u8; 8]>,
+}
+
+impl ServiceMaps {
+    pub(crate) fn new(ebpf: &mut aya::Ebpf) -> Result<Self> {
+        Ok(Self {
+            frontends: take(ebpf, "FRONTENDS")?,
+            backends: take(ebpf, "BACKENDS")?,
+        })
+    }
+
+    /// Writes a set of backends, which nothing refers to yet.
+    pub fn add_set(&mut self, set: u32, backends: &[Address]) -> Result<()> {
+        for (slot, backend) in (0..).zip(backends) {
+            self.backends
+                .insert(
+                    must_cast::<_, [u8; 8]>(BackendKey { set, slot }),
+                    must_cast::<_, [u8; 8]>(*backend),
+                    0,
+                )
+                .context("the map of backends is full")?;
+        }
+        Ok(())
+    }
+
+    /// Points a frontend at a set.
+    pub fn set_frontend(&mut self, key: FrontendKey, value: FrontendValue) -> Result<()> {
+        self.frontends
+            .insert(
+                must_cast::<_, [u8; 8]>(key),
+                must_cast::<_, [u8; 8]>(value),
+                0,
+            )
+            .context("the map of frontends is full")
+    }
+
+    /// Removes a frontend; one that is not there is no error.
+    pub fn remove_frontend(&mut self, key: FrontendKey) -> Result<()> {
+        gone(self.frontends.remove(&must_cast(key)), "a frontend")
+    }
+
+    /// Removes a set that nothing refers to any more.
+    pub fn remove_set(&mut self, set: u32, count: u32) -> Result<()> {
+        for slot in 0..count {
+            gone(
+                self.backends.remove(&must_cast(BackendKey { set, slot })),
+                "a backend",
+            )?;
+        }
+        Ok(())
+    }
+}
+
+/// Endpoints, identities and compiled policy.
+pub struct PolicyMaps {
+    endpoints: HashMap<MapData, u32, [u8; 24]>,
+    identities: HashMap<MapData, u32, u32>,
+    sets: HashMap<MapData, u32, [u8; 32]>,
+    rules: HashMap<MapData, [u8; 12], u32>,
+    cidrs: LpmTrie<MapData, [u8; 8], u32>,
+    generation: Array<MapData, u32>,
+}
+
+impl PolicyMaps {
+    pub(crate) fn new(ebpf: &mut aya::Ebpf) -> Result<Self> {
+        Ok(Self {
+            endpoints: take(ebpf, "ENDPOINTS")?,
+            identities: take(ebpf, "IDENTITIES")?,
+            sets: take(ebpf, "SETS")?,
+            rules: take(ebpf, "RULES")?,
+            cidrs: take(ebpf, "CIDRS")?,
+            generation: take(ebpf, "GENERATION")?,
+        })
+    }
+}
+
+/// The kernel's side of policy; tests put a plain model in its place.
+pub trait PolicyKernel: Send + 'static {
+    /// Tells what a pod of this node is.
+    fn set_endpoint(&mut self, address: Ipv4Addr, endpoint: Endpoint) -> Result<()>;
+    /// Forgets a pod of this node.
+    fn remove_endpoint(&mut self, address: Ipv4Addr) -> Result<()>;
+    /// Gives an address its identity.
+    fn set_identity(&mut self, address: Ipv4Addr, identity: u32) -> Result<()>;
+    /// Makes an address part of the world again.
+    fn remove_identity(&mut self, address: Ipv4Addr) -> Result<()>;
+    /// Writes an entry of a set.
+    fn set_rule(&mut self, key: RuleKey, rule: u32) -> Result<()>;
+    /// Removes an entry of a set.
+    fn remove_rule(&mut self, key: RuleKey) -> Result<()>;
+    /// Gives an address block of a set its class.
+    fn set_cidr(&mut self, set: u32, block: ipnet::Ipv4Net, class: u32) -> Result<()>;
+    /// Removes an address block of a set.
+    fn remove_cidr(&mut self, set: u32, block: ipnet::Ipv4Net) -> Result<()>;
+    /// Puts a set into force, whose entries are all written.
+    fn set_set(&mut self, set: u32, value: Set) -> Result<()>;
+    /// Takes a set out of force.
+    fn remove_set(&mut self, set: u32) -> Result<()>;
+    /// From here on flows of another generation are judged anew.
+    fn set_generation(&mut self, generation: u32) -> Result<()>;
+}
+
+fn cidr_key(set: u32, block: ipnet::Ipv4Net) -> Key<[u8; 8]> {
+    let key = CidrKey {
+        set,
+        address: be(block.network()),
+    };
+    Key::new(32 + u32::from(block.prefix_len()), must_cast(key))
+}
+
+impl PolicyKernel for PolicyMaps {
+    fn set_endpoint(&mut self, address: Ipv4Addr, endpoint: Endpoint) -> Result<()> {
+        self.endpoints
+            .insert(be(address), must_cast::<_, [u8; 24]>(endpoint), 0)
+            .context("the map of endpoints is full")
+    }
+
+    fn remove_endpoint(&mut self, address: Ipv4Addr) -> Result<()> {
+        gone(self.endpoints.remove(&be(address)), "an endpoint")
+    }
+
+    fn set_identity(&mut self, address: Ipv4Addr, identity: u32) -> Result<()> {
+        self.identities
+            .insert(be(address), identity, 0)
+            .context("the map of identities is full")
+    }
+
+    fn remove_identity(&mut self, address: Ipv4Addr) -> Result<()> {
+        gone(self.identities.remove(&be(address)), "an identity")
+    }
+
+    fn set_rule(&mut self, key: RuleKey, rule: u32) -> Result<()> {
+        self.rules
+            .insert(must_cast::<_, [u8; 12]>(key), rule, 0)
+            .context("the map of rules is full")
+    }
+
+    fn remove_rule(&mut self, key: RuleKey) -> Result<()> {
+        gone(self.rules.remove(&must_cast(key)), "a rule")
+    }
+
+    fn set_cidr(&mut self, set: u32, block: ipnet::Ipv4Net, class: u32) -> Result<()> {
+        self.cidrs
+            .insert(&cidr_key(set, block), class, 0)
+            .context("the map of address blocks is full")
+    }
+
+    fn remove_cidr(&mut self, set: u32, block: ipnet::Ipv4Net) -> Result<()> {
+        gone(self.cidrs.remove(&cidr_key(set, block)), "an address block")
+    }
+
+    fn set_set(&mut self, set: u32, value: Set) -> Result<()> {
+        self.sets
+            .insert(set, must_cast::<_, [u8; 32]>(value), 0)
+            .context("the map of sets is full")
+    }
+
+    fn remove_set(&mut self, set: u32) -> Result<()> {
+        gone(self.sets.remove(&set), "a set")
+    }
+
+    fn set_generation(&mut self, generation: u32) -> Result<()> {
+        self.generation
+            .set(0, generation, 0)
+            .context("could not write the generation of the rules")
+    }
+}
+
+/// Events of flows and their counters.
+pub struct FlowMaps {
+    pub(crate) events: RingBuf<MapData>,
+    counters: PerCpuArray<MapData, [u8; 32]>,
+}
+
+impl FlowMaps {
+    pub(crate) fn new(ebpf: &mut aya::Ebpf) -> Result<Self> {
+        Ok(Self {
+            events: take(ebpf, "EVENTS")?,
+            counters: take(ebpf, "COUNTERS")?,
+        })
+    }
+
+    /// The counters of all CPUs together.
+    pub(crate) fn counters(counters: &PerCpuArray<MapData, [u8; 32]>) -> Result<Counters> {
+        let values = counters.get(&0, 0).context("could not read the counters")?;
+        Ok(values.iter().fold(Counters::default(), |sum, one| {
+            let one: Counters = must_cast(*one);
+            Counters {
+                produced: sum.produced + one.produced,
+                lost: sum.lost + one.lost,
+                forwarded: sum.forwarded + one.forwarded,
+                dropped: sum.dropped + one.dropped,
+            }
+        }))
+    }
+
+    /// Its two parts.
+    pub(crate) fn split(self) -> (RingBuf<MapData>, PerCpuArray<MapData, [u8; 32]>) {
+        (self.events, self.counters)
+    }
+}

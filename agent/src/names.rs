@@ -1,0 +1,127 @@
+//! What addresses, rules and sets are called, for those who read flows.
+
+use std::collections::HashMap;
+use std::net::Ipv4Addr;
+use std::sync::{Arc, PoisonError, RwLock};
+
+use crate::policy::compile::{Name, RuleId};
+use crate::policy::selector::Labels;
+
+/// Who has an address.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct Peer {
+    /// Its identity.
+    pub identity: u32,
+    /// Namespace and name of a pod; both empty for what is no pod.
+    pub pod: Name,
+    /// Labels as Hubble writes them: `k8s:app=web`, `reserved:host`.
+    pub labels: Vec<String>,
+    /// Kind and name of the pod's controller.
+    pub workload: Option<(String, String)>,
+}
+
+impl Peer {
+    /// A pod.
+    pub fn pod(
+        name: &Name,
+        identity: u32,
+        labels: &Labels,
+        workload: Option<&(String, String)>,
+    ) -> Self {
+        Self {
+            identity,
+            pod: name.clone(),
+            labels: labels
+                .iter()
+                .map(|(key, value)| format!("k8s:{key}={value}"))
+                .collect(),
+            workload: workload.cloned(),
+        }
+    }
+
+    /// A node, this one or another.
+    pub fn node(name: &str, identity: u32) -> Self {
+        let reserved = match identity {
+            xebec_dataplane_common::policy::IDENTITY_HOST => "reserved:host",
+            _ => "reserved:remote-node",
+        };
+        Self {
+            identity,
+            labels: vec![
+                reserved.to_owned(),
+                format!("k8s:kubernetes.io/hostname={name}"),
+            ],
+            ..Self::default()
+        }
+    }
+
+    /// Whoever is not known.
+    pub fn world() -> Self {
+        Self {
+            identity: xebec_dataplane_common::policy::IDENTITY_WORLD,
+            labels: vec!["reserved:world".to_owned()],
+            ..Self::default()
+        }
+    }
+}
+
+#[derive(Default)]
+struct Inner {
+    peers: HashMap<Ipv4Addr, Arc<Peer>>,
+    rules: HashMap<u32, Arc<RuleId>>,
+    sets: HashMap<u32, Arc<Vec<Name>>>,
+}
+
+/// The names; cheap to clone.
+#[derive(Clone, Default)]
+pub struct Names(Arc<RwLock<Inner>>);
+
+impl Names {
+    fn read<T>(&self, look: impl FnOnce(&Inner) -> T) -> T {
+        look(&self.0.read().unwrap_or_else(PoisonError::into_inner))
+    }
+
+    fn write(&self, change: impl FnOnce(&mut Inner)) {
+        change(&mut self.0.write().unwrap_or_else(PoisonError::into_inner));
+    }
+
+    /// Who has an address, if it is known.
+    pub fn peer(&self, address: Ipv4Addr) -> Option<Arc<Peer>> {
+        self.read(|inner| inner.peers.get(&address).cloned())
+    }
+
+    /// Where a rule stands.
+    pub fn rule(&self, rule: u32) -> Option<Arc<RuleId>> {
+        self.read(|inner| inner.rules.get(&rule).cloned())
+    }
+
+    /// The policies behind a set.
+    pub fn policies(&self, set: u32) -> Option<Arc<Vec<Name>>> {
+        self.read(|inner| inner.sets.get(&set).cloned())
+    }
+
+    pub(crate) fn set(&self, address: Ipv4Addr, peer: Peer) {
+        self.write(|inner| drop(inner.peers.insert(address, Arc::new(peer))));
+    }
+
+    pub(crate) fn remove(&self, address: Ipv4Addr) {
+        self.write(|inner| drop(inner.peers.remove(&address)));
+    }
+
+    pub(crate) fn set_rule(&self, number: u32, rule: &RuleId) {
+        self.write(|inner| {
+            inner
+                .rules
+                .entry(number)
+                .or_insert_with(|| Arc::new(rule.clone()));
+        });
+    }
+
+    pub(crate) fn set_set(&self, number: u32, policies: &[Name]) {
+        self.write(|inner| drop(inner.sets.insert(number, Arc::new(policies.to_vec()))));
+    }
+
+    pub(crate) fn remove_set(&self, number: u32) {
+        self.write(|inner| drop(inner.sets.remove(&number)));
+    }
+}

@@ -1,0 +1,126 @@
+//! Endpoints, identities, and the compiled sets of policy rules.
+
+use bytemuck::{Pod, Zeroable};
+
+/// A pod of this node, by its IPv4 address (the key).
+#[repr(C)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Pod, Zeroable)]
+pub struct Endpoint {
+    /// Index of the host's end of its veth pair.
+    pub ifindex: u32,
+    /// What its labels make it.
+    pub identity: u32,
+    /// The set that judges what comes in; 0 where no policy isolates it.
+    pub ingress_set: u32,
+    /// The set that judges what goes out; 0 where no policy isolates it.
+    pub egress_set: u32,
+    /// Hardware address of the pod's end.
+    pub mac: [u8; 6],
+    /// Always 0.
+    pub pad: u16,
+}
+
+/// The node's own processes.
+pub const IDENTITY_HOST: u32 = 1;
+/// Whoever is no pod and no node.
+pub const IDENTITY_WORLD: u32 = 2;
+/// Whoever is on this node but no pod of the cluster.
+pub const IDENTITY_UNMANAGED: u32 = 3;
+/// Another node.
+pub const IDENTITY_REMOTE_NODE: u32 = 6;
+/// Pods' identities are not below this.
+pub const FIRST_POD_IDENTITY: u32 = 256;
+
+/// How many ways to ask a set may have.
+pub const SHAPES: usize = 32;
+
+/// A set: which kinds of entries it has, so that only these are asked for.
+#[repr(C)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, Pod, Zeroable)]
+pub struct Set {
+    /// Shapes of its entries, the most frequent first; [`NO_SHAPE`] ends them.
+    pub shapes: [u8; SHAPES],
+}
+
+/// Ends the list of shapes.
+pub const NO_SHAPE: u8 = 0xff;
+/// The part of a shape that tells how many bits of the port an entry fixes: 0 to 16.
+pub const SHAPE_PORT: u8 = 0x1f;
+/// The entry is for one peer identity.
+pub const SHAPE_IDENTITY: u8 = 0x20;
+/// The entry is for a class of addresses; see [`CidrKey`].
+pub const SHAPE_CLASS: u8 = 0x40;
+/// The entry is for one protocol.
+pub const SHAPE_PROTOCOL: u8 = 0x80;
+
+/// An entry of a set; what a shape leaves open is 0. The value is the number of the rule that allows.
+#[repr(C)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord, Pod, Zeroable)]
+pub struct RuleKey {
+    /// The set.
+    pub set: u32,
+    /// Identity or class of the peer.
+    pub peer: u32,
+    /// Port, of which only the fixed bits are kept.
+    pub port: u16,
+    /// IP protocol number.
+    pub protocol: u8,
+    /// The entry's shape.
+    pub shape: u8,
+}
+
+/// What a set's address blocks make of an address; looked up by the longest prefix over `set` and `address`.
+/// The value is a class: all addresses that match the same blocks (and miss the same exceptions).
+#[repr(C)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord, Pod, Zeroable)]
+pub struct CidrKey {
+    /// The set.
+    pub set: u32,
+    /// IPv4 address.
+    pub address: u32,
+}
+
+/// The bits of a port that a prefix of it fixes.
+#[inline(always)]
+pub fn port_bits(port_be: u16, prefix: u8) -> u16 {
+    if prefix == 0 {
+        return 0;
+    }
+    let mask = (0xffff_u32 << (16 - (prefix & 0x1f).min(16) as u32)) as u16;
+    port_be & mask.to_be()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use core::mem::{offset_of, size_of};
+
+    #[test]
+    fn layouts_are_what_the_kernel_side_was_built_with() {
+        assert_eq!(
+            [
+                size_of::<Endpoint>(),
+                size_of::<Set>(),
+                size_of::<RuleKey>(),
+                size_of::<CidrKey>()
+            ],
+            [24, 32, 12, 8]
+        );
+        assert_eq!(
+            [offset_of!(Endpoint, identity), offset_of!(Endpoint, mac)],
+            [4, 16]
+        );
+        assert_eq!(
+            [offset_of!(RuleKey, port), offset_of!(RuleKey, shape)],
+            [8, 11]
+        );
+    }
+
+    #[test]
+    fn a_prefix_of_a_port_keeps_its_high_bits() {
+        let port = 8080_u16.to_be();
+        assert_eq!(port_bits(port, 16), port);
+        assert_eq!(port_bits(port, 0), 0);
+        assert_eq!(port_bits(port, 12), 8080_u16.to_be() & 0xfff0_u16.to_be());
+    }
+}

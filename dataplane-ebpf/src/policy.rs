@@ -1,0 +1,87 @@
+//! Judging by a compiled set of rules.
+
+use aya_ebpf::maps::lpm_trie::Key;
+use xebec_dataplane_common::policy::{
+    CidrKey, IDENTITY_WORLD, NO_SHAPE, RuleKey, SHAPE_CLASS, SHAPE_IDENTITY, SHAPE_PORT,
+    SHAPE_PROTOCOL, SHAPES, port_bits,
+};
+
+use crate::maps::{CIDRS, IDENTITIES, RULES, SETS};
+
+/// What is asked of a set.
+pub struct Question {
+    /// The set.
+    pub set: u32,
+    /// The peer's address.
+    pub peer: u32,
+    /// The peer's identity.
+    pub identity: u32,
+    /// Port of the destination.
+    pub port: u16,
+    /// IP protocol number.
+    pub protocol: u8,
+}
+
+/// The identity of an address.
+#[inline(always)]
+pub fn identity(address: u32) -> u32 {
+    // SAFETY: the value is copied at once.
+    match unsafe { IDENTITIES.get(&address) } {
+        Some(identity) => *identity,
+        None => IDENTITY_WORLD,
+    }
+}
+
+/// No class has this number.
+const UNASKED: u32 = u32::MAX;
+
+/// The rule that allows, if any. A set that is not there allows nothing.
+#[inline(never)]
+pub fn judge(question: &Question) -> u32 {
+    // SAFETY: sets are never changed, only replaced by new ones under another number.
+    let Some(set) = (unsafe { SETS.get(&question.set) }) else {
+        return 0;
+    };
+    let mut class = UNASKED;
+    for index in 0..SHAPES {
+        let shape = set.shapes[index];
+        if shape == NO_SHAPE {
+            break;
+        }
+        let mut peer = 0;
+        if shape & SHAPE_IDENTITY != 0 {
+            peer = question.identity;
+        } else if shape & SHAPE_CLASS != 0 {
+            if class == UNASKED {
+                let key = Key::new(
+                    64,
+                    CidrKey {
+                        set: question.set,
+                        address: question.peer,
+                    },
+                );
+                class = CIDRS.get(&key).copied().unwrap_or(0);
+            }
+            if class == 0 {
+                continue;
+            }
+            peer = class;
+        }
+        let key = RuleKey {
+            set: question.set,
+            peer,
+            port: port_bits(question.port, shape & SHAPE_PORT),
+            protocol: if shape & SHAPE_PROTOCOL != 0 {
+                question.protocol
+            } else {
+                0
+            },
+            shape,
+        };
+        // SAFETY: the value is copied at once.
+        if let Some(rule) = unsafe { RULES.get(&key) } {
+            return *rule;
+        }
+    }
+    0
+}
