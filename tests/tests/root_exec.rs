@@ -5,7 +5,7 @@ use std::process::{Child, Command, Output, Stdio};
 use std::time::Duration;
 
 use anyhow::{Context, Result, ensure};
-use xebec_tests::{Cluster, Machine, eventually, succeed, xebec_bin};
+use xebec_tests::{Cluster, Machine, assert_nothing_left, eventually, succeed, xebec_bin};
 
 const MINUTE: Duration = Duration::from_secs(60);
 /// More than all buffers between kubectl and a process.
@@ -347,6 +347,6 @@ fn streams_to_pods_in_both_protocols() -> Result<()> {
     let mut cluster = Cluster::up("exec", &[])?;
     exec_and_port_forward(&cluster)?;
     cluster.down()?;
-    assert_eq!(before, Machine::now()?);
+    assert_nothing_left(&before)?;
     Ok(())
 }
