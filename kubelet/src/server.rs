@@ -4,7 +4,7 @@ use std::convert::Infallible;
 use std::net::{IpAddr, Ipv4Addr, SocketAddr};
 use std::sync::Arc;
 
-use anyhow::{Context, Result};
+use anyhow::{Context, Result, ensure};
 use bytes::Bytes;
 use futures::StreamExt;
 use http::{Method, Request, Response, StatusCode};
@@ -330,14 +330,26 @@ impl Server {
                 .any(|(name, value)| name == key && value == "1")
         };
         let url = if let Some(container) = container {
-            let id = self.container(namespace, name, container, false).await?.id;
+            let status = self.container(namespace, name, container, false).await?;
+            ensure!(
+                status.state() == v1::ContainerState::ContainerRunning,
+                "container not found ({container:?})"
+            );
+            let id = status.id;
             let command = query
                 .iter()
                 .filter(|(name, _)| name == "command")
                 .map(|(_, value)| value.clone())
                 .collect();
-            let (stdin, stdout, stderr, tty) =
-                (flag("input"), flag("output"), flag("error"), flag("tty"));
+            let (stdin, stdout, tty) = (flag("input"), flag("output"), flag("tty"));
+            // A terminal has one output; who asks for two gets that one.
+            let stderr = flag("error") && !tty;
+            if !(stdin || stdout || stderr) {
+                return Ok(text(
+                    StatusCode::BAD_REQUEST,
+                    "you must specify at least 1 of stdin, stdout, stderr\n",
+                ));
+            }
             if kind == "exec" {
                 self.runtime
                     .exec_url(v1::ExecRequest {
