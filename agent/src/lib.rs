@@ -12,6 +12,7 @@ pub mod maps;
 pub mod names;
 pub mod network;
 pub mod policy;
+mod scope;
 pub mod services;
 
 use std::net::IpAddr;
@@ -44,6 +45,8 @@ pub struct Config {
     pub bpf_dir: PathBuf,
     /// The cgroup v2 folder whose processes reach Services.
     pub cgroup_root: PathBuf,
+    /// The cgroup v2 folder that all pods of the node are in.
+    pub pod_cgroup: PathBuf,
     /// Devices that lead to other nodes and the outside; none for those of the node's address and the default route.
     pub devices: Vec<String>,
 }
@@ -51,7 +54,8 @@ pub struct Config {
 /// Runs until `shutdown`; pods stay connected, Services translated and policy enforced as they were.
 pub async fn run(client: kube::Client, config: Config, shutdown: CancellationToken) -> Result<()> {
     let mut programs = loader::Loaded::new(&config.bpf_dir)?;
-    let maps = programs.maps()?;
+    let mut maps = programs.maps()?;
+    maps.services.set_scope(scope::of(&config.pod_cgroup)?)?;
     let names = names::Names::default();
     let mut flows = flows::Flows::new(names.clone(), &config.node_name);
     let follow = flows.follow(maps.flows, shutdown.clone())?;

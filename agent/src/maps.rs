@@ -9,7 +9,7 @@ use bytemuck::must_cast;
 use xebec_dataplane_common::flow::{Counters, Event};
 use xebec_dataplane_common::nat::Settings;
 use xebec_dataplane_common::policy::{CidrKey, Endpoint, RuleKey, Set};
-use xebec_dataplane_common::service::{Address, BackendKey, FrontendKey, FrontendValue};
+use xebec_dataplane_common::service::{Address, BackendKey, FrontendKey, FrontendValue, Scope};
 
 /// An address as the maps hold it.
 pub fn be(address: Ipv4Addr) -> u32 {
@@ -49,6 +49,7 @@ fn gone(outcome: Result<(), MapError>, what: &'static str) -> Result<()> {
 pub struct ServiceMaps {
     frontends: HashMap<MapData, [u8; 8], [u8; 8]>,
     backends: HashMap<MapData, [u8; 8], [u8; 8]>,
+    scope: Array<MapData, [u8; 16]>,
 }
 
 impl ServiceMaps {
@@ -56,7 +57,15 @@ impl ServiceMaps {
         Ok(Self {
             frontends: take(ebpf, "FRONTENDS")?,
             backends: take(ebpf, "BACKENDS")?,
+            scope: take(ebpf, "SCOPE")?,
         })
+    }
+
+    /// Tells whose sockets are translated.
+    pub fn set_scope(&mut self, scope: Scope) -> Result<()> {
+        self.scope
+            .set(0, must_cast::<_, [u8; 16]>(scope), 0)
+            .context("could not write whose sockets are translated")
     }
 
     /// Writes a set of backends, which nothing refers to yet.

@@ -6,7 +6,7 @@ use xebec_dataplane_common::flow::{Counters, Flow, FlowKey};
 use xebec_dataplane_common::nat::{Nat, Settings, Tuple};
 use xebec_dataplane_common::policy::{CidrKey, Endpoint, RuleKey, Set};
 use xebec_dataplane_common::service::{
-    Address, BackendKey, FrontendKey, FrontendValue, ReverseKey,
+    Address, BackendKey, FrontendKey, FrontendValue, ReverseKey, Scope,
 };
 
 /// `BPF_F_NO_PREALLOC`: entries take memory only when they are there.
@@ -24,6 +24,10 @@ pub static BACKENDS: HashMap<BackendKey, Address> = HashMap::with_max_entries(26
 /// What a socket asked for, by what it was given.
 #[map]
 pub static REVERSE: LruHashMap<ReverseKey, Address> = LruHashMap::with_max_entries(65_536, 0);
+
+/// Whose sockets are translated.
+#[map]
+pub static SCOPE: Array<Scope> = Array::with_max_entries(1, 0);
 
 /// The pods of this node, by address.
 #[map]

@@ -1,4 +1,4 @@
-//! Whether the node runs out of memory or disk, by upstream's default eviction thresholds.
+//! Whether the node runs out of memory or disk, by fixed eviction thresholds.
 
 use std::path::Path;
 use std::time::{Duration, Instant};
@@ -6,10 +6,11 @@ use std::time::{Duration, Instant};
 use anyhow::{Context, Result};
 use nix::sys::statvfs::statvfs;
 
-/// `memory.available<100Mi`, `nodefs.available<10%`, `nodefs.inodesFree<5%`. Upstream has no default for
+/// `memory.available<100Mi`, `nodefs.available<5%`, `nodefs.inodesFree<5%`: upstream's defaults, but for the disk,
+/// where k3s's 5 % suit a machine that is not a node alone (upstream: 10 %). There is no default for
 /// `pid.available`, so that PIDPressure never holds unless someone configures it.
 const LEAST_MEMORY: u64 = 100 << 20;
-const LEAST_DISK_PERCENT: u64 = 10;
+const LEAST_DISK_PERCENT: u64 = 5;
 const LEAST_INODES_PERCENT: u64 = 5;
 /// A pressure that ends is reported for a while longer, so that pods do not come and go.
 const HOLDS_FOR: Duration = Duration::from_secs(300);

@@ -25,6 +25,8 @@ impl Outside {
             format!("netns add {NAMESPACE}"),
             format!("link add xbtest0 type veth peer name eth0 netns {NAMESPACE}"),
             format!("addr add {NODE}/24 dev xbtest0"),
+            // No link-local address, which would come a moment later.
+            "link set xbtest0 addrgenmode none".to_owned(),
             "link set xbtest0 up".to_owned(),
             format!("-n {NAMESPACE} addr add {OUTSIDE}/24 dev eth0"),
             format!("-n {NAMESPACE} link set eth0 up"),

@@ -92,6 +92,7 @@ pub fn start(
         state_dir: layout.agent_state(),
         bpf_dir: layout.bpf(),
         cgroup_root: config.cgroup_root.clone(),
+        pod_cgroup: config.pod_cgroup.clone(),
         devices: Vec::new(),
     };
     let cri = xebec_cri::Config {

@@ -48,6 +48,7 @@ pub async fn remains(layout: &NodeLayout, pod_cgroup: &Path) -> Result<()> {
         state_dir: layout.agent_state(),
         bpf_dir: layout.bpf(),
         cgroup_root: pod_cgroup.to_path_buf(),
+        pod_cgroup: pod_cgroup.to_path_buf(),
         devices: Vec::new(),
     };
     let parts = [

@@ -154,7 +154,7 @@ mod tests {
             [offset_of!(Event, verdict), offset_of!(Event, set)],
             [22, 28]
         );
-        assert_eq!(crate::LAYOUT, 3, "raise it with every change of a layout");
+        assert_eq!(crate::LAYOUT, 4, "raise it with every change of a layout");
     }
 
     #[test]
