@@ -2,6 +2,7 @@
 //! tells of flows, by eBPF.
 
 mod api;
+mod bpf_maps;
 mod dataplane;
 pub mod endpoints;
 pub mod flows;
