@@ -22,6 +22,8 @@ use crate::policy::compile::{Name, RuleId};
 
 /// How many flows are kept: as many as Hubble keeps by default.
 const KEPT: usize = 4_095;
+/// How many events are taken before others have their turn.
+const AT_ONCE: usize = 1_024;
 /// How far a follower may fall behind.
 const BEHIND: usize = 1_024;
 
@@ -80,10 +82,18 @@ impl Flows {
                 };
                 let offset = wall_clock_offset();
                 let ring = ready.get_inner_mut();
-                while let Some(event) = next_event(ring) {
+                let mut empty = false;
+                for _ in 0..AT_ONCE {
+                    let Some(event) = next_event(ring) else {
+                        empty = true;
+                        break;
+                    };
                     flows.take(event, offset, &peer_of_world);
                 }
-                ready.clear_ready();
+                // Otherwise there is more, after others had their turn.
+                if empty {
+                    ready.clear_ready();
+                }
             }
         })
     }
@@ -111,8 +121,7 @@ impl Flows {
             kept.pop_front();
         }
         kept.push_back(seen.clone());
-        drop(kept);
-        // Nobody need follow.
+        // Sent under the lock: see `read`. Nobody need follow.
         let _ = self.news.send(seen);
     }
 
@@ -385,3 +394,6 @@ impl Filter {
             && self.since.is_none_or(|since| seen.time >= since)
     }
 }
+
+#[cfg(test)]
+mod tests;
