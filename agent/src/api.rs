@@ -158,9 +158,16 @@ async fn answer(request: Request<Incoming>, tables: &Tables) -> Response<Body> {
         (&Method::GET, "/flows") => flows(&tables.flows, request.uri().query().unwrap_or_default()),
         (&Method::GET, "/tables") => reply(
             StatusCode::OK,
-            &json!(["endpoints", "services", "policies", "identities"]),
+            &json!(["endpoints", "services", "policies", "identities", "maps"]),
         ),
         (&Method::GET, "/tables/services") => reply(StatusCode::OK, &tables.services.rows().into()),
+        (&Method::GET, "/tables/maps") => match crate::bpf_maps::rows() {
+            Ok(rows) => reply(StatusCode::OK, &rows.into()),
+            Err(error) => reply(
+                StatusCode::INTERNAL_SERVER_ERROR,
+                &json!({"error": format!("{error:#}")}),
+            ),
+        },
         (&Method::GET, "/tables/policies") => match &tables.engine {
             Some(engine) => reply(StatusCode::OK, &engine.lock().await.policy_rows().into()),
             None => reply(StatusCode::OK, &json!([])),

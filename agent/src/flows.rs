@@ -11,16 +11,19 @@ use tokio::io::unix::AsyncFd;
 use tokio::sync::broadcast;
 use tokio_util::sync::CancellationToken;
 use xebec_dataplane_common::flow::{
-    Counters, DROPPED, EGRESS, Event, REASON_INVALID, REASON_POLICY, REASON_SOURCE,
+    Counters, DROPPED, EGRESS, Event, REASON_INVALID, REASON_NO_MAPPING, REASON_POLICY,
+    REASON_SOURCE,
 };
 use xebec_dataplane_common::{ICMP, SCTP, TCP, UDP};
 
-use crate::maps::{FlowMaps, from_be};
+use crate::maps::{FlowMaps, from_be, next_event};
 use crate::names::{Names, Peer};
 use crate::policy::compile::{Name, RuleId};
 
 /// How many flows are kept: as many as Hubble keeps by default.
 const KEPT: usize = 4_095;
+/// How many events are taken before others have their turn.
+const AT_ONCE: usize = 1_024;
 /// How far a follower may fall behind.
 const BEHIND: usize = 1_024;
 
@@ -79,12 +82,18 @@ impl Flows {
                 };
                 let offset = wall_clock_offset();
                 let ring = ready.get_inner_mut();
-                while let Some(item) = ring.next() {
-                    if item.len() == size_of::<Event>() {
-                        flows.take(bytemuck::pod_read_unaligned(&item), offset, &peer_of_world);
-                    }
+                let mut empty = false;
+                for _ in 0..AT_ONCE {
+                    let Some(event) = next_event(ring) else {
+                        empty = true;
+                        break;
+                    };
+                    flows.take(event, offset, &peer_of_world);
                 }
-                ready.clear_ready();
+                // Otherwise there is more, after others had their turn.
+                if empty {
+                    ready.clear_ready();
+                }
             }
         })
     }
@@ -112,8 +121,7 @@ impl Flows {
             kept.pop_front();
         }
         kept.push_back(seen.clone());
-        drop(kept);
-        // Nobody need follow.
+        // Sent under the lock: see `read`. Nobody need follow.
         let _ = self.news.send(seen);
     }
 
@@ -272,6 +280,7 @@ fn reason(number: u8) -> &'static str {
         REASON_SOURCE => "INVALID_SOURCE_IP",
         REASON_POLICY => "POLICY_DENIED",
         REASON_INVALID => "INVALID_PACKET_DROPPED",
+        REASON_NO_MAPPING => "NO_MAPPING_FOR_NAT_MASQUERADE",
         _ => "DROP_REASON_UNKNOWN",
     }
 }
@@ -385,3 +394,6 @@ impl Filter {
             && self.since.is_none_or(|since| seen.time >= since)
     }
 }
+
+#[cfg(test)]
+mod tests;

@@ -2,6 +2,7 @@
 //! tells of flows, by eBPF.
 
 mod api;
+mod bpf_maps;
 mod dataplane;
 pub mod endpoints;
 pub mod flows;
@@ -10,9 +11,11 @@ pub mod link;
 pub mod loader;
 pub mod maps;
 pub mod names;
+pub mod network;
 pub mod nodes;
 pub mod policy;
 mod routes;
+mod scope;
 pub mod services;
 
 use std::net::IpAddr;
@@ -45,12 +48,19 @@ pub struct Config {
     pub bpf_dir: PathBuf,
     /// The cgroup v2 folder whose processes reach Services.
     pub cgroup_root: PathBuf,
+    /// The cgroup v2 folder that all pods of the node are in.
+    pub pod_cgroup: PathBuf,
+    /// Devices that lead to other nodes and the outside; none for those of the node's address and the default route.
+    pub devices: Vec<String>,
+    /// Addresses that have routes to pods, besides the nodes and the pods themselves.
+    pub native: Vec<ipnet::Ipv4Net>,
 }
 
 /// Runs until `shutdown`; pods stay connected, Services translated and policy enforced as they were.
 pub async fn run(client: kube::Client, config: Config, shutdown: CancellationToken) -> Result<()> {
     let mut programs = loader::Loaded::new(&config.bpf_dir)?;
-    let maps = programs.maps()?;
+    let mut maps = programs.maps()?;
+    maps.services.set_scope(scope::of(&config.pod_cgroup)?)?;
     let names = names::Names::default();
     let mut flows = flows::Flows::new(names.clone(), &config.node_name);
     let follow = flows.follow(maps.flows, shutdown.clone())?;
@@ -61,6 +71,15 @@ pub async fn run(client: kube::Client, config: Config, shutdown: CancellationTok
     let engine = Engine::new(maps.policy, names, &config.node_name, generation);
     let engine = Arc::new(Mutex::new(engine));
     let (synced, mut is_synced) = watch::channel(false);
+    let (nodes, nodes_told) = watch::channel(None);
+    let network = network::run(
+        maps.network,
+        config.node_ip,
+        config.native.clone(),
+        nodes_told.clone(),
+        shutdown.clone(),
+    );
+    let devices = network::devices(&config).await?;
     let dataplane = Arc::new(Dataplane {
         engine: engine.clone(),
         programs: Mutex::new(programs),
@@ -70,7 +89,6 @@ pub async fn run(client: kube::Client, config: Config, shutdown: CancellationTok
     let endpoints = connect(&config, Some(dataplane.clone()))?;
     let shown = services::Shown::default();
     let (services_ready, services_are_ready) = oneshot::channel();
-    let (nodes, nodes_told) = watch::channel(None);
     let routes = routes::run(
         config.node_name.clone(),
         pod_range(&config)?,
@@ -104,14 +122,15 @@ pub async fn run(client: kube::Client, config: Config, shutdown: CancellationTok
             known = known => if !known { return Ok(()) },
         }
         endpoints.adopt().await?;
-        dataplane
-            .programs
-            .lock()
-            .await
-            .attach_sockets(&config.cgroup_root)
+        let mut programs = dataplane.programs.lock().await;
+        programs.attach_network(&devices)?;
+        programs.attach_sockets(&config.cgroup_root)
     };
     let api = api::run(config.socket.clone(), tables, shutdown.clone());
-    tokio::try_join!(policy, services, nodes, routes, follow, take_over, api).map(drop)
+    tokio::try_join!(
+        policy, services, network, nodes, routes, follow, take_over, api
+    )
+    .map(drop)
 }
 
 /// Serves the socket alone, for taking pods away where no API server runs.

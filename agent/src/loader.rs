@@ -9,12 +9,14 @@ use aya::programs::{CgroupAttachMode, CgroupSockAddr, SchedClassifier, TcAttachT
 use aya::{Ebpf, EbpfLoader};
 use xebec_dataplane_common::LAYOUT;
 
-use crate::maps::{FlowMaps, PolicyMaps, ServiceMaps};
+use crate::maps::{FlowMaps, NetworkMaps, PolicyMaps, ServiceMaps};
 
 /// Folder of the pinned links of socket hooks.
 const CGROUP_LINKS: &str = "links";
 /// Folder of the pinned links of pods' devices.
 const POD_LINKS: &str = "pods";
+/// Folder of the pinned links of devices that lead to the outside.
+const NETWORK_LINKS: &str = "network";
 
 /// The object that was built with this agent.
 #[cfg(ebpf_object)]
@@ -47,6 +49,12 @@ const POD_HOOKS: &[(TcAttachType, &str)] = &[
     (TcAttachType::Egress, "xebec_to_pod"),
 ];
 
+/// The hooks of a device that leads to other nodes and the outside.
+const NETWORK_HOOKS: &[(TcAttachType, &str)] = &[
+    (TcAttachType::Ingress, "xebec_from_network"),
+    (TcAttachType::Egress, "xebec_to_network"),
+];
+
 /// Programs that are loaded, and where their links are pinned.
 pub struct Loaded {
     ebpf: Ebpf,
@@ -62,6 +70,8 @@ pub struct Maps {
     pub policy: PolicyMaps,
     /// Events of flows.
     pub flows: FlowMaps,
+    /// Translation.
+    pub network: NetworkMaps,
 }
 
 impl Loaded {
@@ -70,9 +80,12 @@ impl Loaded {
     pub fn new(dir: &Path) -> Result<Self> {
         mount(dir)?;
         let maps = dir.join(format!("maps-{LAYOUT}"));
-        for dir in [&maps, &dir.join(CGROUP_LINKS), &dir.join(POD_LINKS)] {
-            std::fs::create_dir_all(dir)
-                .with_context(|| format!("could not make {}", dir.display()))?;
+        std::fs::create_dir_all(&maps)
+            .with_context(|| format!("could not make {}", maps.display()))?;
+        for links in [CGROUP_LINKS, POD_LINKS, NETWORK_LINKS] {
+            let links = dir.join(links);
+            std::fs::create_dir_all(&links)
+                .with_context(|| format!("could not make {}", links.display()))?;
         }
         let mut ebpf = EbpfLoader::new()
             .default_map_pin_directory(&maps)
@@ -83,8 +96,8 @@ impl Loaded {
                 .load()
                 .with_context(|| format!("the kernel refused the eBPF program {name}"))?;
         }
-        for (_, name) in POD_HOOKS {
-            pod_hook(&mut ebpf, name)?
+        for (_, name) in POD_HOOKS.iter().chain(NETWORK_HOOKS) {
+            tc_hook(&mut ebpf, name)?
                 .load()
                 .with_context(|| format!("the kernel refused the eBPF program {name}"))?;
         }
@@ -100,15 +113,41 @@ impl Loaded {
             services: ServiceMaps::new(&mut self.ebpf)?,
             policy: PolicyMaps::new(&mut self.ebpf)?,
             flows: FlowMaps::new(&mut self.ebpf)?,
+            network: NetworkMaps::new(&mut self.ebpf)?,
         })
     }
 
     /// Attaches the hooks of a pod's device. Where an agent before this one attached its own, they are replaced
     /// in place: no packet passes unjudged.
     pub fn attach_pod(&mut self, device: &str) -> Result<()> {
-        for (place, name) in POD_HOOKS {
-            let pin = pod_pin(&self.dir, device, name);
-            let program = pod_hook(&mut self.ebpf, name)?;
+        self.attach(POD_LINKS, POD_HOOKS, device)
+    }
+
+    /// Attaches the hooks of devices that lead to other nodes and the outside, and lets go of all others.
+    pub fn attach_network(&mut self, devices: &[String]) -> Result<()> {
+        for path in pinned(&self.dir.join(NETWORK_LINKS))? {
+            let wanted = devices
+                .iter()
+                .flat_map(|device| {
+                    NETWORK_HOOKS
+                        .iter()
+                        .map(move |(_, hook)| pin_name(device, hook))
+                })
+                .any(|name| path.ends_with(name));
+            if !wanted {
+                std::fs::remove_file(&path)
+                    .with_context(|| format!("could not remove {}", path.display()))?;
+            }
+        }
+        devices
+            .iter()
+            .try_for_each(|device| self.attach(NETWORK_LINKS, NETWORK_HOOKS, device))
+    }
+
+    fn attach(&mut self, links: &str, hooks: &[(TcAttachType, &str)], device: &str) -> Result<()> {
+        for (place, name) in hooks {
+            let pin = self.dir.join(links).join(pin_name(device, name));
+            let program = tc_hook(&mut self.ebpf, name)?;
             if pin.exists() {
                 let link = PinnedLink::from_pin(&pin)
                     .with_context(|| format!("could not open {}", pin.display()))?;
@@ -179,6 +218,18 @@ impl Loaded {
     }
 }
 
+impl Loaded {
+    /// Whether this agent was built with its programs.
+    pub const fn built_in() -> bool {
+        cfg!(ebpf_object)
+    }
+
+    /// A tc program, to be run by `BPF_PROG_TEST_RUN`.
+    pub fn classifier(&mut self, name: &str) -> Result<&mut SchedClassifier> {
+        tc_hook(&mut self.ebpf, name)
+    }
+}
+
 fn socket_hook<'a>(ebpf: &'a mut Ebpf, name: &str) -> Result<&'a mut CgroupSockAddr> {
     let program = ebpf
         .program_mut(name)
@@ -188,7 +239,7 @@ fn socket_hook<'a>(ebpf: &'a mut Ebpf, name: &str) -> Result<&'a mut CgroupSockA
         .with_context(|| format!("the eBPF program {name} is of another kind"))
 }
 
-fn pod_hook<'a>(ebpf: &'a mut Ebpf, name: &str) -> Result<&'a mut SchedClassifier> {
+fn tc_hook<'a>(ebpf: &'a mut Ebpf, name: &str) -> Result<&'a mut SchedClassifier> {
     let program = ebpf
         .program_mut(name)
         .with_context(|| format!("the eBPF object has no program {name}"))?;
@@ -197,14 +248,15 @@ fn pod_hook<'a>(ebpf: &'a mut Ebpf, name: &str) -> Result<&'a mut SchedClassifie
         .with_context(|| format!("the eBPF program {name} is of another kind"))
 }
 
-fn pod_pin(dir: &Path, device: &str, hook: &str) -> PathBuf {
-    dir.join(POD_LINKS).join(format!("{device}-{hook}"))
+fn pin_name(device: &str, hook: &str) -> String {
+    // Devices' names may have dots, those in a BPF filesystem may not.
+    format!("{device}-{hook}").replace('.', "_")
 }
 
 /// Lets go of the links of a pod's device, which is gone or about to go.
 pub fn forget_pod(dir: &Path, device: &str) -> Result<()> {
     for (_, name) in POD_HOOKS {
-        let pin = pod_pin(dir, device, name);
+        let pin = dir.join(POD_LINKS).join(pin_name(device, name));
         match std::fs::remove_file(&pin) {
             Err(error) if error.kind() != std::io::ErrorKind::NotFound => {
                 return Err(error).with_context(|| format!("could not remove {}", pin.display()));

@@ -6,9 +6,10 @@ use anyhow::{Context, Result};
 use aya::maps::lpm_trie::{Key, LpmTrie};
 use aya::maps::{Array, HashMap, Map, MapData, MapError, PerCpuArray, RingBuf};
 use bytemuck::must_cast;
-use xebec_dataplane_common::flow::Counters;
+use xebec_dataplane_common::flow::{Counters, Event};
+use xebec_dataplane_common::nat::Settings;
 use xebec_dataplane_common::policy::{CidrKey, Endpoint, RuleKey, Set};
-use xebec_dataplane_common::service::{Address, BackendKey, FrontendKey, FrontendValue};
+use xebec_dataplane_common::service::{Address, BackendKey, FrontendKey, FrontendValue, Scope};
 
 /// An address as the maps hold it.
 pub fn be(address: Ipv4Addr) -> u32 {
@@ -48,6 +49,7 @@ fn gone(outcome: Result<(), MapError>, what: &'static str) -> Result<()> {
 pub struct ServiceMaps {
     frontends: HashMap<MapData, [u8; 8], [u8; 8]>,
     backends: HashMap<MapData, [u8; 8], [u8; 8]>,
+    scope: Array<MapData, [u8; 16]>,
 }
 
 impl ServiceMaps {
@@ -55,7 +57,15 @@ impl ServiceMaps {
         Ok(Self {
             frontends: take(ebpf, "FRONTENDS")?,
             backends: take(ebpf, "BACKENDS")?,
+            scope: take(ebpf, "SCOPE")?,
         })
+    }
+
+    /// Tells whose sockets are translated.
+    pub fn set_scope(&mut self, scope: Scope) -> Result<()> {
+        self.scope
+            .set(0, must_cast::<_, [u8; 16]>(scope), 0)
+            .context("could not write whose sockets are translated")
     }
 
     /// Writes a set of backends, which nothing refers to yet.
@@ -157,6 +167,17 @@ fn cidr_key(set: u32, block: ipnet::Ipv4Net) -> Key<[u8; 8]> {
     Key::new(32 + u32::from(block.prefix_len()), must_cast(key))
 }
 
+impl PolicyMaps {
+    /// What a pod of this node is to the programs.
+    pub fn endpoint(&self, address: Ipv4Addr) -> Result<Option<Endpoint>> {
+        match self.endpoints.get(&be(address), 0) {
+            Ok(bytes) => Ok(Some(must_cast(bytes))),
+            Err(MapError::KeyNotFound) => Ok(None),
+            Err(error) => Err(error).context("could not read the map of endpoints"),
+        }
+    }
+}
+
 impl PolicyKernel for PolicyMaps {
     fn set_endpoint(&mut self, address: Ipv4Addr, endpoint: Endpoint) -> Result<()> {
         self.endpoints
@@ -215,6 +236,52 @@ impl PolicyKernel for PolicyMaps {
     }
 }
 
+/// Translation: settings, and who needs none.
+pub struct NetworkMaps {
+    settings: Array<MapData, [u8; 8]>,
+    native: LpmTrie<MapData, u32, u8>,
+}
+
+impl NetworkMaps {
+    pub(crate) fn new(ebpf: &mut aya::Ebpf) -> Result<Self> {
+        Ok(Self {
+            settings: take(ebpf, "SETTINGS")?,
+            native: take(ebpf, "NATIVE")?,
+        })
+    }
+
+    /// Tells the programs of the node.
+    pub fn set_settings(&mut self, settings: Settings) -> Result<()> {
+        self.settings
+            .set(0, must_cast::<_, [u8; 8]>(settings), 0)
+            .context("could not write the settings of translation")
+    }
+
+    /// From here on packets to this block keep their source.
+    pub fn set_native(&mut self, block: ipnet::Ipv4Net) -> Result<()> {
+        let key = Key::new(u32::from(block.prefix_len()), be(block.network()));
+        self.native
+            .insert(&key, 1, 0)
+            .context("the map of native address blocks is full")
+    }
+
+    /// Packets to this block bear the node's address again.
+    pub fn remove_native(&mut self, block: ipnet::Ipv4Net) -> Result<()> {
+        let key = Key::new(u32::from(block.prefix_len()), be(block.network()));
+        gone(self.native.remove(&key), "a native address block")
+    }
+}
+
+/// The oldest event of a ring.
+pub(crate) fn next_event(ring: &mut RingBuf<MapData>) -> Option<Event> {
+    loop {
+        let item = ring.next()?;
+        if item.len() == size_of::<Event>() {
+            return Some(bytemuck::pod_read_unaligned(&item));
+        }
+    }
+}
+
 /// Events of flows and their counters.
 pub struct FlowMaps {
     pub(crate) events: RingBuf<MapData>,
@@ -241,6 +308,16 @@ impl FlowMaps {
                 dropped: sum.dropped + one.dropped,
             }
         }))
+    }
+
+    /// The oldest event that was not taken yet.
+    pub fn next_event(&mut self) -> Option<Event> {
+        next_event(&mut self.events)
+    }
+
+    /// The counters of all CPUs together.
+    pub fn count(&self) -> Result<Counters> {
+        Self::counters(&self.counters)
     }
 
     /// Its two parts.

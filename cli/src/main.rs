@@ -81,6 +81,9 @@ enum Command {
     /// Identities: the label sets that policies tell apart
     #[command(subcommand)]
     Identity(tables::Table),
+    /// The kernel's side of the dataplane
+    #[command(subcommand)]
+    Bpf(tables::Bpf),
     /// Who talked to whom, allowed or dropped, and by which rule
     Observe(observe::Observe),
     /// Images of the container runtime
@@ -167,6 +170,7 @@ fn run(cli: Cli) -> Result<()> {
         Command::Service(table) => runtime.block_on(table.run(&layout, "services")),
         Command::Policy(table) => runtime.block_on(table.run(&layout, "policies")),
         Command::Identity(table) => runtime.block_on(table.run(&layout, "identities")),
+        Command::Bpf(bpf) => runtime.block_on(bpf.run(&layout)),
         Command::Observe(observe) => runtime.block_on(observe.run(&layout)),
         Command::Image(image) => runtime.block_on(image.run(&layout)),
         Command::Kubeconfig { write } => kubeconfig::run(&layout, write),

@@ -1,4 +1,4 @@
-//! `xebec endpoint list`, `xebec service list`: the agent's tables, as it holds them.
+//! `xebec endpoint list`, `xebec service list`, `xebec bpf maps`: the agent's tables, as it holds them.
 
 use anyhow::{Context, Result};
 use clap::{Args, Subcommand, ValueEnum};
@@ -30,6 +30,21 @@ pub enum Table {
     /// List them
     #[command(visible_alias = "ls")]
     List(ListArgs),
+}
+
+/// `bpf <what>`.
+#[derive(Subcommand)]
+pub enum Bpf {
+    /// Maps, with their sizes
+    Maps(ListArgs),
+}
+
+impl Bpf {
+    /// Asks the agent and prints its answer.
+    pub async fn run(self, layout: &Layout) -> Result<()> {
+        let Self::Maps(args) = self;
+        list(layout, "/tables/maps", &args).await
+    }
 }
 
 impl Table {

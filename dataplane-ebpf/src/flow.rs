@@ -8,15 +8,16 @@ use xebec_dataplane_common::flow::{DROPPED, Event, FORWARDED, Flow, FlowKey};
 use crate::maps::{COUNTERS, EVENTS, FLOWS, GENERATION};
 use crate::packet::Packet;
 
-const SECOND: u64 = 1_000_000_000;
+pub const SECOND: u64 = 1_000_000_000;
 /// An idle TCP flow is forgotten after 6 hours, others after a minute.
-const TCP_IDLE: u64 = 6 * 3_600 * SECOND;
+pub const TCP_IDLE: u64 = 6 * 3_600 * SECOND;
 const OTHER_IDLE: u64 = 60 * SECOND;
 
-const FIN: u8 = 0x01;
-const SYN: u8 = 0x02;
-const RST: u8 = 0x04;
-const ACK: u8 = 0x10;
+/// TCP flags.
+pub const FIN: u8 = 0x01;
+pub const SYN: u8 = 0x02;
+pub const RST: u8 = 0x04;
+pub const ACK: u8 = 0x10;
 
 /// What the table knows of a packet's flow. All fields always have a value: the compiler makes of an enum
 /// registers that are set on some paths alone, which the verifier refuses to copy.
@@ -49,8 +50,9 @@ pub fn key(packet: &Packet) -> (FlowKey, bool) {
     )
 }
 
+/// ns of the monotonic clock, exact to a few ms.
 #[inline(always)]
-fn now() -> u64 {
+pub fn now() -> u64 {
     // SAFETY: the helper has no arguments.
     unsafe { bpf_ktime_get_coarse_ns() }
 }

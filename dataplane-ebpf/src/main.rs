@@ -4,9 +4,12 @@
 
 mod flow;
 mod maps;
+mod nat;
+mod network;
 mod packet;
 mod pod;
 mod policy;
+mod rewrite;
 mod socket;
 
 #[cfg(not(test))]

@@ -3,9 +3,10 @@
 use aya_ebpf::macros::map;
 use aya_ebpf::maps::{Array, HashMap, LpmTrie, LruHashMap, PerCpuArray, RingBuf};
 use xebec_dataplane_common::flow::{Counters, Flow, FlowKey};
+use xebec_dataplane_common::nat::{Nat, Settings, Tuple};
 use xebec_dataplane_common::policy::{CidrKey, Endpoint, RuleKey, Set};
 use xebec_dataplane_common::service::{
-    Address, BackendKey, FrontendKey, FrontendValue, ReverseKey,
+    Address, BackendKey, FrontendKey, FrontendValue, ReverseKey, Scope,
 };
 
 /// `BPF_F_NO_PREALLOC`: entries take memory only when they are there.
@@ -23,6 +24,10 @@ pub static BACKENDS: HashMap<BackendKey, Address> = HashMap::with_max_entries(26
 /// What a socket asked for, by what it was given.
 #[map]
 pub static REVERSE: LruHashMap<ReverseKey, Address> = LruHashMap::with_max_entries(65_536, 0);
+
+/// Whose sockets are translated.
+#[map]
+pub static SCOPE: Array<Scope> = Array::with_max_entries(1, 0);
 
 /// The pods of this node, by address.
 #[map]
@@ -44,7 +49,20 @@ pub static RULES: HashMap<RuleKey, u32> = HashMap::with_max_entries(524_288, NO_
 #[map]
 pub static CIDRS: LpmTrie<CidrKey, u32> = LpmTrie::with_max_entries(131_072, NO_PREALLOC);
 
-/// Flows that were allowed. The one map that is adopted by the next agent: all others are rebuilt from the API.
+/// Address blocks that know the way to pods: nodes and pods' ranges.
+#[map]
+pub static NATIVE: LpmTrie<u32, u8> = LpmTrie::with_max_entries(16_384, NO_PREALLOC);
+
+/// What translation needs to know of the node.
+#[map]
+pub static SETTINGS: Array<Settings> = Array::with_max_entries(1, 0);
+
+/// Translations, two for each flow. With flows, the one map that is adopted by the next agent: all others are
+/// rebuilt from the API.
+#[map]
+pub static NATS: LruHashMap<Tuple, Nat> = LruHashMap::pinned(131_072, 0);
+
+/// Flows that were allowed; adopted by the next agent.
 #[map]
 pub static FLOWS: LruHashMap<FlowKey, Flow> = LruHashMap::pinned(131_072, 0);
 

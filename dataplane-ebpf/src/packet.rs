@@ -27,6 +27,10 @@ pub struct Packet {
     pub tcp_flags: u8,
     /// Hops that are left.
     pub ttl: u8,
+    /// Bytes of the IPv4 header.
+    pub header: u8,
+    /// A fragment that is not the first: its ports are those of the first, and it has no transport header.
+    pub later: bool,
     /// The packet is an ICMP error: addresses and ports are those of the flow that it is about, seen from the
     /// error's side.
     pub error: bool,
@@ -81,6 +85,8 @@ fn ipv4(ctx: &TcContext, at: usize) -> Option<Packet> {
         protocol: header[9],
         tcp_flags: 0,
         ttl: header[8],
+        header: (words * 4) as u8,
+        later: false,
         error: false,
         carrier: (0, 0),
         icmp: 0,
@@ -99,6 +105,7 @@ fn ipv4(ctx: &TcContext, at: usize) -> Option<Packet> {
         // SAFETY: the value is copied at once.
         let ports = unsafe { FRAGMENTS.get(&datagram) }?;
         (packet.source_port, packet.destination_port) = (ports[0], ports[1]);
+        packet.later = true;
         return Some(packet);
     }
     transport(ctx, at + words * 4, &mut packet)?;

@@ -1,11 +1,12 @@
 //! cgroup socket hooks: a Service's address becomes a backend's once, when a socket connects or sends.
 
+use aya_ebpf::helpers::generated::{bpf_get_current_ancestor_cgroup_id, bpf_get_netns_cookie};
 use aya_ebpf::helpers::{bpf_get_prandom_u32, bpf_get_socket_cookie, bpf_set_retval};
 use aya_ebpf::macros::cgroup_sock_addr;
 use aya_ebpf::programs::SockAddrContext;
 use xebec_dataplane_common::service::{Address, BackendKey, FrontendKey, ReverseKey};
 
-use crate::maps::{BACKENDS, FRONTENDS, REVERSE};
+use crate::maps::{BACKENDS, FRONTENDS, REVERSE, SCOPE};
 
 /// Go on with the call.
 const ALLOW: i32 = 1;
@@ -33,6 +34,32 @@ pub fn xebec_getpeername4(ctx: SockAddrContext) -> i32 {
     restore(&ctx)
 }
 
+/// cgroups are looked through to this depth.
+const DEPTH: i32 = 16;
+
+/// Whether the socket is the node's own or a pod's.
+#[inline(always)]
+fn in_scope(ctx: &SockAddrContext) -> bool {
+    let Some(scope) = SCOPE.get(0) else {
+        return false;
+    };
+    // SAFETY: the context is the one that the kernel gave.
+    if unsafe { bpf_get_netns_cookie(ctx.sock_addr.cast()) } == scope.netns {
+        return true;
+    }
+    for level in 1..DEPTH {
+        // SAFETY: the helper takes a number.
+        let ancestor = unsafe { bpf_get_current_ancestor_cgroup_id(level) };
+        if ancestor == scope.pods {
+            return true;
+        }
+        if ancestor == 0 {
+            return false;
+        }
+    }
+    false
+}
+
 /// The frontend that was asked for becomes one of its backends, at random.
 #[inline(always)]
 fn translate(ctx: &SockAddrContext) -> i32 {
@@ -54,6 +81,9 @@ fn translate(ctx: &SockAddrContext) -> i32 {
     let Some(frontend) = (unsafe { FRONTENDS.get(&key) }) else {
         return ALLOW;
     };
+    if !in_scope(ctx) {
+        return ALLOW;
+    }
     let (set, count) = (frontend.set, frontend.count);
     if count == 0 {
         // As kube-proxy does, a Service without endpoints answers at once.

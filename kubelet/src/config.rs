@@ -79,6 +79,9 @@ impl Config {
 
 /// Runs until `shutdown`; pods stay as they are.
 pub async fn run(client: kube::Client, config: Config, shutdown: CancellationToken) -> Result<()> {
+    // When one part fails, the others end with it.
+    let shutdown = shutdown.child_token();
+    let _end = shutdown.clone().drop_guard();
     for dir in ["logs", "pods"] {
         let dir = config.root.join(dir);
         std::fs::create_dir_all(&dir)
@@ -87,7 +90,13 @@ pub async fn run(client: kube::Client, config: Config, shutdown: CancellationTok
     let runtime = Runtime::connect(&config.cri_socket).await?;
     let config = Arc::new(config);
     let teller = Teller::new(client.clone(), &config.node_name);
-    let pods = pods::Pods::new(client.clone(), config.clone(), runtime.clone(), teller);
+    let pods = pods::Pods::new(
+        client.clone(),
+        config.clone(),
+        runtime.clone(),
+        teller,
+        shutdown.clone(),
+    );
     let mut tasks = JoinSet::new();
     tasks.spawn(server::run(
         config.clone(),
@@ -101,7 +110,7 @@ pub async fn run(client: kube::Client, config: Config, shutdown: CancellationTok
         runtime.clone(),
         shutdown.clone(),
     ));
-    tasks.spawn(pods.run(shutdown.clone()));
+    tasks.spawn(pods.run());
     while let Some(ended) = tasks.join_next().await {
         ended.context("a part of the kubelet panicked")??;
     }

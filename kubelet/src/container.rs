@@ -1,7 +1,8 @@
 //! From a pod's spec to what CRI wants: sandbox and container configurations.
 
 use std::collections::HashMap;
-use std::path::Path;
+use std::os::unix::fs::PermissionsExt;
+use std::path::{Path, PathBuf};
 
 use anyhow::{Context, Result};
 use k8s_openapi::api::core::v1::{Container, Pod, ResourceRequirements};
@@ -11,6 +12,7 @@ use xebec_schema::quantity::Quantity;
 use crate::config::Config;
 use crate::env::expand;
 use crate::runtime::{CONTAINER_NAME, POD_NAME, POD_NAMESPACE, POD_UID, RESTARTS};
+use crate::subpath::Bound;
 use crate::volumes::Mounts;
 
 /// Upstream's masks for containers that are not privileged.
@@ -260,7 +262,7 @@ fn resources(requirements: Option<&ResourceRequirements>) -> v1::LinuxContainerR
 
 /// What a container is made from besides its spec.
 pub(crate) struct Given<'a> {
-    pub image: String,
+    pub image: &'a v1::Image,
     pub env: Vec<(String, String)>,
     pub mounts: &'a Mounts,
     pub restarts: i32,
@@ -268,12 +270,13 @@ pub(crate) struct Given<'a> {
     pub pod_ip: &'a str,
 }
 
-/// One container.
+/// One container; what is bound must stay so until the container has been started.
 pub(crate) fn container(
     pod: &Pod,
     spec: &Container,
     given: Given<'_>,
-) -> Result<v1::ContainerConfig> {
+) -> Result<(v1::ContainerConfig, Bound)> {
+    must_not_be_root(pod, spec, given.image)?;
     let variables = given.env.iter().cloned().collect();
     let words = |words: &Option<Vec<String>>| {
         words
@@ -286,7 +289,8 @@ pub(crate) fn container(
     all_labels.retain(|key, _| key.starts_with("io.kubernetes."));
     all_labels.insert(CONTAINER_NAME.into(), spec.name.clone());
     let mut mounts = Vec::new();
-    for mount in spec.volume_mounts.iter().flatten() {
+    let mut bound = Bound::default();
+    for (index, mount) in spec.volume_mounts.iter().flatten().enumerate() {
         let host = given
             .mounts
             .get(&mount.name)
@@ -300,18 +304,19 @@ pub(crate) fn container(
         let host = if sub.is_empty() {
             host.clone()
         } else {
-            anyhow::ensure!(
-                Path::new(&sub)
-                    .components()
-                    .all(|part| matches!(part, std::path::Component::Normal(_))),
-                "subPath {sub:?} leaves the volume"
-            );
-            let path = host.join(&sub);
-            if !path.exists() {
-                std::fs::create_dir_all(&path)
-                    .with_context(|| format!("could not make {}", path.display()))?;
-            }
-            path
+            let target = given
+                .pod_dir
+                .join("volume-subpaths")
+                .join(&mount.name)
+                .join(&spec.name)
+                .join(index.to_string());
+            bound.bind(host, &sub, &target).with_context(|| {
+                format!(
+                    "failed to prepare subPath for volumeMount {:?} of container {:?}",
+                    mount.name, spec.name
+                )
+            })?;
+            target
         };
         mounts.push(v1::Mount {
             container_path: mount.mount_path.clone(),
@@ -342,29 +347,30 @@ pub(crate) fn container(
         .as_deref()
         .filter(|path| !path.is_empty());
     if let Some(path) = termination {
-        let file = given
-            .pod_dir
-            .join("containers")
-            .join(&spec.name)
-            .join(format!("termination-{}", given.restarts));
+        let file = termination_file(given.pod_dir, &spec.name, given.restarts);
         if let Some(dir) = file.parent() {
             std::fs::create_dir_all(dir)
                 .with_context(|| format!("could not make {}", dir.display()))?;
         }
-        std::fs::write(&file, b"").with_context(|| format!("could not make {}", file.display()))?;
+        // Whoever the container runs as may write it; its folder is root's alone.
+        std::fs::write(&file, b"")
+            .and_then(|()| std::fs::set_permissions(&file, std::fs::Permissions::from_mode(0o666)))
+            .with_context(|| format!("could not make {}", file.display()))?;
         mounts.push(v1::Mount {
             container_path: path.to_owned(),
             host_path: file.to_string_lossy().into_owned(),
             ..Default::default()
         });
     }
-    Ok(v1::ContainerConfig {
+    let config = v1::ContainerConfig {
         metadata: Some(v1::ContainerMetadata {
             name: spec.name.clone(),
             attempt: given.restarts as u32,
         }),
         image: Some(v1::ImageSpec {
-            image: given.image,
+            // By its id, so that it is the very one whose user was looked at.
+            image: given.image.id.clone(),
+            user_specified_image: spec.image.clone().unwrap_or_default(),
             ..Default::default()
         }),
         command: words(&spec.command),
@@ -390,7 +396,48 @@ pub(crate) fn container(
             security_context: Some(security(pod, spec)),
         }),
         ..Default::default()
-    })
+    };
+    Ok((config, bound))
+}
+
+/// `runAsNonRoot`: neither the spec nor, where it says nothing, the image may choose uid 0.
+fn must_not_be_root(pod: &Pod, spec: &Container, image: &v1::Image) -> Result<()> {
+    let own = spec.security_context.as_ref();
+    let of_pod = pod.spec.as_ref().and_then(|s| s.security_context.as_ref());
+    let wanted = own
+        .and_then(|s| s.run_as_non_root)
+        .or(of_pod.and_then(|s| s.run_as_non_root));
+    if wanted != Some(true) {
+        return Ok(());
+    }
+    let text = |value: &Option<String>| value.clone().unwrap_or_default();
+    let metadata = &pod.metadata;
+    let who = format!(
+        "(pod: \"{}_{}({})\", container: {})",
+        text(&metadata.name),
+        text(&metadata.namespace),
+        text(&metadata.uid),
+        spec.name
+    );
+    let user = own
+        .and_then(|s| s.run_as_user)
+        .or(of_pod.and_then(|s| s.run_as_user));
+    if let Some(user) = user {
+        anyhow::ensure!(
+            user != 0,
+            "container's runAsUser breaks non-root policy {who}"
+        );
+        return Ok(());
+    }
+    // An image that names no user runs as root.
+    match (&image.uid, image.username.as_str()) {
+        (Some(uid), _) if uid.value != 0 => Ok(()),
+        (None, name) if !name.is_empty() => anyhow::bail!(
+            "container has runAsNonRoot and image has non-numeric user ({name}), \
+             cannot verify user is non-root {who}"
+        ),
+        _ => anyhow::bail!("container has runAsNonRoot and image will run as root {who}"),
+    }
 }
 
 fn security(pod: &Pod, spec: &Container) -> v1::LinuxContainerSecurityContext {
@@ -437,6 +484,14 @@ fn security(pod: &Pod, spec: &Container) -> v1::LinuxContainerSecurityContext {
     }
 }
 
+/// Where a container leaves what it has to say at its end.
+pub(crate) fn termination_file(pod_dir: &Path, container: &str, restarts: i32) -> PathBuf {
+    pod_dir
+        .join("containers")
+        .join(container)
+        .join(format!("termination-{restarts}"))
+}
+
 /// The pod's own `/etc/hosts`.
 fn hosts_file(pod: &Pod, pod_dir: &Path, pod_ip: &str) -> Result<String> {
     let name = pod.metadata.name.as_deref().unwrap_or_default();
@@ -462,4 +517,64 @@ fn hosts_file(pod: &Pod, pod_dir: &Path, pod_ip: &str) -> Result<String> {
     let path = pod_dir.join("etc-hosts");
     std::fs::write(&path, text).with_context(|| format!("could not write {}", path.display()))?;
     Ok(path.to_string_lossy().into_owned())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn pod(of_pod: serde_json::Value, own: serde_json::Value) -> Pod {
+        serde_json::from_value(serde_json::json!({
+            "metadata": {"name": "p", "namespace": "n", "uid": "u"},
+            "spec": {"securityContext": of_pod, "containers": [{"name": "c", "securityContext": own}]},
+        }))
+        .unwrap()
+    }
+
+    fn verdict(of_pod: serde_json::Value, own: serde_json::Value, image: v1::Image) -> String {
+        let pod = pod(of_pod, own);
+        let spec = &pod.spec.as_ref().unwrap().containers[0];
+        match must_not_be_root(&pod, spec, &image) {
+            Ok(()) => "ok".into(),
+            Err(error) => error.to_string(),
+        }
+    }
+
+    #[test]
+    fn root_is_refused_where_the_pod_says_so() {
+        use serde_json::json;
+        let nobody = || v1::Image {
+            uid: Some(v1::Int64Value { value: 65534 }),
+            ..Default::default()
+        };
+        let zero = || v1::Image {
+            uid: Some(v1::Int64Value { value: 0 }),
+            ..Default::default()
+        };
+        let named = || v1::Image {
+            username: "app".into(),
+            ..Default::default()
+        };
+        let strict = || json!({"runAsNonRoot": true});
+        assert_eq!(verdict(json!({}), json!({}), zero()), "ok");
+        assert_eq!(verdict(strict(), json!({}), nobody()), "ok");
+        assert_eq!(
+            verdict(strict(), json!({"runAsNonRoot": false}), zero()),
+            "ok"
+        );
+        assert_eq!(verdict(strict(), json!({"runAsUser": 7}), named()), "ok");
+        let root =
+            "container has runAsNonRoot and image will run as root (pod: \"p_n(u)\", container: c)";
+        assert_eq!(verdict(strict(), json!({}), zero()), root);
+        assert_eq!(verdict(json!({}), strict(), v1::Image::default()), root);
+        assert_eq!(
+            verdict(json!({"runAsUser": 0}), strict(), nobody()),
+            "container's runAsUser breaks non-root policy (pod: \"p_n(u)\", container: c)"
+        );
+        assert_eq!(
+            verdict(strict(), json!({}), named()),
+            "container has runAsNonRoot and image has non-numeric user (app), cannot verify user is \
+             non-root (pod: \"p_n(u)\", container: c)"
+        );
+    }
 }

@@ -9,13 +9,18 @@ mod config;
 mod container;
 mod env;
 mod events;
+mod last_words;
 mod logs;
 mod node;
 mod pods;
+mod pressure;
 mod probes;
+mod pull_secrets;
 mod runtime;
 mod server;
 mod status;
+mod subpath;
+mod tokens;
 mod volumes;
 mod worker;
 

@@ -2,9 +2,10 @@
 
 use std::collections::BTreeMap;
 use std::sync::Arc;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result};
+use futures::StreamExt;
 use k8s_openapi::api::coordination::v1::{Lease, LeaseSpec};
 use k8s_openapi::api::core::v1::{
     ContainerImage, DaemonEndpoint, Node, NodeAddress, NodeCondition, NodeDaemonEndpoints,
@@ -15,10 +16,14 @@ use k8s_openapi::apimachinery::pkg::apis::meta::v1::{MicroTime, ObjectMeta, Owne
 use k8s_openapi::jiff::Timestamp;
 use kube::Api;
 use kube::api::{Patch, PatchParams, PostParams};
+use kube::runtime::WatchStreamExt;
+use kube::runtime::watcher::{self, Event, watcher};
+use tokio::time::MissedTickBehavior;
 use tokio_util::sync::CancellationToken;
 use tracing::{info, warn};
 
 use crate::config::Config;
+use crate::pressure::{Gauge, Pressure};
 use crate::runtime::Runtime;
 use crate::status::now;
 
@@ -27,6 +32,20 @@ const LEASE_SECONDS: i32 = 40;
 const RENEW_EVERY: Duration = Duration::from_secs(10);
 const STATUS_EVERY: u32 = 30;
 
+/// While the runtime is not ready it is asked this often; at the start more often, so that the node
+/// is Ready as soon as it can be.
+const ASK_AGAIN: Duration = Duration::from_secs(1);
+const ASK_AGAIN_AT_START: Duration = Duration::from_millis(50);
+const START: Duration = Duration::from_secs(30);
+
+/// What the node's status depends on.
+#[derive(Clone, PartialEq)]
+struct Facts {
+    not_ready: Option<String>,
+    pressure: Pressure,
+    images: Vec<(Vec<String>, i64)>,
+}
+
 /// Registers the node and keeps it fresh until `shutdown`.
 pub(crate) async fn run(
     client: kube::Client,
@@ -34,63 +53,134 @@ pub(crate) async fn run(
     runtime: Runtime,
     shutdown: CancellationToken,
 ) -> Result<()> {
+    tokio::select! {
+        () = shutdown.cancelled() => Ok(()),
+        () = keep(client, config, runtime) => Ok(()),
+    }
+}
+
+async fn keep(client: kube::Client, config: Arc<Config>, runtime: Runtime) {
     let nodes = Api::<Node>::all(client.clone());
-    let node = loop {
-        match register(&nodes, &config, &runtime).await {
-            Ok(node) => break node,
-            Err(error) => warn!(
-                error = format!("{error:#}"),
-                "could not register the node; trying again"
-            ),
-        }
-        tokio::select! {
-            () = shutdown.cancelled() => return Ok(()),
-            () = tokio::time::sleep(Duration::from_secs(1)) => {}
-        }
-    };
-    info!(node = config.node_name, "registered");
     let leases = Api::<Lease>::namespaced(client, "kube-node-lease");
-    let mut written = None;
+    let mut gauge = Gauge::default();
+    let mut node = registered(&nodes, &config, &runtime, &mut gauge).await;
+    let itself = watcher::Config::default().fields(&format!("metadata.name={}", config.node_name));
+    let mut changes = std::pin::pin!(watcher(nodes.clone(), itself).default_backoff());
+    let mut there = true;
+    let mut written: Option<Facts> = None;
     let mut round = 0u32;
+    let started = Instant::now();
     let mut ticks = tokio::time::interval(RENEW_EVERY);
+    ticks.set_missed_tick_behavior(MissedTickBehavior::Delay);
     loop {
+        // Until the runtime is ready it is asked again and again, but nothing else is done more often.
+        let waits = written.as_ref().is_some_and(|f| f.not_ready.is_some());
+        let again = if started.elapsed() < START {
+            ASK_AGAIN_AT_START
+        } else {
+            ASK_AGAIN
+        };
         tokio::select! {
-            () = shutdown.cancelled() => return Ok(()),
-            _ = ticks.tick() => {}
-        }
-        if let Err(error) = renew(&leases, &config, &node).await {
-            warn!(
-                error = format!("{error:#}"),
-                "could not renew the node's lease"
-            );
-        }
-        let not_ready = runtime
-            .not_ready()
-            .await
-            .unwrap_or_else(|error| Some(format!("container runtime: {error:#}")));
-        let images = runtime.list_images().await.unwrap_or_default();
-        let facts = (not_ready.clone(), images.len());
-        round += 1;
-        if written.as_ref() != Some(&facts) || round >= STATUS_EVERY {
-            match write_status(&nodes, &config, &runtime, not_ready, images).await {
-                Ok(()) => (written, round) = (Some(facts), 0),
-                Err(error) => warn!(
-                    error = format!("{error:#}"),
-                    "could not write the node's status"
-                ),
+            _ = ticks.tick() => {
+                round += 1;
+                if let Err(error) = renew(&leases, &config, &node).await {
+                    let error = format!("{error:#}");
+                    warn!(error, "could not renew the node's lease");
+                }
+            }
+            () = tokio::time::sleep(again), if waits => {
+                if not_ready(&runtime).await == written.as_ref().and_then(|f| f.not_ready.clone()) {
+                    continue;
+                }
+            }
+            Some(change) = changes.next() => {
+                let lost = match change {
+                    // A fresh list: the node is there if it is in it.
+                    Ok(Event::Init) => {
+                        there = false;
+                        false
+                    }
+                    Ok(Event::InitApply(_) | Event::Apply(_)) => {
+                        there = true;
+                        false
+                    }
+                    Ok(Event::InitDone) => !there,
+                    Ok(Event::Delete(_)) => true,
+                    Err(error) => {
+                        warn!(%error, "the watch of the node failed; trying again");
+                        false
+                    }
+                };
+                if !lost {
+                    continue;
+                }
+                warn!(node = config.node_name, "the node was deleted; registering it again");
+                node = registered(&nodes, &config, &runtime, &mut gauge).await;
+                written = None;
+                ticks.reset_immediately();
             }
         }
-        // Until the runtime is ready it is asked often, so that the node is Ready as soon as it can be.
-        if written
-            .as_ref()
-            .is_some_and(|(not_ready, _)| not_ready.is_some())
-        {
-            ticks.reset_after(Duration::from_millis(50));
+        let facts = facts(&config, &runtime, &mut gauge).await;
+        if written.as_ref() != Some(&facts) || round >= STATUS_EVERY {
+            match write_status(&nodes, &config, &runtime, &facts).await {
+                Ok(()) => (written, round) = (Some(facts), 0),
+                Err(error) => {
+                    let error = format!("{error:#}");
+                    warn!(error, "could not write the node's status");
+                }
+            }
         }
     }
 }
 
-async fn register(nodes: &Api<Node>, config: &Config, runtime: &Runtime) -> Result<Node> {
+async fn not_ready(runtime: &Runtime) -> Option<String> {
+    runtime
+        .not_ready()
+        .await
+        .unwrap_or_else(|error| Some(format!("container runtime: {error:#}")))
+}
+
+async fn facts(config: &Config, runtime: &Runtime, gauge: &mut Gauge) -> Facts {
+    let pressure = gauge.read(&config.root).unwrap_or_else(|error| {
+        let error = format!("{error:#}");
+        warn!(error, "could not see what the node is short of");
+        Pressure::default()
+    });
+    Facts {
+        not_ready: not_ready(runtime).await,
+        pressure,
+        images: runtime.list_images().await.unwrap_or_default(),
+    }
+}
+
+/// Registers the node, however long that takes.
+async fn registered(
+    nodes: &Api<Node>,
+    config: &Config,
+    runtime: &Runtime,
+    gauge: &mut Gauge,
+) -> Node {
+    loop {
+        match register(nodes, config, runtime, gauge).await {
+            Ok(node) => {
+                info!(node = config.node_name, "registered");
+                return node;
+            }
+            Err(error) => {
+                let error = format!("{error:#}");
+                warn!(error, "could not register the node; trying again");
+            }
+        }
+        tokio::time::sleep(Duration::from_secs(1)).await;
+    }
+}
+
+async fn register(
+    nodes: &Api<Node>,
+    config: &Config,
+    runtime: &Runtime,
+    gauge: &mut Gauge,
+) -> Result<Node> {
     if let Some(node) = nodes
         .get_opt(&config.node_name)
         .await
@@ -98,8 +188,7 @@ async fn register(nodes: &Api<Node>, config: &Config, runtime: &Runtime) -> Resu
     {
         return Ok(node);
     }
-    let not_ready = runtime.not_ready().await?;
-    let images = runtime.list_images().await.unwrap_or_default();
+    let facts = facts(config, runtime, gauge).await;
     let arch = match std::env::consts::ARCH {
         "x86_64" => "amd64",
         "aarch64" => "arm64",
@@ -126,7 +215,7 @@ async fn register(nodes: &Api<Node>, config: &Config, runtime: &Runtime) -> Resu
             pod_cidrs: cidr.map(|cidr| vec![cidr]),
             ..NodeSpec::default()
         }),
-        status: Some(status(config, runtime, None, not_ready, images)?),
+        status: Some(status(config, runtime, None, &facts)?),
     };
     nodes
         .create(&PostParams::default(), &node)
@@ -138,14 +227,13 @@ async fn write_status(
     nodes: &Api<Node>,
     config: &Config,
     runtime: &Runtime,
-    not_ready: Option<String>,
-    images: Vec<(Vec<String>, i64)>,
+    facts: &Facts,
 ) -> Result<()> {
     let old = nodes
         .get(&config.node_name)
         .await
         .context("could not read the node")?;
-    let status = status(config, runtime, old.status.as_ref(), not_ready, images)?;
+    let status = status(config, runtime, old.status.as_ref(), facts)?;
     let patch = serde_json::json!({"status": status});
     nodes
         .patch_status(
@@ -203,8 +291,7 @@ fn status(
     config: &Config,
     runtime: &Runtime,
     old: Option<&NodeStatus>,
-    not_ready: Option<String>,
-    images: Vec<(Vec<String>, i64)>,
+    facts: &Facts,
 ) -> Result<NodeStatus> {
     let read = |path: &str| std::fs::read_to_string(path).unwrap_or_default();
     let memory_kib: u64 = read("/proc/meminfo")
@@ -252,7 +339,7 @@ fn status(
         .find_map(|line| line.strip_prefix("PRETTY_NAME="))
         .map(|name| name.trim_matches('"').to_owned());
     let uname = nix::sys::utsname::uname().context("could not read the kernel's version")?;
-    let ready = match not_ready {
+    let ready = match facts.not_ready.clone() {
         None => condition(
             "Ready",
             "True",
@@ -260,6 +347,36 @@ fn status(
             "kubelet is posting ready status".into(),
         ),
         Some(why) => condition("Ready", "False", "KubeletNotReady", why),
+    };
+    let memory = if facts.pressure.memory {
+        condition(
+            "MemoryPressure",
+            "True",
+            "KubeletHasInsufficientMemory",
+            "kubelet has insufficient memory available".into(),
+        )
+    } else {
+        condition(
+            "MemoryPressure",
+            "False",
+            "KubeletHasSufficientMemory",
+            "kubelet has sufficient memory available".into(),
+        )
+    };
+    let disk_pressure = if facts.pressure.disk {
+        condition(
+            "DiskPressure",
+            "True",
+            "KubeletHasDiskPressure",
+            "kubelet has disk pressure".into(),
+        )
+    } else {
+        condition(
+            "DiskPressure",
+            "False",
+            "KubeletHasNoDiskPressure",
+            "kubelet has no disk pressure".into(),
+        )
     };
     Ok(NodeStatus {
         // A hundredth of a core and 64 MiB are kept for the node's own parts.
@@ -280,18 +397,8 @@ fn status(
             },
         ]),
         conditions: Some(vec![
-            condition(
-                "MemoryPressure",
-                "False",
-                "KubeletHasSufficientMemory",
-                "kubelet has sufficient memory available".into(),
-            ),
-            condition(
-                "DiskPressure",
-                "False",
-                "KubeletHasNoDiskPressure",
-                "kubelet has no disk pressure".into(),
-            ),
+            memory,
+            disk_pressure,
             condition(
                 "PIDPressure",
                 "False",
@@ -306,11 +413,12 @@ fn status(
             }),
         }),
         images: Some(
-            images
-                .into_iter()
+            facts
+                .images
+                .iter()
                 .map(|(names, size)| ContainerImage {
-                    names: Some(names),
-                    size_bytes: Some(size),
+                    names: Some(names.clone()),
+                    size_bytes: Some(*size),
                 })
                 .collect(),
         ),

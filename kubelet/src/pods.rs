@@ -1,6 +1,7 @@
 //! The pods of this node: a worker for each, woken by the API's watch and the runtime's events.
 
 use std::collections::{HashMap, HashSet};
+use std::path::{Path, PathBuf};
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
 
@@ -18,6 +19,7 @@ use tracing::{info, warn};
 use crate::config::Config;
 use crate::events::Teller;
 use crate::runtime::{POD_UID, Runtime};
+use crate::volumes;
 use crate::worker::{Shared, Wake, Worker};
 
 /// All workers; cheap to clone.
@@ -25,7 +27,11 @@ use crate::worker::{Shared, Wake, Worker};
 pub(crate) struct Pods {
     shared: Shared,
     workers: Arc<Mutex<HashMap<String, Handle>>>,
-    tracker: TaskTracker,
+    tasks: TaskTracker,
+    /// Told to begin no more.
+    shutdown: CancellationToken,
+    /// Told to drop what they are at.
+    overdue: CancellationToken,
 }
 
 /// How long workers may take to finish what they are at when the kubelet ends.
@@ -42,6 +48,7 @@ impl Pods {
         config: Arc<Config>,
         runtime: Runtime,
         teller: Teller,
+        shutdown: CancellationToken,
     ) -> Self {
         Self {
             shared: Shared {
@@ -51,7 +58,9 @@ impl Pods {
                 teller,
             },
             workers: Arc::default(),
-            tracker: TaskTracker::new(),
+            tasks: TaskTracker::new(),
+            shutdown,
+            overdue: CancellationToken::new(),
         }
     }
 
@@ -80,8 +89,29 @@ impl Pods {
     }
 
     /// Runs until `shutdown`; pods stay as they are.
-    pub(crate) async fn run(self, shutdown: CancellationToken) -> Result<()> {
-        let events = tokio::spawn(self.clone().follow_runtime(shutdown.clone()));
+    pub(crate) async fn run(self) -> Result<()> {
+        // Whatever way this ends, no worker stays.
+        let _end = self.overdue.clone().drop_guard();
+        let outcome = tokio::select! {
+            () = self.shutdown.cancelled() => Ok(()),
+            () = self.follow_runtime() => Ok(()),
+            ended = self.follow_api() => ended,
+        };
+        // A worker that nobody can wake any more ends after the step that it is at.
+        self.lock().clear();
+        self.tasks.close();
+        if tokio::time::timeout(FAREWELL, self.tasks.wait())
+            .await
+            .is_err()
+        {
+            warn!("some pods are still being synced; they are left as they are");
+            self.overdue.cancel();
+            self.tasks.wait().await;
+        }
+        outcome
+    }
+
+    async fn follow_api(&self) -> Result<()> {
         let config = watcher::Config::default()
             .fields(&format!("spec.nodeName={}", self.shared.config.node_name));
         let mut pods = std::pin::pin!(
@@ -89,11 +119,7 @@ impl Pods {
         );
         let mut seen = HashSet::new();
         loop {
-            let event = tokio::select! {
-                () = shutdown.cancelled() => break,
-                event = pods.try_next() => event,
-            };
-            match event {
+            match pods.try_next().await {
                 Ok(Some(Event::Init)) => seen.clear(),
                 Ok(Some(Event::InitApply(pod))) => {
                     seen.insert(pod.metadata.uid.clone().unwrap_or_default());
@@ -112,22 +138,12 @@ impl Pods {
                         .collect();
                     lost.iter().for_each(|uid| self.gone(uid));
                     self.remove_orphans(&seen).await;
+                    self.remove_leftovers(&seen);
                 }
                 Ok(None) => anyhow::bail!("the watch of pods ended"),
                 Err(error) => warn!(%error, "the watch of pods failed; trying again"),
             }
         }
-        events.abort();
-        // A worker whose wakes have no sender any more ends after the sync that it is at.
-        self.lock().clear();
-        self.tracker.close();
-        if tokio::time::timeout(FAREWELL, self.tracker.wait())
-            .await
-            .is_err()
-        {
-            warn!("some pods are still being synced; they are left as they are");
-        }
-        Ok(())
     }
 
     /// Gives a pod to its worker, which is made if need be.
@@ -141,13 +157,24 @@ impl Pods {
             }
         }
         let (wakes, receiver) = mpsc::unbounded_channel();
-        let worker = Worker::new(self.shared.clone(), pod.clone());
+        let worker = Worker::new(self.shared.clone(), pod.clone(), receiver);
         workers.insert(uid.clone(), Handle { pod, wakes });
         drop(workers);
         let pods = self.clone();
-        self.tracker.spawn(async move {
-            worker.run(receiver).await;
-            pods.lock().remove(&uid);
+        self.tasks.spawn(async move {
+            // What a worker leaves undone is taken up by the next kubelet, from what it finds.
+            tokio::select! {
+                () = pods.overdue.cancelled() => {}
+                () = worker.run() => {}
+            }
+            // Unless the pod has been given to a new worker already.
+            let mut workers = pods.lock();
+            if workers
+                .get(&uid)
+                .is_some_and(|handle| handle.wakes.is_closed())
+            {
+                workers.remove(&uid);
+            }
         });
     }
 
@@ -189,9 +216,29 @@ impl Pods {
         }
     }
 
+    /// Folders of pods that neither the API nor the runtime knows any more.
+    fn remove_leftovers(&self, known: &HashSet<String>) {
+        let root = &self.shared.config.root;
+        for (folder, uid, path) in leftovers(root) {
+            if known.contains(&uid) || self.lock().contains_key(&uid) {
+                continue;
+            }
+            info!(uid, folder, "removing what a pod has left");
+            let removed = if folder == "pods" {
+                volumes::remove(&path)
+            } else {
+                std::fs::remove_dir_all(&path).map_err(Into::into)
+            };
+            if let Err(error) = removed {
+                let error = format!("{error:#}");
+                warn!(error, "could not remove what a pod has left");
+            }
+        }
+    }
+
     /// Wakes workers by the runtime's events; a broken stream is opened again, and all are woken since some may be lost.
-    async fn follow_runtime(self, shutdown: CancellationToken) {
-        while !shutdown.is_cancelled() {
+    async fn follow_runtime(&self) {
+        loop {
             match self.shared.runtime.events().await {
                 Ok(mut events) => {
                     self.lock()
@@ -220,5 +267,42 @@ impl Pods {
             }
             tokio::time::sleep(Duration::from_secs(1)).await;
         }
+    }
+}
+
+/// The folders of pods under the kubelet's root: kind, uid and path.
+fn leftovers(root: &Path) -> Vec<(&'static str, String, PathBuf)> {
+    let mut found = Vec::new();
+    for folder in ["pods", "logs"] {
+        let entries = std::fs::read_dir(root.join(folder)).into_iter().flatten();
+        for entry in entries.flatten() {
+            let name = entry.file_name().to_string_lossy().into_owned();
+            // `pods/<uid>` and `logs/<namespace>_<name>_<uid>`
+            let uid = match folder {
+                "pods" => Some(name.as_str()),
+                _ => name.splitn(3, '_').nth(2),
+            };
+            if let Some(uid) = uid {
+                found.push((folder, uid.to_owned(), entry.path()));
+            }
+        }
+    }
+    found
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn folders_tell_whose_they_are() {
+        let root = tempfile::tempdir().unwrap();
+        for dir in ["pods/u-1", "logs/default_web-0_u-2", "logs/other"] {
+            std::fs::create_dir_all(root.path().join(dir)).unwrap();
+        }
+        let found = leftovers(root.path());
+        let shown: Vec<_> = found.iter().map(|(f, uid, _)| (*f, uid.as_str())).collect();
+        assert_eq!(shown, [("pods", "u-1"), ("logs", "u-2")]);
+        assert_eq!(found[1].2, root.path().join("logs/default_web-0_u-2"));
     }
 }

@@ -2,16 +2,20 @@
 
 use std::time::Duration;
 
-use anyhow::{Result, bail};
-use bytes::Bytes;
-use http_body_util::Empty;
-use hyper_util::rt::TokioIo;
-use k8s_openapi::api::core::v1::{Container, HTTPGetAction, Probe};
+use anyhow::{Context, Result, bail};
+use k8s_openapi::api::core::v1::{Container, Probe};
 use k8s_openapi::apimachinery::pkg::util::intstr::IntOrString;
 use tokio::net::TcpStream;
 use tokio::sync::mpsc;
 
 use crate::runtime::Runtime;
+
+mod grpc;
+pub(crate) mod http;
+mod tls;
+
+/// How a kubelet names itself to those that it asks.
+const USER_AGENT: &str = "kube-probe/1.36";
 
 /// Which probe.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
@@ -88,11 +92,7 @@ pub(crate) async fn run(
     let mut told = None;
     loop {
         ticks.tick().await;
-        let outcome =
-            match tokio::time::timeout(timeout, once(&runtime, &target, &probe, timeout)).await {
-                Ok(outcome) => outcome,
-                Err(_) => Err(anyhow::anyhow!("no answer within {} s", timeout.as_secs())),
-            };
+        let outcome = once(&runtime, &target, &probe, timeout).await;
         let message = outcome
             .as_ref()
             .err()
@@ -134,80 +134,79 @@ pub(crate) async fn run(
     }
 }
 
-async fn once(runtime: &Runtime, target: &Target, probe: &Probe, timeout: Duration) -> Result<()> {
+/// One try, within its time.
+async fn once(runtime: &Runtime, target: &Target, probe: &Probe, limit: Duration) -> Result<()> {
+    let known = |port: &IntOrString| {
+        port_of(&target.container, port).with_context(|| match port {
+            IntOrString::Int(number) => format!("invalid port number: {number}"),
+            IntOrString::String(name) => format!("couldn't find port: {name:?}"),
+        })
+    };
     if let Some(get) = &probe.http_get {
-        let port = port_of(&target.container, &get.port);
-        let Some(port) = port else {
-            bail!("port {:?} is not known", get.port)
+        let port = known(&get.port)?;
+        let asked = tokio::time::timeout(limit, http::get(get, &target.pod_ip, port)).await;
+        let Ok(status) = asked else {
+            let url = http::shown(get, &target.pod_ip, port);
+            bail!(
+                "Get {url:?}: context deadline exceeded (Client.Timeout exceeded while awaiting headers)"
+            );
         };
-        let status = http_get(get, &target.pod_ip, port).await?;
+        let status = status?;
         if !(200..400).contains(&status) {
             bail!("HTTP probe failed with statuscode: {status}");
         }
         return Ok(());
     }
     if let Some(tcp) = &probe.tcp_socket {
-        let Some(port) = port_of(&target.container, &tcp.port) else {
-            bail!("port {:?} is not known", tcp.port)
+        let port = known(&tcp.port)?;
+        let host = tcp.host.as_deref().filter(|host| !host.is_empty());
+        let host = host.unwrap_or(&target.pod_ip);
+        return match tokio::time::timeout(limit, connect(host, port)).await {
+            Ok(connected) => connected.map(drop),
+            Err(_) => bail!("dial tcp {}: i/o timeout", address(host, port)),
         };
-        let host = tcp
-            .host
-            .as_deref()
-            .filter(|host| !host.is_empty())
-            .unwrap_or(&target.pod_ip);
-        TcpStream::connect((host, port)).await?;
-        return Ok(());
+    }
+    if let Some(grpc) = &probe.grpc {
+        let port = known(&IntOrString::Int(grpc.port))?;
+        let service = grpc.service.as_deref().unwrap_or_default();
+        return grpc::check(&target.pod_ip, port, service, limit).await;
     }
     if let Some(exec) = &probe.exec {
-        let (code, output) = runtime
-            .exec_sync(
-                &target.container_id,
-                exec.command.clone().unwrap_or_default(),
-                timeout,
-            )
-            .await?;
+        let command = exec.command.clone().unwrap_or_default();
+        let shown = command.join(" ");
+        // The runtime keeps the time, and ends the command with it; it is not waited for without end.
+        let exec = runtime.exec_sync(&target.container_id, command, limit);
+        let patience = limit + Duration::from_secs(5);
+        let (code, output) = match tokio::time::timeout(patience, exec).await {
+            Ok(outcome) => outcome?,
+            Err(_) => bail!(
+                "command {shown:?} timed out: no answer within {} s",
+                patience.as_secs()
+            ),
+        };
         if code != 0 {
             bail!("{}", String::from_utf8_lossy(&output).trim());
         }
         return Ok(());
     }
-    bail!("this kind of probe is not supported by this kubelet")
+    bail!("the probe says not what to do")
 }
 
-/// One GET; its status.
-pub(crate) async fn http_get(get: &HTTPGetAction, pod_ip: &str, port: u16) -> Result<u16> {
-    if get
-        .scheme
-        .as_deref()
-        .is_some_and(|scheme| scheme.eq_ignore_ascii_case("https"))
-    {
-        bail!("HTTPS probes are not supported by this kubelet");
+/// `host:port`, with IPv6 addresses in brackets.
+fn address(host: &str, port: u16) -> String {
+    if host.contains(':') {
+        format!("[{host}]:{port}")
+    } else {
+        format!("{host}:{port}")
     }
-    let host = get
-        .host
-        .as_deref()
-        .filter(|host| !host.is_empty())
-        .unwrap_or(pod_ip);
-    let stream = TcpStream::connect((host, port)).await?;
-    let (mut sender, connection) =
-        hyper::client::conn::http1::handshake(TokioIo::new(stream)).await?;
-    let connection = tokio::spawn(connection);
-    let path = get
-        .path
-        .as_deref()
-        .filter(|path| path.starts_with('/'))
-        .unwrap_or("/");
-    let mut request = http::Request::get(path)
-        .header(http::header::HOST, format!("{host}:{port}"))
-        .header(http::header::USER_AGENT, "kube-probe/1.36")
-        .header(http::header::ACCEPT, "*/*")
-        .header(http::header::CONNECTION, "close");
-    for header in get.http_headers.iter().flatten() {
-        request = request.header(header.name.as_str(), header.value.as_str());
-    }
-    let response = sender
-        .send_request(request.body(Empty::<Bytes>::new())?)
-        .await?;
-    connection.abort();
-    Ok(response.status().as_u16())
+}
+
+async fn connect(host: &str, port: u16) -> Result<TcpStream> {
+    TcpStream::connect((host, port)).await.map_err(|error| {
+        let what = match error.kind() {
+            std::io::ErrorKind::ConnectionRefused => "connect: connection refused".to_owned(),
+            _ => error.to_string(),
+        };
+        anyhow::anyhow!("dial tcp {}: {what}", address(host, port))
+    })
 }

@@ -119,6 +119,46 @@ impl Runtime {
             .into_inner())
     }
 
+    /// Sets `over` once a container has ended, or the runtime does not know it any more.
+    pub(crate) async fn tell_end(self, id: String, over: tokio::sync::watch::Sender<bool>) {
+        let follow = async {
+            loop {
+                let events = self.events().await;
+                // Asked once the stream is open: it may have ended before.
+                if self.has_ended(&id).await {
+                    break;
+                }
+                if let Ok(mut events) = events {
+                    while let Ok(Some(event)) = events.message().await {
+                        if event.container_id == id && self.has_ended(&id).await {
+                            return;
+                        }
+                    }
+                }
+                // The runtime is being restarted, or has no events to give.
+                tokio::time::sleep(Duration::from_secs(1)).await;
+            }
+        };
+        tokio::select! {
+            () = follow => drop(over.send(true)),
+            () = over.closed() => {}
+        }
+    }
+
+    async fn has_ended(&self, id: &str) -> bool {
+        let request = v1::ContainerStatusRequest {
+            container_id: id.to_owned(),
+            verbose: false,
+        };
+        match self.runtime.clone().container_status(request).await {
+            Ok(answer) => answer
+                .into_inner()
+                .status
+                .is_none_or(|status| status.state() == v1::ContainerState::ContainerExited),
+            Err(status) => status.code() == tonic::Code::NotFound,
+        }
+    }
+
     /// Whether runtime and network are ready, with the reason where they are not.
     pub(crate) async fn not_ready(&self) -> Result<Option<String>> {
         let status = self
@@ -375,8 +415,8 @@ impl Runtime {
             .url)
     }
 
-    /// The image's id, if the runtime has it.
-    pub(crate) async fn image(&self, image: &str) -> Result<Option<String>> {
+    /// The image, if the runtime has it.
+    pub(crate) async fn image(&self, image: &str) -> Result<Option<v1::Image>> {
         let spec = v1::ImageSpec {
             image: image.to_owned(),
             ..Default::default()
@@ -392,26 +432,42 @@ impl Runtime {
             .await
             .map_err(plain)?
             .into_inner();
-        Ok(status.image.map(|image| image.id))
+        Ok(status.image)
     }
 
-    pub(crate) async fn pull(&self, image: &str) -> Result<String> {
+    /// Pulls an image with one of these credentials, or without any where there is none.
+    pub(crate) async fn pull(&self, image: &str, tries: Vec<v1::AuthConfig>) -> Result<()> {
+        let mut tries = tries.into_iter().map(Some).collect::<Vec<_>>();
+        if tries.is_empty() {
+            tries.push(None);
+        }
+        let mut errors: Vec<String> = Vec::new();
+        for auth in tries {
+            match self.pull_once(image, auth).await {
+                Ok(()) => return Ok(()),
+                Err(error) => errors.push(format!("{error:#}")),
+            }
+        }
+        errors.dedup();
+        anyhow::bail!("{}", errors.join("; "))
+    }
+
+    async fn pull_once(&self, image: &str, auth: Option<v1::AuthConfig>) -> Result<()> {
         let spec = v1::ImageSpec {
             image: image.to_owned(),
             ..Default::default()
         };
         let request = v1::PullImageRequest {
             image: Some(spec),
+            auth,
             ..Default::default()
         };
-        Ok(self
-            .images
+        self.images
             .clone()
             .pull_image(request)
             .await
-            .map_err(plain)?
-            .into_inner()
-            .image_ref)
+            .map(drop)
+            .map_err(plain)
     }
 
     /// Images for the Node's status, as (names, bytes).

@@ -4,7 +4,7 @@ use std::convert::Infallible;
 use std::net::{IpAddr, Ipv4Addr, SocketAddr};
 use std::sync::Arc;
 
-use anyhow::{Context, Result};
+use anyhow::{Context, Result, ensure};
 use bytes::Bytes;
 use futures::StreamExt;
 use http::{Method, Request, Response, StatusCode};
@@ -21,7 +21,7 @@ use tracing::{debug, warn};
 use xebec_cri_api::v1;
 
 use crate::config::Config;
-use crate::logs::{self, Wanted};
+use crate::logs::{Log, Wanted};
 use crate::pods::Pods;
 use crate::runtime::Runtime;
 
@@ -288,14 +288,16 @@ impl Server {
             .container(namespace, name, container, get("previous") == Some("true"))
             .await?;
         let path = std::path::PathBuf::from(&status.log_path);
-        let (sender, receiver) = tokio::sync::mpsc::channel(16);
+        let follow = wanted.follow;
+        let log = Log::open(path, wanted).await?;
+        let (sender, receiver) = tokio::sync::mpsc::channel(4);
         let (over, ended) =
-            tokio::sync::watch::channel(status.state() != v1::ContainerState::ContainerRunning);
-        if wanted.follow && !*ended.borrow() {
-            self.tell_end(status.id.clone(), over);
+            tokio::sync::watch::channel(status.state() == v1::ContainerState::ContainerExited);
+        if follow && !*ended.borrow() {
+            tokio::spawn(self.runtime.clone().tell_end(status.id.clone(), over));
         }
         tokio::spawn(async move {
-            if let Err(error) = logs::send(path, wanted, sender, ended).await {
+            if let Err(error) = log.send(sender, ended).await {
                 warn!(error = format!("{error:#}"), "could not send a log");
             }
         });
@@ -310,32 +312,6 @@ impl Server {
             http::HeaderValue::from_static("text/plain"),
         );
         Ok(response)
-    }
-
-    /// Sets `over` once a container has ended.
-    fn tell_end(&self, id: String, over: tokio::sync::watch::Sender<bool>) {
-        let runtime = self.runtime.clone();
-        tokio::spawn(async move {
-            let Ok(mut events) = runtime.events().await else {
-                return;
-            };
-            loop {
-                tokio::select! {
-                    event = events.message() => match event {
-                        Ok(Some(event)) => {
-                            let stopped = event.container_event_type != v1::ContainerEventType::ContainerStartedEvent as i32
-                                && event.container_event_type != v1::ContainerEventType::ContainerCreatedEvent as i32;
-                            if event.container_id == id && stopped {
-                                let _ = over.send(true);
-                                return;
-                            }
-                        }
-                        _ => return,
-                    },
-                    () = over.closed() => return,
-                }
-            }
-        });
     }
 
     /// Asks the runtime for a stream's URL, and joins the client with it.
@@ -354,14 +330,26 @@ impl Server {
                 .any(|(name, value)| name == key && value == "1")
         };
         let url = if let Some(container) = container {
-            let id = self.container(namespace, name, container, false).await?.id;
+            let status = self.container(namespace, name, container, false).await?;
+            ensure!(
+                status.state() == v1::ContainerState::ContainerRunning,
+                "container not found ({container:?})"
+            );
+            let id = status.id;
             let command = query
                 .iter()
                 .filter(|(name, _)| name == "command")
                 .map(|(_, value)| value.clone())
                 .collect();
-            let (stdin, stdout, stderr, tty) =
-                (flag("input"), flag("output"), flag("error"), flag("tty"));
+            let (stdin, stdout, tty) = (flag("input"), flag("output"), flag("tty"));
+            // A terminal has one output; who asks for two gets that one.
+            let stderr = flag("error") && !tty;
+            if !(stdin || stdout || stderr) {
+                return Ok(text(
+                    StatusCode::BAD_REQUEST,
+                    "you must specify at least 1 of stdin, stdout, stderr\n",
+                ));
+            }
             if kind == "exec" {
                 self.runtime
                     .exec_url(v1::ExecRequest {

@@ -62,6 +62,7 @@ pub(crate) fn container_status(
     known: &Known,
     runtime_name: &str,
     init: bool,
+    creating: &str,
 ) -> ContainerStatus {
     let latest = state.latest(&spec.name);
     let mut status = ContainerStatus {
@@ -78,15 +79,12 @@ pub(crate) fn container_status(
         }),
         ..ContainerState::default()
     };
+    let not_yet = || match &known.waiting {
+        Some((reason, message)) => waiting(reason, Some(message.clone()).filter(|m| !m.is_empty())),
+        None => waiting(creating, None),
+    };
     let Some(container) = latest else {
-        let (reason, message) = match &known.waiting {
-            Some((reason, message)) => (
-                reason.as_str(),
-                Some(message.clone()).filter(|m| !m.is_empty()),
-            ),
-            None => ("ContainerCreating", None),
-        };
-        status.state = Some(waiting(reason, message));
+        status.state = Some(not_yet());
         return status;
     };
     status.container_id = Some(format!("{runtime_name}://{}", container.id));
@@ -122,7 +120,7 @@ pub(crate) fn container_status(
                 status.ready = init && container.exit_code == 0;
             }
         },
-        _ => status.state = Some(waiting("ContainerCreating", None)),
+        _ => status.state = Some(not_yet()),
     }
     status
 }
@@ -150,9 +148,16 @@ pub(crate) fn pod_status(facts: &Facts<'_>) -> PodStatus {
         return PodStatus::default();
     };
     let old = pod.status.clone().unwrap_or_default();
+    // What a container shows that nothing is known of yet.
+    let creating = if spec.init_containers.iter().flatten().next().is_some() {
+        "PodInitializing"
+    } else {
+        "ContainerCreating"
+    };
     let each = |containers: &[Container], init: bool| -> Vec<ContainerStatus> {
         let status = |c: &Container| {
-            container_status(c, state, &(facts.known)(&c.name), facts.runtime_name, init)
+            let known = (facts.known)(&c.name);
+            container_status(c, state, &known, facts.runtime_name, init, creating)
         };
         containers.iter().map(status).collect()
     };
@@ -186,6 +191,12 @@ pub(crate) fn pod_status(facts: &Facts<'_>) -> PodStatus {
                 .and_then(|s| s.terminated.as_ref())
                 .is_some_and(|t| t.exit_code != 0)
         });
+    // One that has never run; one that is to run again shows how it ended before.
+    let new = |status: &ContainerStatus| {
+        let waits = |state: &ContainerState| state.waiting.is_some();
+        let ended = |state: &ContainerState| state.terminated.is_some();
+        status.state.as_ref().is_some_and(waits) && !status.last_state.as_ref().is_some_and(ended)
+    };
     let all_ended = ended.len() == containers.len() && !containers.is_empty();
     let mut phase = if init_failed {
         "Failed"
@@ -197,7 +208,7 @@ pub(crate) fn pod_status(facts: &Facts<'_>) -> PodStatus {
         } else {
             "Running"
         }
-    } else if containers.iter().all(|c| c.container_id.is_none()) {
+    } else if containers.iter().any(new) {
         "Pending"
     } else {
         "Running"
@@ -401,6 +412,43 @@ mod tests {
             .unwrap()
             .status;
         (status.phase.unwrap(), ready)
+    }
+
+    #[test]
+    fn what_a_container_waits_for_is_its_state() {
+        let (pod, created) = (
+            pod("Always"),
+            container("a", v1::ContainerState::ContainerCreated, 0),
+        );
+        let state = PodState {
+            sandboxes: vec![],
+            containers: vec![created],
+        };
+        let known = |name: &str| Known {
+            waiting: (name == "a").then(|| ("RunContainerError".into(), "no such file".into())),
+            ..Known::default()
+        };
+        let status = pod_status(&Facts {
+            pod: &pod,
+            state: &state,
+            node_ip: "1.2.3.4".into(),
+            runtime_name: "xebec",
+            known: &known,
+            over: None,
+        });
+        let waiting: Vec<_> = status
+            .container_statuses
+            .unwrap()
+            .into_iter()
+            .map(|c| c.state.unwrap().waiting.unwrap())
+            .map(|w| (w.reason.unwrap(), w.message))
+            .collect();
+        assert_eq!(
+            waiting[0],
+            ("RunContainerError".into(), Some("no such file".into()))
+        );
+        assert_eq!(waiting[1], ("ContainerCreating".into(), None));
+        assert_eq!(status.phase.as_deref(), Some("Pending"));
     }
 
     #[test]

@@ -5,13 +5,11 @@ use std::os::unix::fs::PermissionsExt;
 use std::path::{Path, PathBuf};
 
 use anyhow::{Context, Result, bail};
-use k8s_openapi::api::authentication::v1::{BoundObjectReference, TokenRequest, TokenRequestSpec};
-use k8s_openapi::api::core::v1::{
-    ConfigMap, DownwardAPIVolumeFile, KeyToPath, Secret, ServiceAccount, Volume,
-};
+use k8s_openapi::api::core::v1::{ConfigMap, DownwardAPIVolumeFile, KeyToPath, Secret, Volume};
 use kube::Api;
 
 use crate::env::{Sources, pod_field, resource_field};
+use crate::tokens::Tokens;
 
 /// Files by relative path, with their mode.
 type Files = BTreeMap<String, (Vec<u8>, u32)>;
@@ -19,8 +17,14 @@ type Files = BTreeMap<String, (Vec<u8>, u32)>;
 /// Host paths of a pod's volumes by name.
 pub(crate) type Mounts = BTreeMap<String, PathBuf>;
 
-/// Makes every volume ready; what changed in the API since is written anew.
-pub(crate) async fn prepare(sources: &Sources<'_>, pod_dir: &Path) -> Result<Mounts> {
+/// Makes every volume ready; what changed in the API since is written anew. Only the `first` time owner and mode
+/// of what pods write to are set, since these are the pod's own to change.
+pub(crate) async fn prepare(
+    sources: &Sources<'_>,
+    pod_dir: &Path,
+    tokens: &mut Tokens,
+    first: bool,
+) -> Result<Mounts> {
     let mut mounts = Mounts::new();
     for volume in sources
         .pod
@@ -28,7 +32,7 @@ pub(crate) async fn prepare(sources: &Sources<'_>, pod_dir: &Path) -> Result<Mou
         .iter()
         .flat_map(|spec| spec.volumes.iter().flatten())
     {
-        let path = one(sources, pod_dir, volume)
+        let path = one(sources, pod_dir, volume, tokens, first)
             .await
             .with_context(|| format!("MountVolume.SetUp failed for volume {:?}", volume.name))?;
         mounts.insert(volume.name.clone(), path);
@@ -36,7 +40,21 @@ pub(crate) async fn prepare(sources: &Sources<'_>, pod_dir: &Path) -> Result<Mou
     Ok(mounts)
 }
 
-async fn one(sources: &Sources<'_>, pod_dir: &Path, volume: &Volume) -> Result<PathBuf> {
+async fn one(
+    sources: &Sources<'_>,
+    pod_dir: &Path,
+    volume: &Volume,
+    tokens: &mut Tokens,
+    first: bool,
+) -> Result<PathBuf> {
+    let group = sources
+        .pod
+        .spec
+        .as_ref()
+        .and_then(|spec| spec.security_context.as_ref()?.fs_group);
+    let group = group
+        .map(|group| u32::try_from(group).with_context(|| format!("fsGroup {group} is no group")))
+        .transpose()?;
     let dir = |kind: &str| pod_dir.join("volumes").join(kind).join(&volume.name);
     if let Some(empty) = &volume.empty_dir {
         if empty
@@ -44,13 +62,17 @@ async fn one(sources: &Sources<'_>, pod_dir: &Path, volume: &Volume) -> Result<P
             .as_deref()
             .is_some_and(|medium| medium == "Memory")
         {
-            return memory_dir(
-                &dir("kubernetes.io~empty-dir"),
-                empty.size_limit.as_ref().map(|q| q.0.as_str()),
-            );
+            let path = dir("kubernetes.io~empty-dir");
+            let limit = empty.size_limit.as_ref().map(|q| q.0.as_str());
+            memory_dir(&path, limit, first)?;
+            give(&path, group.filter(|_| first), 0o660)?;
+            return Ok(path);
         }
         let path = dir("kubernetes.io~empty-dir");
-        make_dir(&path, 0o777)?;
+        if first || !path.exists() {
+            make_dir(&path, 0o777)?;
+            give(&path, group, 0o660)?;
+        }
         return Ok(path);
     }
     if let Some(host) = &volume.host_path {
@@ -125,7 +147,10 @@ async fn one(sources: &Sources<'_>, pod_dir: &Path, volume: &Volume) -> Result<P
                 )?;
             }
             if let Some(one) = &source.service_account_token {
-                let value = token(sources, one.audience.as_deref(), one.expiration_seconds).await?;
+                let audience = one.audience.as_deref();
+                let value = tokens
+                    .get(sources, audience, one.expiration_seconds)
+                    .await?;
                 files.insert(
                     one.path.clone(),
                     (value.into_bytes(), mode.unwrap_or(0o644) as u32),
@@ -138,7 +163,8 @@ async fn one(sources: &Sources<'_>, pod_dir: &Path, volume: &Volume) -> Result<P
     };
     let path = dir(kind);
     make_dir(&path, 0o755)?;
-    write_atomically(&path, &files)?;
+    give(&path, group, 0o440)?;
+    write_atomically(&path, &files, group)?;
     Ok(path)
 }
 
@@ -149,16 +175,19 @@ fn make_dir(path: &Path, mode: u32) -> Result<()> {
 }
 
 /// An emptyDir in memory: a tmpfs, mounted once.
-fn memory_dir(path: &Path, limit: Option<&str>) -> Result<PathBuf> {
-    make_dir(path, 0o777)?;
+fn memory_dir(path: &Path, limit: Option<&str>, first: bool) -> Result<()> {
+    if first || !path.exists() {
+        make_dir(path, 0o777)?;
+    }
     let mounts =
         std::fs::read_to_string("/proc/self/mounts").context("could not read the mount table")?;
     let shown = path.to_string_lossy();
     if mounts
         .lines()
-        .any(|line| line.split(' ').nth(1) == Some(&shown))
+        .filter_map(|line| line.split(' ').nth(1))
+        .any(|point| unescape(point) == shown)
     {
-        return Ok(path.to_path_buf());
+        return Ok(());
     }
     let size = limit
         .and_then(|text| xebec_schema::quantity::Quantity::parse(text).ok())
@@ -172,8 +201,27 @@ fn memory_dir(path: &Path, limit: Option<&str>) -> Result<PathBuf> {
         nix::mount::MsFlags::empty(),
         Some(options.as_str()),
     )
-    .context("could not mount a tmpfs")?;
-    Ok(path.to_path_buf())
+    .context("could not mount a tmpfs")
+}
+
+/// Gives a file or folder to the pod's `fsGroup`: with these rights, and for folders so that what is made in them
+/// belongs to the group too.
+fn give(path: &Path, group: Option<u32>, rights: u32) -> Result<()> {
+    let Some(group) = group else {
+        return Ok(());
+    };
+    let metadata = std::fs::symlink_metadata(path)
+        .with_context(|| format!("could not look at {}", path.display()))?;
+    let more = if metadata.is_dir() {
+        rights | 0o2110
+    } else {
+        rights
+    };
+    let mode = metadata.permissions().mode() & 0o7777 | more;
+    // Changing the owner takes set-id bits away, so the mode comes last.
+    std::os::unix::fs::lchown(path, None, Some(group))
+        .and_then(|()| std::fs::set_permissions(path, std::fs::Permissions::from_mode(mode)))
+        .with_context(|| format!("could not give {} to group {group}", path.display()))
 }
 
 /// core/v1 HostPathType.
@@ -369,50 +417,8 @@ fn downward(
     Ok(())
 }
 
-/// A token of the pod's account, bound to the pod.
-async fn token(
-    sources: &Sources<'_>,
-    audience: Option<&str>,
-    seconds: Option<i64>,
-) -> Result<String> {
-    let metadata = &sources.pod.metadata;
-    let account = sources
-        .pod
-        .spec
-        .as_ref()
-        .and_then(|spec| spec.service_account_name.clone())
-        .unwrap_or_else(|| "default".into());
-    let request = TokenRequest {
-        spec: Some(TokenRequestSpec {
-            audiences: audience
-                .filter(|a| !a.is_empty())
-                .map(|a| vec![a.to_owned()]),
-            expiration_seconds: Some(seconds.unwrap_or(3600)),
-            bound_object_ref: Some(BoundObjectReference {
-                api_version: Some("v1".into()),
-                kind: Some("Pod".into()),
-                name: metadata.name.clone(),
-                uid: metadata.uid.clone(),
-            }),
-        }),
-        ..TokenRequest::default()
-    };
-    let api = Api::<ServiceAccount>::namespaced(
-        sources.client.clone(),
-        metadata.namespace.as_deref().unwrap_or_default(),
-    );
-    let answer: TokenRequest = api
-        .create_subresource("token", &account, &Default::default(), &request)
-        .await
-        .context("could not get a token")?;
-    answer
-        .status
-        .and_then(|status| status.token)
-        .context("the API server gave no token")
-}
-
 /// Writes files into a fresh folder and swaps the `..data` link to it, so that a reader sees all old or all new.
-fn write_atomically(dir: &Path, files: &Files) -> Result<()> {
+fn write_atomically(dir: &Path, files: &Files, group: Option<u32>) -> Result<()> {
     let data = dir.join("..data");
     let unchanged = files.iter().all(|(path, (content, _))| {
         std::fs::read(data.join(path)).is_ok_and(|old| old == *content)
@@ -431,6 +437,7 @@ fn write_atomically(dir: &Path, files: &Files) -> Result<()> {
     let fresh_name = format!("..{stamp}");
     let fresh = dir.join(&fresh_name);
     make_dir(&fresh, 0o755)?;
+    give(&fresh, group, 0o440)?;
     for (path, (content, mode)) in files {
         // The API server refuses `..` and absolute paths in items; keys can't hold a slash.
         if Path::new(path)
@@ -443,11 +450,15 @@ fn write_atomically(dir: &Path, files: &Files) -> Result<()> {
         if let Some(parent) = target.parent() {
             std::fs::create_dir_all(parent)
                 .with_context(|| format!("could not make {}", parent.display()))?;
+            for dir in parent.ancestors().take_while(|dir| *dir != fresh) {
+                give(dir, group, 0o440)?;
+            }
         }
         std::fs::write(&target, content)
             .with_context(|| format!("could not write {}", target.display()))?;
         std::fs::set_permissions(&target, std::fs::Permissions::from_mode(*mode))
             .with_context(|| format!("could not set the mode of {}", target.display()))?;
+        give(&target, group, 0o440)?;
     }
     let old = std::fs::read_link(&data).ok();
     let temporary = dir.join("..data_tmp");
@@ -478,6 +489,20 @@ fn write_atomically(dir: &Path, files: &Files) -> Result<()> {
     Ok(())
 }
 
+/// A path of the mount table, where blanks and the like are written as `\040`.
+fn unescape(shown: &str) -> String {
+    let (bytes, mut out, mut at) = (shown.as_bytes(), Vec::new(), 0);
+    while let Some(byte) = bytes.get(at) {
+        let octal = bytes
+            .get(at + 1..at + 4)
+            .filter(|_| *byte == b'\\')
+            .and_then(|digits| u8::from_str_radix(std::str::from_utf8(digits).ok()?, 8).ok());
+        out.push(octal.unwrap_or(*byte));
+        at += if octal.is_some() { 4 } else { 1 };
+    }
+    String::from_utf8_lossy(&out).into_owned()
+}
+
 /// Removes a pod's folder, with what is mounted in it.
 pub(crate) fn remove(pod_dir: &Path) -> Result<()> {
     let mounts = std::fs::read_to_string("/proc/self/mounts").unwrap_or_default();
@@ -486,9 +511,10 @@ pub(crate) fn remove(pod_dir: &Path) -> Result<()> {
         .lines()
         .rev()
         .filter_map(|line| line.split(' ').nth(1))
+        .map(unescape)
         .filter(|point| point.starts_with(&prefix))
     {
-        nix::mount::umount2(point, nix::mount::MntFlags::MNT_DETACH)
+        nix::mount::umount2(point.as_str(), nix::mount::MntFlags::MNT_DETACH)
             .with_context(|| format!("could not unmount {point}"))?;
     }
     match std::fs::remove_dir_all(pod_dir) {
@@ -512,7 +538,7 @@ mod tests {
                 .map(|(p, c)| ((*p).to_owned(), (c.as_bytes().to_vec(), 0o640)))
                 .collect()
         };
-        write_atomically(dir.path(), &files(&[("a", "1"), ("sub/b", "2")])).unwrap();
+        write_atomically(dir.path(), &files(&[("a", "1"), ("sub/b", "2")]), None).unwrap();
         assert_eq!(
             std::fs::read_to_string(dir.path().join("sub/b")).unwrap(),
             "2"
@@ -526,15 +552,42 @@ mod tests {
             0o640
         );
         let before = std::fs::read_link(dir.path().join("..data")).unwrap();
-        write_atomically(dir.path(), &files(&[("a", "1"), ("sub/b", "2")])).unwrap();
+        write_atomically(dir.path(), &files(&[("a", "1"), ("sub/b", "2")]), None).unwrap();
         assert_eq!(
             std::fs::read_link(dir.path().join("..data")).unwrap(),
             before,
             "nothing changed, nothing is swapped"
         );
-        write_atomically(dir.path(), &files(&[("a", "3")])).unwrap();
+        write_atomically(dir.path(), &files(&[("a", "3")]), None).unwrap();
         assert_eq!(std::fs::read_to_string(dir.path().join("a")).unwrap(), "3");
         assert!(!dir.path().join("sub").exists() && !dir.path().join(before).exists());
-        assert!(write_atomically(dir.path(), &files(&[("../x", "3")])).is_err());
+        assert!(write_atomically(dir.path(), &files(&[("../x", "3")]), None).is_err());
+    }
+
+    #[test]
+    fn files_belong_to_the_pods_group() {
+        use std::os::unix::fs::MetadataExt;
+        let dir = tempfile::tempdir().unwrap();
+        // Root may give to any group, others only to their own.
+        let group = if nix::unistd::geteuid().is_root() {
+            4242
+        } else {
+            nix::unistd::getegid().as_raw()
+        };
+        let files = Files::from([("sub/a".to_owned(), (b"1".to_vec(), 0o400))]);
+        write_atomically(dir.path(), &files, Some(group)).unwrap();
+        let seen = |path: &str| {
+            let metadata = std::fs::metadata(dir.path().join(path)).unwrap();
+            (metadata.gid(), metadata.mode() & 0o7777)
+        };
+        assert_eq!(seen("sub/a"), (group, 0o440));
+        assert_eq!(seen("sub"), (group, 0o2755));
+        assert_eq!(seen("..data"), (group, 0o2755));
+    }
+
+    #[test]
+    fn the_mount_table_is_read_as_it_is_written() {
+        assert_eq!(unescape(r"/a\040b\134c/d"), r"/a b\c/d");
+        assert_eq!(unescape("/plain"), "/plain");
     }
 }

@@ -7,7 +7,7 @@ use std::time::Duration;
 
 use anyhow::{Context, Result};
 use serde_json::{Value, json};
-use xebec_tests::{Cluster, Machine, assert_nothing_left, eventually, shop, succeed};
+use xebec_tests::{Cluster, Machine, assert_nothing_left, eventually, shop, succeed, xebec_bin};
 
 const MINUTE: Duration = Duration::from_secs(60);
 const NODES: [&str; 2] = ["node1", "node2"];
@@ -260,6 +260,30 @@ fn apply(cluster: &Cluster, manifests: &str) -> Result<()> {
     succeed("kubectl apply", kubectl.wait_with_output()?).map(drop)
 }
 
+/// Clients that are no node's reach every backend through the port of any node; none of 1,000 requests is lost.
+fn host_reaches_node_ports(cluster: &Cluster, addresses: &BTreeMap<String, String>) -> Result<()> {
+    let backends = cluster.ready_pods("shop", "app=web")?;
+    for address in addresses.values() {
+        let url = format!("http://{address}:30080/whoami");
+        let mut client = Command::new(xebec_bin());
+        client.args([
+            "demo",
+            "get",
+            &url,
+            "-n",
+            "1000",
+            "--summary",
+            "--keep-going",
+        ]);
+        let text = succeed(&url, client.output()?)?;
+        assert!(text.contains("0 failed, 1000 requests"), "{url}: {text}");
+        for pod in &backends {
+            assert!(text.contains(pod), "{url}: {pod} got no request: {text}");
+        }
+    }
+    Ok(())
+}
+
 /// The command line tells of both nodes.
 fn command_line_shows_both(cluster: &Cluster, pods: &BTreeMap<String, Pod>) -> Result<()> {
     let status = cluster.run(&["status"])?;
@@ -370,6 +394,7 @@ fn shop_on_two_nodes_and_nothing_left_behind() -> Result<()> {
     let pods = apply_shop(&cluster)?;
     command_line_shows_both(&cluster, &pods)?;
     host_reaches_all(&cluster, &pods)?;
+    host_reaches_node_ports(&cluster, &addresses)?;
     let service = cluster.get(&["service", "web", "-n", "shop"])?;
     let cluster_ip = service["spec"]["clusterIP"].as_str().unwrap_or_default();
     let mut urls = vec![("service".to_owned(), format!("http://{cluster_ip}/"))];

@@ -8,7 +8,13 @@ use crate::ebpf;
 use crate::shell::{Cmd, is_root, on_path};
 
 /// Packages whose integration tests named `root_*` need root.
-pub const ROOT_TEST_PACKAGES: &[&str] = &["xebec-store", "xebec-cri", "xebec-tests"];
+pub const ROOT_TEST_PACKAGES: &[&str] = &[
+    "xebec-store",
+    "xebec-cri",
+    "xebec-kubelet",
+    "xebec-agent",
+    "xebec-tests",
+];
 
 /// What is looked for, and the Debian package that brings it.
 struct Need {

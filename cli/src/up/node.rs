@@ -105,6 +105,10 @@ impl NodeConfig {
             state_dir: self.layout.agent_state(),
             bpf_dir: self.layout.bpf(),
             cgroup_root: self.cgroup_root.clone(),
+            pod_cgroup: self.pod_cgroup.clone(),
+            devices: Vec::new(),
+            // The host of several nodes is none of them, but has routes to their pods.
+            native: self.cable.iter().map(|cable| cable.host.into()).collect(),
         }
     }
 

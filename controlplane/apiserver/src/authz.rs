@@ -33,8 +33,18 @@ pub(crate) fn resource(user: &UserInfo, request: &ResourceRequest) -> Result<(),
     };
     Err(ApiError::forbidden(format!(
         "{qualified}{name} is forbidden: User {:?} cannot {} resource {what:?} in API group {:?} {scope}",
-        user.name, request.verb, resource.group
+        user.name,
+        verb(request),
+        resource.group
     )))
+}
+
+/// The verb that counts: a process or a connection in a pod is made, even if a WebSocket asks for it with GET.
+fn verb(request: &ResourceRequest) -> &'static str {
+    match request.subresource.as_deref() {
+        Some("exec" | "attach" | "portforward") => "create",
+        _ => request.verb,
+    }
 }
 
 /// Lets a request for another path pass: anybody may ask for health and version, those with a name for discovery.
@@ -72,7 +82,7 @@ pub(crate) fn is_trusted(user: &UserInfo) -> bool {
 }
 
 fn agent_may(user: &UserInfo, request: &ResourceRequest) -> bool {
-    let reads = matches!(request.verb, "get" | "list" | "watch");
+    let reads = matches!(verb(request), "get" | "list" | "watch");
     let events = request.resource.plural == "events"
         && matches!(request.verb, "create" | "patch" | "update");
     user.name == AGENT && (reads && request.resource.plural != "secrets" || events)
@@ -86,4 +96,31 @@ fn anyone_may(user: &UserInfo, request: &ResourceRequest) -> bool {
             request.resource.kind,
             "SelfSubjectAccessReview" | "SelfSubjectRulesReview" | "SelfSubjectReview"
         )
+}
+
+#[cfg(test)]
+#[allow(clippy::unwrap_used, reason = "a test fails by panicking")]
+mod tests {
+    use super::*;
+    use crate::request::{Query, parse};
+
+    fn may(user: &UserInfo, method: &str, path: &str) -> Result<(), String> {
+        let request = parse(&method.parse().unwrap(), path, &Query::parse(None)).unwrap();
+        resource(user, &request).map_err(|error| error.to_string())
+    }
+
+    #[test]
+    fn who_may_only_read_may_not_run_anything_in_a_pod() {
+        let agent = UserInfo::new(AGENT, &[]);
+        let pod = "/api/v1/namespaces/shop/pods/web";
+        may(&agent, "GET", pod).unwrap();
+        may(&agent, "GET", &format!("{pod}/log")).unwrap();
+        for sub in ["exec", "attach", "portforward"] {
+            for method in ["GET", "POST"] {
+                let why = may(&agent, method, &format!("{pod}/{sub}")).unwrap_err();
+                let wanted = format!("cannot create resource \"pods/{sub}\"");
+                assert!(why.contains(&wanted), "{why}");
+            }
+        }
+    }
 }

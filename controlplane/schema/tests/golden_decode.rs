@@ -30,7 +30,7 @@ fn resource(path: &str) -> Option<&'static Resource> {
 #[test]
 fn errors_and_warnings_are_the_real_servers() {
     let folder = Path::new("../../../shared/golden/recorded");
-    let Ok(areas) = std::fs::read_dir(&folder) else {
+    let Ok(areas) = std::fs::read_dir(folder) else {
         println!("skipped: no recordings");
         return;
     };

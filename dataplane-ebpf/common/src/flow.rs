@@ -113,6 +113,9 @@ pub const REASON_POLICY: u8 = 133;
 /// `INVALID_PACKET_DROPPED`.
 pub const REASON_INVALID: u8 = 134;
 
+/// `NO_MAPPING_FOR_NAT_MASQUERADE`.
+pub const REASON_NO_MAPPING: u8 = 161;
+
 /// Counters of one CPU.
 #[repr(C)]
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Pod, Zeroable)]
@@ -151,7 +154,7 @@ mod tests {
             [offset_of!(Event, verdict), offset_of!(Event, set)],
             [22, 28]
         );
-        assert_eq!(crate::LAYOUT, 2, "raise it with every change of a layout");
+        assert_eq!(crate::LAYOUT, 4, "raise it with every change of a layout");
     }
 
     #[test]

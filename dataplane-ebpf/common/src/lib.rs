@@ -5,11 +5,12 @@
 #![no_std]
 
 pub mod flow;
+pub mod nat;
 pub mod policy;
 pub mod service;
 
 /// Raised whenever a struct here changes, so that maps of another layout are never adopted.
-pub const LAYOUT: u32 = 2;
+pub const LAYOUT: u32 = 4;
 
 /// TCP, as IP numbers it.
 pub const TCP: u8 = 6;

@@ -62,6 +62,17 @@ pub struct ReverseKey {
     pub pad: u16,
 }
 
+/// Whose sockets are translated: the node's own and its pods'. Others in the same tree of cgroups have a network
+/// of their own, where a pod's address means nothing.
+#[repr(C)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Pod, Zeroable)]
+pub struct Scope {
+    /// Cookie of the node's network namespace (`SO_NETNS_COOKIE`).
+    pub netns: u64,
+    /// Number of the cgroup that all pods are in.
+    pub pods: u64,
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -77,7 +88,14 @@ mod tests {
             ],
             [8, 8, 8]
         );
-        assert_eq!([size_of::<Address>(), size_of::<ReverseKey>()], [8, 16]);
+        assert_eq!(
+            [
+                size_of::<Address>(),
+                size_of::<ReverseKey>(),
+                size_of::<Scope>()
+            ],
+            [8, 16, 16]
+        );
         assert_eq!(
             [
                 offset_of!(FrontendKey, port),

@@ -19,7 +19,7 @@ pub mod shim_client;
 mod spec;
 mod stats;
 mod status;
-mod streaming;
+pub mod streaming;
 mod users;
 
 use std::net::SocketAddr;
@@ -61,8 +61,8 @@ pub struct Config {
     /// HTTPS without checking certificates. Loopback addresses are always tried
     /// over HTTP as well.
     pub insecure_registries: Vec<String>,
-    /// Where exec, attach and port-forward streams will be served; loopback only.
-    /// Not used yet: the streaming server is not built.
+    /// Where exec, attach and port-forward streams are served; loopback only.
+    /// Port 0 lets the kernel choose.
     pub streaming_address: SocketAddr,
 }
 
@@ -107,10 +107,12 @@ pub async fn run(config: Config, shutdown: CancellationToken) -> anyhow::Result<
         _ => {}
     }
     let runtime = Arc::new(runtime::Runtime::open(config, shutdown.clone()).await?);
+    let streams = streaming::server::listen(&runtime).await?;
     runtime.recover().await;
     let listener = tokio::net::UnixListener::bind(&socket)
         .with_context(|| format!("cannot listen on {}", socket.display()))?;
     set_owner_only(&socket)?;
+    tokio::spawn(streaming::server::serve(runtime.clone(), streams));
     tracing::info!("container runtime serves {}", socket.display());
     let server = tonic::transport::Server::builder()
         .add_service(

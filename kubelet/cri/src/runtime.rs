@@ -14,6 +14,7 @@ use crate::cni::Cni;
 use crate::images::ImageStore;
 use crate::records::{Container, Phase, Registry, Sandbox};
 use crate::shim_client::{Frame, ShimClient};
+use crate::streaming::tokens::Tokens;
 
 /// All state of the server.
 pub struct Runtime {
@@ -27,6 +28,8 @@ pub struct Runtime {
     pub cni: Cni,
     /// Container events.
     pub events: broadcast::Sender<v1::ContainerEventResponse>,
+    /// Streams asked for and not yet used.
+    pub(crate) tokens: Tokens,
     /// Ends watchers and streams.
     pub shutdown: CancellationToken,
     /// Held while a sandbox or container is made or removed, so that names stay unique.
@@ -54,6 +57,7 @@ impl Runtime {
             },
             registry: Registry::default(),
             events: crate::events::channel(),
+            tokens: Tokens::default(),
             shutdown,
             names: Mutex::new(()),
             config,

@@ -15,6 +15,7 @@ use xebec_shim::protocol::Request as ShimRequest;
 use crate::container::ExecError;
 use crate::records::{Container, Phase, Sandbox};
 use crate::runtime::Runtime;
+use crate::streaming::tokens::{Streams, Target};
 use crate::{shim_client, stats, status};
 
 /// The service; all work is done by [`Runtime`].
@@ -38,10 +39,18 @@ fn no_such(what: &str, id: &str) -> Status {
     ))
 }
 
-fn no_streaming() -> Status {
-    Status::unimplemented(
-        "streaming exec, attach and port-forward are not built yet; ExecSync works",
-    )
+/// A URL for a stream, or why there is none.
+fn issue(runtime: &Runtime, target: Target) -> Result<String, Status> {
+    runtime
+        .tokens
+        .issue(target)
+        .map_err(|err| Status::resource_exhausted(format!("{err:#}")))
+}
+
+fn checked(streams: Streams) -> Result<Streams, Status> {
+    streams
+        .check()
+        .map_err(|err| Status::invalid_argument(format!("{err:#}")))
 }
 
 impl Service {
@@ -382,7 +391,22 @@ impl RuntimeService for Service {
         if container.record().phase != Phase::Running {
             return Err(Status::unknown("container is not running"));
         }
-        Err(no_streaming())
+        if request.cmd.is_empty() {
+            return Err(missing("command"));
+        }
+        let streams = checked(Streams {
+            tty: request.tty,
+            stdin: request.stdin,
+            stdout: request.stdout,
+            stderr: request.stderr,
+        })?;
+        let target = Target::Exec {
+            container: container.id.clone(),
+            command: request.cmd,
+            streams,
+        };
+        let url = issue(&self.0, target)?;
+        Ok(Response::new(v1::ExecResponse { url }))
     }
 
     async fn attach(&self, request: Request<v1::AttachRequest>) -> Answer<v1::AttachResponse> {
@@ -391,7 +415,18 @@ impl RuntimeService for Service {
         if container.record().phase != Phase::Running {
             return Err(Status::unknown("container is not running"));
         }
-        Err(no_streaming())
+        let streams = checked(Streams {
+            tty: request.tty,
+            stdin: request.stdin,
+            stdout: request.stdout,
+            stderr: request.stderr,
+        })?;
+        let target = Target::Attach {
+            container: container.id.clone(),
+            streams,
+        };
+        let url = issue(&self.0, target)?;
+        Ok(Response::new(v1::AttachResponse { url }))
     }
 
     async fn port_forward(
@@ -403,7 +438,11 @@ impl RuntimeService for Service {
         if !sandbox.record().ready {
             return Err(Status::unknown("sandbox is not running"));
         }
-        Err(no_streaming())
+        let target = Target::PortForward {
+            sandbox: sandbox.id.clone(),
+        };
+        let url = issue(&self.0, target)?;
+        Ok(Response::new(v1::PortForwardResponse { url }))
     }
 
     async fn container_stats(

@@ -7,7 +7,8 @@ use std::process::Stdio;
 use std::time::Duration;
 
 use anyhow::{Context, bail};
-use tokio::io::{AsyncReadExt, AsyncWriteExt};
+use bytes::{Bytes, BytesMut};
+use tokio::io::{AsyncRead, AsyncReadExt, AsyncWriteExt};
 use tokio::net::UnixStream;
 use xebec_shim::protocol::{
     FrameKind, HEADER, Reply, Request, SandboxSpec, encode, encode_json, header,
@@ -16,7 +17,39 @@ use xebec_shim::protocol::{
 /// A connection to a shim.
 pub struct ShimClient {
     stream: UnixStream,
-    input: Vec<u8>,
+    input: Input,
+}
+
+/// What was read of a connection and not yet taken.
+#[derive(Default)]
+struct Input(BytesMut);
+
+impl Input {
+    /// The next frame; `None` at the end of the connection. Safe to cancel.
+    async fn next(&mut self, from: &mut (impl AsyncRead + Unpin)) -> anyhow::Result<Option<Frame>> {
+        loop {
+            let mut missing = HEADER;
+            if let Some(head) = self.0.first_chunk::<HEADER>() {
+                let (kind, len) = header(*head)?;
+                missing += len;
+                if self.0.len() >= missing {
+                    let payload = self.0.split_to(missing).freeze().slice(HEADER..);
+                    return Ok(Some(match kind {
+                        FrameKind::Json => Frame::Reply(
+                            serde_json::from_slice(&payload)
+                                .context("the shim's answer is unknown")?,
+                        ),
+                        kind => Frame::Output(kind, payload),
+                    }));
+                }
+            }
+            // Room for the frame and the next one's header: two reads a frame.
+            self.0.reserve(missing + HEADER - self.0.len());
+            if from.read_buf(&mut self.0).await? == 0 {
+                return Ok(None);
+            }
+        }
+    }
 }
 
 /// A frame as received.
@@ -25,7 +58,7 @@ pub enum Frame {
     /// An answer.
     Reply(Reply),
     /// Output of a process.
-    Output(FrameKind, Vec<u8>),
+    Output(FrameKind, Bytes),
 }
 
 impl ShimClient {
@@ -42,7 +75,7 @@ impl ShimClient {
             .with_context(|| format!("the pod's shim does not answer at {}", socket.display()))?;
         Ok(Self {
             stream,
-            input: Vec::new(),
+            input: Input::default(),
         })
     }
 
@@ -68,19 +101,7 @@ impl ShimClient {
     /// The next frame; `None` when the shim has closed the connection. Safe to
     /// cancel: what was read stays for the next call.
     pub async fn next(&mut self) -> anyhow::Result<Option<Frame>> {
-        loop {
-            if let Some((kind, payload)) = xebec_shim::protocol::take_frame(&mut self.input)? {
-                return Ok(Some(match kind {
-                    FrameKind::Json => Frame::Reply(
-                        serde_json::from_slice(&payload).context("the shim's answer is unknown")?,
-                    ),
-                    kind => Frame::Output(kind, payload),
-                }));
-            }
-            if self.stream.read_buf(&mut self.input).await? == 0 {
-                return Ok(None);
-            }
-        }
+        self.input.next(&mut self.stream).await
     }
 
     /// Sends a request and waits for its answer; an error answer is an error.
@@ -112,28 +133,13 @@ impl ShimClient {
 /// The receiving half of a connection.
 pub struct ShimReader {
     stream: tokio::net::unix::OwnedReadHalf,
-    input: Vec<u8>,
+    input: Input,
 }
 
 impl ShimReader {
     /// As [`ShimClient::next`].
     pub async fn next(&mut self) -> anyhow::Result<Option<Frame>> {
-        let mut head = [0; HEADER];
-        loop {
-            if self.input.len() >= HEADER {
-                head.copy_from_slice(&self.input[..HEADER]);
-                header(head)?;
-                if let Some((kind, payload)) = xebec_shim::protocol::take_frame(&mut self.input)? {
-                    return Ok(Some(match kind {
-                        FrameKind::Json => Frame::Reply(serde_json::from_slice(&payload)?),
-                        kind => Frame::Output(kind, payload),
-                    }));
-                }
-            }
-            if self.stream.read_buf(&mut self.input).await? == 0 {
-                return Ok(None);
-            }
-        }
+        self.input.next(&mut self.stream).await
     }
 }
 

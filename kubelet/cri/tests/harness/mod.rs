@@ -1,6 +1,8 @@
 //! A real server with a real shim in a temporary root, and a client for it.
 #![allow(dead_code, reason = "not every test file uses all of it")]
 
+pub mod spdy;
+
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Stdio};
 use std::time::{Duration, Instant};

@@ -1,11 +1,6 @@
-//! Exec, attach and port-forward streams: what a streaming server is built on.
-//!
-//! Exec and attach are [`Runtime::open_exec`] and [`Runtime::open_attach`]; a
-//! port-forward is [`Runtime::dial`]. The server that speaks the kubelet's
-//! streaming protocols over these is not built yet, so the CRI calls that hand
-//! out its URLs answer `Unimplemented`.
+//! Connects to a port inside a pod.
 
-use std::net::{Ipv4Addr, SocketAddr};
+use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr};
 use std::time::Duration;
 
 use anyhow::{Context, ensure};
@@ -19,13 +14,17 @@ use crate::runtime::Runtime;
 const DIAL_TIMEOUT: Duration = Duration::from_secs(10);
 
 impl Runtime {
-    /// Connects to a TCP port on the loopback address inside a pod.
+    /// Connects to a TCP port on a loopback address inside a pod: IPv4's, or else IPv6's.
     pub async fn dial(&self, sandbox: &Sandbox, port: u16) -> anyhow::Result<TcpStream> {
         let record = sandbox.record();
         ensure!(record.ready, "sandbox {:?} is not running", sandbox.id);
-        let address = SocketAddr::from((Ipv4Addr::LOCALHOST, port));
         let connect = move || {
-            let stream = std::net::TcpStream::connect_timeout(&address, DIAL_TIMEOUT)
+            let dial = |ip: IpAddr| {
+                std::net::TcpStream::connect_timeout(&SocketAddr::new(ip, port), DIAL_TIMEOUT)
+            };
+            let stream = dial(Ipv4Addr::LOCALHOST.into())
+                // Of two refusals the first is the one to tell.
+                .or_else(|err| dial(Ipv6Addr::LOCALHOST.into()).map_err(|_| err))
                 .with_context(|| format!("failed to connect to localhost:{port} inside the pod"))?;
             stream.set_nonblocking(true)?;
             Ok(stream)

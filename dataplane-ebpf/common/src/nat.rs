@@ -1,0 +1,84 @@
+//! Address translation: what a packet's addresses and ports become.
+
+use bytemuck::{Pod, Zeroable};
+
+/// Addresses, ports and protocol of a packet, in its direction.
+#[repr(C)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, Pod, Zeroable)]
+pub struct Tuple {
+    /// IPv4 source address.
+    pub source: u32,
+    /// IPv4 destination address.
+    pub destination: u32,
+    /// Source port, or of ICMP echo the identifier.
+    pub source_port: u16,
+    /// Destination port, or of ICMP echo the identifier.
+    pub destination_port: u16,
+    /// IP protocol number.
+    pub protocol: u8,
+    /// Always 0.
+    pub pad: [u8; 3],
+}
+
+impl Tuple {
+    /// That of the packets that answer.
+    #[inline(always)]
+    pub fn reversed(&self) -> Self {
+        Self {
+            source: self.destination,
+            destination: self.source,
+            source_port: self.destination_port,
+            destination_port: self.source_port,
+            protocol: self.protocol,
+            pad: [0; 3],
+        }
+    }
+}
+
+/// A translation. Each has its counterpart: the key of the one is the reversed `to` of the other.
+#[repr(C)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Pod, Zeroable)]
+pub struct Nat {
+    /// When a packet of either direction was last seen, in ns of the monotonic clock (`bpf_ktime_get_coarse_ns`).
+    pub seen: u64,
+    /// What packets become.
+    pub to: Tuple,
+    /// 1 once an end of a TCP connection has closed it.
+    pub closed: u8,
+    /// Always 0.
+    pub pad: [u8; 7],
+}
+
+/// What translation needs to know of the node.
+#[repr(C)]
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Pod, Zeroable)]
+pub struct Settings {
+    /// The node's address, which its pods use towards the outside.
+    pub node: u32,
+    /// First port for translated flows, in the CPU's byte order.
+    pub first_port: u16,
+    /// How many ports there are from the first; 0 turns translation off.
+    pub ports: u16,
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use core::mem::{offset_of, size_of};
+
+    #[test]
+    fn layouts_are_what_the_kernel_side_was_built_with() {
+        assert_eq!(
+            [size_of::<Tuple>(), size_of::<Nat>(), size_of::<Settings>()],
+            [16, 32, 8]
+        );
+        assert_eq!(
+            [
+                offset_of!(Tuple, protocol),
+                offset_of!(Nat, to),
+                offset_of!(Nat, closed)
+            ],
+            [12, 8, 24]
+        );
+    }
+}
