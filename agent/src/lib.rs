@@ -6,6 +6,7 @@ mod bpf_maps;
 mod dataplane;
 pub mod endpoints;
 pub mod flows;
+pub mod gateway;
 mod ipam;
 pub mod link;
 pub mod loader;
@@ -79,7 +80,7 @@ pub async fn run(client: kube::Client, config: Config, shutdown: CancellationTok
         nodes_told.clone(),
         shutdown.clone(),
     );
-    let devices = network::devices(&config).await?;
+    let devices = network::devices(&config.devices, config.node_ip).await?;
     let dataplane = Arc::new(Dataplane {
         engine: engine.clone(),
         programs: Mutex::new(programs),
@@ -146,13 +147,18 @@ pub async fn run_detached(config: Config, shutdown: CancellationToken) -> Result
 
 fn connect(config: &Config, dataplane: Option<Arc<Dataplane>>) -> Result<Arc<Endpoints>> {
     let range = pod_range(config)?;
-    let forward = "/proc/sys/net/ipv4/ip_forward";
-    std::fs::write(forward, "1").with_context(|| format!("could not write {forward}"))?;
+    forward()?;
     Ok(Arc::new(Endpoints::open(
         &config.state_dir,
         range,
         dataplane,
     )?))
+}
+
+/// Lets this network namespace pass packets on.
+fn forward() -> Result<()> {
+    let forward = "/proc/sys/net/ipv4/ip_forward";
+    std::fs::write(forward, "1").with_context(|| format!("could not write {forward}"))
 }
 
 fn pod_range(config: &Config) -> Result<ipnet::Ipv4Net> {

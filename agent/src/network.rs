@@ -15,14 +15,14 @@ use tokio::sync::watch::Receiver;
 use tokio_util::sync::CancellationToken;
 use xebec_dataplane_common::nat::Settings;
 
+use crate::link;
 use crate::maps::{NetworkMaps, be};
 use crate::nodes::{NodeView, Nodes};
-use crate::{Config, link};
 
 /// The names of the devices that lead to other nodes and the outside.
-pub(crate) async fn devices(config: &Config) -> Result<Vec<String>> {
-    if !config.devices.is_empty() {
-        return Ok(config.devices.clone());
+pub(crate) async fn devices(named: &[String], node_ip: IpAddr) -> Result<Vec<String>> {
+    if !named.is_empty() {
+        return Ok(named.to_vec());
     }
     let handle = link::handle()?;
     let mut found = BTreeSet::new();
@@ -33,7 +33,7 @@ pub(crate) async fn devices(config: &Config) -> Result<Vec<String>> {
         .context("could not list addresses")?
     {
         let own = one.attributes.iter().any(|attribute| {
-            matches!(attribute, AddressAttribute::Address(address) if *address == config.node_ip)
+            matches!(attribute, AddressAttribute::Address(address) if *address == node_ip)
         });
         if own {
             found.insert(one.header.index);
@@ -41,8 +41,7 @@ pub(crate) async fn devices(config: &Config) -> Result<Vec<String>> {
     }
     if found.is_empty() {
         bail!(
-            "no device has the node's address {}: name the devices that lead to other nodes",
-            config.node_ip
+            "no device has the node's address {node_ip}: name the devices that lead to other nodes"
         );
     }
     let request = RouteMessageBuilder::<Ipv4Addr>::new().build();
@@ -113,6 +112,14 @@ fn settings(node: Ipv4Addr, local_range: &str) -> Result<Settings> {
     })
 }
 
+/// The settings of a node with this address and this machine's ports.
+pub(crate) fn settings_of(node: Ipv4Addr) -> Result<Settings> {
+    let range = "/proc/sys/net/ipv4/ip_local_port_range";
+    let range =
+        std::fs::read_to_string(range).with_context(|| format!("could not read {range}"))?;
+    settings(node, range.trim())
+}
+
 /// Keeps the maps in step with the nodes until `shutdown`; `native` are addresses besides theirs that know the way
 /// to pods.
 pub(crate) async fn run(
@@ -125,10 +132,7 @@ pub(crate) async fn run(
     let IpAddr::V4(node) = node_ip else {
         bail!("the node's address {node_ip} is not IPv4");
     };
-    let range = "/proc/sys/net/ipv4/ip_local_port_range";
-    let range =
-        std::fs::read_to_string(range).with_context(|| format!("could not read {range}"))?;
-    let settings = settings(node, range.trim())?;
+    let settings = settings_of(node)?;
     let mut installed = BTreeSet::new();
     let mut begun = false;
     loop {
