@@ -206,8 +206,38 @@ fn host_reaches_all(cluster: &Cluster, pods: &BTreeMap<String, Pod>) -> Result<(
         assert_eq!(succeed(&url, curl)?.trim(), name);
         let log = cluster.k(&["logs", "-n", "shop", name])?;
         assert!(log.contains("listens on"), "{log}");
+        let inside = ["exec", "-n", "shop", name, "--", "/bin/xebec"];
+        let ask = ["demo", "get", "http://127.0.0.1:8080/whoami"];
+        assert_eq!(cluster.k(&[&inside[..], &ask].concat())?.trim(), name);
+        assert_eq!(through_port_forward(cluster, name)?.trim(), name);
     }
     Ok(())
+}
+
+fn through_port_forward(cluster: &Cluster, pod: &str) -> Result<String> {
+    let mut forward = cluster
+        .kubectl(&["port-forward", "-n", "shop", pod, ":8080"])
+        .stdout(Stdio::piped())
+        .spawn()
+        .context("could not start kubectl")?;
+    let pipe = forward.stdout.take().context("kubectl has no output")?;
+    // It says more than one line, and ends where nobody listens.
+    let mut lines = BufReader::new(pipe).lines();
+    let first = lines.next().transpose();
+    let answer = first.map_err(anyhow::Error::from).and_then(|first| {
+        // Forwarding from 127.0.0.1:40123 -> 8080
+        let line = first.unwrap_or_default();
+        let address = line.split(' ').nth(2).unwrap_or_default();
+        let url = format!("http://{address}/whoami");
+        let curl = Command::new("curl")
+            .args(["--silent", "--show-error", "--fail", "--max-time", "5"])
+            .arg(&url)
+            .output()?;
+        succeed(&format!("{line}: {url}"), curl)
+    });
+    forward.kill()?;
+    forward.wait()?;
+    answer
 }
 
 /// Each node has a route to each other's pods, and node ports at its address, for as long as there is the other.
