@@ -12,7 +12,9 @@ pub mod loader;
 pub mod maps;
 pub mod names;
 pub mod network;
+pub mod nodes;
 pub mod policy;
+mod routes;
 mod scope;
 pub mod services;
 
@@ -67,12 +69,6 @@ pub async fn run(client: kube::Client, config: Config, shutdown: CancellationTok
     let engine = Engine::new(maps.policy, names, &config.node_name, generation);
     let engine = Arc::new(Mutex::new(engine));
     let (synced, mut is_synced) = watch::channel(false);
-    let network = network::run(
-        client.clone(),
-        maps.network,
-        config.node_ip,
-        shutdown.clone(),
-    );
     let devices = network::devices(&config).await?;
     let dataplane = Arc::new(Dataplane {
         engine: engine.clone(),
@@ -83,11 +79,32 @@ pub async fn run(client: kube::Client, config: Config, shutdown: CancellationTok
     let endpoints = connect(&config, Some(dataplane.clone()))?;
     let shown = services::Shown::default();
     let (services_ready, services_are_ready) = oneshot::channel();
-    let policy = policy::watch::run(client.clone(), engine.clone(), synced, shutdown.clone());
+    let (nodes, nodes_told) = watch::channel(None);
+    let routes = routes::run(
+        config.node_name.clone(),
+        pod_range(&config)?,
+        nodes_told.clone(),
+        shutdown.clone(),
+    );
+    let network = network::run(
+        maps.network,
+        config.node_ip,
+        nodes_told.clone(),
+        shutdown.clone(),
+    );
+    let nodes = nodes::run(client.clone(), nodes, shutdown.clone());
+    let policy = policy::watch::run(
+        client.clone(),
+        engine.clone(),
+        nodes_told.clone(),
+        synced,
+        shutdown.clone(),
+    );
     let services = services::run(
         client,
         maps.services,
         config.node_ip,
+        nodes_told,
         shown.clone(),
         services_ready,
         shutdown.clone(),
@@ -113,7 +130,10 @@ pub async fn run(client: kube::Client, config: Config, shutdown: CancellationTok
         programs.attach_sockets(&config.cgroup_root)
     };
     let api = api::run(config.socket.clone(), tables, shutdown.clone());
-    tokio::try_join!(policy, services, network, follow, take_over, api).map(drop)
+    tokio::try_join!(
+        policy, services, nodes, routes, network, follow, take_over, api
+    )
+    .map(drop)
 }
 
 /// Serves the socket alone, for taking pods away where no API server runs.
@@ -128,9 +148,7 @@ pub async fn run_detached(config: Config, shutdown: CancellationToken) -> Result
 }
 
 fn connect(config: &Config, dataplane: Option<Arc<Dataplane>>) -> Result<Arc<Endpoints>> {
-    let IpNet::V4(range) = config.pod_cidr else {
-        bail!("the pod range {} is not IPv4", config.pod_cidr)
-    };
+    let range = pod_range(config)?;
     let forward = "/proc/sys/net/ipv4/ip_forward";
     std::fs::write(forward, "1").with_context(|| format!("could not write {forward}"))?;
     Ok(Arc::new(Endpoints::open(
@@ -138,6 +156,13 @@ fn connect(config: &Config, dataplane: Option<Arc<Dataplane>>) -> Result<Arc<End
         range,
         dataplane,
     )?))
+}
+
+fn pod_range(config: &Config) -> Result<ipnet::Ipv4Net> {
+    match config.pod_cidr {
+        IpNet::V4(range) => Ok(range),
+        IpNet::V6(range) => bail!("the pod range {range} is not IPv4"),
+    }
 }
 
 /// Removes the devices of all endpoints that are on record, and the records.

@@ -1,25 +1,22 @@
 //! The node's way to others: which devices lead there, which addresses know the way to pods, which ports
 //! translated flows use.
 
-use std::collections::{BTreeMap, BTreeSet};
+use std::collections::BTreeSet;
 use std::net::{IpAddr, Ipv4Addr};
 
 use anyhow::{Context, Result, bail};
-use futures::{StreamExt, TryStreamExt};
+use futures::TryStreamExt;
 use ipnet::Ipv4Net;
-use k8s_openapi::api::core::v1::Node;
-use kube::Api;
-use kube::runtime::watcher::{self, Event};
-use kube::runtime::{WatchStreamExt, watcher as watch};
 use rtnetlink::RouteMessageBuilder;
 use rtnetlink::packet_route::address::AddressAttribute;
 use rtnetlink::packet_route::link::LinkAttribute;
 use rtnetlink::packet_route::route::RouteAttribute;
+use tokio::sync::watch;
 use tokio_util::sync::CancellationToken;
-use tracing::warn;
 use xebec_dataplane_common::nat::Settings;
 
 use crate::maps::{NetworkMaps, be};
+use crate::nodes::{NodeView, Nodes};
 use crate::{Config, link};
 
 /// The names of the devices that lead to other nodes and the outside.
@@ -116,11 +113,11 @@ fn settings(node: Ipv4Addr, local_range: &str) -> Result<Settings> {
     })
 }
 
-/// Keeps the maps in step with the Nodes until `shutdown`.
+/// Keeps the maps in step with the nodes until `shutdown`.
 pub(crate) async fn run(
-    client: kube::Client,
     mut maps: NetworkMaps,
     node_ip: IpAddr,
+    mut nodes: watch::Receiver<Nodes>,
     shutdown: CancellationToken,
 ) -> Result<()> {
     let IpAddr::V4(node) = node_ip else {
@@ -130,68 +127,36 @@ pub(crate) async fn run(
     let range =
         std::fs::read_to_string(range).with_context(|| format!("could not read {range}"))?;
     let settings = settings(node, range.trim())?;
-    let mut nodes = BTreeMap::<String, BTreeSet<Ipv4Net>>::new();
     let mut native = BTreeSet::new();
-    let mut listed = BTreeSet::new();
-    let (mut complete, mut begun) = (false, false);
-    let mut stream = watch(Api::<Node>::all(client), watcher::Config::default())
-        .default_backoff()
-        .boxed();
+    let mut begun = false;
     loop {
-        let event = tokio::select! {
+        let told = nodes.borrow_and_update().clone();
+        if let Some(told) = told {
+            let wanted: BTreeSet<Ipv4Net> = told.values().flat_map(blocks).collect();
+            for block in wanted.difference(&native) {
+                maps.set_native(*block)?;
+            }
+            for block in native.difference(&wanted) {
+                maps.remove_native(*block)?;
+            }
+            native = wanted;
+            // Translation begins when it is known for whom not.
+            if !begun {
+                maps.set_settings(settings)?;
+                begun = true;
+            }
+        }
+        tokio::select! {
             () = shutdown.cancelled() => return Ok(()),
-            event = stream.next() => event,
-        };
-        match event {
-            Some(Ok(Event::Init)) => listed.clear(),
-            Some(Ok(Event::InitApply(one) | Event::Apply(one))) => {
-                let name = one.metadata.name.clone().unwrap_or_default();
-                listed.insert(name.clone());
-                nodes.insert(name, blocks(&one));
-            }
-            Some(Ok(Event::InitDone)) => {
-                nodes.retain(|name, _| listed.contains(name));
-                complete = true;
-            }
-            Some(Ok(Event::Delete(one))) => {
-                nodes.remove(one.metadata.name.as_deref().unwrap_or_default());
-            }
-            Some(Err(error)) => {
-                warn!(%error, "the watch of Nodes failed; trying again");
-                continue;
-            }
-            None => bail!("the watch of Nodes ended"),
-        }
-        let wanted: BTreeSet<Ipv4Net> = nodes.values().flatten().copied().collect();
-        for block in wanted.difference(&native) {
-            maps.set_native(*block)?;
-        }
-        for block in native.difference(&wanted) {
-            maps.remove_native(*block)?;
-        }
-        native = wanted;
-        // Translation begins when it is known for whom not.
-        if complete && !begun {
-            maps.set_settings(settings)?;
-            begun = true;
+            changed = nodes.changed() => if changed.is_err() { return Ok(()) },
         }
     }
 }
 
 /// The addresses of a node and of its pods.
-fn blocks(node: &Node) -> BTreeSet<Ipv4Net> {
-    let status = node.status.iter();
-    let addresses = status
-        .flat_map(|status| status.addresses.iter().flatten())
-        .filter_map(|one| one.address.parse::<Ipv4Addr>().ok())
-        .map(Ipv4Net::from);
-    let ranges = node
-        .spec
-        .iter()
-        .flat_map(|spec| spec.pod_cidrs.iter().flatten().chain(&spec.pod_cidr))
-        .filter_map(|range| range.parse::<Ipv4Net>().ok())
-        .map(|range| range.trunc());
-    addresses.chain(ranges).collect()
+fn blocks(node: &NodeView) -> impl Iterator<Item = Ipv4Net> {
+    let addresses = node.addresses.iter().copied().map(Ipv4Net::from);
+    addresses.chain(node.pod_ranges.iter().map(Ipv4Net::trunc))
 }
 
 #[cfg(test)]
@@ -209,17 +174,5 @@ mod tests {
         assert_eq!(ports("1024 30000").unwrap(), (32_768, 32_768));
         assert!(format!("{:#}", ports("1024 65535").unwrap_err()).contains("32768 60999"));
         assert!(ports("a b").is_err());
-    }
-
-    #[test]
-    fn a_node_is_its_addresses_and_its_ranges() {
-        let node: Node = serde_json::from_value(serde_json::json!({
-            "metadata": {"name": "a"},
-            "spec": {"podCIDR": "10.244.1.0/24", "podCIDRs": ["10.244.1.0/24", "fd00::/64"]},
-            "status": {"addresses": [{"type": "InternalIP", "address": "192.0.2.7"}, {"type": "Hostname", "address": "a"}]},
-        }))
-        .unwrap();
-        let found: Vec<String> = blocks(&node).iter().map(ToString::to_string).collect();
-        assert_eq!(found, ["10.244.1.0/24", "192.0.2.7/32"]);
     }
 }

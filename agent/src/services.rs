@@ -12,12 +12,13 @@ use kube::Api;
 use kube::runtime::watcher::{self, Event};
 use kube::runtime::{WatchStreamExt, watcher as watch};
 use serde_json::{Value, json};
-use tokio::sync::oneshot;
+use tokio::sync::{oneshot, watch as signal};
 use tokio_util::sync::CancellationToken;
 use tracing::warn;
 use xebec_dataplane_common::service::{Address, FrontendKey, FrontendValue};
 
 use crate::maps::ServiceMaps;
+use crate::nodes::Nodes;
 
 /// A Service's or slice's namespace and name.
 type Name = (String, String);
@@ -350,22 +351,36 @@ impl Shown {
     }
 }
 
+/// Where node ports are reached: at this node, and at every other one, whose backends are the same.
+fn node_addresses(own: IpAddr, nodes: &Nodes) -> Vec<Ipv4Addr> {
+    let mut all = vec![Ipv4Addr::LOCALHOST];
+    let others = nodes.iter().flat_map(|nodes| nodes.values());
+    let own = match own {
+        IpAddr::V4(ip) => Some(ip),
+        IpAddr::V6(_) => None,
+    };
+    for address in own
+        .into_iter()
+        .chain(others.flat_map(|view| view.addresses.clone()))
+    {
+        if !all.contains(&address) {
+            all.push(address);
+        }
+    }
+    all
+}
+
 /// Keeps the kernel in step until `shutdown`. `ready` is sent once, when everything that the API had at first is in the kernel.
 pub(crate) async fn run(
     client: kube::Client,
     maps: ServiceMaps,
     node_ip: IpAddr,
+    mut nodes: signal::Receiver<Nodes>,
     shown: Shown,
     ready: oneshot::Sender<()>,
     shutdown: CancellationToken,
 ) -> Result<()> {
-    let mut node_addresses = vec![Ipv4Addr::LOCALHOST];
-    if let IpAddr::V4(ip) = node_ip {
-        if ip != Ipv4Addr::LOCALHOST {
-            node_addresses.push(ip);
-        }
-    }
-    let mut reconciler = Reconciler::new(maps, node_addresses);
+    let mut reconciler = Reconciler::new(maps, node_addresses(node_ip, &None));
     let mut services = watch(
         Api::<Service>::all(client.clone()),
         watcher::Config::default(),
@@ -378,7 +393,7 @@ pub(crate) async fn run(
     )
     .default_backoff()
     .boxed();
-    let (mut ready, mut listed) = (Some(ready), (false, false));
+    let (mut ready, mut listed) = (Some(ready), (false, false, false));
     let (mut seen_services, mut seen_slices): (BTreeSet<Name>, BTreeSet<Name>) = Default::default();
     let name = |metadata: &kube::api::ObjectMeta| -> Name {
         (
@@ -390,6 +405,18 @@ pub(crate) async fn run(
         let mut changed: Vec<Name> = Vec::new();
         tokio::select! {
             () = shutdown.cancelled() => return Ok(()),
+            told = nodes.changed() => {
+                // The watch of nodes ends when the agent does.
+                if told.is_err() {
+                    return Ok(());
+                }
+                listed.2 = true;
+                let addresses = node_addresses(node_ip, &nodes.borrow_and_update());
+                if addresses != reconciler.node_addresses {
+                    reconciler.node_addresses = addresses;
+                    changed = reconciler.services.keys().cloned().collect();
+                }
+            }
             event = services.try_next() => match event {
                 Ok(Some(Event::Init)) => seen_services.clear(),
                 Ok(Some(Event::InitApply(service) | Event::Apply(service))) => {
@@ -443,7 +470,7 @@ pub(crate) async fn run(
         if !changed.is_empty() {
             shown.set(reconciler.rows());
         }
-        if listed == (true, true) {
+        if listed == (true, true, true) {
             if let Some(ready) = ready.take() {
                 // Nobody waits any more when the agent is stopping.
                 let _ = ready.send(());

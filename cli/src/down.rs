@@ -7,7 +7,7 @@ use clap::Args;
 
 use crate::paths::Layout;
 use crate::up::state::UpState;
-use crate::up::teardown;
+use crate::up::{nodes, teardown};
 
 /// How `down` stops.
 #[derive(Args)]
@@ -22,19 +22,19 @@ pub struct Down {
 
 impl Down {
     /// Leaves no process, mount, namespace, route or device behind.
-    pub async fn run(self, layout: Layout) -> Result<()> {
+    pub async fn run(self, layout: Layout, log: &str) -> Result<()> {
         crate::up::require_root()?;
         match UpState::read(&layout)? {
             Some(state) if state.is_running() => {
                 self.stop(&state).await?;
                 // Started with --keep, it left its pods; `down` means them too.
                 if UpState::read(&layout)?.is_some() {
-                    clean_up_after(&layout, &state).await?;
+                    clean_up_after(&layout, &state, log).await?;
                 }
                 println!("stopped");
             }
             Some(state) => {
-                clean_up_after(&layout, &state).await?;
+                clean_up_after(&layout, &state, log).await?;
                 println!("cleaned up after a cluster that had ended without `down`");
             }
             None => println!("no cluster runs here"),
@@ -70,9 +70,9 @@ impl Down {
 }
 
 /// The process is gone but its pods and programs are not: starts the parts that can remove them, and removes them.
-async fn clean_up_after(layout: &Layout, state: &UpState) -> Result<()> {
-    teardown::remains(&layout.node(&state.node), &state.pod_cgroup)
+async fn clean_up_after(layout: &Layout, state: &UpState, log: &str) -> Result<()> {
+    nodes::remains(&state.nodes, log)
         .await
-        .with_context(|| format!("could not clean up node {}", state.node))?;
+        .with_context(|| format!("could not clean up after {}", state.node_names()))?;
     teardown::run_dir(layout)
 }

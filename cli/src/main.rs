@@ -97,6 +97,12 @@ enum Command {
         /// The shell
         shell: clap_complete::Shell,
     },
+    /// The process of one of several nodes; `up` starts it
+    #[command(hide = true)]
+    Node {
+        /// Name of the node
+        name: String,
+    },
     /// The small application of the demo image
     #[command(subcommand, hide = true)]
     Demo(demo::Demo),
@@ -137,6 +143,8 @@ fn run(cli: Cli) -> Result<()> {
     };
     let runtime = match &cli.command {
         Command::Up(_) => tokio::runtime::Builder::new_multi_thread(),
+        // It makes its own once it has joined its cgroup.
+        Command::Node { name } => return up::child::run(name),
         _ => tokio::runtime::Builder::new_current_thread(),
     }
     .enable_all()
@@ -147,9 +155,9 @@ fn run(cli: Cli) -> Result<()> {
             if up.detach {
                 return up::detach::run(&layout);
             }
-            runtime.block_on(up.run(layout))
+            runtime.block_on(up.run(layout, &cli.log))
         }
-        Command::Down(down) => runtime.block_on(down.run(layout)),
+        Command::Down(down) => runtime.block_on(down.run(layout, &cli.log)),
         Command::Status(status) => runtime.block_on(status.run(&layout)),
         Command::Endpoint(table) => runtime.block_on(table.run(&layout, "endpoints")),
         Command::Service(table) => runtime.block_on(table.run(&layout, "services")),
@@ -163,6 +171,7 @@ fn run(cli: Cli) -> Result<()> {
             clap_complete::generate(shell, &mut Cli::command(), "xebec", &mut std::io::stdout());
             Ok(())
         }
+        Command::Node { name } => up::child::run(&name),
         Command::Demo(demo) => runtime.block_on(demo.run()),
     }
 }

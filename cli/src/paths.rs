@@ -3,6 +3,7 @@
 use std::path::{Path, PathBuf};
 
 use anyhow::{Context, Result};
+use serde::{Deserialize, Serialize};
 
 /// The folders of one cluster on this machine.
 #[derive(Clone, Debug)]
@@ -49,19 +50,28 @@ impl Layout {
 
     /// Nodes that have a run folder, in name order.
     pub fn nodes(&self) -> Vec<String> {
-        let mut names: Vec<String> = std::fs::read_dir(self.run.join("nodes"))
-            .into_iter()
-            .flatten()
-            .flatten()
-            .filter_map(|entry| entry.file_name().into_string().ok())
-            .collect();
-        names.sort();
-        names
+        names(&self.run.join("nodes"))
+    }
+
+    /// Nodes that were ever run with this data, in name order.
+    pub fn known_nodes(&self) -> Vec<String> {
+        names(&self.data.join("nodes"))
     }
 }
 
+fn names(dir: &Path) -> Vec<String> {
+    let mut names: Vec<String> = std::fs::read_dir(dir)
+        .into_iter()
+        .flatten()
+        .flatten()
+        .filter_map(|entry| entry.file_name().into_string().ok())
+        .collect();
+    names.sort();
+    names
+}
+
 /// The folders of one node of the cluster.
-#[derive(Clone, Debug)]
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct NodeLayout {
     /// Images, pod volumes, address records.
     pub data: PathBuf,
@@ -78,6 +88,16 @@ impl NodeLayout {
     /// The agent's socket.
     pub fn agent_socket(&self) -> PathBuf {
         self.run.join("agent.sock")
+    }
+
+    /// Held by the process that runs the node, where it has one of its own.
+    pub fn lock(&self) -> PathBuf {
+        self.run.join("lock")
+    }
+
+    /// The network namespace of a node that has one of its own.
+    pub fn netns(&self) -> PathBuf {
+        self.run.join("netns")
     }
 
     /// A BPF filesystem of our own, for pinned links.

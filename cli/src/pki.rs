@@ -12,11 +12,12 @@ use rcgen::{
 use rustls::pki_types::pem::PemObject;
 use rustls::pki_types::{CertificateDer, PrivateKeyDer};
 use rustls::server::WebPkiClientVerifier;
+use serde::{Deserialize, Serialize};
 
 use crate::paths::{private_dir, write_private};
 
 /// A certificate with its key, both PEM.
-#[derive(Clone)]
+#[derive(Clone, Serialize, Deserialize)]
 pub struct Leaf {
     /// The certificate.
     pub cert: String,

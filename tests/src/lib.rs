@@ -50,6 +50,17 @@ impl Cluster {
         Ok(())
     }
 
+    /// Starts it in the foreground, in a process group of its own as a shell does.
+    pub fn foreground(&mut self) -> Result<std::process::Child> {
+        let mut command = self.xebec(&["up"]);
+        command
+            .args(&self.args)
+            .stdout(std::process::Stdio::piped());
+        std::os::unix::process::CommandExt::process_group(&mut command, 0);
+        self.down = false;
+        command.spawn().context("could not start xebec")
+    }
+
     /// `xebec` with this cluster's folders and the given arguments.
     pub fn xebec(&self, args: &[&str]) -> Command {
         let mut command = Command::new(xebec_bin());

@@ -20,8 +20,10 @@ pub struct Config<'a> {
     pub authority: &'a Authority,
     /// Where the API server listens.
     pub listen: SocketAddr,
-    /// The address that it is reached by.
+    /// The address that nodes and pods reach it by.
     pub advertise: IpAddr,
+    /// The address that other machines reach it by.
+    pub address: IpAddr,
     /// The range of Services.
     pub service_cidr: ipnet::Ipv4Net,
 }
@@ -64,6 +66,7 @@ impl ControlPlane {
             ],
             &[
                 config.advertise,
+                config.address,
                 IpAddr::from([127, 0, 0, 1]),
                 IpAddr::V4(service),
             ],

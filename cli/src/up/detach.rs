@@ -1,4 +1,4 @@
-//! `up --detach`: starts `up` in the background and returns when the node is Ready.
+//! `up --detach`: starts `up` in the background and returns when the nodes are Ready.
 
 use std::io::{Read, Seek, SeekFrom};
 use std::os::unix::process::CommandExt;
@@ -51,7 +51,11 @@ pub fn run(layout: &Layout) -> Result<()> {
         let ready =
             UpState::read(layout)?.filter(|state| state.pid == child.id() as i32 && state.ready);
         if let Some(state) = ready {
-            println!("Ready: {} (log: {})", state.node, log_path.display());
+            println!(
+                "Ready: {} (log: {})",
+                state.node_names(),
+                log_path.display()
+            );
             println!();
             println!(
                 "  export KUBECONFIG={}",

@@ -1,10 +1,15 @@
 //! `xebec up`: wires the parts into a running cluster, and takes it down again.
 
+pub mod child;
 mod control_plane;
 pub mod detach;
-pub mod node;
+mod node;
+pub mod nodes;
+mod plan;
 mod preflight;
+mod process;
 pub mod state;
+mod switch;
 pub mod teardown;
 
 pub use preflight::root as require_root;
@@ -12,45 +17,51 @@ pub use preflight::root as require_root;
 use std::net::{IpAddr, Ipv4Addr, SocketAddr};
 use std::time::{Duration, Instant};
 
-use anyhow::{Context, Result, bail};
+use anyhow::{Context, Result};
 use clap::Args;
-use ipnet::{IpNet, Ipv4Net};
+use ipnet::Ipv4Net;
 use tracing::info;
 
 use crate::paths::{Layout, private_dir, write_private};
 use crate::pki::Authority;
 use control_plane::ControlPlane;
-use node::NodeConfig;
+use nodes::Nodes;
 use state::UpState;
 
 /// How `up` starts the cluster.
 #[derive(Args)]
 pub struct Up {
-    /// Return when the node is Ready; the cluster goes on in the background
+    /// Return when all nodes are Ready; the cluster goes on in the background
     #[arg(long)]
     pub detach: bool,
     /// Leave the pods running when `up` ends
     #[arg(long)]
     keep: bool,
-    /// Address of this node, where the one of the default route will not do
+    /// How many nodes: with more than one, each has a process and a network namespace of its own
+    #[arg(long, default_value_t = 1, value_parser = clap::value_parser!(u8).range(1..=64))]
+    nodes: u8,
+    /// Address of this machine, where the one of the default route will not do
     #[arg(long)]
     node_ip: Option<IpAddr>,
-    /// Name of the node; the host name by default
+    /// Name of the node; the host name by default. Several nodes are node1, node2, ...
     #[arg(long)]
     node_name: Option<String>,
     /// Port of the API server
     #[arg(long, default_value_t = 6443)]
     api_port: u16,
-    /// Range of pod addresses; the node takes the first /24 of it
+    /// Range of pod addresses; each node takes a /24 of it
     #[arg(long, default_value = "10.244.0.0/16")]
     pod_cidr: Ipv4Net,
     /// Range of Service addresses
     #[arg(long, default_value = "10.96.0.0/16")]
     service_cidr: Ipv4Net,
+    /// Range of the addresses of several nodes; with one node it is not used
+    #[arg(long, default_value = "10.245.0.0/24")]
+    node_cidr: Ipv4Net,
     /// Do not build the demo image
     #[arg(long)]
     no_demo_image: bool,
-    /// Seconds to wait for the node to become Ready
+    /// Seconds to wait for the nodes to become Ready
     #[arg(long, default_value_t = 60)]
     timeout: u64,
 }
@@ -59,15 +70,20 @@ pub struct Up {
 const CLUSTER_DOMAIN: &str = "cluster.local";
 
 impl Up {
-    /// Runs until Ctrl-C, SIGTERM or `xebec down`.
-    pub async fn run(self, layout: Layout) -> Result<()> {
+    /// Runs until Ctrl-C, SIGTERM or `xebec down`. `log` is what is logged, by other processes of the cluster too.
+    pub async fn run(self, layout: Layout, log: &str) -> Result<()> {
         let started = Instant::now();
+        let since = std::time::SystemTime::now()
+            .duration_since(std::time::UNIX_EPOCH)
+            .map_or(0, |since| since.as_secs() as i64);
         install_tls_provider()?;
         let listen = SocketAddr::from((Ipv4Addr::UNSPECIFIED, self.api_port));
-        let pod_cidr = self.node_range()?;
+        self.check_ranges()?;
         preflight::root()?;
         let running = preflight::lock(&layout)?;
         let machine = preflight::check(self.node_ip, &[listen])?;
+        let nodes = self.plan(&layout, &machine)?;
+        self.check_predecessor(&layout, &nodes).await?;
         for dir in [&layout.data, &layout.run] {
             private_dir(dir)?;
         }
@@ -75,49 +91,41 @@ impl Up {
         // Signals are heard from here on, so that an early Ctrl-C cleans up as a late one does.
         let stop = stop_signal()?;
 
+        // Several nodes reach the API server by the host's address on their switch.
+        let inside = match nodes.first().and_then(|node| node.cable.as_ref()) {
+            Some(cable) => IpAddr::V4(cable.host),
+            None => machine.address,
+        };
         let control_plane = ControlPlane::start(control_plane::Config {
             layout: &layout,
             authority: &authority,
             listen,
-            advertise: machine.address,
+            advertise: inside,
+            address: machine.address,
             service_cidr: self.service_cidr,
         })
         .await?;
-        let server = format!(
-            "https://{}",
-            SocketAddr::new(machine.address, self.api_port)
-        );
+        let url = |address| format!("https://{}", SocketAddr::new(address, self.api_port));
+        let server = url(machine.address);
         let admin = authority.client("kubernetes-admin", &["system:masters"])?;
         let kubeconfig = crate::kubeconfig::render(&server, &authority.ca_pem, &admin)?;
         write_private(&layout.admin_kubeconfig(), kubeconfig.as_bytes())?;
 
-        let name = self
-            .node_name
-            .clone()
-            .unwrap_or_else(|| machine.hostname.clone());
-        let config = NodeConfig {
-            layout: layout.node(&name),
-            cgroup_root: machine.cgroup2.clone(),
-            pod_cgroup: machine.cgroup2.join("xebec").join(&name),
-            name,
-            ip: machine.address,
-            pod_cidr: IpNet::V4(pod_cidr),
-            cluster_domain: CLUSTER_DOMAIN.into(),
-            kubelet_port: 10250,
-        };
-        UpState::of_this_process(&server, &config.name, &config.pod_cgroup)?.write(&layout)?;
-        let mut node = node::start(&config, &authority, &control_plane)?;
+        let state = UpState::of_this_process(&server, &nodes)?;
+        state.write(&layout)?;
+        plan::forget_nodes(&layout, control_plane.admin(), &nodes).await;
+        let mut parts = Nodes::start(&nodes, &authority, &control_plane, &url(inside), log).await?;
         let ready = async {
             if !self.no_demo_image {
-                crate::image::ensure_demo(&config.layout).await?;
+                let images = nodes
+                    .iter()
+                    .map(|node| crate::image::ensure_demo(&node.layout));
+                futures::future::try_join_all(images).await?;
             }
-            node::wait_ready(
-                control_plane.admin(),
-                &config.name,
-                Duration::from_secs(self.timeout),
-            )
-            .await?;
-            print_next_steps(&layout, &config.name, started.elapsed());
+            let names: Vec<&str> = nodes.iter().map(|node| node.name.as_str()).collect();
+            let patience = Duration::from_secs(self.timeout);
+            node::wait_ready(control_plane.admin(), &names, since, patience).await?;
+            print_next_steps(&layout, &state.node_names(), started.elapsed());
             UpState::mark_ready(&layout)?;
             // From here on only a failure or a signal ends it.
             std::future::pending::<Result<()>>().await
@@ -125,14 +133,14 @@ impl Up {
         let outcome = tokio::select! {
             outcome = ready => outcome,
             () = stop => Ok(()),
-            error = node.first_failure() => Err(error),
+            error = parts.first_failure() => Err(error),
             error = control_plane.failed() => Err(error),
         };
         info!("stopping");
         if self.keep {
-            node.leave().await;
+            parts.leave().await;
         } else {
-            teardown::node(node, &config).await;
+            parts.take_down(&nodes).await;
         }
         control_plane.stop().await;
         if !self.keep {
@@ -140,25 +148,6 @@ impl Up {
         }
         drop(running);
         outcome
-    }
-
-    /// The node's /24 of the pod range.
-    fn node_range(&self) -> Result<Ipv4Net> {
-        if self.service_cidr.contains(&self.pod_cidr) || self.pod_cidr.contains(&self.service_cidr)
-        {
-            bail!(
-                "--pod-cidr {} and --service-cidr {} overlap",
-                self.pod_cidr,
-                self.service_cidr
-            );
-        }
-        let mut subnets = self
-            .pod_cidr
-            .subnets(24)
-            .with_context(|| format!("--pod-cidr {} must be a /24 or larger", self.pod_cidr))?;
-        subnets
-            .next()
-            .with_context(|| format!("--pod-cidr {} is empty", self.pod_cidr))
     }
 }
 
@@ -182,8 +171,8 @@ fn stop_signal() -> Result<impl Future<Output = ()>> {
     })
 }
 
-fn print_next_steps(layout: &Layout, node: &str, took: Duration) {
-    println!("Ready in {:.2} s: {node}", took.as_secs_f64());
+fn print_next_steps(layout: &Layout, nodes: &str, took: Duration) {
+    println!("Ready in {:.2} s: {nodes}", took.as_secs_f64());
     println!();
     println!(
         "  export KUBECONFIG={}",

@@ -1,23 +1,26 @@
-//! The node: agent, container runtime and kubelet, as tasks of this process.
+//! A node: agent, container runtime and kubelet, as tasks of the process that this runs in.
 
 use std::net::IpAddr;
 use std::path::PathBuf;
+use std::sync::Arc;
 use std::time::Duration;
 
 use anyhow::{Context, Result, bail};
 use ipnet::IpNet;
 use k8s_openapi::api::core::v1::Node as NodeObject;
 use kube::runtime::{WatchStreamExt, watcher};
+use serde::{Deserialize, Serialize};
 use tokio::task::{JoinHandle, JoinSet};
 use tokio_util::sync::CancellationToken;
 use tracing::{info, warn};
 
 use super::control_plane::ControlPlane;
+use super::switch::Cable;
 use crate::paths::{NodeLayout, private_dir, write_private};
 use crate::pki::{self, Authority};
 
 /// What the node needs to know.
-#[derive(Clone, Debug)]
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct NodeConfig {
     /// Name of the Node object.
     pub name: String,
@@ -29,16 +32,21 @@ pub struct NodeConfig {
     pub cluster_domain: String,
     /// Port of the kubelet's HTTPS server.
     pub kubelet_port: u16,
-    /// The root of cgroup v2: the host's own processes reach Services too.
+    /// The cgroup v2 folder whose processes reach Services: of a node that is the whole machine the root, since
+    /// the machine's own processes do too.
     pub cgroup_root: PathBuf,
     /// The cgroup v2 folder that pods are put into.
     pub pod_cgroup: PathBuf,
+    /// Parent of the cgroups of all its pods.
+    pub cgroup_parent: String,
     /// Its folders.
     pub layout: NodeLayout,
+    /// Where it has a network namespace of its own: how it is joined to the others.
+    pub cable: Option<Cable>,
 }
 
 /// The user and groups of the agent.
-const AGENT_USER: (&str, &[&str]) = (
+pub const AGENT_USER: (&str, &[&str]) = (
     "system:serviceaccount:kube-system:xebec-agent",
     &[
         "system:serviceaccounts",
@@ -46,8 +54,76 @@ const AGENT_USER: (&str, &[&str]) = (
     ],
 );
 
-/// Parent of the cgroups of all pods.
-pub const CGROUP_PARENT: &str = "/xebec";
+/// How a node's parts reach the API server, and how its kubelet is reached.
+pub struct Access {
+    /// The kubelet's client.
+    pub kubelet: kube::Client,
+    /// The agent's client.
+    pub agent: kube::Client,
+    /// The kubelet's certificate.
+    pub serving: Arc<rustls::ServerConfig>,
+}
+
+impl Access {
+    /// For a node in the API server's process: its calls are function calls.
+    pub fn in_process(
+        config: &NodeConfig,
+        authority: &Authority,
+        control_plane: &ControlPlane,
+    ) -> Result<Self> {
+        Ok(Self {
+            kubelet: control_plane.client(&config.user(), &["system:nodes"]),
+            agent: control_plane.client(AGENT_USER.0, AGENT_USER.1),
+            serving: serving_tls(&authority.ca_pem, &config.serving_leaf(authority)?)?,
+        })
+    }
+}
+
+/// TLS of a kubelet's server.
+pub fn serving_tls(ca_pem: &str, leaf: &pki::Leaf) -> Result<Arc<rustls::ServerConfig>> {
+    pki::server_tls(ca_pem, leaf, &[b"http/1.1"])
+}
+
+impl NodeConfig {
+    /// The user that its kubelet is.
+    pub fn user(&self) -> String {
+        format!("system:node:{}", self.name)
+    }
+
+    /// A certificate for its kubelet's server.
+    pub fn serving_leaf(&self, authority: &Authority) -> Result<pki::Leaf> {
+        authority.server(&self.user(), &[&self.name], &[self.ip])
+    }
+
+    /// How its agent runs.
+    pub fn agent(&self) -> xebec_agent::Config {
+        xebec_agent::Config {
+            node_name: self.name.clone(),
+            node_ip: self.ip,
+            pod_cidr: self.pod_cidr,
+            socket: self.layout.agent_socket(),
+            state_dir: self.layout.agent_state(),
+            bpf_dir: self.layout.bpf(),
+            cgroup_root: self.cgroup_root.clone(),
+            pod_cgroup: self.pod_cgroup.clone(),
+            devices: Vec::new(),
+        }
+    }
+
+    /// How its container runtime runs.
+    pub fn runtime(&self) -> Result<xebec_cri::Config> {
+        let executable = std::env::current_exe().context("could not find this executable")?;
+        let layout = &self.layout;
+        Ok(xebec_cri::Config {
+            shim_command: vec![executable.to_string_lossy().into_owned(), "shim".into()],
+            cni_bin_dirs: vec![layout.cni_bin()],
+            cni_conf_dir: layout.cni_conf(),
+            cgroup_parent: self.cgroup_parent.clone(),
+            unified_cgroup: Some(self.pod_cgroup.clone()),
+            ..xebec_cri::Config::new(layout.cri_root(), layout.run.clone())
+        })
+    }
+}
 
 /// The parts of a node that run in this process.
 pub struct Running {
@@ -61,16 +137,8 @@ pub struct Running {
     pub kubelet_task: JoinHandle<Result<()>>,
 }
 
-/// Starts agent, runtime and kubelet, with a client that calls the API server directly.
-pub fn start(
-    config: &NodeConfig,
-    authority: &Authority,
-    control_plane: &ControlPlane,
-) -> Result<Running> {
-    let user = format!("system:node:{}", config.name);
-    let client = control_plane.client(&user, &["system:nodes"]);
-    let leaf = authority.server(&user, &[&config.name], &[config.ip])?;
-    let tls = pki::server_tls(&authority.ca_pem, &leaf, &[b"http/1.1"])?;
+/// Starts agent, runtime and kubelet.
+pub fn start(config: &NodeConfig, access: Access) -> Result<Running> {
     let layout = &config.layout;
     for dir in [
         &layout.data,
@@ -81,54 +149,26 @@ pub fn start(
         private_dir(dir)?;
     }
     install_cni(layout)?;
-    let executable = std::env::current_exe().context("could not find this executable")?;
     let (kubelet, rest) = (CancellationToken::new(), CancellationToken::new());
     let mut tasks = JoinSet::new();
-    let agent = xebec_agent::Config {
-        node_name: config.name.clone(),
-        node_ip: config.ip,
-        pod_cidr: config.pod_cidr,
-        socket: layout.agent_socket(),
-        state_dir: layout.agent_state(),
-        bpf_dir: layout.bpf(),
-        cgroup_root: config.cgroup_root.clone(),
-        pod_cgroup: config.pod_cgroup.clone(),
-        devices: Vec::new(),
-    };
-    let cri = xebec_cri::Config {
-        shim_command: vec![executable.to_string_lossy().into_owned(), "shim".into()],
-        cni_bin_dirs: vec![layout.cni_bin()],
-        cni_conf_dir: layout.cni_conf(),
-        cgroup_parent: CGROUP_PARENT.into(),
-        unified_cgroup: Some(config.pod_cgroup.clone()),
-        ..xebec_cri::Config::new(layout.cri_root(), layout.run.clone())
-    };
     let mut node = xebec_kubelet::Config::new(
         config.name.clone(),
         config.ip,
         layout.cri_socket(),
         layout.kubelet_root(),
-        tls,
+        access.serving,
     );
     node.port = config.kubelet_port;
     node.cluster_domain = config.cluster_domain.clone();
     node.pod_cidr = Some(config.pod_cidr);
-    node.cgroup_parent = format!("{CGROUP_PARENT}/kubepods");
-    tasks.spawn(named(
-        "agent",
-        xebec_agent::run(
-            control_plane.client(AGENT_USER.0, AGENT_USER.1),
-            agent,
-            rest.clone(),
-        ),
-    ));
-    tasks.spawn(named(
-        "container runtime",
-        xebec_cri::run(cri, rest.clone()),
-    ));
+    node.cgroup_parent = format!("{}/kubepods", config.cgroup_parent);
+    let runtime = xebec_cri::run(config.runtime()?, rest.clone());
+    let agent = xebec_agent::run(access.agent, config.agent(), rest.clone());
+    tasks.spawn(named("agent", agent));
+    tasks.spawn(named("container runtime", runtime));
     let kubelet_task = tokio::spawn(named(
         "kubelet",
-        xebec_kubelet::run(client, node, kubelet.clone()),
+        xebec_kubelet::run(access.kubelet, node, kubelet.clone()),
     ));
     Ok(Running {
         kubelet,
@@ -194,8 +234,14 @@ impl Running {
     }
 }
 
-/// Waits until the node reports Ready.
-pub async fn wait_ready(client: kube::Client, node: &str, timeout: Duration) -> Result<()> {
+/// Waits until all these nodes report Ready. What a node said before `since` (seconds of the epoch) was said by a
+/// cluster that has ended.
+pub async fn wait_ready(
+    client: kube::Client,
+    nodes: &[&str],
+    since: i64,
+    timeout: Duration,
+) -> Result<()> {
     use futures::TryStreamExt;
     let mut changes = std::pin::pin!(
         watcher(
@@ -205,33 +251,56 @@ pub async fn wait_ready(client: kube::Client, node: &str, timeout: Duration) -> 
         .default_backoff()
         .applied_objects()
     );
+    let mut waiting = nodes.to_vec();
     let ready = async {
-        loop {
+        while !waiting.is_empty() {
             match changes.try_next().await {
-                Ok(Some(found))
-                    if found.metadata.name.as_deref() == Some(node) && is_ready(&found) =>
-                {
-                    info!(node, "ready");
-                    return Ok(());
+                Ok(Some(found)) => {
+                    let name = found.metadata.name.as_deref().unwrap_or_default();
+                    if is_ready(&found, since) && waiting.contains(&name) {
+                        info!(node = name, "ready");
+                        waiting.retain(|waiting| *waiting != name);
+                    }
                 }
-                Ok(Some(_)) => {}
                 Ok(None) => bail!("the watch of nodes ended"),
                 Err(error) => warn!(%error, "the watch of nodes failed; trying again"),
             }
         }
+        Ok(())
     };
     match tokio::time::timeout(timeout, ready).await {
         Ok(outcome) => outcome,
         Err(_) => bail!(
-            "not Ready after {} s: {node} (the log says why; --timeout waits longer)",
-            timeout.as_secs()
+            "not Ready after {} s: {} (the log says why; --timeout waits longer)",
+            timeout.as_secs(),
+            waiting.join(", ")
         ),
     }
 }
 
-fn is_ready(node: &NodeObject) -> bool {
+fn is_ready(node: &NodeObject, since: i64) -> bool {
     node.status
         .iter()
         .flat_map(|status| status.conditions.iter().flatten())
-        .any(|condition| condition.type_ == "Ready" && condition.status == "True")
+        .filter(|condition| condition.type_ == "Ready" && condition.status == "True")
+        .filter_map(|condition| condition.last_heartbeat_time.as_ref())
+        .any(|heartbeat| heartbeat.0.as_second() >= since)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn what_an_ended_cluster_said_does_not_count() {
+        let node = |status: &str| -> NodeObject {
+            serde_json::from_value(serde_json::json!({"status": {"conditions": [
+                {"type": "Ready", "status": status, "lastHeartbeatTime": "1970-01-01T00:01:40Z"},
+            ]}}))
+            .unwrap()
+        };
+        assert!(is_ready(&node("True"), 100));
+        assert!(!is_ready(&node("True"), 101));
+        assert!(!is_ready(&node("False"), 100));
+    }
 }

@@ -3,6 +3,7 @@
 use anyhow::{Context, Result};
 use serde::{Deserialize, Serialize};
 
+use super::node::NodeConfig;
 use crate::paths::{Layout, write_private};
 
 /// The content of `<run>/up.json`.
@@ -14,27 +15,23 @@ pub struct UpState {
     pub start_time: u64,
     /// URL of the API server.
     pub server: String,
-    /// Name of the node.
-    pub node: String,
-    /// The cgroup v2 folder of its pods.
-    pub pod_cgroup: std::path::PathBuf,
-    /// The node has been Ready.
+    /// The nodes.
+    pub nodes: Vec<NodeConfig>,
+    /// The nodes have been Ready.
     #[serde(default)]
     pub ready: bool,
 }
 
 impl UpState {
     /// The state of the process that asks.
-    pub fn of_this_process(server: &str, node: &str, pod_cgroup: &std::path::Path) -> Result<Self> {
+    pub fn of_this_process(server: &str, nodes: &[NodeConfig]) -> Result<Self> {
         let pid = std::process::id() as i32;
         let start_time = start_time(pid).context("could not read this process's start time")?;
-        let (server, node) = (server.to_owned(), node.to_owned());
         Ok(Self {
             pid,
             start_time,
-            server,
-            node,
-            pod_cgroup: pod_cgroup.to_path_buf(),
+            server: server.to_owned(),
+            nodes: nodes.to_vec(),
             ready: false,
         })
     }
@@ -45,7 +42,7 @@ impl UpState {
         write_private(&layout.up_state(), &json)
     }
 
-    /// Says that the node has been Ready.
+    /// Says that the nodes have been Ready.
     pub fn mark_ready(layout: &Layout) -> Result<()> {
         let mut state = Self::read(layout)?.context("the state file of this cluster is gone")?;
         state.ready = true;
@@ -65,6 +62,12 @@ impl UpState {
             Err(error) if error.kind() == std::io::ErrorKind::NotFound => Ok(None),
             Err(error) => Err(error).with_context(|| format!("could not read {}", path.display())),
         }
+    }
+
+    /// The names of the nodes, for people.
+    pub fn node_names(&self) -> String {
+        let names: Vec<&str> = self.nodes.iter().map(|node| node.name.as_str()).collect();
+        names.join(", ")
     }
 
     /// Whether that process is still the one that wrote this.
@@ -90,7 +93,7 @@ mod tests {
 
     #[test]
     fn a_running_process_is_known_by_pid_and_start_time() {
-        let state = UpState::of_this_process("https://x", "n", std::path::Path::new("/c")).unwrap();
+        let state = UpState::of_this_process("https://x", &[]).unwrap();
         assert!(state.is_running());
         let other = UpState {
             start_time: state.start_time + 1,

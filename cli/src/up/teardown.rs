@@ -8,18 +8,23 @@ use tokio_util::sync::CancellationToken;
 use tracing::warn;
 use xebec_cri_api::v1;
 
-use super::node::{CGROUP_PARENT, NodeConfig, Running};
+use super::node::{NodeConfig, Running};
 use crate::paths::{Layout, NodeLayout};
+
+/// The folder of all our cgroups in each hierarchy.
+pub const CGROUPS: &str = "xebec";
 
 /// Stops the kubelet, removes every pod sandbox through CRI, then ends the rest and cleans up.
 pub async fn node(mut running: Running, config: &NodeConfig) {
     running.end_kubelet().await;
+    // They may be starting still, and pods of a killed predecessor be known to them alone.
+    sockets(&config.layout).await;
     if let Err(error) = remove_sandboxes(&config.layout).await {
         warn!(error = format!("{error:#}"), "could not remove all pods");
     }
     running.rest.cancel();
     while running.tasks.join_next().await.is_some() {}
-    if let Err(error) = clean(&config.layout, &config.pod_cgroup).await {
+    if let Err(error) = clean(config).await {
         warn!(
             error = format!("{error:#}"),
             "could not clean up all of the node"
@@ -28,33 +33,26 @@ pub async fn node(mut running: Running, config: &NodeConfig) {
 }
 
 /// After a cluster that was killed: starts runtime and agent alone, which remove its pods.
-pub async fn remains(layout: &NodeLayout, pod_cgroup: &Path) -> Result<()> {
+pub async fn remains(config: &NodeConfig) -> Result<()> {
+    let layout = &config.layout;
     let rest = CancellationToken::new();
-    let executable = std::env::current_exe().context("could not find this executable")?;
-    let cri = xebec_cri::Config {
-        shim_command: vec![executable.to_string_lossy().into_owned(), "shim".into()],
-        cni_bin_dirs: vec![layout.cni_bin()],
-        cni_conf_dir: layout.cni_conf(),
-        cgroup_parent: CGROUP_PARENT.into(),
-        unified_cgroup: Some(pod_cgroup.to_path_buf()),
-        ..xebec_cri::Config::new(layout.cri_root(), layout.run.clone())
-    };
-    // Addresses are only given back here, so any range will do.
-    let agent = xebec_agent::Config {
-        node_name: String::new(),
-        node_ip: std::net::IpAddr::from([127, 0, 0, 1]),
-        pod_cidr: ipnet::IpNet::V4(ipnet::Ipv4Net::default()),
-        socket: layout.agent_socket(),
-        state_dir: layout.agent_state(),
-        bpf_dir: layout.bpf(),
-        cgroup_root: pod_cgroup.to_path_buf(),
-        pod_cgroup: pod_cgroup.to_path_buf(),
-        devices: Vec::new(),
-    };
+    let (agent, cri) = (config.agent(), config.runtime()?);
     let parts = [
         tokio::spawn(xebec_agent::run_detached(agent, rest.clone())),
         tokio::spawn(xebec_cri::run(cri, rest.clone())),
     ];
+    sockets(layout).await;
+    let removed = remove_sandboxes(layout).await;
+    rest.cancel();
+    for part in parts {
+        part.await.context("a part panicked")??;
+    }
+    removed?;
+    clean(config).await
+}
+
+/// Waits until runtime and agent answer, which without an answer is told by what is asked of them next.
+async fn sockets(layout: &NodeLayout) {
     for _ in 0..250 {
         if layout.cri_socket().exists()
             && layout.agent_socket().exists()
@@ -64,13 +62,6 @@ pub async fn remains(layout: &NodeLayout, pod_cgroup: &Path) -> Result<()> {
         }
         tokio::time::sleep(Duration::from_millis(20)).await;
     }
-    let removed = remove_sandboxes(layout).await;
-    rest.cancel();
-    for part in parts {
-        part.await.context("a part panicked")??;
-    }
-    removed?;
-    clean(layout, pod_cgroup).await
 }
 
 /// Stops and removes every sandbox that the runtime has.
@@ -128,18 +119,26 @@ pub async fn remove_sandboxes(layout: &NodeLayout) -> Result<()> {
 }
 
 /// Removes what agent and runtime made outside their folders; safe to repeat.
-async fn clean(layout: &NodeLayout, pod_cgroup: &Path) -> Result<()> {
-    xebec_agent::cleanup(&layout.agent_state())
+async fn clean(config: &NodeConfig) -> Result<()> {
+    xebec_agent::cleanup(&config.layout.agent_state())
         .await
         .context("could not remove the pods' devices")?;
-    remove_cgroups(pod_cgroup);
+    cgroups(config)
+}
+
+/// Removes a node's cgroups, of which no process may be a member any more.
+pub fn cgroups(config: &NodeConfig) -> Result<()> {
+    remove_cgroups(&config.pod_cgroup);
     // In v1 each controller has a hierarchy of its own.
     let mounts =
         std::fs::read_to_string("/proc/self/mounts").context("could not read /proc/self/mounts")?;
     for line in mounts.lines() {
         let mut words = line.split(' ').skip(1);
         if let (Some(point), Some("cgroup" | "cgroup2")) = (words.next(), words.next()) {
-            remove_cgroups(&Path::new(point).join(CGROUP_PARENT.trim_start_matches('/')));
+            let point = Path::new(point);
+            remove_cgroups(&point.join(config.cgroup_parent.trim_start_matches('/')));
+            // Several nodes share the folder above theirs: the last one takes it away.
+            let _ = std::fs::remove_dir(point.join(CGROUPS));
         }
     }
     Ok(())

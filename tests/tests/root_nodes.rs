@@ -1,0 +1,377 @@
+//! Two nodes on one machine: Services, node ports, policy and flows across them, restarts, and nothing left behind.
+
+use std::collections::{BTreeMap, BTreeSet};
+use std::io::{BufRead, BufReader, Write};
+use std::process::{Command, Stdio};
+use std::time::Duration;
+
+use anyhow::{Context, Result};
+use serde_json::{Value, json};
+use xebec_tests::{Cluster, Machine, assert_nothing_left, eventually, shop, succeed};
+
+const MINUTE: Duration = Duration::from_secs(60);
+const NODES: [&str; 2] = ["node1", "node2"];
+
+/// What of a pod matters here.
+#[derive(Clone, Debug, PartialEq, Eq)]
+struct Pod {
+    app: String,
+    node: String,
+    address: String,
+    container: String,
+    restarts: u64,
+}
+
+fn pods(cluster: &Cluster) -> Result<BTreeMap<String, Pod>> {
+    let found = cluster.get(&["pods", "-n", "shop", "-l", "app"])?;
+    let text = |value: &Value| value.as_str().unwrap_or_default().to_owned();
+    let pods = found["items"].as_array().into_iter().flatten().map(|pod| {
+        let container = &pod["status"]["containerStatuses"][0];
+        let one = Pod {
+            app: text(&pod["metadata"]["labels"]["app"]),
+            node: text(&pod["spec"]["nodeName"]),
+            address: text(&pod["status"]["podIP"]),
+            container: text(&container["containerID"]),
+            restarts: container["restartCount"].as_u64().unwrap_or(99),
+        };
+        (text(&pod["metadata"]["name"]), one)
+    });
+    Ok(pods.collect())
+}
+
+fn is_up(cluster: &Cluster) -> Result<bool> {
+    Ok(cluster.ready_pods("shop", "app=web")?.len() == 3
+        && cluster.ready_pods("shop", "app=api")?.len() == 2
+        && cluster.ready_pods("shop", "app=stranger")?.len() == 1)
+}
+
+/// The shop with its pods spread over both nodes.
+fn apply_shop(cluster: &Cluster) -> Result<BTreeMap<String, Pod>> {
+    cluster.k(&["apply", "-f", &shop().to_string_lossy()])?;
+    eventually("all pods of the shop are Ready", MINUTE, || is_up(cluster))?;
+    let pods = pods(cluster)?;
+    for app in ["web", "api"] {
+        let nodes: BTreeSet<&str> = pods
+            .values()
+            .filter(|pod| pod.app == app)
+            .map(|pod| pod.node.as_str())
+            .collect();
+        assert_eq!(
+            nodes,
+            BTreeSet::from(NODES),
+            "{app} runs on both: {pods:#?}"
+        );
+    }
+    Ok(pods)
+}
+
+fn node_addresses(cluster: &Cluster) -> Result<BTreeMap<String, String>> {
+    let nodes = cluster.get(&["nodes"])?;
+    let one = |node: &Value| {
+        let addresses = node["status"]["addresses"].as_array()?;
+        let own = addresses.iter().find(|a| a["type"] == "InternalIP")?;
+        let name = node["metadata"]["name"].as_str()?.to_owned();
+        Some((name, own["address"].as_str()?.to_owned()))
+    };
+    let items = nodes["items"].as_array().into_iter().flatten();
+    Ok(items.filter_map(one).collect())
+}
+
+/// From pods on each node, 1,000 requests to each of these: none is lost, and every backend answers, wherever it
+/// is. Each `web` answers with its own name and with that of the `api` that it asked through its Service.
+fn pods_reach(cluster: &Cluster, urls: &[(String, String)]) -> Result<()> {
+    let mut items = Vec::new();
+    for node in NODES {
+        for (what, url) in urls {
+            items.push(json!({
+                "apiVersion": "v1",
+                "kind": "Pod",
+                "metadata": {"name": format!("client-{node}-{what}"), "namespace": "shop"},
+                "spec": {
+                    "nodeName": node,
+                    "restartPolicy": "Never",
+                    "terminationGracePeriodSeconds": 1,
+                    "containers": [{
+                        "name": "client",
+                        "image": "xebec.local/demo:latest",
+                        "imagePullPolicy": "IfNotPresent",
+                        "args": ["get", url, "-n", "1000", "--keep-going"],
+                    }],
+                },
+            }));
+        }
+    }
+    let names: Vec<String> = items
+        .iter()
+        .filter_map(|pod| pod["metadata"]["name"].as_str().map(str::to_owned))
+        .collect();
+    let manifests: Vec<String> = items.iter().map(Value::to_string).collect();
+    let mut kubectl = cluster
+        .kubectl(&["apply", "-f", "-"])
+        .stdin(Stdio::piped())
+        .stdout(Stdio::piped())
+        .stderr(Stdio::piped())
+        .spawn()
+        .context("could not start kubectl")?;
+    let mut pipe = kubectl.stdin.take().context("kubectl has no input")?;
+    pipe.write_all(manifests.join("\n").as_bytes())?;
+    drop(pipe);
+    succeed("kubectl apply", kubectl.wait_with_output()?)?;
+    let backends: BTreeSet<String> = ["app=web", "app=api"]
+        .into_iter()
+        .map(|app| cluster.ready_pods("shop", app))
+        .collect::<Result<Vec<_>>>()?
+        .concat_sets();
+    for name in &names {
+        eventually(&format!("{name} has ended"), MINUTE, || {
+            let phase = cluster.get(&["pod", name, "-n", "shop"])?["status"]["phase"].clone();
+            Ok(phase == "Succeeded" || phase == "Failed")
+        })?;
+        let log = cluster.k(&["logs", "-n", "shop", name])?;
+        let mut answers = BTreeMap::<&str, u64>::new();
+        for line in log.lines() {
+            *answers.entry(line).or_default() += 1;
+        }
+        let of = |app: &str| -> u64 {
+            let all = answers.iter().filter(|(name, _)| name.starts_with(app));
+            all.map(|(_, count)| count).sum()
+        };
+        assert_eq!(
+            (of("web-"), of("api-")),
+            (1000, 1000),
+            "{name}: {answers:?}"
+        );
+        assert!(
+            answers
+                .keys()
+                .copied()
+                .eq(backends.iter().map(String::as_str)),
+            "{name}: every backend answers, and nobody else: {answers:?}"
+        );
+    }
+    let mut delete = vec!["delete", "pod", "-n", "shop"];
+    delete.extend(names.iter().map(String::as_str));
+    cluster.k(&delete)?;
+    Ok(())
+}
+
+trait ConcatSets {
+    fn concat_sets(self) -> BTreeSet<String>;
+}
+
+impl ConcatSets for Vec<BTreeSet<String>> {
+    fn concat_sets(self) -> BTreeSet<String> {
+        self.into_iter().flatten().collect()
+    }
+}
+
+/// The pod that no rule lets in is dropped on the other node as well, and the flow says by which policy.
+fn denied_across_nodes(cluster: &Cluster, pods: &BTreeMap<String, Pod>) -> Result<()> {
+    let home = &pods["stranger"].node;
+    eventually(
+        "the stranger's flow to the other node is dropped",
+        MINUTE,
+        || {
+            let flows = cluster.run(&[
+                "observe",
+                "-o",
+                "json",
+                "--verdict",
+                "DROPPED",
+                "--namespace",
+                "shop",
+                "--last",
+                "100",
+            ])?;
+            let flows = flows
+                .lines()
+                .filter_map(|line| serde_json::from_str::<Value>(line).ok());
+            Ok(flows.map(|value| value["flow"].clone()).any(|flow| {
+                let target = flow["destination"]["pod_name"].as_str().unwrap_or_default();
+                flow["source"]["pod_name"] == "stranger"
+                    && flow["node_name"] != json!(home)
+                    && pods.get(target).is_some_and(|pod| pod.node != *home)
+                    && flow["ingress_denied_by"]
+                        .as_array()
+                        .is_some_and(|by| by.iter().any(|p| p["name"] == "api-from-web"))
+            }))
+        },
+    )?;
+    let answers = cluster.k(&["logs", "-n", "shop", "stranger"])?;
+    assert!(
+        !answers.contains("api-"),
+        "the stranger got through: {answers}"
+    );
+    Ok(())
+}
+
+/// The host is no node, but reaches pods and kubelets of all of them.
+fn host_reaches_all(cluster: &Cluster, pods: &BTreeMap<String, Pod>) -> Result<()> {
+    for (name, pod) in pods.iter().filter(|(_, pod)| pod.app == "web") {
+        let url = format!("http://{}:8080/whoami", pod.address);
+        let curl = Command::new("curl")
+            .args(["--silent", "--show-error", "--fail", "--max-time", "5"])
+            .arg(&url)
+            .output()?;
+        assert_eq!(succeed(&url, curl)?.trim(), name);
+        let log = cluster.k(&["logs", "-n", "shop", name])?;
+        assert!(log.contains("listens on"), "{log}");
+    }
+    Ok(())
+}
+
+/// The command line tells of both nodes.
+fn command_line_shows_both(cluster: &Cluster, pods: &BTreeMap<String, Pod>) -> Result<()> {
+    let status = cluster.run(&["status"])?;
+    let endpoints = cluster.run(&["endpoint", "list"])?;
+    let images = cluster.run(&["image", "list"])?;
+    for node in NODES {
+        for line in [format!("Node {node}"), format!("Agent {node}")] {
+            assert!(status.contains(&line), "{line}: {status}");
+        }
+        assert!(
+            images
+                .lines()
+                .any(|line| line.starts_with(node) && line.contains("xebec.local/demo")),
+            "{images}"
+        );
+    }
+    for (name, pod) in pods {
+        let shown = endpoints
+            .lines()
+            .any(|line| line.contains(name) && line.contains(&pod.node));
+        assert!(shown, "{name}: {endpoints}");
+    }
+    Ok(())
+}
+
+fn kill(pid: i32, signal: &str) -> Result<()> {
+    let mut kill = Command::new("kill");
+    let output = kill.args([signal, &pid.to_string()]).output()?;
+    succeed("kill", output).map(drop)
+}
+
+/// The process of a node.
+fn node_process(cluster: &Cluster, node: &str) -> Result<Option<i32>> {
+    let parent = cluster.pid()?.to_string();
+    let output = Command::new("pgrep")
+        .args(["-P", &parent, "-f", &format!("node {node}$")])
+        .output()?;
+    Ok(String::from_utf8_lossy(&output.stdout).trim().parse().ok())
+}
+
+/// A node's process that dies is started again; the pods of the node do not notice.
+fn node_process_comes_back(cluster: &Cluster, pods: &BTreeMap<String, Pod>) -> Result<()> {
+    let first = node_process(cluster, "node2")?.context("node2 has no process")?;
+    kill(first, "-9")?;
+    eventually("node2 has a new process", MINUTE, || {
+        Ok(node_process(cluster, "node2")?.is_some_and(|pid| pid != first))
+    })?;
+    eventually("its agent answers", MINUTE, || {
+        Ok(cluster
+            .run(&["endpoint", "list", "--node", "node2"])
+            .is_ok())
+    })?;
+    eventually("the same pods are Ready", MINUTE, || is_up(cluster))?;
+    assert_eq!(*pods, self::pods(cluster)?, "the same containers run");
+    Ok(())
+}
+
+/// kill -9 of everything but the shims: a connection goes on meanwhile, and the next `up` finds the same pods.
+fn killed_cluster_comes_back(cluster: &mut Cluster, pods: &BTreeMap<String, Pod>) -> Result<()> {
+    let far = pods
+        .values()
+        .find(|pod| pod.app == "web" && pod.node == "node2")
+        .context("no web on node2")?;
+    let urls: Vec<String> = (0..6)
+        .map(|n| format!("http://{}:8080/whoami?{n}", far.address))
+        .collect();
+    let mut client = Command::new("curl")
+        .args(["--silent", "--show-error", "--fail", "--rate", "1/s"])
+        .args(["--write-out", "%{num_connects}\\n"])
+        .args(&urls)
+        .stdout(Stdio::piped())
+        .spawn()
+        .context("could not start curl")?;
+    let mut answers = BufReader::new(client.stdout.take().context("curl has no output")?)
+        .lines()
+        .filter(|line| !line.as_ref().is_ok_and(|line| line.starts_with("web-")));
+    assert_eq!(answers.next().transpose()?.as_deref(), Some("1"));
+    kill(cluster.pid()?, "-9")?;
+    let rest: Vec<String> = answers.collect::<Result<_, _>>()?;
+    assert!(client.wait()?.success(), "the connection broke");
+    assert_eq!(rest, ["0"; 5], "all answers came over the one connection");
+    // Other nodes would not find these pods.
+    let other = cluster.xebec(&["up", "--nodes", "3"]).output()?;
+    let says = String::from_utf8_lossy(&other.stderr).into_owned();
+    assert!(
+        !other.status.success() && says.contains("xebec down"),
+        "{says}"
+    );
+    cluster.start()?;
+    eventually("the API knows the pods again", MINUTE, || is_up(cluster))?;
+    assert_eq!(*pods, self::pods(cluster)?, "the same containers run");
+    Ok(())
+}
+
+#[test]
+fn shop_on_two_nodes_and_nothing_left_behind() -> Result<()> {
+    let before = Machine::now()?;
+    let mut cluster = Cluster::up("nodes", &["--nodes", "2"])?;
+    let addresses = node_addresses(&cluster)?;
+    assert!(addresses.keys().eq(NODES), "{addresses:?}");
+    let pods = apply_shop(&cluster)?;
+    command_line_shows_both(&cluster, &pods)?;
+    host_reaches_all(&cluster, &pods)?;
+    let service = cluster.get(&["service", "web", "-n", "shop"])?;
+    let cluster_ip = service["spec"]["clusterIP"].as_str().unwrap_or_default();
+    let mut urls = vec![("service".to_owned(), format!("http://{cluster_ip}/"))];
+    for (node, address) in &addresses {
+        urls.push((format!("to-{node}"), format!("http://{address}:30080/")));
+    }
+    pods_reach(&cluster, &urls)?;
+    denied_across_nodes(&cluster, &pods)?;
+    node_process_comes_back(&cluster, &pods)?;
+    killed_cluster_comes_back(&mut cluster, &pods)?;
+    pods_reach(&cluster, &urls[..1])?;
+    cluster.down()?;
+    assert_nothing_left(&before)?;
+    // The data survived: the next `up` runs the same pods.
+    cluster.start()?;
+    eventually("the shop's pods run again", MINUTE, || {
+        let now = self::pods(&cluster)?;
+        Ok(now.keys().eq(pods.keys()) && is_up(&cluster)?)
+    })?;
+    pods_reach(&cluster, &urls[..1])?;
+    // Killed, `down` alone cleans up.
+    kill(cluster.pid()?, "-9")?;
+    cluster.down()?;
+    assert_nothing_left(&before)?;
+    Ok(())
+}
+
+#[test]
+fn ctrl_c_takes_both_nodes_down() -> Result<()> {
+    let before = Machine::now()?;
+    let mut cluster = Cluster::up("nodes-ctrl-c", &["--nodes", "2"])?;
+    cluster.k(&["apply", "-f", &shop().to_string_lossy()])?;
+    eventually("all pods of the shop are Ready", MINUTE, || is_up(&cluster))?;
+    cluster.down()?;
+    // As from a terminal: the signal goes to the whole group.
+    let mut foreground = cluster.foreground()?;
+    let mut lines = BufReader::new(foreground.stdout.take().context("up has no output")?).lines();
+    let first = lines.next().transpose()?.unwrap_or_default();
+    assert!(
+        first.starts_with("Ready in") && first.ends_with("node1, node2"),
+        "{first}"
+    );
+    eventually("the shop's pods run again", MINUTE, || is_up(&cluster))?;
+    let group = format!("-{}", foreground.id());
+    let output = Command::new("kill").args(["-INT", "--", &group]).output()?;
+    succeed("kill", output)?;
+    assert!(foreground.wait()?.success());
+    assert_nothing_left(&before)?;
+    assert!(cluster.run(&["down"])?.contains("no cluster runs"));
+    cluster.down()?;
+    Ok(())
+}
