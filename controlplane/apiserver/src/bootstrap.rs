@@ -109,13 +109,13 @@ impl Handler {
         defaults::set_defaults(resource, &mut object);
         let extra = if plural == "services" {
             self.allocator
-                .assign(self.registry.store.as_ref(), None, &mut object)
+                .assign(self.registry.store.as_ref(), None, &mut object, false)
                 .await?
         } else {
             Txn::default()
         };
         self.registry
-            .create(resource, object, extra, false, None)
+            .create(resource, object, extra, false)
             .await
             .map(drop)
     }

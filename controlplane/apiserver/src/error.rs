@@ -17,6 +17,8 @@ pub struct ApiError {
     details: Option<Value>,
     /// `Retry-After`, seconds.
     pub retry_after: Option<u32>,
+    /// What the object is warned about although it was refused.
+    pub(crate) warnings: Vec<String>,
 }
 
 impl std::fmt::Display for ApiError {
@@ -45,7 +47,19 @@ impl ApiError {
             message: message.into(),
             details: None,
             retry_after: None,
+            warnings: Vec::new(),
         }
+    }
+
+    /// Warnings go out with a refusal, too.
+    pub(crate) fn with_warnings(mut self, warnings: Vec<String>) -> Self {
+        self.warnings = warnings;
+        self
+    }
+
+    fn without_details(mut self) -> Self {
+        self.details = Some(json!({}));
+        self
     }
 
     fn about(mut self, resource: &Resource, name: &str) -> Self {
@@ -77,7 +91,12 @@ impl ApiError {
 
     /// 404: a path that is served by nothing.
     pub fn no_path() -> Self {
-        Self::new(StatusCode::NOT_FOUND, "NotFound", "404 page not found")
+        Self::new(StatusCode::NOT_FOUND, "", "404 page not found")
+    }
+
+    /// Whether it is answered as plain text: the path is none of the API's.
+    pub(crate) fn is_plain(&self) -> bool {
+        self.code == StatusCode::NOT_FOUND && self.reason.is_empty()
     }
 
     /// Whether this is a conflict that another try may get past.
@@ -192,7 +211,12 @@ impl ApiError {
         error
     }
 
-    /// 500 without a reason, as the real server answers for some broken options.
+    /// 500 without a reason, as the real server answers for some broken patches.
+    pub fn unexplained(message: impl Into<String>) -> Self {
+        Self::new(StatusCode::INTERNAL_SERVER_ERROR, "", message)
+    }
+
+    /// 500.
     pub fn internal(message: impl Into<String>) -> Self {
         let message = message.into();
         tracing::debug!(message, "internal error answered");
@@ -223,7 +247,13 @@ impl ApiError {
 
     /// 422: the object is not valid.
     pub fn invalid(kind: &str, group: &str, name: &str, errors: &[FieldError]) -> Self {
-        let shown: Vec<String> = errors.iter().map(ToString::to_string).collect();
+        // The message says each once, the causes as often as it was found.
+        let mut shown: Vec<String> = Vec::new();
+        for text in errors.iter().map(ToString::to_string) {
+            if !shown.contains(&text) {
+                shown.push(text);
+            }
+        }
         let shown = if shown.len() == 1 {
             shown[0].clone()
         } else {
@@ -243,7 +273,10 @@ impl ApiError {
             "Invalid",
             format!("{qualified} {name:?} is invalid: {shown}"),
         );
-        let mut details = json!({"kind": kind, "causes": causes});
+        let mut details = json!({"causes": causes});
+        if !kind.is_empty() {
+            details["kind"] = kind.into();
+        }
         if !name.is_empty() {
             details["name"] = name.into();
         }
@@ -258,8 +291,11 @@ impl ApiError {
     pub fn status(&self) -> Value {
         let mut status = json!({
             "kind": "Status", "apiVersion": "v1", "metadata": {}, "status": "Failure",
-            "message": self.message, "reason": self.reason, "code": self.code.as_u16(),
+            "message": self.message, "code": self.code.as_u16(),
         });
+        if !self.reason.is_empty() {
+            status["reason"] = self.reason.into();
+        }
         if let Some(details) = &self.details {
             status["details"] = details.clone();
         }
@@ -289,14 +325,14 @@ impl From<PatchError> for ApiError {
         match error {
             PatchError::Malformed(message) => Self::bad_request(message),
             PatchError::Unprocessable(message) => {
-                Self::new(StatusCode::UNPROCESSABLE_ENTITY, "Invalid", message)
+                Self::new(StatusCode::UNPROCESSABLE_ENTITY, "Invalid", message).without_details()
             }
             PatchError::TooLarge(message) => Self::new(
                 StatusCode::PAYLOAD_TOO_LARGE,
                 "RequestEntityTooLarge",
                 message,
             ),
-            PatchError::Internal(message) => Self::internal(message),
+            PatchError::Internal(message) => Self::unexplained(message),
         }
     }
 }

@@ -222,8 +222,17 @@ impl Handler {
             .is_some_and(|accept| accept.as_bytes().starts_with(b"application/yaml"));
         let mut response = match self.serve(request, identity).await {
             Ok(response) => response,
+            Err(error) if error.is_plain() => {
+                let mut response = text(error.code, "404 page not found\n");
+                response.headers_mut().insert(
+                    header::X_CONTENT_TYPE_OPTIONS,
+                    HeaderValue::from_static("nosniff"),
+                );
+                response
+            }
             Err(error) => {
-                let mut response = value(error.code, &error.status(), yaml);
+                let response = value(error.code, &error.status(), yaml);
+                let mut response = warn(response, &error.warnings);
                 if let Some(seconds) = error.retry_after {
                     response
                         .headers_mut()
@@ -367,9 +376,9 @@ impl Handler {
         let document = |body: Value| Ok(value(StatusCode::OK, &body, yaml));
         let found = |body: Option<Value>| {
             body.map(|body| value(StatusCode::OK, &body, yaml))
-                .ok_or_else(ApiError::no_resource)
+                .ok_or_else(|| not_found(&path_parts(path)))
         };
-        let parts: Vec<&str> = path.split('/').filter(|part| !part.is_empty()).collect();
+        let parts = path_parts(path);
         match parts.as_slice() {
             [check @ ("healthz" | "livez" | "readyz")] => Ok(health(
                 check,
@@ -414,12 +423,28 @@ impl Handler {
                 "response_types_supported": ["id_token"], "subject_types_supported": ["public"],
                 "id_token_signing_alg_values_supported": ["ES256"],
             })),
-            _ => Err(if path.starts_with("/api/") || path.starts_with("/apis/") {
-                ApiError::no_resource()
-            } else {
-                ApiError::no_path()
-            }),
+            _ => Err(not_found(&parts)),
         }
+    }
+}
+
+fn path_parts(path: &str) -> Vec<&str> {
+    let path = path.strip_prefix('/').unwrap_or(path);
+    path.strip_suffix('/').unwrap_or(path).split('/').collect()
+}
+
+/// A path that is not served: of a group that is, the API says so; of others, nobody knows.
+fn not_found(parts: &[&str]) -> ApiError {
+    let known = match parts {
+        ["api", ..] => true,
+        ["apis", group, ..] => discovery::api_group(group).is_some(),
+        ["openapi", ..] => true,
+        _ => false,
+    };
+    if known {
+        ApiError::no_resource()
+    } else {
+        ApiError::no_path()
     }
 }
 

@@ -6,7 +6,7 @@ use bytes::Bytes;
 use serde_json::{Value, json};
 use xebec_schema::apply::{self, ApplyOptions};
 use xebec_schema::table::Resource;
-use xebec_schema::{Object, strategy, validate};
+use xebec_schema::{Object, shape, strategy, validate};
 use xebec_store::{Compare, KeyValue, Op, Store, Txn, TxnOutcome};
 
 use crate::encode;
@@ -115,7 +115,6 @@ impl Registry {
         mut object: Object,
         extra: Txn,
         dry_run: bool,
-        track: Option<&ApplyOptions<'_>>,
     ) -> Result<Object, ApiError> {
         let metadata = &mut object["metadata"];
         metadata["uid"] = uuid::Uuid::new_v4().to_string().into();
@@ -128,12 +127,10 @@ impl Registry {
             .as_str()
             .is_some_and(|name| !name.is_empty());
         strategy::prepare_for_create(resource, &mut object);
+        shape::complete(&mut object, resource.type_id);
         for _ in 0..TRIES {
             if !named && !generate.is_empty() {
                 object["metadata"]["name"] = generated_name(&generate).into();
-            }
-            if let Some(track) = track {
-                apply::track_update(None, &mut object, resource.type_id, track);
             }
             let errors = validate::validate_create(resource, &object);
             let name = object["metadata"]["name"]
@@ -230,8 +227,9 @@ impl Registry {
                     resource,
                     name,
                     &format!(
-                        "StorageError: invalid object, Code: 4, Key: {}, ResourceVersion: 0, AdditionalErrorMsg: Precondition failed: UID in precondition: {uid}, UID in object meta: {was}",
-                        String::from_utf8_lossy(&key)
+                        "StorageError: invalid object, Code: 4, Key: /registry/{}/{}{name}, ResourceVersion: 0, AdditionalErrorMsg: Precondition failed: UID in precondition: {uid}, UID in object meta: {was}",
+                        resource.plural,
+                        namespace.map(|one| format!("{one}/")).unwrap_or_default()
                     ),
                 ));
             }
@@ -241,6 +239,7 @@ impl Registry {
                 Part::Status => strategy::prepare_for_status_update(resource, &old, &mut new),
                 Part::Raw => {}
             }
+            shape::complete(&mut new, resource.type_id);
             let errors = match part {
                 Part::Main => validate::validate_update(resource, &old, &new),
                 Part::Status => validate::validate_status_update(resource, &old, &new),
@@ -258,7 +257,7 @@ impl Registry {
             if is_service(resource) && part == Part::Main {
                 txn = self
                     .allocator
-                    .assign(self.store.as_ref(), Some(&old), &mut new)
+                    .assign(self.store.as_ref(), Some(&old), &mut new, dry_run)
                     .await?;
             }
             if let Some(track) = track {
@@ -291,6 +290,8 @@ impl Registry {
             txn.ops.push(op);
             match self.store.txn(txn).await? {
                 TxnOutcome::Committed(revision) => {
+                    // What went with this write is shown as it last was in the store.
+                    let revision = if gone { kv.mod_revision } else { revision };
                     new["metadata"]["resourceVersion"] = revision.to_string().into();
                     return Ok(new);
                 }

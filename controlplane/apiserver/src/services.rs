@@ -69,6 +69,7 @@ impl Allocator {
         store: &dyn Store,
         old: Option<&Object>,
         service: &mut Object,
+        dry_run: bool,
     ) -> Result<Txn, ApiError> {
         let name = service["metadata"]["name"]
             .as_str()
@@ -93,7 +94,8 @@ impl Allocator {
                 }
             }
         } else {
-            self.assign_address(store, old, service, &before).await?;
+            self.assign_address(store, old, service, &before, dry_run)
+                .await?;
         }
         let wants_ports = kind == "NodePort"
             || kind == "LoadBalancer" && service["spec"]["allocateLoadBalancerNodePorts"] != false;
@@ -150,6 +152,7 @@ impl Allocator {
         old: Option<&Object>,
         service: &mut Object,
         before: &[Bytes],
+        dry_run: bool,
     ) -> Result<(), ApiError> {
         let spec = &mut service["spec"];
         let text = |value: &Value| {
@@ -179,6 +182,8 @@ impl Allocator {
                 }
                 address
             }
+            // A dry run takes nothing; the range's own address stands for one to come.
+            None if dry_run => self.cidr.network().to_string(),
             None => self.free_address(store).await?.to_string(),
         };
         let spec = &mut service["spec"];

@@ -4,7 +4,8 @@ use serde_json::{Map, Value, json};
 
 use crate::Object;
 use crate::fieldset::{Comparison, FieldSet, Shape, merge};
-use crate::table::{self, Kind, TypeId};
+use crate::shape;
+use crate::table::{self, TypeId};
 
 /// A field that another manager has with another value.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -213,70 +214,6 @@ const BEFORE_FIRST_APPLY: &str = "before-first-apply";
 /// Where `kubectl apply` without `--server-side` keeps what it applied.
 const LAST_APPLIED: &str = "kubectl.kubernetes.io/last-applied-configuration";
 
-/// Fields by value in the Go types: a new object has them already, so nobody is said to have added them.
-const BY_VALUE: &[(&str, &[&str])] = &[
-    ("Binding", &["target"]),
-    ("ClusterRoleBinding", &["roleRef"]),
-    ("CronJobSpec", &["jobTemplate"]),
-    ("CustomResourceDefinitionSpec", &["names"]),
-    ("CustomResourceDefinitionStatus", &["acceptedNames"]),
-    ("DaemonSetSpec", &["template", "updateStrategy"]),
-    ("DeploymentSpec", &["strategy", "template"]),
-    (
-        "Event",
-        &["deprecatedSource", "involvedObject", "regarding", "source"],
-    ),
-    ("FlowSchemaSpec", &["priorityLevelConfiguration"]),
-    ("HorizontalPodAutoscalerSpec", &["scaleTargetRef"]),
-    ("IngressStatus", &["loadBalancer"]),
-    ("JobSpec", &["template"]),
-    ("NetworkPolicySpec", &["podSelector"]),
-    ("NodeDaemonEndpoints", &["kubeletEndpoint"]),
-    ("NodeStatus", &["daemonEndpoints", "nodeInfo"]),
-    ("PersistentVolumeClaimSpec", &["resources"]),
-    ("PodTemplate", &["template"]),
-    ("ReplicaSetSpec", &["template"]),
-    ("ResourceClaimSpec", &["devices"]),
-    ("ResourceSliceSpec", &["pool"]),
-    ("RoleBinding", &["roleRef"]),
-    ("ServiceStatus", &["loadBalancer"]),
-    ("StatefulSetSpec", &["template", "updateStrategy"]),
-    ("VolumeAttachmentSpec", &["source"]),
-];
-
-/// The object that a new one is compared with: what Go has before any field is set.
-fn zero(ty: TypeId) -> Object {
-    let ty = table::get(ty);
-    let short = ty.name.rsplit('.').next().unwrap_or_default();
-    let by_value = BY_VALUE
-        .iter()
-        .find(|(name, _)| *name == short)
-        .map_or(&[][..], |(_, fields)| fields);
-    let mut object = Map::new();
-    for field in &ty.fields {
-        let value = match &field.kind {
-            Kind::Struct(id)
-                if matches!(field.name, "metadata" | "spec" | "status")
-                    || by_value.contains(&field.name) =>
-            {
-                zero(*id)
-            }
-            // Go writes these as null; the admission types leave them out.
-            Kind::List(_) | Kind::Map(_)
-                if field.required && !ty.name.contains(".admissionregistration.") =>
-            {
-                Value::Null
-            }
-            Kind::String if field.required => "".into(),
-            Kind::Int32 | Kind::Int64 if field.required => 0.into(),
-            Kind::Boolean if field.required => false.into(),
-            _ => continue,
-        };
-        object.insert(field.name.to_owned(), value);
-    }
-    Value::Object(object)
-}
-
 /// Takes out what nobody is said to own.
 fn strip(set: &mut FieldSet, ty: TypeId, subresource: &str) {
     for field in ["apiVersion", "kind"] {
@@ -367,7 +304,7 @@ pub fn track_update(old: Option<&Object>, new: &mut Object, ty: TypeId, o: &Appl
     if old.is_some() && managers.is_empty() {
         return write_managers(new, managers);
     }
-    let before = old.map_or_else(|| zero(ty), without_managers);
+    let before = old.map_or_else(|| shape::empty(ty), without_managers);
     let managers = update(&before, &without_managers(new), ty, managers, o);
     write_managers(new, managers);
 }
@@ -516,7 +453,7 @@ fn apply_once(
     ty: TypeId,
     o: &ApplyOptions,
 ) -> Result<Object, ApplyError> {
-    let start = live.map_or_else(|| zero(ty), without_managers);
+    let start = live.map_or_else(|| shape::empty(ty), without_managers);
     let mut managers = live.and_then(read_managers).unwrap_or_default();
     if live.is_some() && managers.is_empty() {
         let before = ApplyOptions {
@@ -524,7 +461,7 @@ fn apply_once(
             subresource: "",
             ..*o
         };
-        managers = update(&zero(ty), &start, ty, managers, &before);
+        managers = update(&shape::empty(ty), &start, ty, managers, &before);
     }
     let mut own = Manager::new(o, true);
     own.fields = FieldSet::of(config, ty).map_err(ApplyError::Invalid)?;

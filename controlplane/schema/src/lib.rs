@@ -11,9 +11,11 @@ pub mod patch;
 pub mod print;
 pub mod quantity;
 pub mod selector;
+pub mod shape;
 pub mod strategy;
 pub mod table;
 pub mod validate;
+pub mod warnings;
 
 /// An API object: JSON with sorted keys.
 pub type Object = serde_json::Value;

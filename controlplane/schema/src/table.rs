@@ -49,6 +49,27 @@ pub enum ListType {
     Map,
 }
 
+/// What is written for a field that was not set or has its type's zero value (`data/zeros.txt`).
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Zero {
+    /// Nothing where it was not set, the zero value where that was set.
+    AsGiven,
+    /// Nothing in both cases.
+    Nothing,
+    /// Null.
+    Null,
+    /// The empty string.
+    Text,
+    /// False.
+    False,
+    /// The number 0.
+    Number,
+    /// The quantity 0.
+    Quantity,
+    /// The struct, with what its own fields always have.
+    Struct,
+}
+
 /// One field of a type.
 #[derive(Clone, Debug)]
 pub struct Field {
@@ -58,6 +79,8 @@ pub struct Field {
     pub number: u32,
     /// What it holds.
     pub kind: Kind,
+    /// What stands for it when it is not set.
+    pub zero: Zero,
     /// OpenAPI says that it must be there.
     pub required: bool,
     /// How its list is merged by apply.
@@ -207,6 +230,9 @@ static TABLE: LazyLock<Table> = LazyLock::new(|| {
     for line in types.lines() {
         table.read_type_line(line);
     }
+    for line in include_str!("../data/zeros.txt").lines() {
+        table.read_zero_line(line);
+    }
     for line in include_str!("../data/resources.txt").lines() {
         table.read_resource_line(line);
     }
@@ -245,6 +271,7 @@ impl Table {
                     name,
                     number: number.parse().unwrap_or(0),
                     kind: self.kind(words.next().unwrap_or_default()),
+                    zero: Zero::AsGiven,
                     required: false,
                     list_type: ListType::Atomic,
                     list_keys: Vec::new(),
@@ -273,6 +300,29 @@ impl Table {
                 }
             }
             _ => {}
+        }
+    }
+
+    fn read_zero_line(&mut self, line: &'static str) {
+        let mut words = line.split(' ');
+        let name = words.next().unwrap_or_default();
+        let Some(ty) = self.by_name.get(name).map(|id| id.0 as usize) else {
+            return;
+        };
+        for (name, mark) in words.filter_map(|word| word.split_once('=')) {
+            let fields = &mut self.types[ty].fields;
+            if let Ok(at) = fields.binary_search_by(|field| field.name.cmp(name)) {
+                fields[at].zero = match mark {
+                    "d" => Zero::Nothing,
+                    "n" => Zero::Null,
+                    "s" => Zero::Text,
+                    "b" => Zero::False,
+                    "i" => Zero::Number,
+                    "q" => Zero::Quantity,
+                    "o" => Zero::Struct,
+                    _ => Zero::AsGiven,
+                };
+            }
         }
     }
 
