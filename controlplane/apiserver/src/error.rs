@@ -134,6 +134,29 @@ impl ApiError {
         Self::new(StatusCode::CONFLICT, "Conflict", message).about(resource, name)
     }
 
+    /// 409 about a kind rather than a resource, as failed preconditions of a delete are told.
+    pub fn conflict_of_kind(resource: &Resource, name: &str, why: &str) -> Self {
+        let (kind, group) = (resource.kind, resource.group);
+        let qualified = if group.is_empty() {
+            kind.to_owned()
+        } else {
+            format!("{kind}.{group}")
+        };
+        let message = format!("Operation cannot be fulfilled on {qualified} {name:?}: {why}");
+        let mut error = Self::new(StatusCode::CONFLICT, "Conflict", message).about(resource, name);
+        if let Some(details) = &mut error.details {
+            details["kind"] = kind.into();
+        }
+        error
+    }
+
+    /// With what led to it, one entry each.
+    pub(crate) fn with_causes(mut self, causes: Value) -> Self {
+        let details = self.details.get_or_insert_with(|| json!({}));
+        details["causes"] = causes;
+        self
+    }
+
     /// The same about a subresource, as messages name it.
     pub fn renamed(mut self, what: &str) -> Self {
         if let Some((head, tail)) = self
@@ -142,6 +165,9 @@ impl ApiError {
             .and_then(|(h, rest)| Some((h, rest.split_once(' ')?.1)))
         {
             self.message = format!("{head} on {what} {tail}");
+        }
+        if let Some(details) = &mut self.details {
+            details["kind"] = what.into();
         }
         self
     }
@@ -204,10 +230,16 @@ impl ApiError {
         Self::new(StatusCode::GONE, "Expired", message)
     }
 
-    /// 429.
-    pub fn too_many_requests(message: impl Into<String>) -> Self {
+    /// 429: a disruption budget does not allow it; `retry`: seconds after which it may.
+    pub fn too_many_requests(budget: &str, retry: Option<u32>) -> Self {
+        let message = "Cannot evict pod as it would violate the pod's disruption budget.";
         let mut error = Self::new(StatusCode::TOO_MANY_REQUESTS, "TooManyRequests", message);
-        error.retry_after = Some(10);
+        let mut details = json!({"causes": [{"reason": "DisruptionBudget", "message": budget}]});
+        if let Some(seconds) = retry {
+            details["retryAfterSeconds"] = seconds.into();
+        }
+        error.details = Some(details);
+        error.retry_after = retry;
         error
     }
 

@@ -200,6 +200,7 @@ impl Handler {
         let registry = Registry {
             store,
             allocator: allocator.clone(),
+            storage_protection: config.storage_protection,
         };
         Self {
             config,

@@ -6,7 +6,7 @@ use bytes::Bytes;
 use serde_json::{Value, json};
 use xebec_schema::apply::{self, ApplyOptions};
 use xebec_schema::table::Resource;
-use xebec_schema::{Object, shape, strategy, validate};
+use xebec_schema::{Object, defaults, shape, strategy, validate};
 use xebec_store::{Compare, KeyValue, Op, Store, Txn, TxnOutcome};
 
 use crate::encode;
@@ -21,6 +21,8 @@ const TRIES: usize = 20;
 pub(crate) struct Registry {
     pub store: Arc<dyn Store>,
     pub allocator: Arc<Allocator>,
+    /// Whether volumes and claims are given the finalizers that keep them while they are used.
+    pub storage_protection: bool,
 }
 
 /// Which part of an object a write is about.
@@ -126,12 +128,16 @@ impl Registry {
         let named = metadata["name"]
             .as_str()
             .is_some_and(|name| !name.is_empty());
-        strategy::prepare_for_create(resource, &mut object);
-        shape::complete(&mut object, resource.type_id);
+        let given = object;
         for _ in 0..TRIES {
+            object = given.clone();
             if !named && !generate.is_empty() {
                 object["metadata"]["name"] = generated_name(&generate).into();
             }
+            strategy::prepare_for_create(resource, &mut object);
+            // What is read back has the defaults of what was written.
+            defaults::set_defaults(resource, &mut object);
+            shape::complete(&mut object, resource.type_id);
             let errors = validate::validate_create(resource, &object);
             let name = object["metadata"]["name"]
                 .as_str()
@@ -239,6 +245,7 @@ impl Registry {
                 Part::Status => strategy::prepare_for_status_update(resource, &old, &mut new),
                 Part::Raw => {}
             }
+            defaults::set_defaults(resource, &mut new);
             shape::complete(&mut new, resource.type_id);
             let errors = match part {
                 Part::Main => validate::validate_update(resource, &old, &new),
@@ -351,10 +358,8 @@ impl Registry {
             txn.ops.push(op);
             match self.store.txn(txn).await? {
                 TxnOutcome::Committed(revision) => {
-                    if held {
-                        new["metadata"]["resourceVersion"] = revision.to_string().into();
-                    }
-                    return Ok((if held { new } else { old }, !held));
+                    new["metadata"]["resourceVersion"] = revision.to_string().into();
+                    return Ok((new, !held));
                 }
                 TxnOutcome::Conflict { current: None, .. } => {
                     return Err(ApiError::not_found(resource, name));
@@ -430,7 +435,7 @@ fn preconditions(
     options: &DeleteOptions,
 ) -> Result<(), ApiError> {
     let check = |what: &str, wanted: &Option<String>, actual: &Value| match wanted {
-        Some(wanted) if actual != wanted.as_str() => Err(ApiError::conflict(
+        Some(wanted) if actual != wanted.as_str() => Err(ApiError::conflict_of_kind(
             resource,
             name,
             &format!(
@@ -453,6 +458,7 @@ fn mark_deleted(resource: &Resource, object: &mut Object, options: &DeleteOption
     let finalizer = match options.propagation.as_deref() {
         Some("Foreground") => Some("foregroundDeletion"),
         Some("Orphan") => Some("orphan"),
+        None if orphans_by_default(resource) => Some("orphan"),
         _ => None,
     };
     let is_namespace = resource.group.is_empty() && resource.kind == "Namespace";
@@ -464,7 +470,8 @@ fn mark_deleted(resource: &Resource, object: &mut Object, options: &DeleteOption
             None => metadata["finalizers"] = json!([finalizer]),
         }
     }
-    let grace = if resource.group.is_empty() && resource.kind == "Pod" {
+    let is_pod = resource.group.is_empty() && resource.kind == "Pod";
+    let grace = if is_pod {
         pod_grace(object, options)
     } else {
         0
@@ -478,6 +485,9 @@ fn mark_deleted(resource: &Resource, object: &mut Object, options: &DeleteOption
             .as_array()
             .is_some_and(|all| !all.is_empty());
     if !finalizers && !namespace_held && grace == 0 {
+        if is_pod {
+            stamp_deletion(object, 0);
+        }
         return false;
     }
     let metadata = &mut object["metadata"];
@@ -485,16 +495,7 @@ fn mark_deleted(resource: &Resource, object: &mut Object, options: &DeleteOption
         .as_i64()
         .is_none_or(|before| grace < before);
     if metadata["deletionTimestamp"].is_null() || shorter && !is_namespace && grace > 0 {
-        let end = time::OffsetDateTime::now_utc() + time::Duration::seconds(grace);
-        let end = end.replace_nanosecond(0).unwrap_or(end);
-        metadata["deletionTimestamp"] = end
-            .format(&time::format_description::well_known::Rfc3339)
-            .unwrap_or_default()
-            .into();
-        metadata["deletionGracePeriodSeconds"] = grace.into();
-        if let Some(generation) = metadata["generation"].as_i64() {
-            metadata["generation"] = (generation + 1).into();
-        }
+        stamp_deletion(object, grace);
     } else if shorter {
         metadata["deletionGracePeriodSeconds"] = grace.into();
     }
@@ -505,6 +506,28 @@ fn mark_deleted(resource: &Resource, object: &mut Object, options: &DeleteOption
         }
     }
     true
+}
+
+/// Kinds whose dependents stay where a delete does not say.
+pub(crate) fn orphans_by_default(resource: &Resource) -> bool {
+    matches!(
+        (resource.group, resource.kind),
+        ("", "ReplicationController") | ("batch", "Job")
+    )
+}
+
+fn stamp_deletion(object: &mut Object, grace: i64) {
+    let end = time::OffsetDateTime::now_utc() + time::Duration::seconds(grace);
+    let end = end.replace_nanosecond(0).unwrap_or(end);
+    let metadata = &mut object["metadata"];
+    metadata["deletionTimestamp"] = end
+        .format(&time::format_description::well_known::Rfc3339)
+        .unwrap_or_default()
+        .into();
+    metadata["deletionGracePeriodSeconds"] = grace.into();
+    if let Some(generation) = metadata["generation"].as_i64() {
+        metadata["generation"] = (generation + 1).into();
+    }
 }
 
 /// Seconds that a pod may take to end: none where no kubelet has it, or it has ended.

@@ -62,6 +62,9 @@ pub struct Config {
     pub advertise_address: IpAddr,
     /// The port that they reach it by.
     pub secure_port: u16,
+    /// Gives volumes and claims the finalizers that keep them while they are used (StorageObjectInUseProtection).
+    /// Only controllers take them away again, so it is for clusters that run these.
+    pub storage_protection: bool,
 }
 
 impl Default for Config {
@@ -92,6 +95,7 @@ impl Default for Config {
             kubelet_client_tls: Arc::new(kubelet),
             advertise_address: IpAddr::from([127, 0, 0, 1]),
             secure_port: 6443,
+            storage_protection: false,
         }
     }
 }

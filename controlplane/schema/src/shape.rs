@@ -39,6 +39,14 @@ fn is_empty(value: &Value) -> bool {
     }
 }
 
+fn is_empty_collection(value: &Value) -> bool {
+    match value {
+        Value::Array(items) => items.is_empty(),
+        Value::Object(map) => map.is_empty(),
+        _ => false,
+    }
+}
+
 /// Gives a decoded object the shape in which it is stored and answered. Doing it again changes nothing.
 pub fn complete(value: &mut Value, ty: TypeId) {
     let Some(map) = value.as_object_mut() else {
@@ -48,6 +56,10 @@ pub fn complete(value: &mut Value, ty: TypeId) {
         match map.get_mut(field.name) {
             Some(value) if field.zero == Zero::Nothing && is_empty(value) => {
                 map.remove(field.name);
+            }
+            // What is stored does not tell an empty list from none.
+            Some(value) if field.zero == Zero::Null && is_empty_collection(value) => {
+                *value = Value::Null;
             }
             Some(Value::Null) | None => {
                 if let Some(value) = unset(field.zero, &field.kind) {

@@ -5,6 +5,7 @@ use base64::engine::general_purpose::STANDARD;
 use serde_json::{Value, json};
 
 use crate::Object;
+use crate::defaults::TEMPLATE_GENERATION;
 use crate::table::Resource;
 
 /// Whether the resource keeps spec and status apart through a `status` subresource.
@@ -15,7 +16,7 @@ fn has_status(resource: &Resource) -> bool {
 /// Whether `metadata.generation` counts changes of the desired state.
 fn has_generation(resource: &Resource) -> bool {
     match (resource.group, resource.kind) {
-        ("", "Pod" | "ReplicationController") => true,
+        ("", "Pod" | "PodTemplate" | "ReplicationController") => true,
         (
             ""
             | "coordination.k8s.io"
@@ -40,7 +41,7 @@ fn has_generation(resource: &Resource) -> bool {
             | "apiextensions.k8s.io",
             _,
         ) => true,
-        ("resource.k8s.io", _) => true,
+        ("resource.k8s.io", kind) => !kind.starts_with("ResourceClaim"),
         _ => false,
     }
 }
@@ -58,7 +59,8 @@ pub fn prepare_for_create(resource: &Resource, object: &mut Object) {
     }
     match (resource.group, resource.kind) {
         ("", "Pod") => {
-            object["status"] = json!({"phase": "Pending", "qosClass": qos_class(&object["spec"])})
+            object["status"] = json!({"phase": "Pending", "qosClass": qos_class(&object["spec"])});
+            gate(object);
         }
         ("", "Namespace") => {
             object["status"] = json!({"phase": "Active"});
@@ -73,19 +75,26 @@ pub fn prepare_for_create(resource: &Resource, object: &mut Object) {
                 }
             }
         }
-        ("", "PersistentVolume" | "PersistentVolumeClaim") => {
-            object["status"] = json!({"phase": "Pending"})
+        ("", "PersistentVolume") => {
+            let since = object["metadata"]["creationTimestamp"].clone();
+            object["status"] = json!({"phase": "Pending", "lastPhaseTransitionTime": since});
         }
+        ("", "PersistentVolumeClaim") => object["status"] = json!({"phase": "Pending"}),
         ("", "Service") => object["status"] = json!({"loadBalancer": {}}),
         ("networking.k8s.io", "Ingress") => object["status"] = json!({"loadBalancer": {}}),
         ("", "ReplicationController") | ("apps", "ReplicaSet") => {
             object["status"] = json!({"replicas": 0})
         }
-        ("apps", "Deployment") | ("batch", "Job" | "CronJob") => object["status"] = json!({}),
+        ("batch", "Job") => {
+            object["status"] = json!({});
+            select_by_uid(object);
+        }
+        ("apps", "Deployment") | ("batch", "CronJob") => object["status"] = json!({}),
         ("apps", "StatefulSet") => {
             object["status"] = json!({"availableReplicas": 0, "replicas": 0})
         }
         ("apps", "DaemonSet") => {
+            object["metadata"]["annotations"][TEMPLATE_GENERATION] = "1".into();
             object["status"] = json!({"currentNumberScheduled": 0, "desiredNumberScheduled": 0, "numberMisscheduled": 0, "numberReady": 0});
         }
         ("autoscaling", "HorizontalPodAutoscaler") => {
@@ -94,11 +103,11 @@ pub fn prepare_for_create(resource: &Resource, object: &mut Object) {
         ("policy", "PodDisruptionBudget") => {
             object["status"] = json!({"currentHealthy": 0, "desiredHealthy": 0, "disruptionsAllowed": 0, "expectedPods": 0});
         }
+        ("apiextensions.k8s.io", "CustomResourceDefinition") => stored_versions(object),
         ("", "Secret") => merge_string_data(object),
         _ => {}
     }
     if let Some(metadata) = object["metadata"].as_object_mut() {
-        metadata.remove("generation");
         metadata.remove("deletionTimestamp");
         metadata.remove("deletionGracePeriodSeconds");
         metadata.remove("selfLink");
@@ -123,7 +132,19 @@ pub fn prepare_for_update(resource: &Resource, old: &Object, new: &mut Object) {
         new["spec"]["finalizers"] = old["spec"]["finalizers"].clone();
     }
     keep_generation(old, new);
-    if has_generation(resource) && desired(old) != desired(new) {
+    if resource.kind == "DaemonSet" && resource.group == "apps" {
+        let before = &old["metadata"]["annotations"][TEMPLATE_GENERATION];
+        let mut number = before
+            .as_str()
+            .and_then(|text| text.parse().ok())
+            .unwrap_or(0_i64);
+        number += i64::from(old["spec"]["template"] != new["spec"]["template"]);
+        new["metadata"]["annotations"][TEMPLATE_GENERATION] = number.to_string().into();
+    }
+    // Deployments hand their annotations on to what they make, so these count, too.
+    let handed_on = resource.kind == "Deployment"
+        && old["metadata"]["annotations"] != new["metadata"]["annotations"];
+    if has_generation(resource) && (handed_on || desired(old) != desired(new)) {
         let next = old["metadata"]["generation"].as_i64().unwrap_or(0) + 1;
         new["metadata"]["generation"] = next.into();
     }
@@ -145,6 +166,52 @@ pub fn prepare_for_status_update(resource: &Resource, old: &Object, new: &mut Ob
         result["status"]["qosClass"] = old["status"]["qosClass"].clone();
     }
     *new = result;
+}
+
+/// A pod with scheduling gates says so from its first moment.
+fn gate(pod: &mut Object) {
+    let gates = pod["spec"]["schedulingGates"].as_array();
+    if gates.is_some_and(|gates| !gates.is_empty()) {
+        let since = pod["metadata"]["creationTimestamp"].clone();
+        pod["status"]["conditions"] = json!([{
+            "type": "PodScheduled", "status": "False", "reason": "SchedulingGated",
+            "message": "Scheduling is blocked due to non-empty scheduling gates",
+            "lastProbeTime": null, "lastTransitionTime": since,
+        }]);
+    }
+}
+
+/// A Job owns the pods that have its UID as a label, unless it brings a selector of its own.
+fn select_by_uid(job: &mut Object) {
+    if job["spec"]["manualSelector"] == true {
+        return;
+    }
+    let (uid, name) = (
+        job["metadata"]["uid"].clone(),
+        job["metadata"]["name"].clone(),
+    );
+    let template = &mut job["spec"]["template"]["metadata"]["labels"];
+    for (label, value) in [
+        ("batch.kubernetes.io/controller-uid", &uid),
+        ("batch.kubernetes.io/job-name", &name),
+        ("controller-uid", &uid),
+        ("job-name", &name),
+    ] {
+        template[label] = value.clone();
+    }
+    job["spec"]["selector"]["matchLabels"]["batch.kubernetes.io/controller-uid"] = uid;
+}
+
+/// A new definition's storage version is the only one that objects are stored under.
+fn stored_versions(definition: &mut Object) {
+    let stored: Vec<Value> = definition["spec"]["versions"]
+        .as_array()
+        .into_iter()
+        .flatten()
+        .filter(|version| version["storage"] == true)
+        .map(|version| version["name"].clone())
+        .collect();
+    definition["status"]["storedVersions"] = stored.into();
 }
 
 /// Generation is the server's alone.

@@ -157,10 +157,13 @@ pub(crate) fn agree_namespace(
         }
         Some(namespace) if *namespace == given => Ok(()),
         None if given.is_empty() => Ok(()),
-        // A kind without namespaces takes none from its body either.
-        None if !about.resource.namespaced => Err(ApiError::bad_request(
-            "namespace may not be set on objects of this kind",
-        )),
+        // A kind without namespaces has none, whatever its body says.
+        None if !about.resource.namespaced => {
+            if let Some(metadata) = metadata.as_object_mut() {
+                metadata.remove("namespace");
+            }
+            Ok(())
+        }
         _ => Err(ApiError::bad_request(
             "the namespace of the provided object does not match the namespace sent on the request",
         )),

@@ -96,7 +96,7 @@ impl Handler {
             .as_str()
             .is_some_and(|version| !version.is_empty())
         {
-            return Err(ApiError::bad_request(
+            return Err(ApiError::unexplained(
                 "resourceVersion should not be set on objects to be created",
             ));
         }

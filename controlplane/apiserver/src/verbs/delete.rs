@@ -3,6 +3,7 @@
 use http::StatusCode;
 use serde_json::json;
 use xebec_schema::convert;
+use xebec_schema::table::Resource;
 use xebec_store::RangeRequest;
 
 use super::list::list_value;
@@ -10,10 +11,31 @@ use super::options::delete_options;
 use super::read;
 use crate::encode::ListHead;
 use crate::handler::{self, Answer, Call, Handler, collect};
-use crate::registry::{self, prefix_range};
+use crate::registry::{self, orphans_by_default, prefix_range};
 use crate::request::ResourceRequest;
 use crate::server::RequestBody;
 use crate::watch::selected;
+
+const ORPHANED: &str = "child pods are preserved by default when jobs are deleted; set propagationPolicy=Background to remove them or set propagationPolicy=Orphan to suppress this warning";
+
+/// Kinds whose deletion is answered with what was deleted.
+fn gives_back(resource: &Resource) -> bool {
+    match resource.group {
+        "" => matches!(
+            resource.kind,
+            "Pod"
+                | "PersistentVolume"
+                | "PersistentVolumeClaim"
+                | "PodTemplate"
+                | "ResourceQuota"
+                | "Service"
+                | "ServiceAccount"
+        ),
+        "resource.k8s.io" => true,
+        "storage.k8s.io" => resource.kind != "CSIStorageCapacity",
+        _ => false,
+    }
+}
 
 impl Handler {
     pub(super) async fn delete(
@@ -30,19 +52,16 @@ impl Handler {
             .registry
             .delete(stored, about.namespace.as_deref(), name, &options)
             .await?;
-        // Kinds whose registry gives back what it deleted.
-        let shows = matches!(
-            stored.kind,
-            "Pod"
-                | "PersistentVolume"
-                | "PersistentVolumeClaim"
-                | "PodTemplate"
-                | "ResourceQuota"
-                | "Service"
-                | "ServiceAccount"
-        ) && stored.group.is_empty();
-        if !gone || shows {
-            return self.answer(about, call, StatusCode::OK, object, &[]);
+        let warnings = if options.propagation.is_none()
+            && orphans_by_default(stored)
+            && stored.kind == "Job"
+        {
+            vec![ORPHANED.to_owned()]
+        } else {
+            Vec::new()
+        };
+        if !gone || gives_back(stored) {
+            return self.answer(about, call, StatusCode::OK, object, &warnings);
         }
         let mut details =
             json!({"name": name, "kind": about.resource.plural, "uid": object["metadata"]["uid"]});

@@ -8,7 +8,7 @@ mod options;
 mod patch;
 
 pub(crate) use body::{decode_as, decode_kind, media_type};
-pub(crate) use options::dry_run;
+pub(crate) use options::{dry_run, manager};
 
 use http::StatusCode;
 use xebec_schema::{Object, convert};
