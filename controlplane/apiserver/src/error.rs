@@ -150,6 +150,26 @@ impl ApiError {
         error
     }
 
+    /// An error about a stored object, in terms of the version that it was asked for in.
+    pub(crate) fn seen_as(mut self, stored: &Resource, asked: &Resource) -> Self {
+        if stored.group == asked.group {
+            return self;
+        }
+        let (from, to) = (stored.qualified(), asked.qualified());
+        if let Some(rest) = self.message.strip_prefix(&from) {
+            self.message = format!("{to}{rest}");
+        } else {
+            let (from, to) = (format!(" on {from} "), format!(" on {to} "));
+            self.message = self.message.replacen(&from, &to, 1);
+        }
+        if let Some(details) = &mut self.details {
+            if details["kind"] == stored.plural || details["kind"] == stored.kind {
+                details["group"] = asked.group.into();
+            }
+        }
+        self
+    }
+
     /// With what led to it, one entry each.
     pub(crate) fn with_causes(mut self, causes: Value) -> Self {
         let details = self.details.get_or_insert_with(|| json!({}));

@@ -137,7 +137,7 @@ impl Registry {
             strategy::prepare_for_create(resource, &mut object);
             // What is read back has the defaults of what was written.
             defaults::set_defaults(resource, &mut object);
-            shape::complete(&mut object, resource.type_id);
+            shape::store(&mut object, resource.type_id);
             let errors = validate::validate_create(resource, &object);
             let name = object["metadata"]["name"]
                 .as_str()
@@ -223,6 +223,17 @@ impl Registry {
                 .as_str()
                 .unwrap_or_default()
                 .to_owned();
+            if let Err(error) = version.parse::<u64>() {
+                if !version.is_empty() {
+                    let why = match error.kind() {
+                        std::num::IntErrorKind::PosOverflow => "value out of range",
+                        _ => "invalid syntax",
+                    };
+                    return Err(ApiError::unexplained(format!(
+                        "strconv.ParseUint: parsing {version:?}: {why}"
+                    )));
+                }
+            }
             if !version.is_empty() && version != kv.mod_revision.to_string() {
                 return Err(ApiError::modified(resource, name));
             }
@@ -239,6 +250,10 @@ impl Registry {
                     ),
                 ));
             }
+            if let Some(track) = track {
+                // What is filled in or put back from here on belongs to nobody.
+                apply::track_update(Some(&old), &mut new, resource.type_id, track);
+            }
             keep_system_fields(&old, &mut new);
             match part {
                 Part::Main => strategy::prepare_for_update(resource, &old, &mut new),
@@ -246,7 +261,7 @@ impl Registry {
                 Part::Raw => {}
             }
             defaults::set_defaults(resource, &mut new);
-            shape::complete(&mut new, resource.type_id);
+            shape::store(&mut new, resource.type_id);
             let errors = match part {
                 Part::Main => validate::validate_update(resource, &old, &new),
                 Part::Status => validate::validate_status_update(resource, &old, &new),
@@ -266,9 +281,6 @@ impl Registry {
                     .allocator
                     .assign(self.store.as_ref(), Some(&old), &mut new, dry_run)
                     .await?;
-            }
-            if let Some(track) = track {
-                apply::track_update(Some(&old), &mut new, resource.type_id, track);
             }
             let gone = is_released(resource, &new);
             if gone && is_service(resource) {

@@ -359,7 +359,7 @@ impl Handler {
         metadata["name"] = name.into();
         metadata["namespace"] = namespace.into();
         metadata["creationTimestamp"] = now().into();
-        metadata["uid"] = uuid::Uuid::new_v4().to_string().into();
+        metadata["uid"] = account["metadata"]["uid"].clone();
         request["status"] = json!({"token": self.tokens.sign(&claims).map_err(ApiError::internal)?, "expirationTimestamp": expiry});
         Ok(handler::value(
             StatusCode::CREATED,

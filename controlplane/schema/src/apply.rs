@@ -251,7 +251,12 @@ fn strip_other_half(set: &mut FieldSet, ty: TypeId, subresource: &str) {
                     set.without(&["spec"]);
                 }
             }
-            "status" => set.without(&["spec"]),
+            "status" => {
+                set.without(&["spec"]);
+                if resource.is_some_and(|resource| resource.kind == "Deployment") {
+                    set.without(&["metadata", "labels"]);
+                }
+            }
             _ => {}
         }
     }

@@ -10,6 +10,7 @@ use serde_json::{Map, Number, Value};
 use crate::Object;
 use crate::quantity::Quantity;
 use crate::table::{self, Kind, Type, TypeId};
+use crate::times::{self, Precision};
 
 /// What happens to fields that are unknown or doubled (`?fieldValidation=`).
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -353,7 +354,18 @@ fn check(
                 None => return bad(value, "intstr.IntOrString"),
             },
         },
-        Kind::Time if !value.is_string() => return bad(value, "Time"),
+        Kind::Time | Kind::MicroTime => {
+            let Some(text) = value.as_str() else {
+                return bad(value, "string");
+            };
+            let precision = match kind {
+                Kind::MicroTime => Precision::Micros,
+                _ => Precision::Seconds,
+            };
+            *value = times::canonical(text, precision)
+                .map_err(DecodeError)?
+                .into();
+        }
         Kind::List(inner) => {
             let Some(list) = value.as_array_mut() else {
                 return bad(value, &go_name(kind));
@@ -391,7 +403,7 @@ fn zero(kind: &Kind) -> Value {
         Kind::Quantity => "0".into(),
         Kind::Struct(_) | Kind::Map(_) => Value::Object(Map::new()),
         Kind::List(_) => Value::Array(Vec::new()),
-        Kind::Any | Kind::Time | Kind::Double => Value::Null,
+        Kind::Any | Kind::Time | Kind::MicroTime | Kind::Double => Value::Null,
     }
 }
 
@@ -414,6 +426,7 @@ fn go_name(kind: &Kind) -> String {
         Kind::Quantity => "resource.Quantity".into(),
         Kind::IntOrString => "intstr.IntOrString".into(),
         Kind::Time => "v1.Time".into(),
+        Kind::MicroTime => "v1.MicroTime".into(),
         Kind::Any => "interface {}".into(),
         Kind::List(inner) => format!("[]{}", go_name(inner)),
         Kind::Map(inner) => format!("map[string]{}", go_name(inner)),

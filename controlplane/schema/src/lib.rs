@@ -14,6 +14,7 @@ pub mod selector;
 pub mod shape;
 pub mod strategy;
 pub mod table;
+pub mod times;
 pub mod validate;
 pub mod warnings;
 

@@ -39,16 +39,17 @@ fn is_empty(value: &Value) -> bool {
     }
 }
 
-fn is_empty_collection(value: &Value) -> bool {
-    match value {
-        Value::Array(items) => items.is_empty(),
-        Value::Object(map) => map.is_empty(),
-        _ => false,
-    }
+/// Gives a decoded object the shape in which it is answered. Doing it again changes nothing.
+pub fn complete(value: &mut Value, ty: TypeId) {
+    walk(value, ty, false);
 }
 
-/// Gives a decoded object the shape in which it is stored and answered. Doing it again changes nothing.
-pub fn complete(value: &mut Value, ty: TypeId) {
+/// The shape in which an object is stored, and read from then on: a list that is always written is null when empty.
+pub fn store(value: &mut Value, ty: TypeId) {
+    walk(value, ty, true);
+}
+
+fn walk(value: &mut Value, ty: TypeId, stored: bool) {
     let Some(map) = value.as_object_mut() else {
         return;
     };
@@ -57,33 +58,32 @@ pub fn complete(value: &mut Value, ty: TypeId) {
             Some(value) if field.zero == Zero::Nothing && is_empty(value) => {
                 map.remove(field.name);
             }
-            // What is stored does not tell an empty list from none.
-            Some(value) if field.zero == Zero::Null && is_empty_collection(value) => {
-                *value = Value::Null;
+            Some(Value::Array(items)) if stored && items.is_empty() && field.zero == Zero::Null => {
+                map.insert(field.name.to_owned(), Value::Null);
             }
             Some(Value::Null) | None => {
                 if let Some(value) = unset(field.zero, &field.kind) {
                     map.insert(field.name.to_owned(), value);
                 }
             }
-            Some(value) => within(value, &field.kind),
+            Some(value) => within(value, &field.kind, stored),
         }
     }
 }
 
-fn within(value: &mut Value, kind: &Kind) {
+fn within(value: &mut Value, kind: &Kind, stored: bool) {
     match kind {
-        Kind::Struct(ty) => complete(value, *ty),
+        Kind::Struct(ty) => walk(value, *ty, stored),
         Kind::List(inner) => value
             .as_array_mut()
             .into_iter()
             .flatten()
-            .for_each(|item| within(item, inner)),
+            .for_each(|item| within(item, inner, stored)),
         Kind::Map(inner) => value
             .as_object_mut()
             .into_iter()
             .flatten()
-            .for_each(|(_, item)| within(item, inner)),
+            .for_each(|(_, item)| within(item, inner, stored)),
         _ => {}
     }
 }

@@ -28,8 +28,10 @@ pub enum Kind {
     Quantity,
     /// `intstr.IntOrString`.
     IntOrString,
-    /// `meta/v1` Time or MicroTime.
+    /// `meta/v1` Time.
     Time,
+    /// `meta/v1` MicroTime.
+    MicroTime,
     /// A list.
     List(Box<Kind>),
     /// A map from strings.
@@ -89,6 +91,8 @@ pub struct Field {
     pub list_keys: Vec<&'static str>,
     /// `x-kubernetes-map-type: atomic`.
     pub atomic_map: bool,
+    /// `x-kubernetes-map-type: granular`, also where the field's type is atomic.
+    pub granular_map: bool,
     /// `x-kubernetes-patch-merge-key`.
     pub merge_key: Option<&'static str>,
     /// `x-kubernetes-patch-strategy` has `merge`.
@@ -276,6 +280,7 @@ impl Table {
                     list_type: ListType::Atomic,
                     list_keys: Vec::new(),
                     atomic_map: false,
+                    granular_map: false,
                     merge_key: None,
                     merge: false,
                     retain_keys: false,
@@ -286,6 +291,7 @@ impl Table {
                         Some(("list", "map")) => field.list_type = ListType::Map,
                         Some(("list", "set")) => field.list_type = ListType::Set,
                         Some(("keys", keys)) => field.list_keys = keys.split('+').collect(),
+                        Some(("map", "granular")) => field.granular_map = true,
                         Some(("map", _)) => field.atomic_map = true,
                         Some(("merge", key)) => field.merge_key = Some(key),
                         Some(("strategy", strategy)) => {
@@ -348,8 +354,8 @@ impl Table {
             "bytes" => Kind::Bytes,
             "io.k8s.apimachinery.pkg.api.resource.Quantity" => Kind::Quantity,
             "io.k8s.apimachinery.pkg.util.intstr.IntOrString" => Kind::IntOrString,
-            "io.k8s.apimachinery.pkg.apis.meta.v1.Time"
-            | "io.k8s.apimachinery.pkg.apis.meta.v1.MicroTime" => Kind::Time,
+            "io.k8s.apimachinery.pkg.apis.meta.v1.Time" => Kind::Time,
+            "io.k8s.apimachinery.pkg.apis.meta.v1.MicroTime" => Kind::MicroTime,
             "io.k8s.apimachinery.pkg.apis.meta.v1.FieldsV1"
             | "io.k8s.apimachinery.pkg.runtime.RawExtension"
             | "io.k8s.apiextensions-apiserver.pkg.apis.apiextensions.v1.JSON"

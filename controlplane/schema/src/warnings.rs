@@ -1,10 +1,23 @@
 //! What an object that is accepted is warned about: deprecated fields, and values that are probably mistakes.
 
+use base64::Engine;
+use base64::engine::general_purpose::STANDARD;
 use serde_json::Value;
 
 use crate::Object;
 use crate::quantity::Quantity;
 use crate::table::Resource;
+
+/// What every request to a deprecated kind is warned of.
+pub fn deprecated(resource: &Resource) -> Option<&'static str> {
+    match (resource.group, resource.kind) {
+        ("", "ComponentStatus") => Some("v1 ComponentStatus is deprecated in v1.19+"),
+        ("", "Endpoints") => {
+            Some("v1 Endpoints is deprecated in v1.33+; use discovery.k8s.io/v1 EndpointSlice")
+        }
+        _ => None,
+    }
+}
 
 /// Warnings about a new object, or a changed one where `old` is given.
 pub fn of(resource: &Resource, object: &Object, old: Option<&Object>) -> Vec<String> {
@@ -37,6 +50,27 @@ pub fn of(resource: &Resource, object: &Object, old: Option<&Object>) -> Vec<Str
         ("discovery.k8s.io", "EndpointSlice") => {
             if old.is_none() && object["addressType"] == "FQDN" {
                 warnings.push("spec.addressType: FQDN endpoints are deprecated".into());
+            }
+        }
+        ("storage.k8s.io", "CSIDriver") => {
+            let requests = spec["tokenRequests"].as_array();
+            if requests.is_some_and(|all| !all.is_empty())
+                && spec["serviceAccountTokenInSecrets"].is_null()
+            {
+                warnings.push("spec.serviceAccountTokenInSecrets is unset; if supported by this CSI driver, set to true to prevent possible logging of tokens in volume attributes".into());
+            }
+        }
+        ("", "Secret") if object["type"] == "kubernetes.io/tls" => {
+            let pem = |key: &str| {
+                let bytes = STANDARD.decode(object["data"][key].as_str().unwrap_or_default());
+                bytes.is_ok_and(|bytes| bytes.windows(10).any(|part| part == b"-----BEGIN"))
+            };
+            if old.is_none_or(|old| old["data"] != object["data"]) {
+                if !pem("tls.crt") {
+                    warnings.push("tls: failed to find any PEM data in certificate input".into());
+                } else if !pem("tls.key") {
+                    warnings.push("tls: failed to find any PEM data in key input".into());
+                }
             }
         }
         ("networking.k8s.io", "Ingress") => {
@@ -104,7 +138,7 @@ fn repeated_names(list: &Value, path: &str, warnings: &mut Vec<String>) {
         if seen.contains(&name) {
             let name = name.as_str().unwrap_or_default();
             warnings.push(format!(
-                "{path}[{index}]: hides previous definition of \"{name}\", which may be unexpected"
+                "{path}[{index}]: hides previous definition of \"{name}\", which may be dropped when using apply"
             ));
         }
         seen.push(name);

@@ -71,8 +71,11 @@ pub(crate) fn decode_kind(
     let (group, number) = given_version
         .split_once('/')
         .unwrap_or(("", &given_version));
-    let known_as_this =
-        given_kind == kind && table::resource_for_kind(group, number, kind).is_some();
+    // An older version of the same kind is known, though it is not served.
+    let expected_group = api_version.split_once('/').map_or("", |(group, _)| group);
+    let known_as_this = given_kind == kind
+        && (group == expected_group && number.contains("beta")
+            || table::resource_for_kind(group, number, kind).is_some());
     if !given_version.is_empty()
         && given_version != api_version
         && (known_as_this || given_kind.is_empty())
@@ -87,7 +90,7 @@ pub(crate) fn decode_kind(
         let why = if table::resource_for_kind(group, number, &given_kind).is_some() {
             format!(
                 "converting ({number}.{given_kind}) to ({}.{kind}): unknown conversion",
-                version(api_version)
+                internal_package(api_version)
             )
         } else {
             format!(
@@ -123,6 +126,14 @@ pub(crate) fn decode_kind(
         value["metadata"] = json!({});
     }
     Ok((value, warnings))
+}
+
+/// The package of the group's internal types, which messages name.
+fn internal_package(api_version: &str) -> &str {
+    let group = api_version
+        .split_once('/')
+        .map_or("core", |(group, _)| group);
+    group.split('.').next().unwrap_or(group)
 }
 
 /// Name and namespace of a body must be those of the path; where the path has a name, the body must have it too.

@@ -8,6 +8,7 @@ use xebec_store::Txn;
 
 use super::body::{agree, agree_namespace, decode_as};
 use super::options::{dry_run, manager};
+use crate::authn::UserInfo;
 use crate::error::ApiError;
 use crate::handler::{Answer, Call, Handler, collect};
 use crate::registry::{Part, now};
@@ -27,6 +28,19 @@ fn created_by_update(resource: &Resource) -> bool {
     }
 }
 
+/// Who asks for a certificate is what the server knows, not what the request says.
+fn sign_as_requester(request: &mut Object, user: &UserInfo) {
+    let known = user.to_value();
+    for field in ["username", "uid", "groups", "extra"] {
+        if let Some(spec) = request["spec"].as_object_mut() {
+            match known.get(field).filter(|value| !value.is_null()) {
+                Some(value) => drop(spec.insert(field.to_owned(), value.clone())),
+                None => drop(spec.remove(field)),
+            }
+        }
+    }
+}
+
 impl Handler {
     pub(super) async fn create(
         &self,
@@ -36,12 +50,15 @@ impl Handler {
     ) -> Answer {
         let dry = dry_run(&call.query, "CreateOptions")?;
         let manager = manager(call, "CreateOptions")?;
-        let (object, mut warnings) = decode_as(
+        let (mut object, mut warnings) = decode_as(
             &collect(body).await?,
             &call.headers,
             about.resource,
             &call.query,
         )?;
+        if about.resource.kind == "CertificateSigningRequest" {
+            sign_as_requester(&mut object, &call.user);
+        }
         let made = self
             .create_object(about, object, dry, Some(&manager), &mut warnings)
             .await;

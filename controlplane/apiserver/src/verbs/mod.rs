@@ -11,7 +11,7 @@ pub(crate) use body::{decode_as, decode_kind, media_type};
 pub(crate) use options::{dry_run, manager};
 
 use http::StatusCode;
-use xebec_schema::{Object, convert};
+use xebec_schema::{Object, convert, warnings};
 use xebec_store::KeyValue;
 
 use crate::encode;
@@ -30,22 +30,34 @@ impl Handler {
         call: &Call,
         body: RequestBody,
     ) -> Answer {
+        let deprecated = warnings::deprecated(about.resource).map(str::to_owned);
+        match self.dispatch(about, call, body).await {
+            Ok(response) => Ok(handler::warn(response, deprecated.as_slice())),
+            Err(mut error) => {
+                error.warnings.splice(0..0, deprecated);
+                Err(error.seen_as(convert::storage(about.resource), about.resource))
+            }
+        }
+    }
+
+    async fn dispatch(&self, about: &ResourceRequest, call: &Call, body: RequestBody) -> Answer {
         let known = match &about.subresource {
-            Some(name) => about
-                .resource
-                .subresource(name)
-                .is_some_and(|sub| sub.verbs.contains(&about.verb)),
+            Some(name) => {
+                let Some(sub) = about.resource.subresource(name) else {
+                    return Err(ApiError::no_resource());
+                };
+                sub.verbs.contains(&about.verb)
+            }
             None => about.resource.has_verb(about.verb),
         };
-        if !known {
-            return Err(ApiError::method_not_allowed());
-        }
-        if about.resource.namespaced
-            && about.namespace.is_none()
-            && !matches!(about.verb, "list" | "watch" | "deletecollection")
-            && about.resource.is_stored()
-        {
+        // Across all namespaces things can be read, not written.
+        let everywhere =
+            about.resource.namespaced && about.namespace.is_none() && about.resource.is_stored();
+        if everywhere && about.name.is_some() {
             return Err(ApiError::no_resource());
+        }
+        if !known || everywhere && !matches!(about.verb, "list" | "watch") {
+            return Err(ApiError::method_not_allowed());
         }
         match about.subresource.as_deref() {
             Some("status") => self.object(about, call, body, Part::Status).await,

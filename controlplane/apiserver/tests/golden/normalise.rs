@@ -11,6 +11,9 @@ const FIXED: &[&str] = &["10.96.0.1", "10.96.0.0", "10.96.0.10"];
 /// A source of the token volume that the recording server's vendor added.
 const VENDOR_SOURCE: &str = "openshift-service-ca.crt";
 
+/// What the server knows a client's certificate by.
+pub const FINGERPRINT: &str = "X509SHA256=[0-9a-f]{64}";
+
 struct Patterns {
     uuid: Regex,
     time: Regex,
@@ -38,6 +41,8 @@ impl Patterns {
             address: re(r"\b10\.96\.\d{1,3}\.\d{1,3}\b"),
             versions: vec![
                 (re(r#"(resourceVersion[\\":, ]{1,8})(\d{2,})"#), "${1}<rv>"),
+                // Each client has a certificate of its own.
+                (re(FINGERPRINT), "X509SHA256=<fingerprint>"),
                 (
                     re(r"(resource version: )(\d+) \((\d+)\)"),
                     "${1}${2} (<rv>)",

@@ -152,7 +152,11 @@ pub struct Run<'a> {
 
 /// The two clients that scenarios need.
 pub fn clients(cluster: &Cluster) -> (Client, Client) {
-    (cluster.admin(), cluster.stranger())
+    // Under the name that the recording client had.
+    (
+        cluster.client("admin", &["system:masters"]),
+        cluster.stranger(),
+    )
 }
 
 impl<'a> Run<'a> {

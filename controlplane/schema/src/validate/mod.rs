@@ -3,6 +3,8 @@
 pub mod names;
 mod network;
 mod pod;
+mod policy;
+mod status;
 mod workload;
 
 use serde_json::{Value, json};
@@ -38,6 +40,8 @@ pub fn validate_create(resource: &Resource, object: &Object) -> Vec<FieldError> 
 /// What is wrong with a changed object, also against what it was.
 pub fn validate_update(resource: &Resource, old: &Object, new: &Object) -> Vec<FieldError> {
     let mut errors = Vec::new();
+    // The real server looks at what may not change for every kind, and again for each.
+    metadata_update(old, new, &mut errors);
     metadata(resource, new, &mut errors);
     metadata_update(old, new, &mut errors);
     spec(resource, new, &mut errors);
@@ -86,9 +90,11 @@ pub fn validate_update(resource: &Resource, old: &Object, new: &Object) -> Vec<F
 }
 
 /// What is wrong with a changed status.
-pub fn validate_status_update(_resource: &Resource, old: &Object, new: &Object) -> Vec<FieldError> {
+pub fn validate_status_update(resource: &Resource, old: &Object, new: &Object) -> Vec<FieldError> {
     let mut errors = Vec::new();
     metadata_update(old, new, &mut errors);
+    metadata_update(old, new, &mut errors);
+    status::validate(resource, new, &mut errors);
     errors
 }
 
@@ -362,7 +368,7 @@ fn spec(resource: &Resource, object: &Object, errors: &mut Vec<FieldError>) {
                 ));
             }
         }
-        _ => {}
+        _ => policy::validate(resource, object, errors),
     }
 }
 

@@ -1,5 +1,7 @@
 //! What happens to an object around its storing: initial status, status kept apart from spec, generation.
 
+pub mod service;
+
 use base64::Engine;
 use base64::engine::general_purpose::STANDARD;
 use serde_json::{Value, json};
@@ -79,7 +81,10 @@ pub fn prepare_for_create(resource: &Resource, object: &mut Object) {
             let since = object["metadata"]["creationTimestamp"].clone();
             object["status"] = json!({"phase": "Pending", "lastPhaseTransitionTime": since});
         }
-        ("", "PersistentVolumeClaim") => object["status"] = json!({"phase": "Pending"}),
+        ("", "PersistentVolumeClaim") => {
+            object["status"] = json!({"phase": "Pending"});
+            same_source(&mut object["spec"]);
+        }
         ("", "Service") => object["status"] = json!({"loadBalancer": {}}),
         ("networking.k8s.io", "Ingress") => object["status"] = json!({"loadBalancer": {}}),
         ("", "ReplicationController") | ("apps", "ReplicaSet") => {
@@ -128,6 +133,9 @@ pub fn prepare_for_update(resource: &Resource, old: &Object, new: &mut Object) {
     if resource.kind == "Secret" {
         merge_string_data(new);
     }
+    if resource.kind == "Service" && resource.group.is_empty() {
+        service::drop_what_went_with_the_type(&old["spec"], &mut new["spec"]);
+    }
     if resource.kind == "Namespace" {
         new["spec"]["finalizers"] = old["spec"]["finalizers"].clone();
     }
@@ -161,11 +169,32 @@ pub fn prepare_for_status_update(resource: &Resource, old: &Object, new: &mut Ob
     }
     // Labels, annotations and the like may be changed here too, by those who may write status.
     result["metadata"] = metadata;
+    if (resource.group, resource.kind) == ("apps", "Deployment") {
+        match old["metadata"].get("labels") {
+            Some(labels) => result["metadata"]["labels"] = labels.clone(),
+            None => remove(&mut result["metadata"], "labels"),
+        }
+    }
     keep_generation(old, &mut result);
     if resource.kind == "Pod" && result["status"]["qosClass"].is_null() {
         result["status"]["qosClass"] = old["status"]["qosClass"].clone();
     }
     *new = result;
+}
+
+/// The two fields for what a claim is filled from say the same, unless the source is in another namespace.
+fn same_source(spec: &mut Value) {
+    let (old, new) = (spec["dataSource"].clone(), spec["dataSourceRef"].clone());
+    match (old.is_object(), new.is_object()) {
+        (true, false) => spec["dataSourceRef"] = old,
+        (false, true) if new["namespace"].as_str().unwrap_or_default().is_empty() => {
+            spec["dataSource"] = new;
+        }
+        _ => {}
+    }
+    if let Some(map) = spec.as_object_mut() {
+        map.retain(|field, value| !(field.starts_with("dataSource") && value.is_null()));
+    }
 }
 
 /// A pod with scheduling gates says so from its first moment.
