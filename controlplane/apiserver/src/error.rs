@@ -78,6 +78,14 @@ impl ApiError {
         Self::new(StatusCode::NOT_FOUND, "NotFound", message).about(resource, name)
     }
 
+    /// 404: no such object, of a resource that goes by another name than its own.
+    pub fn not_found_as(what: &str, name: &str) -> Self {
+        let message = format!("{what} {name:?} not found");
+        let mut error = Self::new(StatusCode::NOT_FOUND, "NotFound", message);
+        error.details = Some(json!({"kind": what, "name": name}));
+        error
+    }
+
     /// 404: no such path.
     pub fn no_resource() -> Self {
         let mut error = Self::new(
@@ -163,7 +171,7 @@ impl ApiError {
             self.message = self.message.replacen(&from, &to, 1);
         }
         if let Some(details) = &mut self.details {
-            if details["kind"] == stored.plural || details["kind"] == stored.kind {
+            if details["kind"] == stored.plural {
                 details["group"] = asked.group.into();
             }
         }
@@ -382,7 +390,7 @@ impl From<PatchError> for ApiError {
             PatchError::TooLarge(message) => Self::new(
                 StatusCode::PAYLOAD_TOO_LARGE,
                 "RequestEntityTooLarge",
-                message,
+                format!("Request entity too large: {message}"),
             ),
             PatchError::Internal(message) => Self::unexplained(message),
         }

@@ -13,7 +13,7 @@ use crate::handler::{self, Answer, Call, Handler, collect};
 use crate::registry::{self, DeleteOptions, Part, now, prefix_range};
 use crate::request::ResourceRequest;
 use crate::server::RequestBody;
-use crate::special::{set_condition, success};
+use crate::special::{set_condition, success, unversioned};
 use crate::verbs::{dry_run, read};
 
 /// Evicted pods that a budget remembers until they are gone.
@@ -130,7 +130,7 @@ impl Handler {
     /// Others see by a condition that the pod does not end by itself.
     async fn mark_evicted(&self, about: &ResourceRequest, name: &str) -> Result<(), ApiError> {
         let change = |old: &Object| {
-            let mut new = old.clone();
+            let mut new = unversioned(old);
             if old["metadata"]["deletionTimestamp"].is_null() {
                 let condition = json!({
                     "type": "DisruptionTarget", "status": "True", "reason": "EvictionByEvictionAPI",
@@ -192,7 +192,7 @@ fn take_disruption(budget: &Object, pod: &str) -> Result<Object, ApiError> {
         );
         return Err(ApiError::too_many_requests(&why, None));
     }
-    let mut new = budget.clone();
+    let mut new = unversioned(budget);
     let (value, reason) = if left > 0 {
         ("True", "SufficientPods")
     } else {
@@ -211,9 +211,5 @@ fn take_disruption(budget: &Object, pod: &str) -> Result<Object, ApiError> {
     new["status"]["disruptionsAllowed"] = left.into();
     new["status"]["disruptedPods"][pod] = now().into();
     set_condition(&mut new, condition);
-    // Made again where others were faster.
-    if let Some(metadata) = new["metadata"].as_object_mut() {
-        metadata.remove("resourceVersion");
-    }
     Ok(new)
 }

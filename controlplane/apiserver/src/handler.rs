@@ -367,7 +367,14 @@ impl Handler {
     /// Paths that are no resources: health, discovery, documents.
     fn plain(&self, request: &Request<RequestBody>, path: &str, query: &Query) -> Answer {
         if !matches!(request.method().as_str(), "GET" | "HEAD") {
-            return Err(if path == "/version" || path.starts_with("/api") {
+            // A document can only be read; what is neither it nor a resource is not there.
+            let document = match path_parts(path).as_slice() {
+                ["version" | "api" | "apis"] | ["api", "v1"] => true,
+                ["apis", group] => discovery::api_group(group).is_some(),
+                ["apis", group, version] => discovery::api_resources(group, version).is_some(),
+                _ => false,
+            };
+            return Err(if document {
                 ApiError::method_not_allowed()
             } else {
                 ApiError::no_resource()
@@ -381,6 +388,7 @@ impl Handler {
         };
         let parts = path_parts(path);
         match parts.as_slice() {
+            ["" | "index.html"] => document(json!({"paths": discovery::paths()})),
             [check @ ("healthz" | "livez" | "readyz")] => Ok(health(
                 check,
                 query.get("verbose").is_some() || query.flag("verbose"),
@@ -401,6 +409,9 @@ impl Handler {
                     "application/json;g=apidiscovery.k8s.io;v=v2;as=APIGroupDiscoveryList",
                     body,
                 );
+                response
+                    .headers_mut()
+                    .insert(header::CACHE_CONTROL, HeaderValue::from_static("public"));
                 response
                     .headers_mut()
                     .insert(header::VARY, HeaderValue::from_static("Accept"));
@@ -451,10 +462,15 @@ fn not_found(parts: &[&str]) -> ApiError {
 
 fn health(check: &str, verbose: bool) -> Response<ResponseBody> {
     if verbose {
-        return text(
+        let mut response = text(
             StatusCode::OK,
             format!("[+]ping ok\n[+]etcd ok\n{check} check passed\n"),
         );
+        response.headers_mut().insert(
+            header::X_CONTENT_TYPE_OPTIONS,
+            HeaderValue::from_static("nosniff"),
+        );
+        return response;
     }
     text(StatusCode::OK, "ok")
 }

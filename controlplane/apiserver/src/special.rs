@@ -15,7 +15,9 @@ use crate::handler::{self, Answer, Call, Handler, collect};
 use crate::registry::{Part, now};
 use crate::request::ResourceRequest;
 use crate::server::RequestBody;
-use crate::verbs::{decode_as, decode_kind, dry_run, manager, media_type};
+use crate::verbs::{
+    PATCH_TYPES, apply_error, decode_as, decode_kind, dry_run, manager, media_type, patch_manager,
+};
 
 /// Shortest and longest life of a requested token, seconds.
 const TOKEN_SECONDS: std::ops::RangeInclusive<i64> = 600..=(1 << 32);
@@ -60,26 +62,30 @@ impl Handler {
         let body = collect(body).await?;
         let type_id = table::type_by_name("io.k8s.api.autoscaling.v1.Scale")
             .ok_or_else(|| ApiError::internal("the type table has no Scale"))?;
-        let manager = manager(call, "UpdateOptions")?;
+        let applying = about.verb == "patch" && kind == "application/apply-patch+yaml";
+        let manager = match about.verb {
+            "patch" => patch_manager(call, applying)?,
+            _ => manager(call, "UpdateOptions")?,
+        };
         let (time, api_version) = (now(), resource.api_version());
         let track = ApplyOptions {
             manager: &manager,
-            force: false,
+            force: call.query.flag("force"),
             api_version: &api_version,
             subresource: "scale",
             now: &time,
         };
         let written = self
             .registry
-            .update(resource, namespace, name, Part::Main, dry, Some(&track), |old| {
+            .update(resource, namespace, name, Part::Main, dry, (!applying).then_some(&track), |old| {
                 let scale = scale_of(old);
-                let media = if kind == "application/yaml" { Media::Yaml } else { Media::Json };
+                let media = if applying || kind == "application/yaml" { Media::Yaml } else { Media::Json };
                 let wanted = match (about.verb, kind.as_str()) {
-                    ("update", _) => decode_kind(&body, media, "autoscaling/v1", "Scale", type_id, FieldValidation::Warn)?.0,
+                    ("update", _) | (_, "application/apply-patch+yaml") => decode_kind(&body, media, "autoscaling/v1", "Scale", type_id, FieldValidation::Warn)?.0,
                     (_, "application/json-patch+json") => patch::json_patch(&scale, &body)?,
                     (_, "application/merge-patch+json") => patch::merge_patch(&scale, &body)?,
                     (_, "application/strategic-merge-patch+json") => patch::strategic_merge_patch(&scale, &body, type_id)?,
-                    _ => return Err(ApiError::unsupported_media("application/json-patch+json, application/merge-patch+json, application/strategic-merge-patch+json")),
+                    _ => return Err(ApiError::unsupported_media(PATCH_TYPES)),
                 };
                 let given = wanted["metadata"]["name"].as_str().unwrap_or_default();
                 if given != name {
@@ -100,8 +106,27 @@ impl Handler {
                 if !version.is_empty() && version != old["metadata"]["resourceVersion"] {
                     return Err(ApiError::modified(resource, name));
                 }
-                let mut new = old.clone();
-                new["spec"]["replicas"] = wanted["spec"]["replicas"].as_i64().unwrap_or(0).into();
+                if applying {
+                    // The count of the scale is that of what is scaled.
+                    let mut config = json!({"apiVersion": api_version, "kind": resource.kind, "metadata": {"name": name}});
+                    if !replicas.is_null() {
+                        config["spec"]["replicas"] = replicas.clone();
+                    }
+                    let live = unversioned(old);
+                    let mut new = apply::apply(Some(&live), &config, resource.type_id, &track)
+                        .map_err(|error| apply_error(&error))?;
+                    // What is applied to a scale is booked without its time, as by the real server.
+                    let managers = new["metadata"]["managedFields"].as_array_mut();
+                    for one in managers.into_iter().flatten() {
+                        if one["subresource"] == "scale" && one["operation"] == "Apply" {
+                            one.as_object_mut().map(|one| one.remove("time"));
+                        }
+                    }
+                    return Ok(new);
+                }
+                let exact = about.verb == "update" && !version.is_empty();
+                let mut new = if exact { old.clone() } else { unversioned(old) };
+                new["spec"]["replicas"] = replicas.as_i64().unwrap_or(0).into();
                 Ok(new)
             })
             .await?;
@@ -167,7 +192,7 @@ impl Handler {
             if gates.is_some_and(|gates| !gates.is_empty()) {
                 return conflict(&format!("pod {name} has non-empty .spec.schedulingGates"));
             }
-            let mut new = old.clone();
+            let mut new = unversioned(old);
             new["spec"]["nodeName"] = node.into();
             for (key, value) in binding["metadata"]["annotations"]
                 .as_object()
@@ -382,7 +407,7 @@ impl Handler {
             let list = json!({"kind": "ComponentStatusList", "apiVersion": "v1", "metadata": {}, "items": []});
             return match &about.name {
                 None => Ok(handler::value(StatusCode::OK, &list, call.negotiated.yaml)),
-                Some(name) => Err(ApiError::not_found(about.resource, name)),
+                Some(name) => Err(ApiError::not_found_as("componentstatus", name)),
             };
         }
         let (mut object, warnings) = decode_as(
@@ -507,6 +532,15 @@ fn scale_of(object: &Object) -> Value {
         scale["status"]["selector"] = terms.join(",").into();
     }
     scale
+}
+
+/// An object to be changed whatever others do to it meanwhile: the change is made again on what they left.
+pub(crate) fn unversioned(object: &Object) -> Object {
+    let mut object = object.clone();
+    if let Some(metadata) = object["metadata"].as_object_mut() {
+        metadata.remove("resourceVersion");
+    }
+    object
 }
 
 /// Puts a condition in the place of the one of its type.

@@ -5,7 +5,7 @@ use serde_json::{Map, Value, json};
 use crate::Object;
 use crate::fieldset::{Comparison, FieldSet, Shape, merge};
 use crate::shape;
-use crate::table::{self, TypeId};
+use crate::table::{self, Kind, TypeId};
 
 /// A field that another manager has with another value.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -256,6 +256,9 @@ fn strip_other_half(set: &mut FieldSet, ty: TypeId, subresource: &str) {
                 if resource.is_some_and(|resource| resource.kind == "Deployment") {
                     set.without(&["metadata", "labels"]);
                 }
+                if resource.is_some_and(|resource| resource.group == "resource.k8s.io") {
+                    set.without(&["metadata"]);
+                }
             }
             _ => {}
         }
@@ -413,6 +416,49 @@ pub fn apply(
         merged["metadata"]["annotations"][LAST_APPLIED] = format!("{applied}\n").into();
     }
     Ok(merged)
+}
+
+/// The first value that is not of its field's type, in the words of the library that merges typed values.
+pub fn mistyped(config: &Object, ty: TypeId) -> Option<String> {
+    let fields = &table::get(ty).fields;
+    config.as_object()?.iter().find_map(|(name, value)| {
+        let field = fields.iter().find(|field| field.name == name)?;
+        mistyped_value(value, &field.kind, &format!(".{name}"))
+    })
+}
+
+fn mistyped_value(value: &Value, kind: &Kind, path: &str) -> Option<String> {
+    let expected = match (kind, value) {
+        (_, Value::Null) => return None,
+        (Kind::String | Kind::Bytes, value) if !value.is_string() => "string",
+        (Kind::Boolean, value) if !value.is_boolean() => "boolean",
+        (Kind::Int32 | Kind::Int64 | Kind::Double, value) if !value.is_number() => {
+            "numeric (int or float)"
+        }
+        (Kind::List(inner), Value::Array(items)) => {
+            return items
+                .iter()
+                .enumerate()
+                .find_map(|(at, item)| mistyped_value(item, inner, &format!("{path}[{at}]")));
+        }
+        (Kind::List(_), _) => "list",
+        (Kind::Map(inner), Value::Object(map)) => {
+            return map
+                .iter()
+                .find_map(|(key, item)| mistyped_value(item, inner, &format!("{path}.{key}")));
+        }
+        (Kind::Struct(ty), Value::Object(map)) => {
+            return map.iter().find_map(|(key, item)| {
+                let field = table::get(*ty).field(key)?;
+                mistyped_value(item, &field.kind, &format!("{path}.{key}"))
+            });
+        }
+        (Kind::Map(_) | Kind::Struct(_), _) => "map",
+        _ => return None,
+    };
+    Some(format!(
+        "{path}: expected {expected}, got &value.valueUnstructured{{Value:{value}}}"
+    ))
 }
 
 /// Whether all that conflicts was applied by the same user on the client's side before.

@@ -45,7 +45,12 @@ pub fn convert(object: &mut Object, from: &Resource, to: &Resource) {
             }
         }
     } else if from.plural == "horizontalpodautoscalers" {
-        convert_autoscaler(&mut object["spec"], from.version == "v1");
+        let to_v2 = from.version == "v1";
+        convert_autoscaler(&mut object["spec"], to_v2);
+        // The old version knows one metric, and says it elsewhere.
+        if let Some(status) = object["status"].as_object_mut().filter(|_| !to_v2) {
+            status.remove("currentMetrics");
+        }
     }
     object["apiVersion"] = to.api_version().into();
     object["kind"] = to.kind.into();

@@ -8,6 +8,7 @@ use serde::de::{DeserializeSeed, MapAccess, SeqAccess, Visitor};
 use serde_json::{Map, Number, Value};
 
 use crate::Object;
+use crate::json_syntax;
 use crate::quantity::Quantity;
 use crate::table::{self, Kind, Type, TypeId};
 use crate::times::{self, Precision};
@@ -65,8 +66,8 @@ pub fn parse(body: &[u8], media: Media) -> Result<(Value, Vec<String>), DecodeEr
             };
             let value = seed
                 .deserialize(&mut reader)
-                .map_err(|error| json_error(&error))?;
-            reader.end().map_err(|error| json_error(&error))?;
+                .map_err(|error| json_error(&error, body))?;
+            reader.end().map_err(|error| json_error(&error, body))?;
             value
         }
         Media::Yaml => {
@@ -86,9 +87,10 @@ pub fn parse(body: &[u8], media: Media) -> Result<(Value, Vec<String>), DecodeEr
     Ok((value, duplicates))
 }
 
-fn json_error(error: &serde_json::Error) -> DecodeError {
+fn json_error(error: &serde_json::Error, body: &[u8]) -> DecodeError {
     DecodeError(match error.classify() {
         serde_json::error::Category::Eof => "unexpected end of JSON input".into(),
+        serde_json::error::Category::Syntax => json_syntax::complaint(body),
         _ => error.to_string(),
     })
 }

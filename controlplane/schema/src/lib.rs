@@ -6,6 +6,7 @@ pub mod decode;
 pub mod defaults;
 pub mod field_error;
 pub mod fieldset;
+pub mod json_syntax;
 pub mod openapi;
 pub mod patch;
 pub mod print;

@@ -61,11 +61,10 @@ fn walk(value: &mut Value, ty: TypeId, stored: bool) {
             Some(Value::Array(items)) if stored && items.is_empty() && field.zero == Zero::Null => {
                 map.insert(field.name.to_owned(), Value::Null);
             }
-            Some(Value::Null) | None => {
-                if let Some(value) = unset(field.zero, &field.kind) {
-                    map.insert(field.name.to_owned(), value);
-                }
-            }
+            Some(Value::Null) | None => match unset(field.zero, &field.kind) {
+                Some(value) => drop(map.insert(field.name.to_owned(), value)),
+                None => drop(map.remove(field.name)),
+            },
             Some(value) => within(value, &field.kind, stored),
         }
     }

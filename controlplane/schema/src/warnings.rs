@@ -27,10 +27,8 @@ pub fn of(resource: &Resource, object: &Object, old: Option<&Object>) -> Vec<Str
     match (resource.group, resource.kind) {
         ("", "Pod") if old.is_none() => pod_spec(spec, "spec", &mut warnings),
         ("", "Service") => service(spec, old_spec, &mut warnings),
-        ("", "PersistentVolume") => {
-            if spec["persistentVolumeReclaimPolicy"] == "Recycle" {
-                warnings.push("spec.persistentVolumeReclaimPolicy: The Recycle reclaim policy is deprecated. Instead, the recommended approach is to use dynamic provisioning.".into());
-            }
+        ("", "PersistentVolume") if spec["persistentVolumeReclaimPolicy"] == "Recycle" => {
+            warnings.push("spec.persistentVolumeReclaimPolicy: The Recycle reclaim policy is deprecated. Instead, the recommended approach is to use dynamic provisioning.".into());
         }
         ("apps", "Deployment" | "ReplicaSet" | "DaemonSet" | "StatefulSet")
         | ("", "ReplicationController")
@@ -47,10 +45,10 @@ pub fn of(resource: &Resource, object: &Object, old: Option<&Object>) -> Vec<Str
                 pod_spec(template, path, &mut warnings);
             }
         }
-        ("discovery.k8s.io", "EndpointSlice") => {
-            if old.is_none() && object["addressType"] == "FQDN" {
-                warnings.push("spec.addressType: FQDN endpoints are deprecated".into());
-            }
+        ("discovery.k8s.io", "EndpointSlice")
+            if old.is_none() && object["addressType"] == "FQDN" =>
+        {
+            warnings.push("spec.addressType: FQDN endpoints are deprecated".into());
         }
         ("storage.k8s.io", "CSIDriver") => {
             let requests = spec["tokenRequests"].as_array();

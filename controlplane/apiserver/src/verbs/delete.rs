@@ -48,10 +48,6 @@ impl Handler {
         let stored = convert::storage(about.resource);
         let name = about.name.as_deref().unwrap_or_default();
         self.registry.admit_delete(stored, name)?;
-        let (object, gone) = self
-            .registry
-            .delete(stored, about.namespace.as_deref(), name, &options)
-            .await?;
         let warnings = if options.propagation.is_none()
             && orphans_by_default(stored)
             && stored.kind == "Job"
@@ -59,6 +55,14 @@ impl Handler {
             vec![ORPHANED.to_owned()]
         } else {
             Vec::new()
+        };
+        let deleted = self
+            .registry
+            .delete(stored, about.namespace.as_deref(), name, &options)
+            .await;
+        let (object, gone) = match deleted {
+            Ok(deleted) => deleted,
+            Err(error) => return Err(error.with_warnings(warnings)),
         };
         if !gone || gives_back(stored) {
             return self.answer(about, call, StatusCode::OK, object, &warnings);

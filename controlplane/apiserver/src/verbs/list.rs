@@ -1,7 +1,9 @@
 //! Reading many objects: list, in pages and shapes, and watch.
 
 use base64::Engine;
-use base64::engine::general_purpose::URL_SAFE_NO_PAD;
+use base64::alphabet::URL_SAFE;
+use base64::engine::DecodePaddingMode;
+use base64::engine::general_purpose::{GeneralPurpose, GeneralPurposeConfig, URL_SAFE_NO_PAD};
 use futures::StreamExt;
 use http::{Response, StatusCode, header};
 use http_body::Frame;
@@ -10,7 +12,7 @@ use serde_json::{Value, json};
 use xebec_schema::field_error::FieldError;
 use xebec_schema::selector::{FieldSelector, LabelSelector};
 use xebec_schema::table;
-use xebec_schema::{Object, convert};
+use xebec_schema::{Object, convert, json_syntax};
 use xebec_store::RangeRequest;
 
 use super::{options, read};
@@ -21,6 +23,49 @@ use crate::registry::{self, prefix_range};
 use crate::request::{Query, ResourceRequest};
 use crate::server::ResponseBody;
 use crate::watch::{self, Shape, WatchRequest, selected};
+
+/// Reads tokens whose last bits are not 0, too: what they are is for their reader to say.
+const LENIENT: GeneralPurpose = GeneralPurpose::new(
+    &URL_SAFE,
+    GeneralPurposeConfig::new()
+        .with_encode_padding(false)
+        .with_decode_allow_trailing_bits(true)
+        .with_decode_padding_mode(DecodePaddingMode::Indifferent),
+);
+
+/// What is wrong with `?resourceVersionMatch=` of a list.
+fn check_match(query: &Query) -> Result<(), ApiError> {
+    const FIELD: &str = "resourceVersionMatch";
+    let Some(matching) = query.get(FIELD).filter(|text| !text.is_empty()) else {
+        return Ok(());
+    };
+    let version = query.get("resourceVersion").unwrap_or_default();
+    let forbidden = |why: &str| FieldError::forbidden(FIELD, why);
+    let mut errors = Vec::new();
+    if version.is_empty() {
+        errors.push(forbidden(
+            "resourceVersionMatch is forbidden unless resourceVersion is provided",
+        ));
+    }
+    if query.get("continue").is_some_and(|token| !token.is_empty()) {
+        errors.push(forbidden(
+            "resourceVersionMatch is forbidden when continue is provided",
+        ));
+    }
+    if !matches!(matching, "Exact" | "NotOlderThan") {
+        let known = ["Exact", "NotOlderThan", ""];
+        errors.push(FieldError::not_supported(FIELD, &json!(matching), &known));
+    }
+    if matching == "Exact" && version == "0" {
+        errors.push(forbidden(
+            "resourceVersionMatch \"exact\" is forbidden for resourceVersion \"0\"",
+        ));
+    }
+    if errors.is_empty() {
+        return Ok(());
+    }
+    Err(ApiError::invalid("ListOptions", "meta.k8s.io", "", &errors))
+}
 
 /// Ends a watch's count when its stream goes.
 struct Watching(std::sync::Arc<crate::metrics::Metrics>);
@@ -51,20 +96,33 @@ impl Handler {
         let (query, resource) = (&call.query, about.resource);
         let stored = convert::storage(resource);
         let (labels, fields) = self.selectors(about, query)?;
+        // Whoever takes any version gets all of it, as from a cache.
+        let any = query.get("resourceVersion") == Some("0");
         let limit = options::number(query, "limit")?.unwrap_or(0).max(0) as usize;
+        let limit = if any { 0 } else { limit };
         options::number(query, "timeoutSeconds")?;
+        check_match(query)?;
         let version = options::version(query)?.unwrap_or(0);
         let mut range = prefix_range(registry::key(stored, about.namespace.as_deref(), None));
         let prefix = range.start.clone();
         let mut at = None;
         if let Some(token) = query.get("continue") {
-            let bad =
-                || ApiError::bad_request("continue key is not valid: the token can't be read");
-            let token: Value = URL_SAFE_NO_PAD
+            if version > 0 {
+                return Err(ApiError::bad_request(
+                    "specifying resource version is not allowed when using continue",
+                ));
+            }
+            let bad = |why: &str| {
+                ApiError::bad_request(format!(
+                    "invalid continue token: continue key is not valid: {why}"
+                ))
+            };
+            let token = LENIENT
                 .decode(token.trim_end_matches('='))
-                .ok()
-                .and_then(|text| serde_json::from_slice(&text).ok())
-                .ok_or_else(bad)?;
+                .map_err(|error| bad(&error.to_string()))?;
+            let token: Value =
+                serde_json::from_slice(&token).map_err(|_| bad(&json_syntax::complaint(&token)))?;
+            let bad = || bad("incorrect encoded start or resourceVersion (version meta.k8s.io/v1)");
             let start = token["start"]
                 .as_str()
                 .filter(|start| !start.contains(".."))
@@ -142,7 +200,7 @@ impl Handler {
         let (labels, fields) = self.selectors(about, query)?;
         let stored = convert::storage(about.resource);
         options::number(query, "timeoutSeconds")?;
-        let version = options::version(query)?;
+        let version = options::watch_version(query)?;
         let send_initial =
             query.flag("sendInitialEvents") && query.get("sendInitialEvents").is_some();
         if query.get("sendInitialEvents").is_some()
@@ -227,6 +285,12 @@ pub(super) fn list_value(head: &ListHead<'_>, shape: Shape, objects: Vec<Object>
         },
         Shape::Partial => {
             let items: Vec<Value> = objects.iter().map(convert::partial_metadata).collect();
+            // The real server writes none as null here.
+            let items = if items.is_empty() {
+                Value::Null
+            } else {
+                items.into()
+            };
             json!({"kind": "PartialObjectMetadataList", "apiVersion": "meta.k8s.io/v1", "metadata": metadata, "items": items})
         }
         Shape::Whole => {

@@ -9,6 +9,7 @@ mod patch;
 
 pub(crate) use body::{decode_as, decode_kind, media_type};
 pub(crate) use options::{dry_run, manager};
+pub(crate) use patch::{PATCH_TYPES, apply_error, patch_manager};
 
 use http::StatusCode;
 use xebec_schema::{Object, convert, warnings};
@@ -78,6 +79,7 @@ impl Handler {
             "get" => {
                 let name = about.name.as_deref().unwrap_or_default();
                 let stored = convert::storage(about.resource);
+                options::present_version(&call.query, self.registry.store.revision())?;
                 let kv = self
                     .registry
                     .get_stored(stored, about.namespace.as_deref(), name)

@@ -127,6 +127,27 @@ pub(crate) fn version(query: &Query) -> Result<Option<u64>, ApiError> {
         .transpose()
 }
 
+/// `?resourceVersion=` of a watch.
+pub(crate) fn watch_version(query: &Query) -> Result<Option<u64>, ApiError> {
+    let text = query.get("resourceVersion").unwrap_or_default();
+    if text.is_empty() {
+        return Ok(None);
+    }
+    text.parse().map(Some).map_err(|_| {
+        ApiError::unexplained(format!(
+            "resourceVersion: Invalid value: {text:?}: strconv.ParseUint: parsing {text:?}: invalid syntax"
+        ))
+    })
+}
+
+/// Refuses a `?resourceVersion=` of one object that is none, or is still to come.
+pub(crate) fn present_version(query: &Query, current: u64) -> Result<(), ApiError> {
+    match watch_version(query)? {
+        Some(version) if version > current => Err(ApiError::too_large_version(version, current)),
+        _ => Ok(()),
+    }
+}
+
 /// The body of a delete as `DeleteOptions`; empty where there is none.
 fn delete_body(body: &Bytes, call: &Call) -> Result<Value, ApiError> {
     if body.is_empty() {

@@ -17,7 +17,7 @@ use crate::registry::{Part, now};
 use crate::request::ResourceRequest;
 use crate::server::RequestBody;
 
-const PATCH_TYPES: &str = "application/json-patch+json, application/merge-patch+json, application/strategic-merge-patch+json, application/apply-patch+yaml";
+pub(crate) const PATCH_TYPES: &str = "application/json-patch+json, application/merge-patch+json, application/strategic-merge-patch+json, application/apply-patch+yaml";
 
 /// A patch as it was sent.
 pub(crate) struct Sent<'a> {
@@ -177,7 +177,8 @@ impl Handler {
             defaults::set_defaults(resource, &mut new);
             shape::complete(&mut new, resource.type_id);
             *warnings = unknown;
-            if new["metadata"]["uid"] != old["metadata"]["uid"] {
+            let uid = &new["metadata"]["uid"];
+            if !uid.is_null() && *uid != old["metadata"]["uid"] {
                 return Err(immutable_uid(resource, name, &new));
             }
             convert::convert(&mut new, resource, stored);
@@ -209,6 +210,7 @@ impl Handler {
         let resource = about.resource;
         let stored = convert::storage(resource);
         let name = about.name.as_deref().unwrap_or_default();
+        check_target(sent.body, resource)?;
         let (mut config, unknown) = decode_kind(
             sent.body,
             Media::Yaml,
@@ -218,14 +220,34 @@ impl Handler {
             sent.validation,
         )?;
         *warnings = unknown;
-        agree(about, &mut config)?;
+        let named = !config["metadata"]["name"].is_null();
+        if let Some(metadata) = config["metadata"].as_object_mut() {
+            metadata.entry("name").or_insert_with(|| name.into());
+        }
+        let mut agreed = config.clone();
+        agree(about, &mut agreed)?;
         let found = self
             .registry
             .get_stored(stored, about.namespace.as_deref(), name)
             .await;
         match found {
             Err(error) if error.code == StatusCode::NOT_FOUND && part == Part::Main => {
-                let object = apply::apply(None, &config, resource.type_id, options)
+                if !named {
+                    // Only what is there can be meant without its name.
+                    agreed["metadata"]["name"] = Value::Null;
+                    agree(about, &mut agreed)?;
+                }
+                if let Some(uid) = config["metadata"]["uid"].as_str() {
+                    let why = format!(
+                        "uid mismatch: the provided object specified uid {uid}, and no existing object was found"
+                    );
+                    return Err(ApiError::conflict(stored, name, &why));
+                }
+                // What is not there has no version that could be another one.
+                if let Some(metadata) = agreed["metadata"].as_object_mut() {
+                    metadata.remove("resourceVersion");
+                }
+                let object = apply::apply(None, &agreed, resource.type_id, options)
                     .map_err(|error| apply_error(&error))?;
                 let made = self
                     .create_object(about, object, dry, None, warnings)
@@ -262,6 +284,43 @@ impl Handler {
             .await?;
         Ok((StatusCode::OK, written))
     }
+}
+
+/// What is applied must be an object of the kind that the path names, with values of the right types.
+fn check_target(body: &[u8], resource: &Resource) -> Result<(), ApiError> {
+    let (config, _) = decode::parse(body, Media::Yaml)
+        .map_err(|error| ApiError::bad_request(format!("error decoding YAML: {}", error.0)))?;
+    let what = match &config {
+        Value::Object(_) | Value::Null => "",
+        Value::Array(_) => "array",
+        Value::String(_) => "string",
+        Value::Number(_) => "number",
+        Value::Bool(_) => "bool",
+    };
+    if !what.is_empty() {
+        return Err(ApiError::bad_request(format!(
+            "error decoding YAML: error unmarshaling JSON: while decoding JSON: json: cannot unmarshal {what} into Go value of type map[string]interface {{}}"
+        )));
+    }
+    let (mut version, kind) = decode::gvk_of(&config);
+    let fits = version == resource.api_version() && kind == resource.kind;
+    if !version.contains('/') {
+        version.insert(0, '/');
+    }
+    if !fits {
+        return Err(ApiError::bad_request(format!(
+            "invalid object type: {version}, Kind={kind}"
+        )));
+    }
+    if let Some(why) = apply::mistyped(&config, resource.type_id) {
+        let text = |key: &str| config["metadata"][key].as_str().unwrap_or_default();
+        return Err(ApiError::unexplained(format!(
+            "failed to create typed patch object ({}/{}; {version}, Kind={kind}): {why}",
+            text("namespace"),
+            text("name")
+        )));
+    }
+    Ok(())
 }
 
 /// A patch may not give an object another UID; the real server finds that twice.

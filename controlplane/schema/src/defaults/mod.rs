@@ -166,7 +166,16 @@ pub fn set_defaults(resource: &Resource, object: &mut Object) {
         ("scheduling.k8s.io", "PriorityClass") => {
             set(object, "preemptionPolicy", "PreemptLowerPriority")
         }
-        ("autoscaling", "HorizontalPodAutoscaler") => set(within(object, "spec"), "minReplicas", 1),
+        ("autoscaling", "HorizontalPodAutoscaler") => {
+            let spec = within(object, "spec");
+            set(spec, "minReplicas", 1);
+            if resource.version == "v1" {
+                set(spec, "targetCPUUtilizationPercentage", 80);
+            } else if spec["metrics"].as_array().is_none_or(Vec::is_empty) {
+                spec["metrics"] = json!([{"type": "Resource", "resource": {
+                    "name": "cpu", "target": {"type": "Utilization", "averageUtilization": 80}}}]);
+            }
+        }
         _ => kinds::set_defaults(resource, object),
     }
 }

@@ -150,8 +150,10 @@ pub fn prepare_for_update(resource: &Resource, old: &Object, new: &mut Object) {
         new["metadata"]["annotations"][TEMPLATE_GENERATION] = number.to_string().into();
     }
     // Deployments hand their annotations on to what they make, so these count, too.
-    let handed_on = resource.kind == "Deployment"
-        && old["metadata"]["annotations"] != new["metadata"]["annotations"];
+    // So do the labels of an EndpointSlice, which say whose endpoints they are.
+    let differs = |field: &str| old["metadata"][field] != new["metadata"][field];
+    let handed_on = resource.kind == "Deployment" && differs("annotations")
+        || resource.kind == "EndpointSlice" && differs("labels");
     if has_generation(resource) && (handed_on || desired(old) != desired(new)) {
         let next = old["metadata"]["generation"].as_i64().unwrap_or(0) + 1;
         new["metadata"]["generation"] = next.into();
@@ -169,6 +171,14 @@ pub fn prepare_for_status_update(resource: &Resource, old: &Object, new: &mut Ob
     }
     // Labels, annotations and the like may be changed here too, by those who may write status.
     result["metadata"] = metadata;
+    if resource.group == "resource.k8s.io" {
+        let managers = result["metadata"].get("managedFields").cloned();
+        result["metadata"] = old["metadata"].clone();
+        match managers {
+            Some(managers) => result["metadata"]["managedFields"] = managers,
+            None => remove(&mut result["metadata"], "managedFields"),
+        }
+    }
     if (resource.group, resource.kind) == ("apps", "Deployment") {
         match old["metadata"].get("labels") {
             Some(labels) => result["metadata"]["labels"] = labels.clone(),

@@ -51,6 +51,7 @@ pub fn validate_update(resource: &Resource, old: &Object, new: &Object) -> Vec<F
         ("apps", "Deployment" | "ReplicaSet" | "DaemonSet" | "StatefulSet") => {
             immutable(old, new, &["spec", "selector"], &mut errors);
         }
+        ("apps", "ControllerRevision") => immutable(old, new, &["data"], &mut errors),
         ("batch", "Job") => immutable(old, new, &["spec", "completionMode"], &mut errors),
         ("", "ConfigMap" | "Secret") => {
             if old["immutable"] == true {
