@@ -41,10 +41,10 @@ const FLOOR: &[(&str, usize)] = &[
 const SHOWN: (usize, usize) = (12, 60);
 
 fn golden() -> Option<PathBuf> {
-    let workspace = Path::new(env!("CARGO_MANIFEST_DIR")).join("../..");
     let directory = match std::env::var_os("XEBEC_GOLDEN") {
         Some(given) => PathBuf::from(given),
-        None => workspace.join("../shared/golden"),
+        // Tests run in their package's folder.
+        None => PathBuf::from("../../../shared/golden"),
     };
     let recorded = directory.join("recorded");
     recorded.is_dir().then_some(recorded)
