@@ -30,15 +30,17 @@ pub struct BareVeth {
 }
 
 impl BareVeth {
-    /// Makes both; the answering end listens soon after.
-    pub fn new() -> Result<Self> {
+    /// Makes both, with the cgroups of two pods; the answering end listens soon after.
+    pub fn beside(pod_client: &Place, pod_server: &Place) -> Result<Self> {
         let client = Process::in_own_network()?;
         let server = Process::in_own_network()?;
+        pod_client.take_in(client.pid())?;
+        pod_server.take_in(server.pid())?;
         wire(client.pid(), "xbbenchc", CLIENT_IP)?;
         wire(server.pid(), "xbbenchs", SERVER_IP)?;
         Ok(Self {
-            client: Place::network_of(client.pid()),
-            server: Place::network_of(server.pid()),
+            client: pod_client.with_network_of(client.pid()),
+            server: pod_server.with_network_of(server.pid()),
             server_ip: SERVER_IP,
             _processes: [client, server],
         })

@@ -33,19 +33,29 @@ impl Mode {
     }
 }
 
-/// Where the asking end runs: with the network of a process, and in its cgroups or in ours.
+/// Where a process runs: with the network of another process, and in the cgroups of a pod.
 pub struct Place {
     pid: i32,
     cgroups: Vec<PathBuf>,
 }
 
 impl Place {
-    /// With the network of a process, and with the cgroups of the benchmark itself.
-    pub fn network_of(pid: i32) -> Self {
+    /// The same cgroups with the network of another process.
+    pub fn with_network_of(&self, pid: i32) -> Self {
         Self {
             pid,
-            cgroups: Vec::new(),
+            cgroups: self.cgroups.clone(),
         }
+    }
+
+    /// Moves a process, with all its threads, into the cgroups.
+    pub fn take_in(&self, pid: i32) -> Result<()> {
+        for dir in &self.cgroups {
+            let path = dir.join("cgroup.procs");
+            std::fs::write(&path, pid.to_string())
+                .with_context(|| format!("could not write {}", path.display()))?;
+        }
+        Ok(())
     }
 
     /// As if it were a process of the pod with this uid, whose container runs `tcp-serve`.

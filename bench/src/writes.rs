@@ -61,7 +61,10 @@ pub fn run(effort: Effort) -> Result<Vec<Row>> {
         }
         let case = Case {
             bench: "writes",
-            case: &format!("ConfigMaps created, {clients} clients"),
+            case: &match clients {
+                1 => "ConfigMaps created, 1 client".to_owned(),
+                more => format!("ConfigMaps created, {more} clients"),
+            },
             unit: "1/s",
             aim,
         };
