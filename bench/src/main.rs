@@ -130,6 +130,10 @@ fn run(args: Args) -> Result<()> {
         .install_default()
         .map_err(|_| anyhow::anyhow!("another TLS provider is installed already"))?;
     cleanup::on_signals()?;
+    let readme = PathBuf::from("README.md");
+    if args.readme {
+        readme::check(&readme)?;
+    }
     let effort = Effort { quick: args.quick };
     let (mut rows, mut failed) = (Vec::new(), Vec::new());
     for benchmark in chosen {
@@ -160,12 +164,7 @@ fn run(args: Args) -> Result<()> {
     }
     if args.readme {
         let names: Vec<&str> = BENCHMARKS.iter().map(|benchmark| benchmark.name).collect();
-        readme::update(
-            &PathBuf::from("README.md"),
-            &machine::line()?,
-            &rows,
-            &names,
-        )?;
+        readme::update(&readme, &machine::line()?, &rows, &names)?;
     }
     Ok(())
 }

@@ -9,6 +9,15 @@ use crate::row::{HEADINGS, Row};
 const BEGIN: &str = "<!-- measured: begin -->";
 const END: &str = "<!-- measured: end -->";
 
+/// Fails where there is no place for a table, before anything is measured in vain.
+pub fn check(path: &Path) -> Result<()> {
+    let text = std::fs::read_to_string(path)
+        .with_context(|| format!("could not read {}", path.display()))?;
+    replaced(&text, "", &[], &[])
+        .map(drop)
+        .with_context(|| format!("{} is of no use for --readme", path.display()))
+}
+
 /// Puts these rows into the README's table, in the order of `benchmarks`; rows of benchmarks that were not run
 /// stay if the machine is the same.
 pub fn update(path: &Path, machine: &str, rows: &[Row], benchmarks: &[&str]) -> Result<()> {

@@ -31,7 +31,7 @@ const CLIENTS: [(usize, Aim); 3] = [
 /// same folder and waits for fdatasync each time. Clients and server share the machine.
 pub fn run(effort: Effort) -> Result<Vec<Row>> {
     let (rounds, length) = effort.of(
-        (5, Duration::from_secs(4)),
+        (5, Duration::from_secs(3)),
         (2, Duration::from_millis(1000)),
     );
     let runtime = tokio::runtime::Builder::new_multi_thread()
