@@ -156,7 +156,7 @@ fn run(args: Args) -> Result<()> {
             }
         }
     }
-    if !args.json {
+    if !args.json && !rows.is_empty() {
         print!("{}", row::table(&rows));
     }
     if !failed.is_empty() {
