@@ -6,6 +6,7 @@ mod bpf_maps;
 mod dataplane;
 pub mod endpoints;
 pub mod flows;
+pub mod gateway;
 mod ipam;
 pub mod link;
 pub mod loader;
@@ -52,6 +53,8 @@ pub struct Config {
     pub pod_cgroup: PathBuf,
     /// Devices that lead to other nodes and the outside; none for those of the node's address and the default route.
     pub devices: Vec<String>,
+    /// Addresses that have routes to pods, besides the nodes and the pods themselves.
+    pub native: Vec<ipnet::Ipv4Net>,
 }
 
 /// Runs until `shutdown`; pods stay connected, Services translated and policy enforced as they were.
@@ -69,7 +72,15 @@ pub async fn run(client: kube::Client, config: Config, shutdown: CancellationTok
     let engine = Engine::new(maps.policy, names, &config.node_name, generation);
     let engine = Arc::new(Mutex::new(engine));
     let (synced, mut is_synced) = watch::channel(false);
-    let devices = network::devices(&config).await?;
+    let (nodes, nodes_told) = watch::channel(None);
+    let network = network::run(
+        maps.network,
+        config.node_ip,
+        config.native.clone(),
+        nodes_told.clone(),
+        shutdown.clone(),
+    );
+    let devices = network::devices(&config.devices, config.node_ip).await?;
     let dataplane = Arc::new(Dataplane {
         engine: engine.clone(),
         programs: Mutex::new(programs),
@@ -79,16 +90,9 @@ pub async fn run(client: kube::Client, config: Config, shutdown: CancellationTok
     let endpoints = connect(&config, Some(dataplane.clone()))?;
     let shown = services::Shown::default();
     let (services_ready, services_are_ready) = oneshot::channel();
-    let (nodes, nodes_told) = watch::channel(None);
     let routes = routes::run(
         config.node_name.clone(),
         pod_range(&config)?,
-        nodes_told.clone(),
-        shutdown.clone(),
-    );
-    let network = network::run(
-        maps.network,
-        config.node_ip,
         nodes_told.clone(),
         shutdown.clone(),
     );
@@ -131,7 +135,7 @@ pub async fn run(client: kube::Client, config: Config, shutdown: CancellationTok
     };
     let api = api::run(config.socket.clone(), tables, shutdown.clone());
     tokio::try_join!(
-        policy, services, nodes, routes, network, follow, take_over, api
+        policy, services, network, nodes, routes, follow, take_over, api
     )
     .map(drop)
 }
@@ -149,13 +153,18 @@ pub async fn run_detached(config: Config, shutdown: CancellationToken) -> Result
 
 fn connect(config: &Config, dataplane: Option<Arc<Dataplane>>) -> Result<Arc<Endpoints>> {
     let range = pod_range(config)?;
-    let forward = "/proc/sys/net/ipv4/ip_forward";
-    std::fs::write(forward, "1").with_context(|| format!("could not write {forward}"))?;
+    forward()?;
     Ok(Arc::new(Endpoints::open(
         &config.state_dir,
         range,
         dataplane,
     )?))
+}
+
+/// Lets this network namespace pass packets on.
+fn forward() -> Result<()> {
+    let forward = "/proc/sys/net/ipv4/ip_forward";
+    std::fs::write(forward, "1").with_context(|| format!("could not write {forward}"))
 }
 
 fn pod_range(config: &Config) -> Result<ipnet::Ipv4Net> {

@@ -11,18 +11,18 @@ use rtnetlink::RouteMessageBuilder;
 use rtnetlink::packet_route::address::AddressAttribute;
 use rtnetlink::packet_route::link::LinkAttribute;
 use rtnetlink::packet_route::route::RouteAttribute;
-use tokio::sync::watch;
+use tokio::sync::watch::Receiver;
 use tokio_util::sync::CancellationToken;
 use xebec_dataplane_common::nat::Settings;
 
+use crate::link;
 use crate::maps::{NetworkMaps, be};
 use crate::nodes::{NodeView, Nodes};
-use crate::{Config, link};
 
 /// The names of the devices that lead to other nodes and the outside.
-pub(crate) async fn devices(config: &Config) -> Result<Vec<String>> {
-    if !config.devices.is_empty() {
-        return Ok(config.devices.clone());
+pub(crate) async fn devices(named: &[String], node_ip: IpAddr) -> Result<Vec<String>> {
+    if !named.is_empty() {
+        return Ok(named.to_vec());
     }
     let handle = link::handle()?;
     let mut found = BTreeSet::new();
@@ -33,7 +33,7 @@ pub(crate) async fn devices(config: &Config) -> Result<Vec<String>> {
         .context("could not list addresses")?
     {
         let own = one.attributes.iter().any(|attribute| {
-            matches!(attribute, AddressAttribute::Address(address) if *address == config.node_ip)
+            matches!(attribute, AddressAttribute::Address(address) if *address == node_ip)
         });
         if own {
             found.insert(one.header.index);
@@ -41,8 +41,7 @@ pub(crate) async fn devices(config: &Config) -> Result<Vec<String>> {
     }
     if found.is_empty() {
         bail!(
-            "no device has the node's address {}: name the devices that lead to other nodes",
-            config.node_ip
+            "no device has the node's address {node_ip}: name the devices that lead to other nodes"
         );
     }
     let request = RouteMessageBuilder::<Ipv4Addr>::new().build();
@@ -113,42 +112,50 @@ fn settings(node: Ipv4Addr, local_range: &str) -> Result<Settings> {
     })
 }
 
-/// Keeps the maps in step with the nodes until `shutdown`.
+/// The settings of a node with this address and this machine's ports.
+pub(crate) fn settings_of(node: Ipv4Addr) -> Result<Settings> {
+    let range = "/proc/sys/net/ipv4/ip_local_port_range";
+    let range =
+        std::fs::read_to_string(range).with_context(|| format!("could not read {range}"))?;
+    settings(node, range.trim())
+}
+
+/// Keeps the maps in step with the nodes until `shutdown`; `native` are addresses besides theirs that know the way
+/// to pods.
 pub(crate) async fn run(
     mut maps: NetworkMaps,
     node_ip: IpAddr,
-    mut nodes: watch::Receiver<Nodes>,
+    native: Vec<Ipv4Net>,
+    mut nodes: Receiver<Nodes>,
     shutdown: CancellationToken,
 ) -> Result<()> {
     let IpAddr::V4(node) = node_ip else {
         bail!("the node's address {node_ip} is not IPv4");
     };
-    let range = "/proc/sys/net/ipv4/ip_local_port_range";
-    let range =
-        std::fs::read_to_string(range).with_context(|| format!("could not read {range}"))?;
-    let settings = settings(node, range.trim())?;
-    let mut native = BTreeSet::new();
+    let settings = settings_of(node)?;
+    let mut installed = BTreeSet::new();
     let mut begun = false;
     loop {
-        let told = nodes.borrow_and_update().clone();
-        if let Some(told) = told {
-            let wanted: BTreeSet<Ipv4Net> = told.values().flat_map(blocks).collect();
-            for block in wanted.difference(&native) {
-                maps.set_native(*block)?;
-            }
-            for block in native.difference(&wanted) {
-                maps.remove_native(*block)?;
-            }
-            native = wanted;
-            // Translation begins when it is known for whom not.
-            if !begun {
-                maps.set_settings(settings)?;
-                begun = true;
-            }
-        }
         tokio::select! {
             () = shutdown.cancelled() => return Ok(()),
             changed = nodes.changed() => if changed.is_err() { return Ok(()) },
+        }
+        let Some(told) = nodes.borrow_and_update().clone() else {
+            continue;
+        };
+        let blocks = told.values().flat_map(blocks);
+        let wanted: BTreeSet<Ipv4Net> = blocks.chain(native.iter().copied()).collect();
+        for block in wanted.difference(&installed) {
+            maps.set_native(*block)?;
+        }
+        for block in installed.difference(&wanted) {
+            maps.remove_native(*block)?;
+        }
+        installed = wanted;
+        // Translation begins when it is known for whom not.
+        if !begun {
+            maps.set_settings(settings)?;
+            begun = true;
         }
     }
 }
@@ -174,5 +181,15 @@ mod tests {
         assert_eq!(ports("1024 30000").unwrap(), (32_768, 32_768));
         assert!(format!("{:#}", ports("1024 65535").unwrap_err()).contains("32768 60999"));
         assert!(ports("a b").is_err());
+    }
+
+    #[test]
+    fn a_node_is_its_addresses_and_its_ranges() {
+        let node = NodeView {
+            addresses: vec![[192, 0, 2, 7].into()],
+            pod_ranges: vec!["10.244.1.0/24".parse().unwrap()],
+        };
+        let found: Vec<String> = blocks(&node).map(|block| block.to_string()).collect();
+        assert_eq!(found, ["192.0.2.7/32", "10.244.1.0/24"]);
     }
 }

@@ -21,6 +21,9 @@ use std::process::ExitCode;
 use anyhow::{Context, Result};
 use clap::{CommandFactory, Parser, Subcommand};
 use paths::Layout;
+use tracing_subscriber::EnvFilter;
+use tracing_subscriber::fmt::format::Writer;
+use tracing_subscriber::fmt::time::{FormatTime, SystemTime};
 
 #[derive(Parser)]
 #[command(
@@ -136,7 +139,11 @@ fn main() -> ExitCode {
 }
 
 fn run(cli: Cli) -> Result<()> {
-    init_log(&cli.log)?;
+    let node = match &cli.command {
+        Command::Node { name } => Some(name.as_str()),
+        _ => None,
+    };
+    init_log(&cli.log, node)?;
     let layout = Layout {
         data: cli.data_dir,
         run: cli.run_dir,
@@ -176,13 +183,30 @@ fn run(cli: Cli) -> Result<()> {
     }
 }
 
-fn init_log(filter: &str) -> Result<()> {
-    use tracing_subscriber::EnvFilter;
+/// Writes the time, and which of several nodes speaks: they share one log.
+struct Clock {
+    node: Option<String>,
+}
+
+impl FormatTime for Clock {
+    fn format_time(&self, writer: &mut Writer<'_>) -> std::fmt::Result {
+        SystemTime.format_time(writer)?;
+        match &self.node {
+            Some(node) => write!(writer, " {node}"),
+            None => Ok(()),
+        }
+    }
+}
+
+fn init_log(filter: &str, node: Option<&str>) -> Result<()> {
     let filter = EnvFilter::try_new(filter).with_context(|| {
         format!("--log {filter:?} is no log filter (try `info` or `xebec_agent=debug`)")
     })?;
     tracing_subscriber::fmt()
         .with_env_filter(filter)
+        .with_timer(Clock {
+            node: node.map(str::to_owned),
+        })
         .with_writer(std::io::stderr)
         .with_ansi(std::io::stderr().is_terminal())
         .init();

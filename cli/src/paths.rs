@@ -40,6 +40,11 @@ impl Layout {
         self.data.join("up.log")
     }
 
+    /// A BPF filesystem for what gives several nodes their way out.
+    pub fn gateway_bpf(&self) -> PathBuf {
+        self.run.join("gateway")
+    }
+
     /// The folders of one node.
     pub fn node(&self, name: &str) -> NodeLayout {
         NodeLayout {

@@ -10,6 +10,7 @@ use serde_json::Value;
 
 use crate::paths::Layout;
 use crate::unix_http;
+use crate::up::child::process_of;
 use crate::up::state::UpState;
 
 /// How `status` prints.
@@ -33,13 +34,20 @@ impl Status {
         let mut lines = Vec::new();
         match UpState::read(layout)? {
             Some(state) if state.is_running() => {
-                let memory = resident_bytes(state.pid)
-                    .map_or_else(String::new, |b| format!(", {:.0} MB", b as f64 / 1e6));
                 lines.push(Line {
                     what: "Cluster".into(),
                     healthy: true,
-                    detail: format!("pid {}{memory}, {}", state.pid, state.server),
+                    detail: format!("{}, {}", process(state.pid), state.server),
                 });
+                // Several nodes have processes of their own.
+                for node in state.nodes.iter().filter(|node| node.cable.is_some()) {
+                    let pid = process_of(node);
+                    lines.push(Line {
+                        what: format!("Process of {}", node.name),
+                        healthy: pid.is_some(),
+                        detail: pid.map_or_else(|| "does not run".into(), process),
+                    });
+                }
                 match api(layout).await {
                     Ok(found) => lines.extend(found),
                     Err(error) => lines.push(Line {
@@ -190,6 +198,14 @@ fn agent_line(name: &str, status: &Value) -> Line {
         what: format!("Agent {name}"),
         healthy,
         detail: numbers.join(", "),
+    }
+}
+
+/// A process, for people.
+fn process(pid: i32) -> String {
+    match resident_bytes(pid) {
+        Some(bytes) => format!("pid {pid}, {:.0} MB", bytes as f64 / 1e6),
+        None => format!("pid {pid}"),
     }
 }
 

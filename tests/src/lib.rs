@@ -154,6 +154,19 @@ impl Cluster {
         Ok(())
     }
 
+    /// Runs a command in the network namespace of one of several nodes and gives its standard output.
+    pub fn in_node(&self, node: &str, command: &[&str]) -> Result<String> {
+        let netns = self.dir.join(format!("run/nodes/{node}/netns"));
+        let mut nsenter = Command::new("nsenter");
+        nsenter
+            .arg(format!("--net={}", netns.display()))
+            .args(command);
+        succeed(
+            &format!("{} on {node}", command.join(" ")),
+            nsenter.output().context("could not start nsenter")?,
+        )
+    }
+
     /// The log of the cluster's process.
     pub fn log(&self) -> String {
         std::fs::read_to_string(self.dir.join("data/up.log")).unwrap_or_default()

@@ -7,7 +7,7 @@ use std::time::Duration;
 
 use anyhow::{Context, Result};
 use serde_json::{Value, json};
-use xebec_tests::{Cluster, Machine, assert_nothing_left, eventually, shop, succeed};
+use xebec_tests::{Cluster, Machine, assert_nothing_left, eventually, shop, succeed, xebec_bin};
 
 const MINUTE: Duration = Duration::from_secs(60);
 const NODES: [&str; 2] = ["node1", "node2"];
@@ -106,17 +106,7 @@ fn pods_reach(cluster: &Cluster, urls: &[(String, String)]) -> Result<()> {
         .filter_map(|pod| pod["metadata"]["name"].as_str().map(str::to_owned))
         .collect();
     let manifests: Vec<String> = items.iter().map(Value::to_string).collect();
-    let mut kubectl = cluster
-        .kubectl(&["apply", "-f", "-"])
-        .stdin(Stdio::piped())
-        .stdout(Stdio::piped())
-        .stderr(Stdio::piped())
-        .spawn()
-        .context("could not start kubectl")?;
-    let mut pipe = kubectl.stdin.take().context("kubectl has no input")?;
-    pipe.write_all(manifests.join("\n").as_bytes())?;
-    drop(pipe);
-    succeed("kubectl apply", kubectl.wait_with_output()?)?;
+    apply(cluster, &manifests.join("\n"))?;
     let backends: BTreeSet<String> = ["app=web", "app=api"]
         .into_iter()
         .map(|app| cluster.ready_pods("shop", app))
@@ -220,13 +210,87 @@ fn host_reaches_all(cluster: &Cluster, pods: &BTreeMap<String, Pod>) -> Result<(
     Ok(())
 }
 
+/// Each node has a route to each other's pods, and node ports at its address, for as long as there is the other.
+fn routes_follow_nodes(cluster: &Cluster) -> Result<()> {
+    let node = json!({
+        "apiVersion": "v1",
+        "kind": "Node",
+        "metadata": {"name": "far"},
+        "spec": {"podCIDR": "10.244.77.0/24", "podCIDRs": ["10.244.77.0/24"]},
+    });
+    apply(cluster, &node.to_string())?;
+    let status =
+        json!({"status": {"addresses": [{"type": "InternalIP", "address": "10.245.0.77"}]}});
+    let patch = status.to_string();
+    cluster.k(&["patch", "node", "far", "--subresource=status", "-p", &patch])?;
+    let known = || -> Result<Vec<bool>> {
+        let mut known = Vec::new();
+        for node in NODES {
+            let routes = cluster.in_node(node, &["ip", "route", "show", "10.244.77.0/24"])?;
+            known.push(routes.contains("via 10.245.0.77 dev eth0"));
+            let services = cluster.run(&["service", "list", "--node", node])?;
+            known.push(services.contains("10.245.0.77:30080/TCP"));
+        }
+        Ok(known)
+    };
+    eventually(
+        "all know the new node",
+        MINUTE,
+        || Ok(known()? == [true; 4]),
+    )?;
+    cluster.k(&["delete", "node", "far"])?;
+    eventually("all have forgotten it", MINUTE, || {
+        Ok(known()? == [false; 4])
+    })?;
+    Ok(())
+}
+
+/// `kubectl apply` of a stream of objects.
+fn apply(cluster: &Cluster, manifests: &str) -> Result<()> {
+    let mut kubectl = cluster
+        .kubectl(&["apply", "-f", "-"])
+        .stdin(Stdio::piped())
+        .stdout(Stdio::piped())
+        .stderr(Stdio::piped())
+        .spawn()
+        .context("could not start kubectl")?;
+    let mut pipe = kubectl.stdin.take().context("kubectl has no input")?;
+    pipe.write_all(manifests.as_bytes())?;
+    drop(pipe);
+    succeed("kubectl apply", kubectl.wait_with_output()?).map(drop)
+}
+
+/// Clients that are no node's reach every backend through the port of any node; none of 1,000 requests is lost.
+fn host_reaches_node_ports(cluster: &Cluster, addresses: &BTreeMap<String, String>) -> Result<()> {
+    let backends = cluster.ready_pods("shop", "app=web")?;
+    for address in addresses.values() {
+        let url = format!("http://{address}:30080/whoami");
+        let mut client = Command::new(xebec_bin());
+        client.args([
+            "demo",
+            "get",
+            &url,
+            "-n",
+            "1000",
+            "--summary",
+            "--keep-going",
+        ]);
+        let text = succeed(&url, client.output()?)?;
+        assert!(text.contains("0 failed, 1000 requests"), "{url}: {text}");
+        for pod in &backends {
+            assert!(text.contains(pod), "{url}: {pod} got no request: {text}");
+        }
+    }
+    Ok(())
+}
+
 /// The command line tells of both nodes.
 fn command_line_shows_both(cluster: &Cluster, pods: &BTreeMap<String, Pod>) -> Result<()> {
     let status = cluster.run(&["status"])?;
     let endpoints = cluster.run(&["endpoint", "list"])?;
     let images = cluster.run(&["image", "list"])?;
     for node in NODES {
-        for line in [format!("Node {node}"), format!("Agent {node}")] {
+        for line in ["Process of", "Node", "Agent"].map(|what| format!("{what} {node}")) {
             assert!(status.contains(&line), "{line}: {status}");
         }
         assert!(
@@ -297,6 +361,9 @@ fn killed_cluster_comes_back(cluster: &mut Cluster, pods: &BTreeMap<String, Pod>
         .lines()
         .filter(|line| !line.as_ref().is_ok_and(|line| line.starts_with("web-")));
     assert_eq!(answers.next().transpose()?.as_deref(), Some("1"));
+    // What no node has any more must go although nobody hears of its end.
+    let stale = ["10.244.99.0/24", "via", "10.245.0.12", "proto", "88"];
+    cluster.in_node("node1", &[&["ip", "route", "add"], &stale[..]].concat())?;
     kill(cluster.pid()?, "-9")?;
     let rest: Vec<String> = answers.collect::<Result<_, _>>()?;
     assert!(client.wait()?.success(), "the connection broke");
@@ -309,6 +376,10 @@ fn killed_cluster_comes_back(cluster: &mut Cluster, pods: &BTreeMap<String, Pod>
         "{says}"
     );
     cluster.start()?;
+    eventually("the stale route has gone", MINUTE, || {
+        let route = ["ip", "route", "show", stale[0]];
+        Ok(cluster.in_node("node1", &route)?.is_empty())
+    })?;
     eventually("the API knows the pods again", MINUTE, || is_up(cluster))?;
     assert_eq!(*pods, self::pods(cluster)?, "the same containers run");
     Ok(())
@@ -323,6 +394,7 @@ fn shop_on_two_nodes_and_nothing_left_behind() -> Result<()> {
     let pods = apply_shop(&cluster)?;
     command_line_shows_both(&cluster, &pods)?;
     host_reaches_all(&cluster, &pods)?;
+    host_reaches_node_ports(&cluster, &addresses)?;
     let service = cluster.get(&["service", "web", "-n", "shop"])?;
     let cluster_ip = service["spec"]["clusterIP"].as_str().unwrap_or_default();
     let mut urls = vec![("service".to_owned(), format!("http://{cluster_ip}/"))];
@@ -331,6 +403,7 @@ fn shop_on_two_nodes_and_nothing_left_behind() -> Result<()> {
     }
     pods_reach(&cluster, &urls)?;
     denied_across_nodes(&cluster, &pods)?;
+    routes_follow_nodes(&cluster)?;
     node_process_comes_back(&cluster, &pods)?;
     killed_cluster_comes_back(&mut cluster, &pods)?;
     pods_reach(&cluster, &urls[..1])?;

@@ -83,6 +83,56 @@ impl Drop for Outside {
     }
 }
 
+/// A pod reaches a machine outside, which sees the node's address.
+fn pod_reaches(cluster: &Cluster, outside: &Outside) -> Result<()> {
+    eventually("pods can be made", MINUTE, || {
+        Ok(cluster.get(&["serviceaccount", "default"]).is_ok())
+    })?;
+    let client = outside.first_client(8000)?;
+    let pod = format!(
+        r#"{{"apiVersion":"v1","kind":"Pod","metadata":{{"name":"caller","namespace":"default"}},
+        "spec":{{"restartPolicy":"Never","containers":[{{"name":"caller","image":"xebec.local/demo:latest",
+        "imagePullPolicy":"IfNotPresent","args":["get","http://{OUTSIDE}:8000/"]}}]}}}}"#
+    );
+    let manifest =
+        std::env::temp_dir().join(format!("xebec-test-caller-{}.json", std::process::id()));
+    std::fs::write(&manifest, pod).context("could not write the manifest")?;
+    cluster.k(&["apply", "-f", &manifest.to_string_lossy()])?;
+    let _ = std::fs::remove_file(&manifest);
+    eventually("the caller has its answer", MINUTE, || {
+        Ok(cluster.k(&["logs", "caller"])?.contains("hello"))
+    })?;
+    let seen = client
+        .join()
+        .map_err(|_| anyhow::anyhow!("the listener panicked"))??;
+    assert_eq!(
+        seen,
+        IpAddr::V4(NODE),
+        "outside, a pod bears its node's address"
+    );
+    Ok(())
+}
+
+#[test]
+fn pods_of_several_nodes_to_the_outside() -> Result<()> {
+    let outside = Outside::new()?;
+    let before = Machine::now()?;
+    let node_ip = NODE.to_string();
+    let mut cluster = Cluster::up("outside-two", &["--nodes", "2", "--node-ip", &node_ip])?;
+    pod_reaches(&cluster, &outside)?;
+    // The nodes' own processes too: they pull images.
+    let client = outside.first_client(8001)?;
+    let url = format!("http://{OUTSIDE}:8001/");
+    let answer = cluster.in_node("node2", &["curl", "--silent", "--max-time", "5", &url])?;
+    assert_eq!(answer, "hello\n");
+    let seen = client
+        .join()
+        .map_err(|_| anyhow::anyhow!("the listener panicked"))??;
+    assert_eq!(seen, IpAddr::V4(NODE));
+    cluster.down()?;
+    assert_nothing_left(&before)
+}
+
 #[test]
 fn node_ports_from_outside_and_pods_to_the_outside() -> Result<()> {
     let outside = Outside::new()?;
@@ -128,30 +178,7 @@ fn node_ports_from_outside_and_pods_to_the_outside() -> Result<()> {
             .any(|line| line.contains(&format!("\"source\":\"{OUTSIDE}\""))),
         "no flow came from {OUTSIDE}: {flows}"
     );
-    let client = outside.first_client(8000)?;
-    let pod = format!(
-        r#"{{"apiVersion":"v1","kind":"Pod","metadata":{{"name":"caller","namespace":"shop"}},
-        "spec":{{"restartPolicy":"Never","containers":[{{"name":"caller","image":"xebec.local/demo:latest",
-        "imagePullPolicy":"IfNotPresent","args":["get","http://{OUTSIDE}:8000/"]}}]}}}}"#
-    );
-    let manifest =
-        std::env::temp_dir().join(format!("xebec-test-caller-{}.json", std::process::id()));
-    std::fs::write(&manifest, pod).context("could not write the manifest")?;
-    cluster.k(&["apply", "-f", &manifest.to_string_lossy()])?;
-    let _ = std::fs::remove_file(&manifest);
-    eventually("the caller has its answer", MINUTE, || {
-        Ok(cluster
-            .k(&["logs", "-n", "shop", "caller"])?
-            .contains("hello"))
-    })?;
-    let seen = client
-        .join()
-        .map_err(|_| anyhow::anyhow!("the listener panicked"))??;
-    assert_eq!(
-        seen,
-        IpAddr::V4(NODE),
-        "outside, a pod bears its node's address"
-    );
+    pod_reaches(&cluster, &outside)?;
     cluster.down()?;
     assert_nothing_left(&before)
 }

@@ -32,7 +32,10 @@ pub fn run(name: &str) -> Result<()> {
     }
     super::install_tls_provider()?;
     private_dir(&spec.config.layout.run)?;
-    let _lock = lock(&spec.config)?;
+    let lock = lock(&spec.config)?;
+    // For `status`, which must not take a pid for this node's that is another's by now.
+    std::fs::write(spec.config.layout.lock(), std::process::id().to_string())
+        .with_context(|| format!("could not write {}", spec.config.layout.lock().display()))?;
     join_cgroup(&spec.config)?;
     let orders = hear();
     tokio::runtime::Builder::new_multi_thread()
@@ -46,7 +49,20 @@ pub fn run(name: &str) -> Result<()> {
                 Some(keys) => run_node(&spec.config, keys, orders).await,
                 None => teardown::remains(&spec.config).await,
             }
-        })
+        })?;
+    drop(lock);
+    Ok(())
+}
+
+/// The process that runs a node now, if there is one.
+pub fn process_of(node: &NodeConfig) -> Option<i32> {
+    let path = node.layout.lock();
+    let file = std::fs::File::open(&path).ok()?;
+    match Flock::lock(file, FlockArg::LockSharedNonblock) {
+        // Nobody holds it.
+        Ok(_) => None,
+        Err(_) => std::fs::read_to_string(&path).ok()?.trim().parse().ok(),
+    }
 }
 
 async fn run_node(
@@ -85,7 +101,11 @@ fn hear() -> mpsc::UnboundedReceiver<Order> {
 /// One process a node: one that a killed cluster left may still be on its way out.
 fn lock(config: &NodeConfig) -> Result<Flock<OwnedFd>> {
     let path = config.layout.lock();
-    let file = std::fs::File::create(&path)
+    let file = std::fs::OpenOptions::new()
+        .create(true)
+        .truncate(false)
+        .write(true)
+        .open(&path)
         .with_context(|| format!("could not make {}", path.display()))?;
     let mut file = OwnedFd::from(file);
     let deadline = Instant::now() + PATIENCE;

@@ -114,7 +114,13 @@ impl Up {
         let state = UpState::of_this_process(&server, &nodes)?;
         state.write(&layout)?;
         plan::forget_nodes(&layout, control_plane.admin(), &nodes).await;
-        let mut parts = Nodes::start(&nodes, &authority, &control_plane, &url(inside), log).await?;
+        let outside = nodes::Outside {
+            server: &url(inside),
+            log,
+            address: machine.address,
+            bpf_dir: layout.gateway_bpf(),
+        };
+        let mut parts = Nodes::start(&nodes, &authority, &control_plane, &outside).await?;
         let ready = async {
             if !self.no_demo_image {
                 let images = nodes

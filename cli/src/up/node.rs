@@ -107,6 +107,8 @@ impl NodeConfig {
             cgroup_root: self.cgroup_root.clone(),
             pod_cgroup: self.pod_cgroup.clone(),
             devices: Vec::new(),
+            // The host of several nodes is none of them, but has routes to their pods.
+            native: self.cable.iter().map(|cable| cable.host.into()).collect(),
         }
     }
 

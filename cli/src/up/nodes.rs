@@ -1,5 +1,8 @@
 //! The nodes of a cluster: one that is this process and this machine, or several that have their own.
 
+use std::net::IpAddr;
+use std::path::PathBuf;
+
 use anyhow::{Result, bail};
 use tracing::warn;
 
@@ -18,13 +21,12 @@ pub enum Nodes {
 }
 
 impl Nodes {
-    /// Starts them all. `server` is where nodes find the API server, `log` what they log.
+    /// Starts them all.
     pub async fn start(
         nodes: &[NodeConfig],
         authority: &Authority,
         control_plane: &ControlPlane,
-        server: &str,
-        log: &str,
+        outside: &Outside<'_>,
     ) -> Result<Self> {
         if let [only] = nodes {
             if only.cable.is_none() {
@@ -33,16 +35,17 @@ impl Nodes {
             }
         }
         switch::ensure(nodes).await?;
+        open_gateway(nodes, outside).await?;
         let specs: Vec<Spec> = nodes
             .iter()
             .map(|config| {
                 Ok(Spec {
                     config: config.clone(),
-                    keys: Some(Keys::new(config, authority, server)?),
+                    keys: Some(Keys::new(config, authority, outside.server)?),
                 })
             })
             .collect::<Result<_>>()?;
-        let start = |spec| Process::start(spec, log);
+        let start = |spec| Process::start(spec, outside.log);
         Ok(Self::Apart(specs.into_iter().map(start).collect()))
     }
 
@@ -79,6 +82,40 @@ impl Nodes {
             warn!(error = format!("{error:#}"), "could not clean up all");
         }
     }
+}
+
+/// What nodes with processes of their own need from this one.
+pub struct Outside<'a> {
+    /// Where they find the API server.
+    pub server: &'a str,
+    /// What they log.
+    pub log: &'a str,
+    /// The machine's address.
+    pub address: IpAddr,
+    /// The BPF filesystem of their way out.
+    pub bpf_dir: PathBuf,
+}
+
+/// Nodes behind the switch reach the outside with the machine's address; without a network there is none.
+async fn open_gateway(nodes: &[NodeConfig], outside: &Outside<'_>) -> Result<()> {
+    if outside.address.is_loopback() {
+        return Ok(());
+    }
+    let mut config = xebec_agent::gateway::Config {
+        address: outside.address,
+        nodes: Vec::new(),
+        native: Vec::new(),
+        bpf_dir: outside.bpf_dir.clone(),
+    };
+    for node in nodes {
+        if let (IpAddr::V4(address), ipnet::IpNet::V4(pods), Some(cable)) =
+            (node.ip, node.pod_cidr, &node.cable)
+        {
+            config.nodes.push(address);
+            config.native.extend([pods, cable.range]);
+        }
+    }
+    xebec_agent::gateway::open(&config).await
 }
 
 async fn end(processes: Vec<Process>, order: Order) {

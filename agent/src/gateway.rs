@@ -1,0 +1,54 @@
+//! The way out for nodes whose network ends at this machine: what they send to the outside bears its address.
+
+use std::net::{IpAddr, Ipv4Addr};
+use std::path::PathBuf;
+
+use anyhow::{Context, Result, bail};
+use ipnet::Ipv4Net;
+use xebec_dataplane_common::policy::Endpoint;
+
+use crate::maps::PolicyKernel;
+use crate::{loader, network};
+
+/// What the way out needs to know.
+#[derive(Clone, Debug)]
+pub struct Config {
+    /// This machine's address towards the outside.
+    pub address: IpAddr,
+    /// The nodes behind it, which have translated their pods' addresses to theirs already.
+    pub nodes: Vec<Ipv4Addr>,
+    /// Addresses that know the way to nodes and pods.
+    pub native: Vec<Ipv4Net>,
+    /// Where a BPF filesystem for pinned links is mounted: unmounted, the way out is closed.
+    pub bpf_dir: PathBuf,
+}
+
+/// Opens the way out; it stays open without a process. One that was left open is taken over with its connections.
+pub async fn open(config: &Config) -> Result<()> {
+    let IpAddr::V4(address) = config.address else {
+        bail!("this machine's address {} is not IPv4", config.address);
+    };
+    crate::forward()?;
+    let mut programs = loader::Loaded::new(&config.bpf_dir)?;
+    let mut maps = programs.maps()?;
+    for block in &config.native {
+        maps.network.set_native(*block)?;
+    }
+    // To the programs, the nodes are here what pods are on a node.
+    for node in &config.nodes {
+        let endpoint = Endpoint {
+            ifindex: 0,
+            identity: 0,
+            ingress_set: 0,
+            egress_set: 0,
+            mac: [0; 6],
+            pad: 0,
+        };
+        maps.policy.set_endpoint(*node, endpoint)?;
+    }
+    maps.network.set_settings(network::settings_of(address)?)?;
+    let devices = network::devices(&[], config.address).await?;
+    programs
+        .attach_network(&devices)
+        .context("could not open the nodes' way to the outside")
+}
