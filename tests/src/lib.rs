@@ -136,6 +136,11 @@ impl Cluster {
             .collect())
     }
 
+    /// Its folder of sockets and mounts.
+    pub fn run_dir(&self) -> PathBuf {
+        self.dir.join("run")
+    }
+
     /// Pid of the process that runs the cluster.
     pub fn pid(&self) -> Result<i32> {
         let state =
