@@ -2,6 +2,7 @@
 
 use std::collections::VecDeque;
 use std::sync::{Arc, Mutex, PoisonError};
+use std::time::Duration;
 
 use anyhow::{Context, Result};
 use aya::maps::{MapData, PerCpuArray};
@@ -22,6 +23,8 @@ use crate::policy::compile::{Name, RuleId};
 
 /// How many flows are kept: as many as Hubble keeps by default.
 const KEPT: usize = 4_095;
+/// How long events gather before they are read.
+const GATHER: Duration = Duration::from_millis(50);
 /// How many events are taken before others have their turn.
 const AT_ONCE: usize = 1_024;
 /// How far a follower may fall behind.
@@ -80,20 +83,23 @@ impl Flows {
                     () = shutdown.cancelled() => return Ok(()),
                     ready = ring.readable_mut() => ready.context("could not wait for events of flows")?,
                 };
+                // The kernel wakes us only when we have read all: while we wait, events cost their writers nothing
+                // more. At 400,000 events a second the ring is not full before we read on.
+                tokio::select! {
+                    () = shutdown.cancelled() => return Ok(()),
+                    () = tokio::time::sleep(GATHER) => {}
+                }
                 let offset = wall_clock_offset();
                 let ring = ready.get_inner_mut();
-                let mut empty = false;
-                for _ in 0..AT_ONCE {
-                    let Some(event) = next_event(ring) else {
-                        empty = true;
-                        break;
-                    };
+                let mut taken = 0_usize;
+                while let Some(event) = next_event(ring) {
                     flows.take(event, offset, &peer_of_world);
+                    taken += 1;
+                    if taken.is_multiple_of(AT_ONCE) {
+                        tokio::task::yield_now().await;
+                    }
                 }
-                // Otherwise there is more, after others had their turn.
-                if empty {
-                    ready.clear_ready();
-                }
+                ready.clear_ready();
             }
         })
     }

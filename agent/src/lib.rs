@@ -97,7 +97,13 @@ pub async fn run(client: kube::Client, config: Config, shutdown: CancellationTok
         shutdown.clone(),
     );
     let nodes = nodes::run(client.clone(), nodes, shutdown.clone());
-    let policy = policy::watch::run(client.clone(), engine.clone(), synced, shutdown.clone());
+    let policy = policy::watch::run(
+        client.clone(),
+        engine.clone(),
+        nodes_told.clone(),
+        synced,
+        shutdown.clone(),
+    );
     let services = services::run(
         client,
         maps.services,

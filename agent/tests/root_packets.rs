@@ -402,6 +402,25 @@ fn pods_use_the_nodes_address_towards_the_outside() {
 }
 
 #[test]
+fn who_came_by_the_pods_own_address_is_answered_from_it() {
+    if packets::left_out() {
+        return;
+    }
+    let mut kernel = Kernel::new();
+    kernel.as_web();
+    kernel.received_on(1);
+    let asked = tcp(client(), web(), 4000, 80, "S");
+    assert_eq!(kernel.run("xebec_to_pod", &asked.bytes()).0, OK);
+    let answer = tcp(web(), client(), 80, 4000, "SA").bytes();
+    assert_eq!(
+        kernel.run("xebec_to_network", &answer),
+        (OK, answer.clone())
+    );
+    let own = tcp(web(), client(), 5000, 80, "S").bytes();
+    assert_ne!(kernel.run("xebec_to_network", &own).1, own);
+}
+
+#[test]
 fn fragments_to_the_outside_are_translated_together() {
     if packets::left_out() {
         return;

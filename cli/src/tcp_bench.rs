@@ -4,7 +4,7 @@ use std::io::{Read, Write};
 use std::net::{SocketAddr, TcpListener, TcpStream};
 use std::time::{Duration, Instant};
 
-use anyhow::{Context, Result};
+use anyhow::{Context, Result, ensure};
 use clap::ValueEnum;
 
 /// What is measured.
@@ -12,23 +12,36 @@ use clap::ValueEnum;
 pub enum Mode {
     /// One byte there and back over one connection, transactions per second (netperf's TCP_RR)
     Rr,
-    /// A connection per transaction (netperf's TCP_CRR)
+    /// A connection per transaction, from its handshake to its end (netperf's TCP_CRR)
     Crr,
     /// Bytes one way over one connection, per second (netperf's TCP_STREAM)
     Stream,
 }
 
-/// Answers every byte with one, unless the connection begins with `s`: then it only reads.
+/// Threads that answer; each takes one connection at a time, so that none is started within a measurement.
+const WORKERS: usize = 16;
+
+/// What a client's first byte asks for: an echo of every byte.
+const ECHO: u8 = b'r';
+/// One echo, then the server closes: TIME_WAIT stays on its side, and the client never runs out of ports.
+const ECHO_ONCE: u8 = b'c';
+/// Only reading.
+const SINK: u8 = b's';
+
+/// Serves as the first byte of each connection asks.
 pub fn serve(listen: SocketAddr) -> Result<()> {
     let listener =
         TcpListener::bind(listen).with_context(|| format!("could not listen on {listen}"))?;
-    for stream in listener.incoming() {
-        let Ok(stream) = stream else { continue };
-        std::thread::spawn(move || {
-            // A client that goes away ends its connection; that is no fault.
-            let _ = answer(stream);
-        });
-    }
+    std::thread::scope(|scope| {
+        for _ in 0..WORKERS {
+            scope.spawn(|| {
+                for stream in listener.incoming().flatten() {
+                    // A client that goes away ends its connection; that is no fault.
+                    let _ = answer(stream);
+                }
+            });
+        }
+    });
     Ok(())
 }
 
@@ -36,14 +49,15 @@ fn answer(mut stream: TcpStream) -> std::io::Result<()> {
     stream.set_nodelay(true)?;
     let mut byte = [0; 1];
     stream.read_exact(&mut byte)?;
-    if byte[0] == b's' {
+    if byte[0] == SINK {
         let mut buffer = vec![0; 256 * 1024];
         while stream.read(&mut buffer)? > 0 {}
         return Ok(());
     }
+    let once = byte[0] == ECHO_ONCE;
     loop {
         stream.write_all(&byte)?;
-        if stream.read(&mut byte)? == 0 {
+        if once || stream.read(&mut byte)? == 0 {
             return Ok(());
         }
     }
@@ -62,13 +76,13 @@ pub fn run(address: SocketAddr, mode: Mode, seconds: f64) -> Result<()> {
         Ok(stream)
     };
     let mut done = 0u64;
-    let mut byte = [b'r'; 1];
+    let mut byte = [0; 1];
     match mode {
         Mode::Rr => {
             let mut stream = connect()?;
             while started.elapsed() < end {
                 stream
-                    .write_all(b"r")
+                    .write_all(&[ECHO])
                     .and_then(|()| stream.read_exact(&mut byte))
                     .context("the connection broke")?;
                 done += 1;
@@ -78,15 +92,19 @@ pub fn run(address: SocketAddr, mode: Mode, seconds: f64) -> Result<()> {
             while started.elapsed() < end {
                 let mut stream = connect()?;
                 stream
-                    .write_all(b"r")
+                    .write_all(&[ECHO_ONCE])
                     .and_then(|()| stream.read_exact(&mut byte))
                     .context("the connection broke")?;
+                let rest = stream
+                    .read(&mut byte)
+                    .context("the connection was not closed")?;
+                ensure!(rest == 0, "the server answered more than it was asked");
                 done += 1;
             }
         }
         Mode::Stream => {
             let mut stream = connect()?;
-            stream.write_all(b"s").context("the connection broke")?;
+            stream.write_all(&[SINK]).context("the connection broke")?;
             let buffer = vec![0; 256 * 1024];
             while started.elapsed() < end {
                 stream.write_all(&buffer).context("the connection broke")?;

@@ -126,6 +126,14 @@ pub fn find(packet: &Packet, key: &FlowKey, up: bool) -> Known {
     }
 }
 
+/// Whether a packet answers a flow that the other end began.
+#[inline(always)]
+pub fn answers(packet: &Packet) -> bool {
+    let (key, up) = key(packet);
+    // SAFETY: the value is read once, here.
+    unsafe { FLOWS.get(&key) }.is_some_and(|flow| (flow.from_low != 0) != up)
+}
+
 /// Enters a flow that was allowed.
 #[inline(always)]
 pub fn enter(packet: &Packet, key: &FlowKey, up: bool, rule: u32) {

@@ -108,7 +108,8 @@ pub fn xebec_to_network(ctx: TcContext) -> i32 {
     let from = nat::tuple(&packet);
     let mut to = from;
     if !nat::find(&from, packet.tcp_flags, &mut to) {
-        if is_native(packet.destination) || nat::settings().ports == 0 {
+        // Who came to the pod by its own address is answered from it.
+        if is_native(packet.destination) || nat::settings().ports == 0 || flow::answers(&packet) {
             return TC_ACT_OK as i32;
         }
         if !nat::enter_masqueraded(&from, &mut to) {

@@ -24,9 +24,14 @@ pub struct Cluster {
 }
 
 impl Cluster {
+    /// The folder of this process's cluster of this name.
+    pub fn dir_of(name: &str) -> PathBuf {
+        PathBuf::from(format!("/tmp/xebec-test-{name}-{}", std::process::id()))
+    }
+
     /// Starts a cluster with these arguments for `up`, and waits until it is Ready.
     pub fn up(name: &str, args: &[&str]) -> Result<Self> {
-        let dir = PathBuf::from(format!("/tmp/xebec-test-{name}-{}", std::process::id()));
+        let dir = Self::dir_of(name);
         std::fs::create_dir_all(&dir)
             .with_context(|| format!("could not make {}", dir.display()))?;
         let mut cluster = Self {
@@ -83,10 +88,18 @@ impl Cluster {
     pub fn kubectl(&self, args: &[&str]) -> Command {
         let mut command =
             Command::new(std::env::var_os("KUBECTL").unwrap_or_else(|| "kubectl".into()));
+        command.env("KUBECONFIG", self.kubeconfig()).args(args);
         command
-            .env("KUBECONFIG", self.dir.join("data/admin.kubeconfig"))
-            .args(args);
-        command
+    }
+
+    /// The administrator's kubeconfig.
+    pub fn kubeconfig(&self) -> PathBuf {
+        self.dir.join("data/admin.kubeconfig")
+    }
+
+    /// Where the cluster's data lies.
+    pub fn data(&self) -> PathBuf {
+        self.dir.join("data")
     }
 
     /// Runs kubectl and gives its standard output.
@@ -121,6 +134,11 @@ impl Cluster {
             })
             .filter_map(|pod| pod["metadata"]["name"].as_str().map(str::to_owned))
             .collect())
+    }
+
+    /// Its folder of sockets and mounts.
+    pub fn run_dir(&self) -> PathBuf {
+        self.dir.join("run")
     }
 
     /// Pid of the process that runs the cluster.
@@ -290,8 +308,8 @@ pub fn assert_nothing_left(before: &Machine) -> Result<()> {
     Ok(())
 }
 
-/// Processes that run this executable.
-fn processes_of(executable: &Path) -> BTreeSet<String> {
+/// Pids of the processes that run this executable.
+pub fn pids_of(executable: &Path) -> BTreeSet<i32> {
     std::fs::read_dir("/proc")
         .into_iter()
         .flatten()
@@ -299,11 +317,18 @@ fn processes_of(executable: &Path) -> BTreeSet<String> {
         .filter(|entry| {
             std::fs::read_link(entry.path().join("exe")).is_ok_and(|exe| exe == executable)
         })
-        .map(|entry| {
-            let command = std::fs::read(entry.path().join("cmdline")).unwrap_or_default();
+        .filter_map(|entry| entry.file_name().to_str()?.parse().ok())
+        .collect()
+}
+
+/// Processes that run this executable, with their command lines.
+fn processes_of(executable: &Path) -> BTreeSet<String> {
+    pids_of(executable)
+        .into_iter()
+        .map(|pid| {
+            let command = std::fs::read(format!("/proc/{pid}/cmdline")).unwrap_or_default();
             format!(
-                "{} {}",
-                entry.file_name().to_string_lossy(),
+                "{pid} {}",
                 String::from_utf8_lossy(&command).replace('\0', " ")
             )
         })

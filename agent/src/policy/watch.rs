@@ -1,13 +1,12 @@
 //! Keeps the engine in step with the API.
 
 use std::collections::{BTreeMap, BTreeSet};
-use std::net::{IpAddr, Ipv4Addr};
 use std::sync::Arc;
 
 use anyhow::Result;
 use futures::stream::BoxStream;
 use futures::{Stream, StreamExt, TryStreamExt};
-use k8s_openapi::api::core::v1::{Namespace, Node, Pod};
+use k8s_openapi::api::core::v1::{Namespace, Pod};
 use k8s_openapi::api::networking::v1::NetworkPolicy;
 use kube::Api;
 use kube::runtime::watcher::{self, Event};
@@ -20,6 +19,7 @@ use tracing::warn;
 use super::compile::{Name, name_of};
 use super::engine::Engine;
 use crate::maps::PolicyKernel;
+use crate::nodes::{NodeView, Nodes};
 
 /// An engine that several tasks use.
 pub type Shared<K> = Arc<Mutex<Engine<K>>>;
@@ -29,8 +29,8 @@ pub type Shared<K> = Arc<Mutex<Engine<K>>>;
 enum Change {
     Pod(Event<Pod>),
     Namespace(Event<Namespace>),
-    Node(Event<Node>),
     Policy(Event<NetworkPolicy>),
+    Nodes(BTreeMap<String, NodeView>),
 }
 
 /// Objects of a kind that were listed since its last `Init`.
@@ -61,7 +61,6 @@ fn all(
     futures::stream::select_all([
         changes(Api::<Pod>::all(client.clone()), Change::Pod),
         changes(Api::<Namespace>::all(client.clone()), Change::Namespace),
-        changes(Api::<Node>::all(client.clone()), Change::Node),
         changes(Api::<NetworkPolicy>::all(client.clone()), Change::Policy),
     ])
 }
@@ -71,15 +70,27 @@ fn all(
 pub async fn run<K: PolicyKernel>(
     client: kube::Client,
     engine: Shared<K>,
+    mut nodes: signal::Receiver<Nodes>,
     synced: signal::Sender<bool>,
     shutdown: CancellationToken,
 ) -> Result<()> {
     let mut stream = all(&client);
     let (mut pods, mut policies) = (Listing::<Name>::default(), Listing::<Name>::default());
-    let (mut namespaces, mut nodes) = (Listing::<String>::default(), Listing::<String>::default());
+    let mut namespaces = Listing::<String>::default();
+    let mut nodes_known = false;
     loop {
         let change = tokio::select! {
             () = shutdown.cancelled() => return Ok(()),
+            changed = nodes.changed() => {
+                if changed.is_err() {
+                    return Ok(());
+                }
+                let told = nodes.borrow_and_update().clone();
+                match told {
+                    Some(told) => Change::Nodes(told),
+                    None => continue,
+                }
+            }
             change = stream.next() => match change {
                 Some(Ok(change)) => change,
                 Some(Err(error)) => {
@@ -120,23 +131,20 @@ pub async fn run<K: PolicyKernel>(
                 }
                 Ok(())
             }
-            Change::Node(event) => {
-                match nodes.take(event, |one| one.metadata.name.clone().unwrap_or_default()) {
-                    Taken::Set(one) => engine.set_node(
-                        one.metadata.name.as_deref().unwrap_or_default(),
-                        addresses(&one),
-                    ),
-                    Taken::Gone(names) => names
-                        .iter()
-                        .try_for_each(|name| engine.set_node(name, Vec::new())),
-                    Taken::Listed(seen) => engine
-                        .known()
-                        .1
-                        .iter()
-                        .filter(|name| !seen.contains(*name))
-                        .try_for_each(|name| engine.set_node(name, Vec::new())),
-                    Taken::Nothing => Ok(()),
-                }
+            Change::Nodes(told) => {
+                nodes_known = true;
+                let gone: Vec<String> = engine
+                    .known()
+                    .1
+                    .into_iter()
+                    .filter(|name| !told.contains_key(name))
+                    .collect();
+                gone.iter()
+                    .try_for_each(|name| engine.set_node(name, Vec::new()))
+                    .and_then(|()| {
+                        told.into_iter()
+                            .try_for_each(|(name, node)| engine.set_node(&name, node.addresses))
+                    })
             }
             Change::Policy(event) => {
                 match policies.take(event, name_of) {
@@ -163,7 +171,7 @@ pub async fn run<K: PolicyKernel>(
             );
         }
         // Until all is known, nothing is compiled: half the policies are no policy.
-        if pods.done && namespaces.done && nodes.done && policies.done {
+        if pods.done && namespaces.done && nodes_known && policies.done {
             engine.refresh_or_warn();
             drop(engine);
             synced.send_replace(true);
@@ -205,18 +213,4 @@ fn pod_name(pod: &Pod) -> Name {
         pod.metadata.namespace.clone().unwrap_or_default(),
         pod.metadata.name.clone().unwrap_or_default(),
     )
-}
-
-fn addresses(node: &Node) -> Vec<Ipv4Addr> {
-    let listed = node
-        .status
-        .iter()
-        .flat_map(|status| status.addresses.iter().flatten());
-    let parsed: BTreeMap<Ipv4Addr, ()> = listed
-        .filter_map(|one| match one.address.parse() {
-            Ok(IpAddr::V4(address)) => Some((address, ())),
-            _ => None,
-        })
-        .collect();
-    parsed.into_keys().collect()
 }

@@ -30,7 +30,11 @@ impl Registry {
         let why = format!(
             "unable to create new content in namespace {namespace} because it is being terminated"
         );
-        Err(ApiError::forbidden_object(resource, name, &why))
+        let cause = json!({
+            "reason": "NamespaceTerminating", "field": "metadata.namespace",
+            "message": format!("namespace {namespace} is being terminated"),
+        });
+        Err(ApiError::forbidden_object(resource, name, &why).with_causes(json!([cause])))
     }
 
     /// What a new object is given by admission.
@@ -43,6 +47,12 @@ impl Registry {
             self.admit_pod_account(resource, object).await?;
             self.admit_priority(resource, object).await?;
             default_tolerations(object);
+        }
+        if resource.group.is_empty() && resource.kind == "Node" {
+            taint_until_ready(object);
+        }
+        if self.storage_protection {
+            protect_in_use(resource, object);
         }
         Ok(())
     }
@@ -193,6 +203,38 @@ fn token_volume_name() -> String {
         .map(|_| LETTERS[rand::random_range(0..LETTERS.len())] as char)
         .collect();
     format!("kube-api-access-{suffix}")
+}
+
+/// A new node takes no pods before its kubelet says that it is ready (TaintNodesByCondition).
+fn taint_until_ready(node: &mut Object) {
+    const KEY: &str = "node.kubernetes.io/not-ready";
+    let taint = json!({"key": KEY, "effect": "NoSchedule"});
+    match node["spec"]["taints"].as_array_mut() {
+        Some(all) => {
+            if !all
+                .iter()
+                .any(|one| one["key"] == KEY && one["effect"] == "NoSchedule")
+            {
+                all.push(taint);
+            }
+        }
+        None => node["spec"]["taints"] = json!([taint]),
+    }
+}
+
+/// StorageObjectInUseProtection.
+fn protect_in_use(resource: &Resource, object: &mut Object) {
+    let finalizer = match (resource.group, resource.kind) {
+        ("", "PersistentVolume") => "kubernetes.io/pv-protection",
+        ("", "PersistentVolumeClaim") => "kubernetes.io/pvc-protection",
+        ("storage.k8s.io", "VolumeAttributesClass") => "kubernetes.io/vac-protection",
+        _ => return,
+    };
+    match object["metadata"]["finalizers"].as_array_mut() {
+        Some(all) if all.iter().any(|one| one == finalizer) => {}
+        Some(all) => all.push(finalizer.into()),
+        None => object["metadata"]["finalizers"] = json!([finalizer]),
+    }
 }
 
 /// DefaultTolerationSeconds.

@@ -63,6 +63,7 @@ impl UserInfo {
 
 /// The user of a client certificate that TLS has verified: CN is the name, O the groups.
 pub(crate) fn of_certificate(certificate: &CertificateDer<'_>) -> Option<UserInfo> {
+    let digest = ring::digest::digest(&ring::digest::SHA256, certificate);
     let (_, certificate) = x509_parser::parse_x509_certificate(certificate).ok()?;
     let subject = certificate.subject();
     let name = subject.iter_common_name().next()?.as_str().ok()?;
@@ -70,7 +71,17 @@ pub(crate) fn of_certificate(certificate: &CertificateDer<'_>) -> Option<UserInf
         .iter_organization()
         .filter_map(|o| o.as_str().ok())
         .collect();
-    Some(UserInfo::new(name, &groups))
+    let mut user = UserInfo::new(name, &groups);
+    let fingerprint: String = digest
+        .as_ref()
+        .iter()
+        .map(|byte| format!("{byte:02x}"))
+        .collect();
+    user.extra.push((
+        "authentication.kubernetes.io/credential-id".into(),
+        vec![format!("X509SHA256={fingerprint}")],
+    ));
+    Some(user)
 }
 
 /// The user of a request over TLS: bearer token first, then certificate, then nobody.

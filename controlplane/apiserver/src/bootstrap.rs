@@ -1,12 +1,14 @@
 //! Objects that every cluster has: namespaces, priority classes, and the API server's own Service.
 
 use serde_json::{Value, json};
-use xebec_schema::defaults;
+use xebec_schema::apply::{self, ApplyOptions};
 use xebec_schema::table;
+use xebec_schema::{defaults, shape};
 use xebec_store::Txn;
 
 use crate::error::ApiError;
 use crate::handler::Handler;
+use crate::registry::now;
 
 impl Handler {
     /// Makes what is missing; what is there stays as it is, but the API server's address is brought up to date.
@@ -107,15 +109,25 @@ impl Handler {
             return Ok(());
         }
         defaults::set_defaults(resource, &mut object);
+        let (api_version, time) = (resource.api_version(), now());
+        let track = ApplyOptions {
+            manager: "kube-apiserver",
+            force: false,
+            api_version: &api_version,
+            subresource: "",
+            now: &time,
+        };
+        shape::complete(&mut object, resource.type_id);
+        apply::track_update(None, &mut object, resource.type_id, &track);
         let extra = if plural == "services" {
             self.allocator
-                .assign(self.registry.store.as_ref(), None, &mut object)
+                .assign(self.registry.store.as_ref(), None, &mut object, false)
                 .await?
         } else {
             Txn::default()
         };
         self.registry
-            .create(resource, object, extra, false, None)
+            .create(resource, object, extra, false)
             .await
             .map(drop)
     }

@@ -36,6 +36,37 @@ fn group_value(group: &str, versions: &[&str]) -> Value {
     json!({"name": group, "versions": versions.iter().map(entry).collect::<Vec<_>>(), "preferredVersion": versions.first().map(entry)})
 }
 
+/// `/`: what can be asked for, without what needs a name.
+pub(crate) fn paths() -> Vec<String> {
+    let mut paths: Vec<String> = [
+        "/.well-known/openid-configuration",
+        "/api",
+        "/api/v1",
+        "/apis",
+        "/apis/",
+        "/healthz",
+        "/livez",
+        "/metrics",
+        "/openapi/v2",
+        "/openapi/v3",
+        "/openid/v1/jwks",
+        "/readyz",
+        "/version",
+    ]
+    .map(str::to_owned)
+    .into();
+    for (group, versions) in groups() {
+        paths.push(format!("/apis/{group}"));
+        paths.extend(
+            versions
+                .iter()
+                .map(|version| format!("/apis/{group}/{version}")),
+        );
+    }
+    paths.sort();
+    paths
+}
+
 /// `/apis`
 pub(crate) fn api_groups() -> Value {
     let groups: Vec<Value> = groups()
@@ -100,16 +131,25 @@ pub(crate) fn api_resources(group: &str, version: &str) -> Option<Value> {
     } else {
         format!("{group}/{version}")
     };
-    Some(
-        json!({"kind": "APIResourceList", "apiVersion": "v1", "groupVersion": group_version, "resources": resources}),
-    )
+    let mut list =
+        json!({"kind": "APIResourceList", "groupVersion": group_version, "resources": resources});
+    // The oldest list is older than its own version.
+    if !group.is_empty() {
+        list["apiVersion"] = "v1".into();
+    }
+    Some(list)
 }
 
 /// The first eight bytes of the SHA-256 of `group/version/kind` as stored, base64.
 fn storage_version_hash(resource: &'static Resource) -> String {
     use base64::Engine;
     let stored = xebec_schema::convert::storage(resource);
-    let text = format!("{}/{}/{}", stored.group, stored.version, stored.kind);
+    // The hash is of the version that a real server stores, so that clients see the same storage.
+    let version = match stored.kind {
+        "MutatingAdmissionPolicy" | "MutatingAdmissionPolicyBinding" => "v1beta1",
+        _ => stored.version,
+    };
+    let text = format!("{}/{version}/{}", stored.group, stored.kind);
     let digest = ring::digest::digest(&ring::digest::SHA256, text.as_bytes());
     base64::engine::general_purpose::STANDARD.encode(&digest.as_ref()[..8])
 }
@@ -133,9 +173,9 @@ pub(crate) fn aggregated(core: bool) -> Value {
                 })
                 .collect();
             let metadata = if group.is_empty() {
-                json!({"creationTimestamp": null})
+                json!({})
             } else {
-                json!({"name": group, "creationTimestamp": null})
+                json!({"name": group})
             };
             json!({"metadata": metadata, "versions": versions})
         })

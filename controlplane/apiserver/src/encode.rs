@@ -23,10 +23,9 @@ pub(crate) fn store(object: &Object) -> Bytes {
             .map(|(key, _)| key.as_str())
             .filter(|key| !leading.contains(key));
         for key in leading.into_iter().chain(rest) {
-            let value = &object[key];
-            if value.is_null() {
+            let Some(value) = object.get(key) else {
                 continue;
-            }
+            };
             out.write_all(if first { b"{" } else { b"," })
                 .map_err(serde_json::Error::io)?;
             first = false;

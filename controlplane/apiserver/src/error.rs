@@ -17,6 +17,8 @@ pub struct ApiError {
     details: Option<Value>,
     /// `Retry-After`, seconds.
     pub retry_after: Option<u32>,
+    /// What the object is warned about although it was refused.
+    pub(crate) warnings: Vec<String>,
 }
 
 impl std::fmt::Display for ApiError {
@@ -45,7 +47,19 @@ impl ApiError {
             message: message.into(),
             details: None,
             retry_after: None,
+            warnings: Vec::new(),
         }
+    }
+
+    /// Warnings go out with a refusal, too.
+    pub(crate) fn with_warnings(mut self, warnings: Vec<String>) -> Self {
+        self.warnings = warnings;
+        self
+    }
+
+    fn without_details(mut self) -> Self {
+        self.details = Some(json!({}));
+        self
     }
 
     fn about(mut self, resource: &Resource, name: &str) -> Self {
@@ -64,6 +78,14 @@ impl ApiError {
         Self::new(StatusCode::NOT_FOUND, "NotFound", message).about(resource, name)
     }
 
+    /// 404: no such object, of a resource that goes by another name than its own.
+    pub fn not_found_as(what: &str, name: &str) -> Self {
+        let message = format!("{what} {name:?} not found");
+        let mut error = Self::new(StatusCode::NOT_FOUND, "NotFound", message);
+        error.details = Some(json!({"kind": what, "name": name}));
+        error
+    }
+
     /// 404: no such path.
     pub fn no_resource() -> Self {
         let mut error = Self::new(
@@ -77,7 +99,12 @@ impl ApiError {
 
     /// 404: a path that is served by nothing.
     pub fn no_path() -> Self {
-        Self::new(StatusCode::NOT_FOUND, "NotFound", "404 page not found")
+        Self::new(StatusCode::NOT_FOUND, "", "404 page not found")
+    }
+
+    /// Whether it is answered as plain text: the path is none of the API's.
+    pub(crate) fn is_plain(&self) -> bool {
+        self.code == StatusCode::NOT_FOUND && self.reason.is_empty()
     }
 
     /// Whether this is a conflict that another try may get past.
@@ -115,6 +142,49 @@ impl ApiError {
         Self::new(StatusCode::CONFLICT, "Conflict", message).about(resource, name)
     }
 
+    /// 409 about a kind rather than a resource, as failed preconditions of a delete are told.
+    pub fn conflict_of_kind(resource: &Resource, name: &str, why: &str) -> Self {
+        let (kind, group) = (resource.kind, resource.group);
+        let qualified = if group.is_empty() {
+            kind.to_owned()
+        } else {
+            format!("{kind}.{group}")
+        };
+        let message = format!("Operation cannot be fulfilled on {qualified} {name:?}: {why}");
+        let mut error = Self::new(StatusCode::CONFLICT, "Conflict", message).about(resource, name);
+        if let Some(details) = &mut error.details {
+            details["kind"] = kind.into();
+        }
+        error
+    }
+
+    /// An error about a stored object, in terms of the version that it was asked for in.
+    pub(crate) fn seen_as(mut self, stored: &Resource, asked: &Resource) -> Self {
+        if stored.group == asked.group {
+            return self;
+        }
+        let (from, to) = (stored.qualified(), asked.qualified());
+        if let Some(rest) = self.message.strip_prefix(&from) {
+            self.message = format!("{to}{rest}");
+        } else {
+            let (from, to) = (format!(" on {from} "), format!(" on {to} "));
+            self.message = self.message.replacen(&from, &to, 1);
+        }
+        if let Some(details) = &mut self.details {
+            if details["kind"] == stored.plural {
+                details["group"] = asked.group.into();
+            }
+        }
+        self
+    }
+
+    /// With what led to it, one entry each.
+    pub(crate) fn with_causes(mut self, causes: Value) -> Self {
+        let details = self.details.get_or_insert_with(|| json!({}));
+        details["causes"] = causes;
+        self
+    }
+
     /// The same about a subresource, as messages name it.
     pub fn renamed(mut self, what: &str) -> Self {
         if let Some((head, tail)) = self
@@ -123,6 +193,9 @@ impl ApiError {
             .and_then(|(h, rest)| Some((h, rest.split_once(' ')?.1)))
         {
             self.message = format!("{head} on {what} {tail}");
+        }
+        if let Some(details) = &mut self.details {
+            details["kind"] = what.into();
         }
         self
     }
@@ -185,14 +258,25 @@ impl ApiError {
         Self::new(StatusCode::GONE, "Expired", message)
     }
 
-    /// 429.
-    pub fn too_many_requests(message: impl Into<String>) -> Self {
+    /// 429: a disruption budget does not allow it; `retry`: seconds after which it may.
+    pub fn too_many_requests(budget: &str, retry: Option<u32>) -> Self {
+        let message = "Cannot evict pod as it would violate the pod's disruption budget.";
         let mut error = Self::new(StatusCode::TOO_MANY_REQUESTS, "TooManyRequests", message);
-        error.retry_after = Some(10);
+        let mut details = json!({"causes": [{"reason": "DisruptionBudget", "message": budget}]});
+        if let Some(seconds) = retry {
+            details["retryAfterSeconds"] = seconds.into();
+        }
+        error.details = Some(details);
+        error.retry_after = retry;
         error
     }
 
-    /// 500 without a reason, as the real server answers for some broken options.
+    /// 500 without a reason, as the real server answers for some broken patches.
+    pub fn unexplained(message: impl Into<String>) -> Self {
+        Self::new(StatusCode::INTERNAL_SERVER_ERROR, "", message)
+    }
+
+    /// 500.
     pub fn internal(message: impl Into<String>) -> Self {
         let message = message.into();
         tracing::debug!(message, "internal error answered");
@@ -223,7 +307,13 @@ impl ApiError {
 
     /// 422: the object is not valid.
     pub fn invalid(kind: &str, group: &str, name: &str, errors: &[FieldError]) -> Self {
-        let shown: Vec<String> = errors.iter().map(ToString::to_string).collect();
+        // The message says each once, the causes as often as it was found.
+        let mut shown: Vec<String> = Vec::new();
+        for text in errors.iter().map(ToString::to_string) {
+            if !shown.contains(&text) {
+                shown.push(text);
+            }
+        }
         let shown = if shown.len() == 1 {
             shown[0].clone()
         } else {
@@ -243,7 +333,10 @@ impl ApiError {
             "Invalid",
             format!("{qualified} {name:?} is invalid: {shown}"),
         );
-        let mut details = json!({"kind": kind, "causes": causes});
+        let mut details = json!({"causes": causes});
+        if !kind.is_empty() {
+            details["kind"] = kind.into();
+        }
         if !name.is_empty() {
             details["name"] = name.into();
         }
@@ -258,8 +351,11 @@ impl ApiError {
     pub fn status(&self) -> Value {
         let mut status = json!({
             "kind": "Status", "apiVersion": "v1", "metadata": {}, "status": "Failure",
-            "message": self.message, "reason": self.reason, "code": self.code.as_u16(),
+            "message": self.message, "code": self.code.as_u16(),
         });
+        if !self.reason.is_empty() {
+            status["reason"] = self.reason.into();
+        }
         if let Some(details) = &self.details {
             status["details"] = details.clone();
         }
@@ -289,14 +385,14 @@ impl From<PatchError> for ApiError {
         match error {
             PatchError::Malformed(message) => Self::bad_request(message),
             PatchError::Unprocessable(message) => {
-                Self::new(StatusCode::UNPROCESSABLE_ENTITY, "Invalid", message)
+                Self::new(StatusCode::UNPROCESSABLE_ENTITY, "Invalid", message).without_details()
             }
             PatchError::TooLarge(message) => Self::new(
                 StatusCode::PAYLOAD_TOO_LARGE,
                 "RequestEntityTooLarge",
-                message,
+                format!("Request entity too large: {message}"),
             ),
-            PatchError::Internal(message) => Self::internal(message),
+            PatchError::Internal(message) => Self::unexplained(message),
         }
     }
 }

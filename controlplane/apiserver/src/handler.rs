@@ -200,6 +200,7 @@ impl Handler {
         let registry = Registry {
             store,
             allocator: allocator.clone(),
+            storage_protection: config.storage_protection,
         };
         Self {
             config,
@@ -222,8 +223,17 @@ impl Handler {
             .is_some_and(|accept| accept.as_bytes().starts_with(b"application/yaml"));
         let mut response = match self.serve(request, identity).await {
             Ok(response) => response,
+            Err(error) if error.is_plain() => {
+                let mut response = text(error.code, "404 page not found\n");
+                response.headers_mut().insert(
+                    header::X_CONTENT_TYPE_OPTIONS,
+                    HeaderValue::from_static("nosniff"),
+                );
+                response
+            }
             Err(error) => {
-                let mut response = value(error.code, &error.status(), yaml);
+                let response = value(error.code, &error.status(), yaml);
+                let mut response = warn(response, &error.warnings);
                 if let Some(seconds) = error.retry_after {
                     response
                         .headers_mut()
@@ -357,7 +367,14 @@ impl Handler {
     /// Paths that are no resources: health, discovery, documents.
     fn plain(&self, request: &Request<RequestBody>, path: &str, query: &Query) -> Answer {
         if !matches!(request.method().as_str(), "GET" | "HEAD") {
-            return Err(if path == "/version" || path.starts_with("/api") {
+            // A document can only be read; what is neither it nor a resource is not there.
+            let document = match path_parts(path).as_slice() {
+                ["version" | "api" | "apis"] | ["api", "v1"] => true,
+                ["apis", group] => discovery::api_group(group).is_some(),
+                ["apis", group, version] => discovery::api_resources(group, version).is_some(),
+                _ => false,
+            };
+            return Err(if document {
                 ApiError::method_not_allowed()
             } else {
                 ApiError::no_resource()
@@ -367,10 +384,11 @@ impl Handler {
         let document = |body: Value| Ok(value(StatusCode::OK, &body, yaml));
         let found = |body: Option<Value>| {
             body.map(|body| value(StatusCode::OK, &body, yaml))
-                .ok_or_else(ApiError::no_resource)
+                .ok_or_else(|| not_found(&path_parts(path)))
         };
-        let parts: Vec<&str> = path.split('/').filter(|part| !part.is_empty()).collect();
+        let parts = path_parts(path);
         match parts.as_slice() {
+            ["" | "index.html"] => document(json!({"paths": discovery::paths()})),
             [check @ ("healthz" | "livez" | "readyz")] => Ok(health(
                 check,
                 query.get("verbose").is_some() || query.flag("verbose"),
@@ -391,6 +409,9 @@ impl Handler {
                     "application/json;g=apidiscovery.k8s.io;v=v2;as=APIGroupDiscoveryList",
                     body,
                 );
+                response
+                    .headers_mut()
+                    .insert(header::CACHE_CONTROL, HeaderValue::from_static("public"));
                 response
                     .headers_mut()
                     .insert(header::VARY, HeaderValue::from_static("Accept"));
@@ -414,21 +435,42 @@ impl Handler {
                 "response_types_supported": ["id_token"], "subject_types_supported": ["public"],
                 "id_token_signing_alg_values_supported": ["ES256"],
             })),
-            _ => Err(if path.starts_with("/api/") || path.starts_with("/apis/") {
-                ApiError::no_resource()
-            } else {
-                ApiError::no_path()
-            }),
+            _ => Err(not_found(&parts)),
         }
+    }
+}
+
+fn path_parts(path: &str) -> Vec<&str> {
+    let path = path.strip_prefix('/').unwrap_or(path);
+    path.strip_suffix('/').unwrap_or(path).split('/').collect()
+}
+
+/// A path that is not served: of a group that is, the API says so; of others, nobody knows.
+fn not_found(parts: &[&str]) -> ApiError {
+    let known = match parts {
+        ["api", ..] => true,
+        ["apis", group, ..] => discovery::api_group(group).is_some(),
+        ["openapi", ..] => true,
+        _ => false,
+    };
+    if known {
+        ApiError::no_resource()
+    } else {
+        ApiError::no_path()
     }
 }
 
 fn health(check: &str, verbose: bool) -> Response<ResponseBody> {
     if verbose {
-        return text(
+        let mut response = text(
             StatusCode::OK,
             format!("[+]ping ok\n[+]etcd ok\n{check} check passed\n"),
         );
+        response.headers_mut().insert(
+            header::X_CONTENT_TYPE_OPTIONS,
+            HeaderValue::from_static("nosniff"),
+        );
+        return response;
     }
     text(StatusCode::OK, "ok")
 }

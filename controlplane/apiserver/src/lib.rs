@@ -11,6 +11,7 @@ mod bootstrap;
 mod discovery;
 mod encode;
 mod error;
+mod eviction;
 mod handler;
 mod kubelet_proxy;
 mod metrics;

@@ -6,7 +6,7 @@ use bytes::Bytes;
 use serde_json::{Value, json};
 use xebec_schema::apply::{self, ApplyOptions};
 use xebec_schema::table::Resource;
-use xebec_schema::{Object, strategy, validate};
+use xebec_schema::{Object, defaults, shape, strategy, validate};
 use xebec_store::{Compare, KeyValue, Op, Store, Txn, TxnOutcome};
 
 use crate::encode;
@@ -21,6 +21,8 @@ const TRIES: usize = 20;
 pub(crate) struct Registry {
     pub store: Arc<dyn Store>,
     pub allocator: Arc<Allocator>,
+    /// Whether volumes and claims are given the finalizers that keep them while they are used.
+    pub storage_protection: bool,
 }
 
 /// Which part of an object a write is about.
@@ -115,7 +117,6 @@ impl Registry {
         mut object: Object,
         extra: Txn,
         dry_run: bool,
-        track: Option<&ApplyOptions<'_>>,
     ) -> Result<Object, ApiError> {
         let metadata = &mut object["metadata"];
         metadata["uid"] = uuid::Uuid::new_v4().to_string().into();
@@ -127,14 +128,16 @@ impl Registry {
         let named = metadata["name"]
             .as_str()
             .is_some_and(|name| !name.is_empty());
-        strategy::prepare_for_create(resource, &mut object);
+        let given = object;
         for _ in 0..TRIES {
+            object = given.clone();
             if !named && !generate.is_empty() {
                 object["metadata"]["name"] = generated_name(&generate).into();
             }
-            if let Some(track) = track {
-                apply::track_update(None, &mut object, resource.type_id, track);
-            }
+            strategy::prepare_for_create(resource, &mut object);
+            // What is read back has the defaults of what was written.
+            defaults::set_defaults(resource, &mut object);
+            shape::store(&mut object, resource.type_id);
             let errors = validate::validate_create(resource, &object);
             let name = object["metadata"]["name"]
                 .as_str()
@@ -220,6 +223,17 @@ impl Registry {
                 .as_str()
                 .unwrap_or_default()
                 .to_owned();
+            if let Err(error) = version.parse::<u64>() {
+                if !version.is_empty() {
+                    let why = match error.kind() {
+                        std::num::IntErrorKind::PosOverflow => "value out of range",
+                        _ => "invalid syntax",
+                    };
+                    return Err(ApiError::unexplained(format!(
+                        "strconv.ParseUint: parsing {version:?}: {why}"
+                    )));
+                }
+            }
             if !version.is_empty() && version != kv.mod_revision.to_string() {
                 return Err(ApiError::modified(resource, name));
             }
@@ -230,10 +244,15 @@ impl Registry {
                     resource,
                     name,
                     &format!(
-                        "StorageError: invalid object, Code: 4, Key: {}, ResourceVersion: 0, AdditionalErrorMsg: Precondition failed: UID in precondition: {uid}, UID in object meta: {was}",
-                        String::from_utf8_lossy(&key)
+                        "StorageError: invalid object, Code: 4, Key: /registry/{}/{}{name}, ResourceVersion: 0, AdditionalErrorMsg: Precondition failed: UID in precondition: {uid}, UID in object meta: {was}",
+                        resource.plural,
+                        namespace.map(|one| format!("{one}/")).unwrap_or_default()
                     ),
                 ));
+            }
+            if let Some(track) = track {
+                // What is filled in or put back from here on belongs to nobody.
+                apply::track_update(Some(&old), &mut new, resource.type_id, track);
             }
             keep_system_fields(&old, &mut new);
             match part {
@@ -241,6 +260,8 @@ impl Registry {
                 Part::Status => strategy::prepare_for_status_update(resource, &old, &mut new),
                 Part::Raw => {}
             }
+            defaults::set_defaults(resource, &mut new);
+            shape::store(&mut new, resource.type_id);
             let errors = match part {
                 Part::Main => validate::validate_update(resource, &old, &new),
                 Part::Status => validate::validate_status_update(resource, &old, &new),
@@ -258,11 +279,8 @@ impl Registry {
             if is_service(resource) && part == Part::Main {
                 txn = self
                     .allocator
-                    .assign(self.store.as_ref(), Some(&old), &mut new)
+                    .assign(self.store.as_ref(), Some(&old), &mut new, dry_run)
                     .await?;
-            }
-            if let Some(track) = track {
-                apply::track_update(Some(&old), &mut new, resource.type_id, track);
             }
             let gone = is_released(resource, &new);
             if gone && is_service(resource) {
@@ -291,6 +309,8 @@ impl Registry {
             txn.ops.push(op);
             match self.store.txn(txn).await? {
                 TxnOutcome::Committed(revision) => {
+                    // What went with this write is shown as it last was in the store.
+                    let revision = if gone { kv.mod_revision } else { revision };
                     new["metadata"]["resourceVersion"] = revision.to_string().into();
                     return Ok(new);
                 }
@@ -350,10 +370,8 @@ impl Registry {
             txn.ops.push(op);
             match self.store.txn(txn).await? {
                 TxnOutcome::Committed(revision) => {
-                    if held {
-                        new["metadata"]["resourceVersion"] = revision.to_string().into();
-                    }
-                    return Ok((if held { new } else { old }, !held));
+                    new["metadata"]["resourceVersion"] = revision.to_string().into();
+                    return Ok((new, !held));
                 }
                 TxnOutcome::Conflict { current: None, .. } => {
                     return Err(ApiError::not_found(resource, name));
@@ -428,8 +446,18 @@ fn preconditions(
     object: &Object,
     options: &DeleteOptions,
 ) -> Result<(), ApiError> {
+    // Kinds that are emptied before they go have their own way of saying it.
+    let emptied = matches!(resource.kind, "Namespace" | "CustomResourceDefinition");
     let check = |what: &str, wanted: &Option<String>, actual: &Value| match wanted {
-        Some(wanted) if actual != wanted.as_str() => Err(ApiError::conflict(
+        Some(wanted) if emptied && actual != wanted.as_str() => Err(ApiError::conflict(
+            resource,
+            name,
+            &format!(
+                "Precondition failed: {what} in precondition: {wanted}, {what} in object meta: {}",
+                actual.as_str().unwrap_or_default()
+            ),
+        )),
+        Some(wanted) if actual != wanted.as_str() => Err(ApiError::conflict_of_kind(
             resource,
             name,
             &format!(
@@ -452,6 +480,7 @@ fn mark_deleted(resource: &Resource, object: &mut Object, options: &DeleteOption
     let finalizer = match options.propagation.as_deref() {
         Some("Foreground") => Some("foregroundDeletion"),
         Some("Orphan") => Some("orphan"),
+        None if orphans_by_default(resource) => Some("orphan"),
         _ => None,
     };
     let is_namespace = resource.group.is_empty() && resource.kind == "Namespace";
@@ -463,7 +492,8 @@ fn mark_deleted(resource: &Resource, object: &mut Object, options: &DeleteOption
             None => metadata["finalizers"] = json!([finalizer]),
         }
     }
-    let grace = if resource.group.is_empty() && resource.kind == "Pod" {
+    let is_pod = resource.group.is_empty() && resource.kind == "Pod";
+    let grace = if is_pod {
         pod_grace(object, options)
     } else {
         0
@@ -477,6 +507,9 @@ fn mark_deleted(resource: &Resource, object: &mut Object, options: &DeleteOption
             .as_array()
             .is_some_and(|all| !all.is_empty());
     if !finalizers && !namespace_held && grace == 0 {
+        if is_pod {
+            stamp_deletion(object, 0);
+        }
         return false;
     }
     let metadata = &mut object["metadata"];
@@ -484,16 +517,7 @@ fn mark_deleted(resource: &Resource, object: &mut Object, options: &DeleteOption
         .as_i64()
         .is_none_or(|before| grace < before);
     if metadata["deletionTimestamp"].is_null() || shorter && !is_namespace && grace > 0 {
-        let end = time::OffsetDateTime::now_utc() + time::Duration::seconds(grace);
-        let end = end.replace_nanosecond(0).unwrap_or(end);
-        metadata["deletionTimestamp"] = end
-            .format(&time::format_description::well_known::Rfc3339)
-            .unwrap_or_default()
-            .into();
-        metadata["deletionGracePeriodSeconds"] = grace.into();
-        if let Some(generation) = metadata["generation"].as_i64() {
-            metadata["generation"] = (generation + 1).into();
-        }
+        stamp_deletion(object, grace);
     } else if shorter {
         metadata["deletionGracePeriodSeconds"] = grace.into();
     }
@@ -504,6 +528,29 @@ fn mark_deleted(resource: &Resource, object: &mut Object, options: &DeleteOption
         }
     }
     true
+}
+
+/// Kinds whose dependents stay where a delete does not say.
+pub(crate) fn orphans_by_default(resource: &Resource) -> bool {
+    matches!(
+        (resource.group, resource.kind),
+        ("", "ReplicationController") | ("batch", "Job")
+    )
+}
+
+fn stamp_deletion(object: &mut Object, grace: i64) {
+    let end = time::OffsetDateTime::now_utc() + time::Duration::seconds(grace);
+    let end = end.replace_nanosecond(0).unwrap_or(end);
+    let metadata = &mut object["metadata"];
+    let again = !metadata["deletionTimestamp"].is_null();
+    metadata["deletionTimestamp"] = end
+        .format(&time::format_description::well_known::Rfc3339)
+        .unwrap_or_default()
+        .into();
+    metadata["deletionGracePeriodSeconds"] = grace.into();
+    if let Some(generation) = metadata["generation"].as_i64().filter(|_| !again) {
+        metadata["generation"] = (generation + 1).into();
+    }
 }
 
 /// Seconds that a pod may take to end: none where no kubelet has it, or it has ended.

@@ -55,7 +55,8 @@ impl Query {
     pub(crate) fn flag(&self, key: &str) -> bool {
         self.0
             .iter()
-            .any(|(name, value)| name == key && matches!(value.as_str(), "true" | "1" | ""))
+            .find(|(name, _)| name == key)
+            .is_some_and(|(_, value)| !matches!(value.to_ascii_lowercase().as_str(), "false" | "0"))
     }
 }
 
@@ -87,12 +88,10 @@ fn unescape(text: &str) -> String {
 
 /// Reads a path below `/api` or `/apis`; none where it is no resource that is served.
 pub(crate) fn parse(method: &Method, path: &str, query: &Query) -> Option<ResourceRequest> {
-    let parts: Vec<String> = path
-        .split('/')
-        .filter(|part| !part.is_empty())
-        .map(unescape)
-        .collect();
-    let mut parts = parts.iter().map(String::as_str);
+    // As a server sees it whose library decodes the path first: an escaped slash is one.
+    let path = unescape(&path.replace('+', "%2B"));
+    let path = path.strip_prefix('/')?;
+    let mut parts = path.strip_suffix('/').unwrap_or(path).split('/');
     let (group, version) = match parts.next()? {
         "api" => ("", parts.next()?),
         "apis" => (parts.next()?, parts.next()?),
@@ -103,13 +102,18 @@ pub(crate) fn parse(method: &Method, path: &str, query: &Query) -> Option<Resour
     let rest = if watch_prefix { &rest[1..] } else { &rest[..] };
     let (namespace, rest) = match rest {
         // `namespaces/x`, `namespaces/x/status` and `namespaces/x/finalize` are about the namespace itself.
+        // No name at all: every namespace.
+        ["namespaces", "", tail @ ..] if !tail.is_empty() => (None, tail),
         ["namespaces", name, tail @ ..] if !matches!(tail, [] | ["status" | "finalize"]) => {
             (Some((*name).to_owned()), tail)
         }
         other => (None, other),
     };
     let resource = table::resource(group, version, rest.first()?)?;
-    if namespace.is_some() && !resource.namespaced || rest.len() > 3 {
+    if rest.iter().any(|part| part.is_empty())
+        || namespace.is_some() && !resource.namespaced
+        || rest.len() > 3
+    {
         // `proxy` takes the rest of the path; nothing else has more parts.
         return None;
     }

@@ -62,6 +62,9 @@ pub struct Config {
     pub advertise_address: IpAddr,
     /// The port that they reach it by.
     pub secure_port: u16,
+    /// Gives volumes and claims the finalizers that keep them while they are used (StorageObjectInUseProtection).
+    /// Only controllers take them away again, so it is for clusters that run these.
+    pub storage_protection: bool,
 }
 
 impl Default for Config {
@@ -92,6 +95,7 @@ impl Default for Config {
             kubelet_client_tls: Arc::new(kubelet),
             advertise_address: IpAddr::from([127, 0, 0, 1]),
             secure_port: 6443,
+            storage_protection: false,
         }
     }
 }
@@ -113,6 +117,7 @@ pub enum StartError {
 /// A running API server.
 pub struct ApiServer {
     handler: Arc<Handler>,
+    addresses: Vec<SocketAddr>,
 }
 
 impl ApiServer {
@@ -133,11 +138,11 @@ impl ApiServer {
             config.service_account_issuer.clone(),
         )
         .map_err(StartError::Config)?;
-        let mut listeners = Vec::new();
+        let (mut listeners, mut addresses) = (Vec::new(), Vec::new());
         for address in &config.listen {
-            let listener = TcpListener::bind(address)
-                .await
-                .map_err(|error| StartError::Listen(*address, error))?;
+            let failed = |error| StartError::Listen(*address, error);
+            let listener = TcpListener::bind(address).await.map_err(failed)?;
+            addresses.push(listener.local_addr().map_err(failed)?);
             listeners.push(listener);
         }
         let tls = tokio_rustls::TlsAcceptor::from(config.tls.clone());
@@ -159,7 +164,12 @@ impl ApiServer {
                 shutdown.clone(),
             ));
         }
-        Ok(Arc::new(Self { handler }))
+        Ok(Arc::new(Self { handler, addresses }))
+    }
+
+    /// Where it listens, also where the configuration left the port to the system.
+    pub fn addresses(&self) -> &[SocketAddr] {
+        &self.addresses
     }
 
     /// A service for `kube::Client::new` whose requests are function calls with this identity.

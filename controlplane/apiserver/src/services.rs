@@ -8,6 +8,7 @@ use ipnet::Ipv4Net;
 use serde_json::{Value, json};
 use xebec_schema::Object;
 use xebec_schema::field_error::FieldError;
+use xebec_schema::strategy::service::has_health_port;
 use xebec_store::{Compare, Op, Store, Txn};
 
 use crate::error::ApiError;
@@ -69,6 +70,7 @@ impl Allocator {
         store: &dyn Store,
         old: Option<&Object>,
         service: &mut Object,
+        dry_run: bool,
     ) -> Result<Txn, ApiError> {
         let name = service["metadata"]["name"]
             .as_str()
@@ -93,7 +95,8 @@ impl Allocator {
                 }
             }
         } else {
-            self.assign_address(store, old, service, &before).await?;
+            self.assign_address(store, old, service, &before, dry_run)
+                .await?;
         }
         let wants_ports = kind == "NodePort"
             || kind == "LoadBalancer" && service["spec"]["allocateLoadBalancerNodePorts"] != false;
@@ -103,6 +106,14 @@ impl Allocator {
                 PortError::Api(error) => error,
                 PortError::Field(error) => invalid(error),
             })?;
+        if has_health_port(&service["spec"]) {
+            self.assign_health_port(store, old, service)
+                .await
+                .map_err(|error| match error {
+                    PortError::Api(error) => error,
+                    PortError::Field(error) => invalid(error),
+                })?;
+        }
         let after = held(service);
         let mut txn = Txn::default();
         for key in after.iter().filter(|key| !before.contains(key)) {
@@ -150,6 +161,7 @@ impl Allocator {
         old: Option<&Object>,
         service: &mut Object,
         before: &[Bytes],
+        dry_run: bool,
     ) -> Result<(), ApiError> {
         let spec = &mut service["spec"];
         let text = |value: &Value| {
@@ -179,14 +191,23 @@ impl Allocator {
                 }
                 address
             }
+            // A dry run takes nothing; the range's own address stands for one to come.
+            None if dry_run => self.cidr.network().to_string(),
             None => self.free_address(store).await?.to_string(),
         };
         let spec = &mut service["spec"];
         spec["clusterIPs"] = json!([address]);
         spec["clusterIP"] = address.into();
+        // Whoever names the endpoints of a headless Service may name them in both families.
+        let both = spec["clusterIP"] == "None" && spec["selector"].is_null();
+        let families = if both {
+            (json!(["IPv4", "IPv6"]), "RequireDualStack")
+        } else {
+            (json!(["IPv4"]), "SingleStack")
+        };
         for (field, value) in [
-            ("ipFamilies", json!(["IPv4"])),
-            ("ipFamilyPolicy", json!("SingleStack")),
+            ("ipFamilies", families.0),
+            ("ipFamilyPolicy", families.1.into()),
         ] {
             if spec[field].is_null() {
                 spec[field] = value;
@@ -281,6 +302,40 @@ impl Allocator {
             chosen.push(port_key(&protocol, number));
             service["spec"]["ports"][index]["nodePort"] = number.into();
         }
+        Ok(())
+    }
+
+    /// The port by which a load balancer asks a node whether it has endpoints of its own.
+    async fn assign_health_port(
+        &self,
+        store: &dyn Store,
+        old: Option<&Object>,
+        service: &mut Object,
+    ) -> Result<(), PortError> {
+        const FIELD: &str = "healthCheckNodePort";
+        let number = |service: &Object| service["spec"][FIELD].as_u64().unwrap_or(0);
+        let mut port = number(service);
+        let kept = old.map_or(0, number);
+        if port == 0 {
+            port = kept;
+        }
+        if port == 0 {
+            port = self.free_port(store, "TCP", &held(service)).await?.into();
+        } else if port != kept && !u16::try_from(port).is_ok_and(|port| self.ports.contains(&port))
+        {
+            let detail = format!(
+                "provided port is not in the valid range. The range of valid ports is {}-{}",
+                self.ports.start(),
+                self.ports.end()
+            );
+            let path = format!("spec.{FIELD}");
+            return Err(PortError::Field(FieldError::invalid(
+                path,
+                &json!(port),
+                &detail,
+            )));
+        }
+        service["spec"][FIELD] = port.into();
         Ok(())
     }
 

@@ -2,19 +2,22 @@
 
 use http::StatusCode;
 use serde_json::{Value, json};
-use xebec_schema::apply::ApplyOptions;
+use xebec_schema::apply::{self, ApplyOptions};
 use xebec_schema::decode::{FieldValidation, Media};
+use xebec_schema::field_error::FieldError;
 use xebec_schema::table::{self, Resource};
-use xebec_schema::{Object, patch};
+use xebec_schema::{Object, patch, shape};
 
 use crate::authn::UserInfo;
 use crate::authz;
 use crate::error::ApiError;
 use crate::handler::{self, Answer, Call, Handler, collect};
-use crate::registry::{DeleteOptions, Part, now};
+use crate::registry::{Part, now};
 use crate::request::ResourceRequest;
 use crate::server::RequestBody;
-use crate::verbs::{decode_as, decode_kind, dry_run, media_type};
+use crate::verbs::{
+    PATCH_TYPES, apply_error, decode_as, decode_kind, dry_run, manager, media_type, patch_manager,
+};
 
 /// Shortest and longest life of a requested token, seconds.
 const TOKEN_SECONDS: std::ops::RangeInclusive<i64> = 600..=(1 << 32);
@@ -59,33 +62,71 @@ impl Handler {
         let body = collect(body).await?;
         let type_id = table::type_by_name("io.k8s.api.autoscaling.v1.Scale")
             .ok_or_else(|| ApiError::internal("the type table has no Scale"))?;
-        let manager = call.query.get("fieldManager").unwrap_or("unknown");
+        let applying = about.verb == "patch" && kind == "application/apply-patch+yaml";
+        let manager = match about.verb {
+            "patch" => patch_manager(call, applying)?,
+            _ => manager(call, "UpdateOptions")?,
+        };
         let (time, api_version) = (now(), resource.api_version());
         let track = ApplyOptions {
-            manager,
-            force: false,
+            manager: &manager,
+            force: call.query.flag("force"),
             api_version: &api_version,
             subresource: "scale",
             now: &time,
         };
         let written = self
             .registry
-            .update(resource, namespace, name, Part::Main, dry, Some(&track), |old| {
+            .update(resource, namespace, name, Part::Main, dry, (!applying).then_some(&track), |old| {
                 let scale = scale_of(old);
-                let media = if kind == "application/yaml" { Media::Yaml } else { Media::Json };
+                let media = if applying || kind == "application/yaml" { Media::Yaml } else { Media::Json };
                 let wanted = match (about.verb, kind.as_str()) {
-                    ("update", _) => decode_kind(&body, media, "autoscaling/v1", "Scale", type_id, FieldValidation::Warn)?.0,
+                    ("update", _) | (_, "application/apply-patch+yaml") => decode_kind(&body, media, "autoscaling/v1", "Scale", type_id, FieldValidation::Warn)?.0,
                     (_, "application/json-patch+json") => patch::json_patch(&scale, &body)?,
                     (_, "application/merge-patch+json") => patch::merge_patch(&scale, &body)?,
                     (_, "application/strategic-merge-patch+json") => patch::strategic_merge_patch(&scale, &body, type_id)?,
-                    _ => return Err(ApiError::unsupported_media("application/json-patch+json, application/merge-patch+json, application/strategic-merge-patch+json")),
+                    _ => return Err(ApiError::unsupported_media(PATCH_TYPES)),
                 };
+                let given = wanted["metadata"]["name"].as_str().unwrap_or_default();
+                if given != name {
+                    return Err(ApiError::bad_request(format!(
+                        "the name of the object ({given}) does not match the name on the URL ({name})"
+                    )));
+                }
+                let replicas = &wanted["spec"]["replicas"];
+                if replicas.as_i64().is_some_and(|number| number < 0) {
+                    let error = FieldError::invalid(
+                        "spec.replicas",
+                        replicas,
+                        "must be greater than or equal to 0",
+                    );
+                    return Err(ApiError::invalid("Scale", "autoscaling", name, &[error]));
+                }
                 let version = wanted["metadata"]["resourceVersion"].as_str().unwrap_or_default();
                 if !version.is_empty() && version != old["metadata"]["resourceVersion"] {
                     return Err(ApiError::modified(resource, name));
                 }
-                let mut new = old.clone();
-                new["spec"]["replicas"] = wanted["spec"]["replicas"].as_i64().unwrap_or(0).into();
+                if applying {
+                    // The count of the scale is that of what is scaled.
+                    let mut config = json!({"apiVersion": api_version, "kind": resource.kind, "metadata": {"name": name}});
+                    if !replicas.is_null() {
+                        config["spec"]["replicas"] = replicas.clone();
+                    }
+                    let live = unversioned(old);
+                    let mut new = apply::apply(Some(&live), &config, resource.type_id, &track)
+                        .map_err(|error| apply_error(&error))?;
+                    // What is applied to a scale is booked without its time, as by the real server.
+                    let managers = new["metadata"]["managedFields"].as_array_mut();
+                    for one in managers.into_iter().flatten() {
+                        if one["subresource"] == "scale" && one["operation"] == "Apply" {
+                            one.as_object_mut().map(|one| one.remove("time"));
+                        }
+                    }
+                    return Ok(new);
+                }
+                let exact = about.verb == "update" && !version.is_empty();
+                let mut new = if exact { old.clone() } else { unversioned(old) };
+                new["spec"]["replicas"] = replicas.as_i64().unwrap_or(0).into();
                 Ok(new)
             })
             .await?;
@@ -118,38 +159,40 @@ impl Handler {
         }
         let node = binding["target"]["name"].as_str().unwrap_or_default();
         if node.is_empty() {
-            let error = xebec_schema::field_error::FieldError::required("target.name", "");
-            return Err(ApiError::invalid("Binding", "", name, &[error]));
+            return Err(ApiError::unexplained("target.name: Required value"));
+        }
+        let target = &binding["target"]["kind"];
+        if !matches!(target.as_str(), None | Some("" | "Node")) {
+            let error = FieldError::not_supported("target.kind", target, &["Node", "<empty>"]);
+            return Err(ApiError::unexplained(error.to_string()));
         }
         let pods = table::resource("", "v1", "pods").ok_or_else(ApiError::no_resource)?;
         let uid = binding["metadata"]["uid"].as_str().unwrap_or_default();
         let dry = dry_run(&call.query, "CreateOptions")?;
         let change = |old: &Object| {
+            let conflict =
+                |why: &str| Err(ApiError::conflict(pods, name, why).renamed("pods/binding"));
             if !uid.is_empty() && old["metadata"]["uid"] != uid {
-                return Err(ApiError::conflict(
-                    pods,
-                    name,
+                return conflict(
                     "the UID in the precondition does not match the UID in record. The object might have been deleted and then recreated",
-                ));
+                );
             }
             if !old["metadata"]["deletionTimestamp"].is_null() {
-                return Err(ApiError::conflict(
-                    pods,
-                    name,
-                    &format!("pod {name} is being deleted, cannot be assigned to a host"),
+                return conflict(&format!(
+                    "pod {name} is being deleted, cannot be assigned to a host"
                 ));
             }
             if let Some(host) = old["spec"]["nodeName"]
                 .as_str()
                 .filter(|host| !host.is_empty())
             {
-                return Err(ApiError::conflict(
-                    pods,
-                    name,
-                    &format!("pod {name} is already assigned to node {host:?}"),
-                ));
+                return conflict(&format!("pod {name} is already assigned to node {host:?}"));
             }
-            let mut new = old.clone();
+            let gates = old["spec"]["schedulingGates"].as_array();
+            if gates.is_some_and(|gates| !gates.is_empty()) {
+                return conflict(&format!("pod {name} has non-empty .spec.schedulingGates"));
+            }
+            let mut new = unversioned(old);
             new["spec"]["nodeName"] = node.into();
             for (key, value) in binding["metadata"]["annotations"]
                 .as_object()
@@ -158,7 +201,8 @@ impl Handler {
             {
                 new["metadata"]["annotations"][key] = value.clone();
             }
-            set_condition(&mut new, "PodScheduled");
+            let condition = json!({"type": "PodScheduled", "status": "True", "lastProbeTime": null, "lastTransitionTime": now()});
+            set_condition(&mut new, condition);
             Ok(new)
         };
         self.registry
@@ -171,69 +215,6 @@ impl Handler {
                 None,
                 change,
             )
-            .await?;
-        Ok(handler::value(
-            StatusCode::CREATED,
-            &success(201),
-            call.negotiated.yaml,
-        ))
-    }
-
-    /// `pods/eviction` without disruption budgets' arithmetic: a budget that names the pod and allows nothing refuses it.
-    async fn evict(&self, about: &ResourceRequest, call: &Call, body: RequestBody) -> Answer {
-        let name = about.name.as_deref().unwrap_or_default();
-        let body = collect(body).await?;
-        let given: Value = serde_json::from_slice(&body).map_err(|error| {
-            ApiError::bad_request(format!("the eviction can't be read: {error}"))
-        })?;
-        if given["metadata"]["name"]
-            .as_str()
-            .is_some_and(|given| given != name)
-        {
-            return Err(ApiError::bad_request(
-                "name in URL does not match name in Eviction object",
-            ));
-        }
-        let pod = self
-            .registry
-            .get(about.resource, about.namespace.as_deref(), name)
-            .await?;
-        if let Some(budgets) = table::resource("policy", "v1", "poddisruptionbudgets") {
-            let keys = crate::registry::prefix_range(crate::registry::key(
-                budgets,
-                about.namespace.as_deref(),
-                None,
-            ));
-            let found = self
-                .registry
-                .store
-                .range(xebec_store::RangeRequest {
-                    keys,
-                    at: None,
-                    limit: 0,
-                })
-                .await?;
-            for kv in &found.kvs {
-                let budget = crate::verbs::read(kv)?;
-                let selector =
-                    xebec_schema::selector::LabelSelector::from_object(&budget["spec"]["selector"])
-                        .map_err(ApiError::internal)?;
-                if selector.matches(pod["metadata"]["labels"].as_object())
-                    && budget["status"]["disruptionsAllowed"].as_i64().unwrap_or(0) <= 0
-                {
-                    return Err(ApiError::too_many_requests(
-                        "Cannot evict pod as it would violate the pod's disruption budget.",
-                    ));
-                }
-            }
-        }
-        let options = DeleteOptions {
-            grace: given["deleteOptions"]["gracePeriodSeconds"].as_i64(),
-            dry_run: dry_run(&call.query, "CreateOptions")?,
-            ..DeleteOptions::default()
-        };
-        self.registry
-            .delete(about.resource, about.namespace.as_deref(), name, &options)
             .await?;
         Ok(handler::value(
             StatusCode::CREATED,
@@ -302,20 +283,37 @@ impl Handler {
             .registry
             .get(about.resource, Some(namespace), name)
             .await?;
+        let given = &request["metadata"]["name"];
+        if given
+            .as_str()
+            .is_some_and(|given| !given.is_empty() && given != name)
+        {
+            let why = "must match the service account name if specified";
+            let error = FieldError::invalid("metadata.name", given, why);
+            let (kind, group) = ("TokenRequest", "authentication.k8s.io");
+            return Err(ApiError::invalid(kind, group, name, &[error]));
+        }
         let seconds = request["spec"]["expirationSeconds"]
             .as_i64()
             .unwrap_or(3600);
+        request["spec"]["expirationSeconds"] = seconds.into();
+        let manager = manager(call, "CreateOptions")?;
+        let track = ApplyOptions {
+            manager: &manager,
+            force: false,
+            api_version: "authentication.k8s.io/v1",
+            subresource: "token",
+            now: &now(),
+        };
+        shape::complete(&mut request, type_id);
+        apply::track_update(None, &mut request, type_id, &track);
         if !TOKEN_SECONDS.contains(&seconds) {
             let detail = if seconds < 600 {
                 "may not specify a duration less than 10 minutes"
             } else {
                 "may not specify a duration larger than 2^32 seconds"
             };
-            let error = xebec_schema::field_error::FieldError::invalid(
-                "spec.expirationSeconds",
-                &json!(seconds),
-                detail,
-            );
+            let error = FieldError::invalid("spec.expirationSeconds", &json!(seconds), detail);
             return Err(ApiError::invalid(
                 "TokenRequest",
                 "authentication.k8s.io",
@@ -339,7 +337,8 @@ impl Handler {
                 "Node" => "nodes",
                 _ => {
                     return Err(ApiError::bad_request(format!(
-                        "cannot bind token for serviceaccount {name:?} to {kind:?}: only Pod, Secret and Node are possible"
+                        "cannot bind token to object of type {}, Kind={kind}",
+                        group_version(bound["apiVersion"].as_str().unwrap_or_default())
                     )));
                 }
             };
@@ -381,9 +380,11 @@ impl Handler {
             .format(&time::format_description::well_known::Rfc3339)
             .unwrap_or_default();
         request["spec"]["audiences"] = audiences;
-        request["spec"]["expirationSeconds"] = seconds.into();
-        request["metadata"] =
-            json!({"name": name, "namespace": namespace, "creationTimestamp": now()});
+        let metadata = &mut request["metadata"];
+        metadata["name"] = name.into();
+        metadata["namespace"] = namespace.into();
+        metadata["creationTimestamp"] = now().into();
+        metadata["uid"] = account["metadata"]["uid"].clone();
         request["status"] = json!({"token": self.tokens.sign(&claims).map_err(ApiError::internal)?, "expirationTimestamp": expiry});
         Ok(handler::value(
             StatusCode::CREATED,
@@ -406,7 +407,7 @@ impl Handler {
             let list = json!({"kind": "ComponentStatusList", "apiVersion": "v1", "metadata": {}, "items": []});
             return match &about.name {
                 None => Ok(handler::value(StatusCode::OK, &list, call.negotiated.yaml)),
-                Some(name) => Err(ApiError::not_found(about.resource, name)),
+                Some(name) => Err(ApiError::not_found_as("componentstatus", name)),
             };
         }
         let (mut object, warnings) = decode_as(
@@ -460,6 +461,15 @@ impl Handler {
             handler::value(StatusCode::CREATED, &object, call.negotiated.yaml),
             &warnings,
         ))
+    }
+}
+
+/// An API version as messages show it: with its slash even where it has no group.
+fn group_version(version: &str) -> String {
+    if version.contains('/') {
+        version.to_owned()
+    } else {
+        format!("/{version}")
     }
 }
 
@@ -524,19 +534,27 @@ fn scale_of(object: &Object) -> Value {
     scale
 }
 
-fn set_condition(pod: &mut Object, kind: &str) {
-    let condition =
-        json!({"type": kind, "status": "True", "lastProbeTime": null, "lastTransitionTime": now()});
-    match pod["status"]["conditions"].as_array_mut() {
-        Some(all) => match all.iter_mut().find(|one| one["type"] == kind) {
+/// An object to be changed whatever others do to it meanwhile: the change is made again on what they left.
+pub(crate) fn unversioned(object: &Object) -> Object {
+    let mut object = object.clone();
+    if let Some(metadata) = object["metadata"].as_object_mut() {
+        metadata.remove("resourceVersion");
+    }
+    object
+}
+
+/// Puts a condition in the place of the one of its type.
+pub(crate) fn set_condition(object: &mut Object, condition: Value) {
+    match object["status"]["conditions"].as_array_mut() {
+        Some(all) => match all.iter_mut().find(|one| one["type"] == condition["type"]) {
             Some(one) => *one = condition,
             None => all.push(condition),
         },
-        None => pod["status"]["conditions"] = json!([condition]),
+        None => object["status"]["conditions"] = json!([condition]),
     }
 }
 
-fn success(code: u16) -> Value {
+pub(crate) fn success(code: u16) -> Value {
     json!({"kind": "Status", "apiVersion": "v1", "metadata": {}, "status": "Success", "code": code})
 }
 
@@ -577,7 +595,7 @@ fn verdict(user: &UserInfo, spec: &Value) -> Result<Value, ApiError> {
         )
         .is_ok()
     } else {
-        let error = xebec_schema::field_error::FieldError::invalid(
+        let error = FieldError::invalid(
             "spec.resourceAttributes",
             &Value::Null,
             "exactly one of nonResourceAttributes or resourceAttributes must be specified",

@@ -176,15 +176,10 @@ async fn send(
             // It shows what it last was, at the version of the change that took it out.
             (true, false) => {
                 let Some(prev) = event.prev else { continue };
-                let value = if event.deleted {
-                    prev.value
-                } else {
-                    event.kv.value
-                };
                 (
                     "DELETED",
                     KeyValue {
-                        value,
+                        value: prev.value,
                         mod_revision: batch.revision,
                         ..event.kv
                     },
@@ -225,8 +220,7 @@ impl WatchRequest {
     }
 
     fn bookmark(&self, revision: Revision, initial_end: bool) -> Bytes {
-        let mut metadata =
-            json!({"creationTimestamp": null, "resourceVersion": revision.to_string()});
+        let mut metadata = json!({"resourceVersion": revision.to_string()});
         if initial_end {
             metadata["annotations"] = json!({"k8s.io/initial-events-end": "true"});
         }

@@ -4,6 +4,7 @@ use serde_json::{Map, Value, json};
 
 use crate::Object;
 use crate::fieldset::{Comparison, FieldSet, Shape, merge};
+use crate::shape;
 use crate::table::{self, Kind, TypeId};
 
 /// A field that another manager has with another value.
@@ -213,70 +214,6 @@ const BEFORE_FIRST_APPLY: &str = "before-first-apply";
 /// Where `kubectl apply` without `--server-side` keeps what it applied.
 const LAST_APPLIED: &str = "kubectl.kubernetes.io/last-applied-configuration";
 
-/// Fields by value in the Go types: a new object has them already, so nobody is said to have added them.
-const BY_VALUE: &[(&str, &[&str])] = &[
-    ("Binding", &["target"]),
-    ("ClusterRoleBinding", &["roleRef"]),
-    ("CronJobSpec", &["jobTemplate"]),
-    ("CustomResourceDefinitionSpec", &["names"]),
-    ("CustomResourceDefinitionStatus", &["acceptedNames"]),
-    ("DaemonSetSpec", &["template", "updateStrategy"]),
-    ("DeploymentSpec", &["strategy", "template"]),
-    (
-        "Event",
-        &["deprecatedSource", "involvedObject", "regarding", "source"],
-    ),
-    ("FlowSchemaSpec", &["priorityLevelConfiguration"]),
-    ("HorizontalPodAutoscalerSpec", &["scaleTargetRef"]),
-    ("IngressStatus", &["loadBalancer"]),
-    ("JobSpec", &["template"]),
-    ("NetworkPolicySpec", &["podSelector"]),
-    ("NodeDaemonEndpoints", &["kubeletEndpoint"]),
-    ("NodeStatus", &["daemonEndpoints", "nodeInfo"]),
-    ("PersistentVolumeClaimSpec", &["resources"]),
-    ("PodTemplate", &["template"]),
-    ("ReplicaSetSpec", &["template"]),
-    ("ResourceClaimSpec", &["devices"]),
-    ("ResourceSliceSpec", &["pool"]),
-    ("RoleBinding", &["roleRef"]),
-    ("ServiceStatus", &["loadBalancer"]),
-    ("StatefulSetSpec", &["template", "updateStrategy"]),
-    ("VolumeAttachmentSpec", &["source"]),
-];
-
-/// The object that a new one is compared with: what Go has before any field is set.
-fn zero(ty: TypeId) -> Object {
-    let ty = table::get(ty);
-    let short = ty.name.rsplit('.').next().unwrap_or_default();
-    let by_value = BY_VALUE
-        .iter()
-        .find(|(name, _)| *name == short)
-        .map_or(&[][..], |(_, fields)| fields);
-    let mut object = Map::new();
-    for field in &ty.fields {
-        let value = match &field.kind {
-            Kind::Struct(id)
-                if matches!(field.name, "metadata" | "spec" | "status")
-                    || by_value.contains(&field.name) =>
-            {
-                zero(*id)
-            }
-            // Go writes these as null; the admission types leave them out.
-            Kind::List(_) | Kind::Map(_)
-                if field.required && !ty.name.contains(".admissionregistration.") =>
-            {
-                Value::Null
-            }
-            Kind::String if field.required => "".into(),
-            Kind::Int32 | Kind::Int64 if field.required => 0.into(),
-            Kind::Boolean if field.required => false.into(),
-            _ => continue,
-        };
-        object.insert(field.name.to_owned(), value);
-    }
-    Value::Object(object)
-}
-
 /// Takes out what nobody is said to own.
 fn strip(set: &mut FieldSet, ty: TypeId, subresource: &str) {
     for field in ["apiVersion", "kind"] {
@@ -314,7 +251,15 @@ fn strip_other_half(set: &mut FieldSet, ty: TypeId, subresource: &str) {
                     set.without(&["spec"]);
                 }
             }
-            "status" => set.without(&["spec"]),
+            "status" => {
+                set.without(&["spec"]);
+                if resource.is_some_and(|resource| resource.kind == "Deployment") {
+                    set.without(&["metadata", "labels"]);
+                }
+                if resource.is_some_and(|resource| resource.group == "resource.k8s.io") {
+                    set.without(&["metadata"]);
+                }
+            }
             _ => {}
         }
     }
@@ -367,7 +312,7 @@ pub fn track_update(old: Option<&Object>, new: &mut Object, ty: TypeId, o: &Appl
     if old.is_some() && managers.is_empty() {
         return write_managers(new, managers);
     }
-    let before = old.map_or_else(|| zero(ty), without_managers);
+    let before = old.map_or_else(|| shape::empty(ty), without_managers);
     let managers = update(&before, &without_managers(new), ty, managers, o);
     write_managers(new, managers);
 }
@@ -473,6 +418,49 @@ pub fn apply(
     Ok(merged)
 }
 
+/// The first value that is not of its field's type, in the words of the library that merges typed values.
+pub fn mistyped(config: &Object, ty: TypeId) -> Option<String> {
+    let fields = &table::get(ty).fields;
+    config.as_object()?.iter().find_map(|(name, value)| {
+        let field = fields.iter().find(|field| field.name == name)?;
+        mistyped_value(value, &field.kind, &format!(".{name}"))
+    })
+}
+
+fn mistyped_value(value: &Value, kind: &Kind, path: &str) -> Option<String> {
+    let expected = match (kind, value) {
+        (_, Value::Null) => return None,
+        (Kind::String | Kind::Bytes, value) if !value.is_string() => "string",
+        (Kind::Boolean, value) if !value.is_boolean() => "boolean",
+        (Kind::Int32 | Kind::Int64 | Kind::Double, value) if !value.is_number() => {
+            "numeric (int or float)"
+        }
+        (Kind::List(inner), Value::Array(items)) => {
+            return items
+                .iter()
+                .enumerate()
+                .find_map(|(at, item)| mistyped_value(item, inner, &format!("{path}[{at}]")));
+        }
+        (Kind::List(_), _) => "list",
+        (Kind::Map(inner), Value::Object(map)) => {
+            return map
+                .iter()
+                .find_map(|(key, item)| mistyped_value(item, inner, &format!("{path}.{key}")));
+        }
+        (Kind::Struct(ty), Value::Object(map)) => {
+            return map.iter().find_map(|(key, item)| {
+                let field = table::get(*ty).field(key)?;
+                mistyped_value(item, &field.kind, &format!("{path}.{key}"))
+            });
+        }
+        (Kind::Map(_) | Kind::Struct(_), _) => "map",
+        _ => return None,
+    };
+    Some(format!(
+        "{path}: expected {expected}, got &value.valueUnstructured{{Value:{value}}}"
+    ))
+}
+
 /// Whether all that conflicts was applied by the same user on the client's side before.
 fn only_with_client_side(
     live: Option<&Object>,
@@ -516,7 +504,7 @@ fn apply_once(
     ty: TypeId,
     o: &ApplyOptions,
 ) -> Result<Object, ApplyError> {
-    let start = live.map_or_else(|| zero(ty), without_managers);
+    let start = live.map_or_else(|| shape::empty(ty), without_managers);
     let mut managers = live.and_then(read_managers).unwrap_or_default();
     if live.is_some() && managers.is_empty() {
         let before = ApplyOptions {
@@ -524,7 +512,7 @@ fn apply_once(
             subresource: "",
             ..*o
         };
-        managers = update(&zero(ty), &start, ty, managers, &before);
+        managers = update(&shape::empty(ty), &start, ty, managers, &before);
     }
     let mut own = Manager::new(o, true);
     own.fields = FieldSet::of(config, ty).map_err(ApplyError::Invalid)?;

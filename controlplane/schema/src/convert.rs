@@ -3,6 +3,7 @@
 use serde_json::{Map, Value, json};
 
 use crate::Object;
+use crate::shape;
 use crate::table::{self, Resource};
 
 /// The resource under whose version objects are stored.
@@ -44,10 +45,16 @@ pub fn convert(object: &mut Object, from: &Resource, to: &Resource) {
             }
         }
     } else if from.plural == "horizontalpodautoscalers" {
-        convert_autoscaler(&mut object["spec"], from.version == "v1");
+        let to_v2 = from.version == "v1";
+        convert_autoscaler(&mut object["spec"], to_v2);
+        // The old version knows one metric, and says it elsewhere.
+        if let Some(status) = object["status"].as_object_mut().filter(|_| !to_v2) {
+            status.remove("currentMetrics");
+        }
     }
     object["apiVersion"] = to.api_version().into();
     object["kind"] = to.kind.into();
+    shape::complete(object, to.type_id);
 }
 
 /// `autoscaling/v1` knows a CPU target only; v2 has it as one of its metrics.
@@ -95,13 +102,14 @@ mod tests {
     fn events_go_there_and_back() {
         let new = table::resource("events.k8s.io", "v1", "events").unwrap();
         let old = storage(new);
-        let event = json!({"apiVersion": "events.k8s.io/v1", "kind": "Event", "note": "n", "regarding": {"name": "p"}, "reason": "r"});
+        let mut event = json!({"apiVersion": "events.k8s.io/v1", "kind": "Event", "note": "n", "regarding": {"name": "p"}, "reason": "r"});
+        shape::complete(&mut event, new.type_id);
         let mut converted = event.clone();
         convert(&mut converted, new, old);
-        assert_eq!(
-            converted,
-            json!({"apiVersion": "v1", "kind": "Event", "message": "n", "involvedObject": {"name": "p"}, "reason": "r"})
-        );
+        assert_eq!(converted["apiVersion"], "v1");
+        assert_eq!(converted["message"], "n");
+        assert_eq!(converted["involvedObject"], json!({"name": "p"}));
+        assert!(converted.get("note").is_none());
         convert(&mut converted, old, new);
         assert_eq!(converted, event);
     }

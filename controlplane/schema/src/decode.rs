@@ -8,8 +8,10 @@ use serde::de::{DeserializeSeed, MapAccess, SeqAccess, Visitor};
 use serde_json::{Map, Number, Value};
 
 use crate::Object;
+use crate::json_syntax;
 use crate::quantity::Quantity;
 use crate::table::{self, Kind, Type, TypeId};
+use crate::times::{self, Precision};
 
 /// What happens to fields that are unknown or doubled (`?fieldValidation=`).
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -64,8 +66,8 @@ pub fn parse(body: &[u8], media: Media) -> Result<(Value, Vec<String>), DecodeEr
             };
             let value = seed
                 .deserialize(&mut reader)
-                .map_err(|error| json_error(&error))?;
-            reader.end().map_err(|error| json_error(&error))?;
+                .map_err(|error| json_error(&error, body))?;
+            reader.end().map_err(|error| json_error(&error, body))?;
             value
         }
         Media::Yaml => {
@@ -85,9 +87,10 @@ pub fn parse(body: &[u8], media: Media) -> Result<(Value, Vec<String>), DecodeEr
     Ok((value, duplicates))
 }
 
-fn json_error(error: &serde_json::Error) -> DecodeError {
+fn json_error(error: &serde_json::Error, body: &[u8]) -> DecodeError {
     DecodeError(match error.classify() {
         serde_json::error::Category::Eof => "unexpected end of JSON input".into(),
+        serde_json::error::Category::Syntax => json_syntax::complaint(body),
         _ => error.to_string(),
     })
 }
@@ -353,7 +356,18 @@ fn check(
                 None => return bad(value, "intstr.IntOrString"),
             },
         },
-        Kind::Time if !value.is_string() => return bad(value, "Time"),
+        Kind::Time | Kind::MicroTime => {
+            let Some(text) = value.as_str() else {
+                return bad(value, "string");
+            };
+            let precision = match kind {
+                Kind::MicroTime => Precision::Micros,
+                _ => Precision::Seconds,
+            };
+            *value = times::canonical(text, precision)
+                .map_err(DecodeError)?
+                .into();
+        }
         Kind::List(inner) => {
             let Some(list) = value.as_array_mut() else {
                 return bad(value, &go_name(kind));
@@ -391,7 +405,7 @@ fn zero(kind: &Kind) -> Value {
         Kind::Quantity => "0".into(),
         Kind::Struct(_) | Kind::Map(_) => Value::Object(Map::new()),
         Kind::List(_) => Value::Array(Vec::new()),
-        Kind::Any | Kind::Time | Kind::Double => Value::Null,
+        Kind::Any | Kind::Time | Kind::MicroTime | Kind::Double => Value::Null,
     }
 }
 
@@ -414,6 +428,7 @@ fn go_name(kind: &Kind) -> String {
         Kind::Quantity => "resource.Quantity".into(),
         Kind::IntOrString => "intstr.IntOrString".into(),
         Kind::Time => "v1.Time".into(),
+        Kind::MicroTime => "v1.MicroTime".into(),
         Kind::Any => "interface {}".into(),
         Kind::List(inner) => format!("[]{}", go_name(inner)),
         Kind::Map(inner) => format!("map[string]{}", go_name(inner)),

@@ -201,6 +201,11 @@ impl FieldSet {
                         member: true,
                         children: Self::default(),
                     };
+                    // Items with the same key are owned together, not by their fields.
+                    if self.nodes.contains_key(&key) {
+                        self.put(&key, node);
+                        continue;
+                    }
                     node.children.add(
                         item,
                         Shape::of_kind(inner),
@@ -293,6 +298,7 @@ impl Shape {
                 ListType::Map => Shape::Keyed(inner, &field.list_keys),
             },
             _ if field.atomic_map => Shape::Leaf,
+            Kind::Struct(id) if field.granular_map => Shape::Struct(*id),
             kind => Self::of_kind(kind),
         }
     }
@@ -415,18 +421,35 @@ fn compare(old: Option<&Value>, new: Option<&Value>, shape: Shape) -> Difference
             }
         }
         Shape::Keyed(kind, _) | Shape::Set(kind) => {
-            let by_key = |list: Option<&Value>| -> BTreeMap<String, Value> {
-                let items = list.and_then(Value::as_array).into_iter().flatten();
-                items
-                    .filter_map(|item| Some((shape.item_key(item)?, item.clone())))
-                    .collect()
+            // Items with the same key are compared together, as a whole.
+            let by_key = |list: Option<&Value>| -> BTreeMap<String, Vec<Value>> {
+                let mut found: BTreeMap<String, Vec<Value>> = BTreeMap::new();
+                for item in list.and_then(Value::as_array).into_iter().flatten() {
+                    if let Some(key) = shape.item_key(item) {
+                        found.entry(key).or_default().push(item.clone());
+                    }
+                }
+                found
             };
             let (before, after) = (by_key(old), by_key(new));
-            for (key, value) in &before {
-                inner(key, Some(value), after.get(key), Shape::of_kind(kind));
+            let mut one = |key: &str, old: Option<&Vec<Value>>, new: Option<&Vec<Value>>| {
+                let many = |items: Option<&Vec<Value>>| items.is_some_and(|all| all.len() > 1);
+                if many(old) || many(new) {
+                    let whole =
+                        |items: Option<&Vec<Value>>| items.map(|all| Value::from(all.clone()));
+                    let (old, new) = (whole(old), whole(new));
+                    return inner(key, old.as_ref(), new.as_ref(), Shape::Leaf);
+                }
+                let single =
+                    |items: Option<&'_ Vec<Value>>| items.and_then(|all| all.first().cloned());
+                let (old, new) = (single(old), single(new));
+                inner(key, old.as_ref(), new.as_ref(), Shape::of_kind(kind));
+            };
+            for (key, items) in &before {
+                one(key, Some(items), after.get(key));
             }
-            for (key, value) in after.iter().filter(|(key, _)| !before.contains_key(*key)) {
-                inner(key, None, Some(value), Shape::of_kind(kind));
+            for (key, items) in after.iter().filter(|(key, _)| !before.contains_key(*key)) {
+                one(key, None, Some(items));
             }
         }
         Shape::Leaf => leaf = true,

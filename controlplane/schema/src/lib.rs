@@ -6,14 +6,18 @@ pub mod decode;
 pub mod defaults;
 pub mod field_error;
 pub mod fieldset;
+pub mod json_syntax;
 pub mod openapi;
 pub mod patch;
 pub mod print;
 pub mod quantity;
 pub mod selector;
+pub mod shape;
 pub mod strategy;
 pub mod table;
+pub mod times;
 pub mod validate;
+pub mod warnings;
 
 /// An API object: JSON with sorted keys.
 pub type Object = serde_json::Value;

@@ -109,7 +109,7 @@ fn kind_schema(kind: &Kind, prefix: &str) -> Value {
         Kind::Any => json!({"type": "object"}),
         Kind::Quantity => json!({"type": "string"}),
         Kind::IntOrString => json!({"type": "string", "format": "int-or-string"}),
-        Kind::Time => json!({"type": "string", "format": "date-time"}),
+        Kind::Time | Kind::MicroTime => json!({"type": "string", "format": "date-time"}),
         Kind::List(inner) => json!({"type": "array", "items": kind_schema(inner, prefix)}),
         Kind::Map(inner) => {
             json!({"type": "object", "additionalProperties": kind_schema(inner, prefix)})

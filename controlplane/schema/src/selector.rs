@@ -347,22 +347,75 @@ fn selectable(resource: &Resource) -> &'static [&'static str] {
     }
 }
 
+/// The terms between commas; a backslash takes away a character's meaning.
+fn split_terms(text: &str) -> Vec<&str> {
+    let (mut terms, mut start, mut escaped) = (Vec::new(), 0, false);
+    for (at, c) in text.char_indices() {
+        match c {
+            _ if escaped => escaped = false,
+            '\\' => escaped = true,
+            ',' => {
+                terms.push(&text[start..at]);
+                start = at + 1;
+            }
+            _ => {}
+        }
+    }
+    terms.push(&text[start..]);
+    terms.retain(|term| !term.is_empty());
+    terms
+}
+
+/// Field, whether it must be equal, and the value as it is written.
+fn split_term(term: &str) -> Option<(&str, bool, &str)> {
+    term.char_indices().find_map(|(at, _)| {
+        let (field, rest) = term.split_at(at);
+        [("!=", false), ("==", true), ("=", true)]
+            .into_iter()
+            .find_map(|(sign, equal)| Some((field, equal, rest.strip_prefix(sign)?)))
+    })
+}
+
+fn unescaped(value: &str) -> Result<String, String> {
+    let mut text = String::with_capacity(value.len());
+    let mut chars = value.chars();
+    while let Some(c) = chars.next() {
+        match c {
+            '\\' => match chars.next() {
+                Some(c @ ('\\' | ',' | '=')) => text.push(c),
+                Some(c) => {
+                    return Err(format!(
+                        "invalid field selector: invalid escape sequence: \\{c}"
+                    ));
+                }
+                None => return Err("invalid field selector: invalid escape sequence: \\".into()),
+            },
+            ',' | '=' => {
+                return Err(format!(
+                    "invalid field selector: unescaped character in value: {c}"
+                ));
+            }
+            c => text.push(c),
+        }
+    }
+    Ok(text)
+}
+
 impl FieldSelector {
     /// Reads `metadata.name=a,spec.nodeName!=b`; a field that this resource does not know is an error.
     pub fn parse(text: &str, resource: &Resource) -> Result<Self, String> {
         let mut terms = Vec::new();
-        for term in text.split(',').filter(|term| !term.is_empty()) {
-            let (field, equal, value) = if let Some((field, value)) = term.split_once("!=") {
-                (field, false, value)
-            } else if let Some((field, value)) =
-                term.split_once("==").or_else(|| term.split_once('='))
-            {
-                (field, true, value)
-            } else {
+        for term in split_terms(text) {
+            let Some((field, equal, value)) = split_term(term) else {
                 return Err(format!(
-                    "invalid selector: '{term}'; can't understand '{term}'"
+                    "invalid selector: '{text}'; can't understand '{term}'"
                 ));
             };
+            let value = unescaped(value)?;
+            // A term that says nothing asks for nothing.
+            if field.is_empty() && value.is_empty() {
+                continue;
+            }
             let known = match field {
                 "metadata.name" => true,
                 "metadata.namespace" => resource.namespaced,
@@ -376,7 +429,7 @@ impl FieldSelector {
                 }
                 return Err(format!("field label not supported: {field}"));
             }
-            terms.push((field.to_owned(), equal, value.to_owned()));
+            terms.push((field.to_owned(), equal, value));
         }
         Ok(Self { terms })
     }

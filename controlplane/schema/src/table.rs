@@ -28,8 +28,10 @@ pub enum Kind {
     Quantity,
     /// `intstr.IntOrString`.
     IntOrString,
-    /// `meta/v1` Time or MicroTime.
+    /// `meta/v1` Time.
     Time,
+    /// `meta/v1` MicroTime.
+    MicroTime,
     /// A list.
     List(Box<Kind>),
     /// A map from strings.
@@ -49,6 +51,27 @@ pub enum ListType {
     Map,
 }
 
+/// What is written for a field that was not set or has its type's zero value (`data/zeros.txt`).
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Zero {
+    /// Nothing where it was not set, the zero value where that was set.
+    AsGiven,
+    /// Nothing in both cases.
+    Nothing,
+    /// Null.
+    Null,
+    /// The empty string.
+    Text,
+    /// False.
+    False,
+    /// The number 0.
+    Number,
+    /// The quantity 0.
+    Quantity,
+    /// The struct, with what its own fields always have.
+    Struct,
+}
+
 /// One field of a type.
 #[derive(Clone, Debug)]
 pub struct Field {
@@ -58,6 +81,8 @@ pub struct Field {
     pub number: u32,
     /// What it holds.
     pub kind: Kind,
+    /// What stands for it when it is not set.
+    pub zero: Zero,
     /// OpenAPI says that it must be there.
     pub required: bool,
     /// How its list is merged by apply.
@@ -66,6 +91,8 @@ pub struct Field {
     pub list_keys: Vec<&'static str>,
     /// `x-kubernetes-map-type: atomic`.
     pub atomic_map: bool,
+    /// `x-kubernetes-map-type: granular`, also where the field's type is atomic.
+    pub granular_map: bool,
     /// `x-kubernetes-patch-merge-key`.
     pub merge_key: Option<&'static str>,
     /// `x-kubernetes-patch-strategy` has `merge`.
@@ -207,6 +234,9 @@ static TABLE: LazyLock<Table> = LazyLock::new(|| {
     for line in types.lines() {
         table.read_type_line(line);
     }
+    for line in include_str!("../data/zeros.txt").lines() {
+        table.read_zero_line(line);
+    }
     for line in include_str!("../data/resources.txt").lines() {
         table.read_resource_line(line);
     }
@@ -245,10 +275,12 @@ impl Table {
                     name,
                     number: number.parse().unwrap_or(0),
                     kind: self.kind(words.next().unwrap_or_default()),
+                    zero: Zero::AsGiven,
                     required: false,
                     list_type: ListType::Atomic,
                     list_keys: Vec::new(),
                     atomic_map: false,
+                    granular_map: false,
                     merge_key: None,
                     merge: false,
                     retain_keys: false,
@@ -259,6 +291,7 @@ impl Table {
                         Some(("list", "map")) => field.list_type = ListType::Map,
                         Some(("list", "set")) => field.list_type = ListType::Set,
                         Some(("keys", keys)) => field.list_keys = keys.split('+').collect(),
+                        Some(("map", "granular")) => field.granular_map = true,
                         Some(("map", _)) => field.atomic_map = true,
                         Some(("merge", key)) => field.merge_key = Some(key),
                         Some(("strategy", strategy)) => {
@@ -273,6 +306,29 @@ impl Table {
                 }
             }
             _ => {}
+        }
+    }
+
+    fn read_zero_line(&mut self, line: &'static str) {
+        let mut words = line.split(' ');
+        let name = words.next().unwrap_or_default();
+        let Some(ty) = self.by_name.get(name).map(|id| id.0 as usize) else {
+            return;
+        };
+        for (name, mark) in words.filter_map(|word| word.split_once('=')) {
+            let fields = &mut self.types[ty].fields;
+            if let Ok(at) = fields.binary_search_by(|field| field.name.cmp(name)) {
+                fields[at].zero = match mark {
+                    "d" => Zero::Nothing,
+                    "n" => Zero::Null,
+                    "s" => Zero::Text,
+                    "b" => Zero::False,
+                    "i" => Zero::Number,
+                    "q" => Zero::Quantity,
+                    "o" => Zero::Struct,
+                    _ => Zero::AsGiven,
+                };
+            }
         }
     }
 
@@ -298,8 +354,8 @@ impl Table {
             "bytes" => Kind::Bytes,
             "io.k8s.apimachinery.pkg.api.resource.Quantity" => Kind::Quantity,
             "io.k8s.apimachinery.pkg.util.intstr.IntOrString" => Kind::IntOrString,
-            "io.k8s.apimachinery.pkg.apis.meta.v1.Time"
-            | "io.k8s.apimachinery.pkg.apis.meta.v1.MicroTime" => Kind::Time,
+            "io.k8s.apimachinery.pkg.apis.meta.v1.Time" => Kind::Time,
+            "io.k8s.apimachinery.pkg.apis.meta.v1.MicroTime" => Kind::MicroTime,
             "io.k8s.apimachinery.pkg.apis.meta.v1.FieldsV1"
             | "io.k8s.apimachinery.pkg.runtime.RawExtension"
             | "io.k8s.apiextensions-apiserver.pkg.apis.apiextensions.v1.JSON"

@@ -3,6 +3,8 @@
 pub mod names;
 mod network;
 mod pod;
+mod policy;
+mod status;
 mod workload;
 
 use serde_json::{Value, json};
@@ -38,6 +40,8 @@ pub fn validate_create(resource: &Resource, object: &Object) -> Vec<FieldError> 
 /// What is wrong with a changed object, also against what it was.
 pub fn validate_update(resource: &Resource, old: &Object, new: &Object) -> Vec<FieldError> {
     let mut errors = Vec::new();
+    // The real server looks at what may not change for every kind, and again for each.
+    metadata_update(old, new, &mut errors);
     metadata(resource, new, &mut errors);
     metadata_update(old, new, &mut errors);
     spec(resource, new, &mut errors);
@@ -47,6 +51,7 @@ pub fn validate_update(resource: &Resource, old: &Object, new: &Object) -> Vec<F
         ("apps", "Deployment" | "ReplicaSet" | "DaemonSet" | "StatefulSet") => {
             immutable(old, new, &["spec", "selector"], &mut errors);
         }
+        ("apps", "ControllerRevision") => immutable(old, new, &["data"], &mut errors),
         ("batch", "Job") => immutable(old, new, &["spec", "completionMode"], &mut errors),
         ("", "ConfigMap" | "Secret") => {
             if old["immutable"] == true {
@@ -86,9 +91,11 @@ pub fn validate_update(resource: &Resource, old: &Object, new: &Object) -> Vec<F
 }
 
 /// What is wrong with a changed status.
-pub fn validate_status_update(_resource: &Resource, old: &Object, new: &Object) -> Vec<FieldError> {
+pub fn validate_status_update(resource: &Resource, old: &Object, new: &Object) -> Vec<FieldError> {
     let mut errors = Vec::new();
     metadata_update(old, new, &mut errors);
+    metadata_update(old, new, &mut errors);
+    status::validate(resource, new, &mut errors);
     errors
 }
 
@@ -362,7 +369,7 @@ fn spec(resource: &Resource, object: &Object, errors: &mut Vec<FieldError>) {
                 ));
             }
         }
-        _ => {}
+        _ => policy::validate(resource, object, errors),
     }
 }
 

@@ -10,6 +10,11 @@ fn too_long(limit: usize) -> String {
     format!("must be no more than {limit} bytes")
 }
 
+/// Of DNS names, whose characters have a byte each, the same is said in other words.
+fn too_many(limit: usize) -> String {
+    format!("must be no more than {limit} characters")
+}
+
 /// Alphanumeric at both ends, these characters between.
 fn framed(text: &str, inner: impl Fn(u8) -> bool, end: impl Fn(u8) -> bool) -> bool {
     let bytes = text.as_bytes();
@@ -33,7 +38,7 @@ fn is_label(text: &str) -> bool {
 pub fn dns1123_subdomain(text: &str) -> Vec<String> {
     let mut messages = Vec::new();
     if text.len() > 253 {
-        messages.push(too_long(253));
+        messages.push(too_many(253));
     }
     if !text.split('.').all(is_label) {
         messages.push(SUBDOMAIN.to_owned());
@@ -45,7 +50,7 @@ pub fn dns1123_subdomain(text: &str) -> Vec<String> {
 pub fn dns1123_label(text: &str) -> Vec<String> {
     let mut messages = Vec::new();
     if text.len() > 63 {
-        messages.push(too_long(63));
+        messages.push(too_many(63));
     }
     if !is_label(text) {
         messages.push(LABEL.to_owned());
@@ -57,7 +62,7 @@ pub fn dns1123_label(text: &str) -> Vec<String> {
 pub fn dns1035_label(text: &str) -> Vec<String> {
     let mut messages = Vec::new();
     if text.len() > 63 {
-        messages.push(too_long(63));
+        messages.push(too_many(63));
     }
     if !is_label(text) || !text.as_bytes().first().is_some_and(u8::is_ascii_lowercase) {
         messages.push(DNS_1035.to_owned());
@@ -97,7 +102,7 @@ pub fn qualified_name(text: &str) -> Vec<String> {
         }
         _ => {
             return vec![format!(
-                "a qualified name {} with an optional DNS subdomain prefix and '/' (e.g. 'example.com/MyName')",
+                "a valid label key {} with an optional DNS subdomain prefix and '/' (e.g. 'example.com/MyName')",
                 QUALIFIED.trim_start_matches("name part ")
             )];
         }

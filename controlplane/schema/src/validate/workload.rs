@@ -23,7 +23,7 @@ pub(super) fn validate(resource: &Resource, object: &Object, errors: &mut Vec<Fi
         non_negative(&format!("spec.{field}"), &spec[field], errors);
     }
     if resource.group == "apps" {
-        selector(spec, errors);
+        selector(resource.kind, spec, errors);
     }
     super::labels(
         "spec.template.metadata.labels",
@@ -51,10 +51,22 @@ pub(super) fn validate(resource: &Resource, object: &Object, errors: &mut Vec<Fi
     }
 }
 
-fn selector(spec: &Value, errors: &mut Vec<FieldError>) {
+fn selector(kind: &str, spec: &Value, errors: &mut Vec<FieldError>) {
     let selector = &spec["selector"];
+    let labels = &spec["template"]["metadata"]["labels"];
+    let mismatch = || {
+        FieldError::invalid(
+            "spec.template.metadata.labels",
+            labels,
+            "`selector` does not match template `labels`",
+        )
+    };
     if selector.is_null() {
-        errors.push(FieldError::required("spec.selector", ""));
+        if kind != "DaemonSet" {
+            errors.push(FieldError::required("spec.selector", ""));
+        }
+        // No selector selects nothing.
+        errors.push(mismatch());
         return;
     }
     label_selector("spec.selector", selector, errors);
@@ -63,17 +75,16 @@ fn selector(spec: &Value, errors: &mut Vec<FieldError>) {
             errors.push(FieldError::invalid(
                 "spec.selector",
                 selector,
-                "empty selector is invalid for deployment",
+                match kind {
+                    "DaemonSet" => "empty selector is invalid for daemonset",
+                    "StatefulSet" => "empty selector is invalid for statefulset",
+                    _ => "empty selector is invalid for deployment",
+                },
             ));
         }
         Ok(parsed) => {
-            let labels = &spec["template"]["metadata"]["labels"];
             if !parsed.matches(labels.as_object()) {
-                errors.push(FieldError::invalid(
-                    "spec.template.metadata.labels",
-                    labels,
-                    "`selector` does not match template `labels`",
-                ));
+                errors.push(mismatch());
             }
         }
         // The selector's own errors were told above.

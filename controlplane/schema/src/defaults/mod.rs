@@ -1,9 +1,15 @@
 //! Defaults: what the API server fills in where the user was silent (upstream's versioned `SetDefaults` functions).
 
+mod kinds;
+mod pod;
+
 use serde_json::{Map, Value, json};
 
 use crate::Object;
 use crate::table::Resource;
+
+/// Counts the changes of a DaemonSet's template.
+pub(crate) const TEMPLATE_GENERATION: &str = "deprecated.daemonset.template.generation";
 
 /// Sets `map[key]` where it is absent or null.
 fn set(map: &mut Value, key: &str, value: impl Into<Value>) {
@@ -34,7 +40,7 @@ fn items<'a>(map: &'a mut Value, key: &str) -> impl Iterator<Item = &'a mut Valu
 /// Fills in the defaults of an object; doing it again changes nothing.
 pub fn set_defaults(resource: &Resource, object: &mut Object) {
     match (resource.group, resource.kind) {
-        ("", "Pod") => pod_spec(within(object, "spec")),
+        ("", "Pod") => pod::pod(within(object, "spec")),
         ("", "PodTemplate") => template(object),
         ("", "Service") => service(object),
         ("", "Secret") => set(object, "type", "Opaque"),
@@ -64,7 +70,7 @@ pub fn set_defaults(resource: &Resource, object: &mut Object) {
             let spec = within(object, "spec");
             set(spec, "persistentVolumeReclaimPolicy", "Retain");
             set(spec, "volumeMode", "Filesystem");
-            host_path(spec);
+            pod::host_path(spec);
         }
         ("", "PersistentVolumeClaim") => set(within(object, "spec"), "volumeMode", "Filesystem"),
         ("apps", "Deployment") => {
@@ -82,12 +88,14 @@ pub fn set_defaults(resource: &Resource, object: &mut Object) {
             template(spec);
         }
         ("apps", "ReplicaSet") => {
-            labels_from_template(object);
             let spec = within(object, "spec");
             set(spec, "replicas", 1);
             template(spec);
         }
         ("apps", "DaemonSet") => {
+            // What was a field before v1 lives on as an annotation.
+            let annotations = within(within(object, "metadata"), "annotations");
+            set(annotations, TEMPLATE_GENERATION, "0");
             let spec = within(object, "spec");
             set(spec, "revisionHistoryLimit", 10);
             let strategy = within(spec, "updateStrategy");
@@ -120,7 +128,10 @@ pub fn set_defaults(resource: &Resource, object: &mut Object) {
             }
             template(spec);
         }
-        ("batch", "Job") => job_spec(within(object, "spec"), true),
+        ("batch", "Job") => {
+            labels_from_template(object);
+            job_spec(within(object, "spec"), true);
+        }
         ("batch", "CronJob") => {
             let spec = within(object, "spec");
             set(spec, "concurrencyPolicy", "Allow");
@@ -155,8 +166,17 @@ pub fn set_defaults(resource: &Resource, object: &mut Object) {
         ("scheduling.k8s.io", "PriorityClass") => {
             set(object, "preemptionPolicy", "PreemptLowerPriority")
         }
-        ("autoscaling", "HorizontalPodAutoscaler") => set(within(object, "spec"), "minReplicas", 1),
-        _ => {}
+        ("autoscaling", "HorizontalPodAutoscaler") => {
+            let spec = within(object, "spec");
+            set(spec, "minReplicas", 1);
+            if resource.version == "v1" {
+                set(spec, "targetCPUUtilizationPercentage", 80);
+            } else if spec["metrics"].as_array().is_none_or(Vec::is_empty) {
+                spec["metrics"] = json!([{"type": "Resource", "resource": {
+                    "name": "cpu", "target": {"type": "Utilization", "averageUtilization": 80}}}]);
+            }
+        }
+        _ => kinds::set_defaults(resource, object),
     }
 }
 
@@ -174,7 +194,7 @@ fn labels_from_template(object: &mut Value) {
 fn template(owner: &mut Value) {
     let template = within(owner, "template");
     within(template, "metadata");
-    pod_spec(within(template, "spec"));
+    pod::pod_spec(within(template, "spec"));
 }
 
 fn job_spec(spec: &mut Value, whole: bool) {
@@ -183,164 +203,24 @@ fn job_spec(spec: &mut Value, whole: bool) {
             set(spec, "completions", 1);
         }
         set(spec, "parallelism", 1);
-        set(spec, "backoffLimit", 6);
+        let per_index = !spec["backoffLimitPerIndex"].is_null();
+        set(spec, "backoffLimit", if per_index { i32::MAX } else { 6 });
         set(spec, "completionMode", "NonIndexed");
+        set(spec, "manualSelector", false);
         set(spec, "suspend", false);
-        set(spec, "podReplacementPolicy", "TerminatingOrFailed");
+        let replacement = if spec["podFailurePolicy"].is_object() {
+            "Failed"
+        } else {
+            "TerminatingOrFailed"
+        };
+        set(spec, "podReplacementPolicy", replacement);
+        if let Some(policy) = spec.get_mut("podFailurePolicy") {
+            for rule in items(policy, "rules") {
+                items(rule, "onPodConditions").for_each(|one| set(one, "status", "True"));
+            }
+        }
     }
     template(spec);
-}
-
-/// The defaults of `PodSpec`, for pods and templates alike.
-pub fn pod_spec(spec: &mut Value) {
-    set(spec, "dnsPolicy", "ClusterFirst");
-    set(spec, "restartPolicy", "Always");
-    set(spec, "securityContext", json!({}));
-    set(spec, "terminationGracePeriodSeconds", 30);
-    set(spec, "schedulerName", "default-scheduler");
-    let host_network = spec["hostNetwork"] == true;
-    for list in ["initContainers", "containers", "ephemeralContainers"] {
-        items(spec, list).for_each(|one| container(one, host_network));
-    }
-    items(spec, "volumes").for_each(volume);
-    // The old name of the field goes along with the new one.
-    if let Some(name) = spec["serviceAccountName"].as_str().map(str::to_owned) {
-        set(spec, "serviceAccount", name);
-    } else if let Some(name) = spec["serviceAccount"].as_str().map(str::to_owned) {
-        set(spec, "serviceAccountName", name);
-    }
-}
-
-fn container(container: &mut Value, host_network: bool) {
-    let image = container["image"].as_str().unwrap_or_default().to_owned();
-    set(
-        container,
-        "imagePullPolicy",
-        if pulls_always(&image) {
-            "Always"
-        } else {
-            "IfNotPresent"
-        },
-    );
-    set(container, "terminationMessagePath", "/dev/termination-log");
-    set(container, "terminationMessagePolicy", "File");
-    set(container, "resources", json!({}));
-    for port in items(container, "ports") {
-        set(port, "protocol", "TCP");
-        if host_network {
-            let number = port["containerPort"].clone();
-            if port["hostPort"].as_i64().unwrap_or(0) == 0 {
-                port["hostPort"] = number;
-            }
-        }
-    }
-    for env in items(container, "env") {
-        if let Some(field) = env
-            .get_mut("valueFrom")
-            .and_then(|from| from.get_mut("fieldRef"))
-        {
-            set(field, "apiVersion", "v1");
-        }
-    }
-    for name in ["livenessProbe", "readinessProbe", "startupProbe"] {
-        if let Some(probe) = container.get_mut(name).filter(|probe| probe.is_object()) {
-            set(probe, "timeoutSeconds", 1);
-            set(probe, "periodSeconds", 10);
-            set(probe, "successThreshold", 1);
-            set(probe, "failureThreshold", 3);
-            if let Some(get) = probe.get_mut("httpGet").filter(|get| get.is_object()) {
-                set(get, "path", "/");
-                set(get, "scheme", "HTTP");
-            }
-            if let Some(grpc) = probe.get_mut("grpc").filter(|grpc| grpc.is_object()) {
-                set(grpc, "service", "");
-            }
-        }
-    }
-    for hook in ["postStart", "preStop"] {
-        let get = container
-            .get_mut("lifecycle")
-            .and_then(|l| l.get_mut(hook))
-            .and_then(|h| h.get_mut("httpGet"));
-        if let Some(get) = get.filter(|get| get.is_object()) {
-            set(get, "path", "/");
-            set(get, "scheme", "HTTP");
-        }
-    }
-    // A limit without a request is its own request.
-    let limits = container["resources"]["limits"]
-        .as_object()
-        .cloned()
-        .unwrap_or_default();
-    if !limits.is_empty() {
-        let requests = within(within(container, "resources"), "requests");
-        for (name, limit) in limits {
-            set(requests, &name, limit);
-        }
-    }
-}
-
-/// An image without a tag, or tagged `latest`, is pulled each time.
-fn pulls_always(image: &str) -> bool {
-    if image.contains('@') {
-        return false;
-    }
-    let name = image.rsplit('/').next().unwrap_or(image);
-    name.rsplit_once(':').is_none_or(|(_, tag)| tag == "latest")
-}
-
-fn host_path(owner: &mut Value) {
-    if let Some(path) = owner.get_mut("hostPath").filter(|path| path.is_object()) {
-        set(path, "type", "");
-    }
-}
-
-fn volume(volume: &mut Value) {
-    let sources = volume.as_object().map_or(0, Map::len);
-    if sources <= 1 {
-        set(volume, "emptyDir", json!({}));
-    }
-    for source in ["configMap", "secret", "downwardAPI", "projected"] {
-        if let Some(source) = volume.get_mut(source).filter(|source| source.is_object()) {
-            set(source, "defaultMode", 0o644);
-        }
-    }
-    host_path(volume);
-    let field_refs = |source: &mut Value| {
-        for item in items(source, "items") {
-            if let Some(field) = item.get_mut("fieldRef").filter(|field| field.is_object()) {
-                set(field, "apiVersion", "v1");
-            }
-        }
-    };
-    if let Some(source) = volume.get_mut("downwardAPI") {
-        field_refs(source);
-    }
-    if let Some(projected) = volume.get_mut("projected") {
-        for source in items(projected, "sources") {
-            if let Some(token) = source
-                .get_mut("serviceAccountToken")
-                .filter(|token| token.is_object())
-            {
-                set(token, "expirationSeconds", 3600);
-            }
-            if let Some(downward) = source.get_mut("downwardAPI") {
-                field_refs(downward);
-            }
-        }
-    }
-    for claim in ["iscsi", "rbd"] {
-        if let Some(source) = volume.get_mut(claim).filter(|source| source.is_object()) {
-            match claim {
-                "iscsi" => set(source, "iscsiInterface", "default"),
-                _ => {
-                    set(source, "pool", "rbd");
-                    set(source, "user", "admin");
-                    set(source, "keyring", "/etc/ceph/keyring");
-                }
-            }
-        }
-    }
 }
 
 fn service(object: &mut Value) {
@@ -362,7 +242,10 @@ fn service(object: &mut Value) {
             port["targetPort"] = number;
         }
     }
-    if matches!(kind.as_str(), "NodePort" | "LoadBalancer") {
+    let external = spec["externalIPs"]
+        .as_array()
+        .is_some_and(|all| !all.is_empty());
+    if matches!(kind.as_str(), "NodePort" | "LoadBalancer") || kind == "ClusterIP" && external {
         set(spec, "externalTrafficPolicy", "Cluster");
     }
     if kind == "LoadBalancer" {
@@ -419,7 +302,8 @@ mod tests {
             json!({
                 "containers": [{"name": "a", "image": "nginx", "imagePullPolicy": "Always", "resources": {},
                     "terminationMessagePath": "/dev/termination-log", "terminationMessagePolicy": "File"}],
-                "dnsPolicy": "ClusterFirst", "restartPolicy": "Always", "schedulerName": "default-scheduler",
+                "dnsPolicy": "ClusterFirst", "enableServiceLinks": true, "restartPolicy": "Always",
+                "schedulerName": "default-scheduler",
                 "securityContext": {}, "terminationGracePeriodSeconds": 30,
                 "volumes": [{"name": "v", "emptyDir": {}}],
             })
@@ -445,19 +329,5 @@ mod tests {
         );
         assert_eq!(policy["spec"]["policyTypes"], json!(["Ingress", "Egress"]));
         assert_eq!(policy["spec"]["egress"][0]["ports"][0]["protocol"], "TCP");
-    }
-
-    #[test]
-    fn pull_policy_follows_the_tag() {
-        for (image, always) in [
-            ("a", true),
-            ("a:latest", true),
-            ("a:1", false),
-            ("host:5000/a", true),
-            ("host:5000/a:2", false),
-            ("a@sha256:00", false),
-        ] {
-            assert_eq!(pulls_always(image), always, "{image}");
-        }
     }
 }

@@ -1,10 +1,13 @@
 //! What happens to an object around its storing: initial status, status kept apart from spec, generation.
 
+pub mod service;
+
 use base64::Engine;
 use base64::engine::general_purpose::STANDARD;
 use serde_json::{Value, json};
 
 use crate::Object;
+use crate::defaults::TEMPLATE_GENERATION;
 use crate::table::Resource;
 
 /// Whether the resource keeps spec and status apart through a `status` subresource.
@@ -15,7 +18,7 @@ fn has_status(resource: &Resource) -> bool {
 /// Whether `metadata.generation` counts changes of the desired state.
 fn has_generation(resource: &Resource) -> bool {
     match (resource.group, resource.kind) {
-        ("", "Pod" | "ReplicationController") => true,
+        ("", "Pod" | "PodTemplate" | "ReplicationController") => true,
         (
             ""
             | "coordination.k8s.io"
@@ -40,7 +43,7 @@ fn has_generation(resource: &Resource) -> bool {
             | "apiextensions.k8s.io",
             _,
         ) => true,
-        ("resource.k8s.io", _) => true,
+        ("resource.k8s.io", kind) => !kind.starts_with("ResourceClaim"),
         _ => false,
     }
 }
@@ -58,7 +61,8 @@ pub fn prepare_for_create(resource: &Resource, object: &mut Object) {
     }
     match (resource.group, resource.kind) {
         ("", "Pod") => {
-            object["status"] = json!({"phase": "Pending", "qosClass": qos_class(&object["spec"])})
+            object["status"] = json!({"phase": "Pending", "qosClass": qos_class(&object["spec"])});
+            gate(object);
         }
         ("", "Namespace") => {
             object["status"] = json!({"phase": "Active"});
@@ -73,19 +77,29 @@ pub fn prepare_for_create(resource: &Resource, object: &mut Object) {
                 }
             }
         }
-        ("", "PersistentVolume" | "PersistentVolumeClaim") => {
-            object["status"] = json!({"phase": "Pending"})
+        ("", "PersistentVolume") => {
+            let since = object["metadata"]["creationTimestamp"].clone();
+            object["status"] = json!({"phase": "Pending", "lastPhaseTransitionTime": since});
+        }
+        ("", "PersistentVolumeClaim") => {
+            object["status"] = json!({"phase": "Pending"});
+            same_source(&mut object["spec"]);
         }
         ("", "Service") => object["status"] = json!({"loadBalancer": {}}),
         ("networking.k8s.io", "Ingress") => object["status"] = json!({"loadBalancer": {}}),
         ("", "ReplicationController") | ("apps", "ReplicaSet") => {
             object["status"] = json!({"replicas": 0})
         }
-        ("apps", "Deployment") | ("batch", "Job" | "CronJob") => object["status"] = json!({}),
+        ("batch", "Job") => {
+            object["status"] = json!({});
+            select_by_uid(object);
+        }
+        ("apps", "Deployment") | ("batch", "CronJob") => object["status"] = json!({}),
         ("apps", "StatefulSet") => {
             object["status"] = json!({"availableReplicas": 0, "replicas": 0})
         }
         ("apps", "DaemonSet") => {
+            object["metadata"]["annotations"][TEMPLATE_GENERATION] = "1".into();
             object["status"] = json!({"currentNumberScheduled": 0, "desiredNumberScheduled": 0, "numberMisscheduled": 0, "numberReady": 0});
         }
         ("autoscaling", "HorizontalPodAutoscaler") => {
@@ -94,11 +108,11 @@ pub fn prepare_for_create(resource: &Resource, object: &mut Object) {
         ("policy", "PodDisruptionBudget") => {
             object["status"] = json!({"currentHealthy": 0, "desiredHealthy": 0, "disruptionsAllowed": 0, "expectedPods": 0});
         }
+        ("apiextensions.k8s.io", "CustomResourceDefinition") => stored_versions(object),
         ("", "Secret") => merge_string_data(object),
         _ => {}
     }
     if let Some(metadata) = object["metadata"].as_object_mut() {
-        metadata.remove("generation");
         metadata.remove("deletionTimestamp");
         metadata.remove("deletionGracePeriodSeconds");
         metadata.remove("selfLink");
@@ -119,11 +133,28 @@ pub fn prepare_for_update(resource: &Resource, old: &Object, new: &mut Object) {
     if resource.kind == "Secret" {
         merge_string_data(new);
     }
+    if resource.kind == "Service" && resource.group.is_empty() {
+        service::drop_what_went_with_the_type(&old["spec"], &mut new["spec"]);
+    }
     if resource.kind == "Namespace" {
         new["spec"]["finalizers"] = old["spec"]["finalizers"].clone();
     }
     keep_generation(old, new);
-    if has_generation(resource) && desired(old) != desired(new) {
+    if resource.kind == "DaemonSet" && resource.group == "apps" {
+        let before = &old["metadata"]["annotations"][TEMPLATE_GENERATION];
+        let mut number = before
+            .as_str()
+            .and_then(|text| text.parse().ok())
+            .unwrap_or(0_i64);
+        number += i64::from(old["spec"]["template"] != new["spec"]["template"]);
+        new["metadata"]["annotations"][TEMPLATE_GENERATION] = number.to_string().into();
+    }
+    // Deployments hand their annotations on to what they make, so these count, too.
+    // So do the labels of an EndpointSlice, which say whose endpoints they are.
+    let differs = |field: &str| old["metadata"][field] != new["metadata"][field];
+    let handed_on = resource.kind == "Deployment" && differs("annotations")
+        || resource.kind == "EndpointSlice" && differs("labels");
+    if has_generation(resource) && (handed_on || desired(old) != desired(new)) {
         let next = old["metadata"]["generation"].as_i64().unwrap_or(0) + 1;
         new["metadata"]["generation"] = next.into();
     }
@@ -140,11 +171,86 @@ pub fn prepare_for_status_update(resource: &Resource, old: &Object, new: &mut Ob
     }
     // Labels, annotations and the like may be changed here too, by those who may write status.
     result["metadata"] = metadata;
+    if resource.group == "resource.k8s.io" {
+        let managers = result["metadata"].get("managedFields").cloned();
+        result["metadata"] = old["metadata"].clone();
+        match managers {
+            Some(managers) => result["metadata"]["managedFields"] = managers,
+            None => remove(&mut result["metadata"], "managedFields"),
+        }
+    }
+    if (resource.group, resource.kind) == ("apps", "Deployment") {
+        match old["metadata"].get("labels") {
+            Some(labels) => result["metadata"]["labels"] = labels.clone(),
+            None => remove(&mut result["metadata"], "labels"),
+        }
+    }
     keep_generation(old, &mut result);
     if resource.kind == "Pod" && result["status"]["qosClass"].is_null() {
         result["status"]["qosClass"] = old["status"]["qosClass"].clone();
     }
     *new = result;
+}
+
+/// The two fields for what a claim is filled from say the same, unless the source is in another namespace.
+fn same_source(spec: &mut Value) {
+    let (old, new) = (spec["dataSource"].clone(), spec["dataSourceRef"].clone());
+    match (old.is_object(), new.is_object()) {
+        (true, false) => spec["dataSourceRef"] = old,
+        (false, true) if new["namespace"].as_str().unwrap_or_default().is_empty() => {
+            spec["dataSource"] = new;
+        }
+        _ => {}
+    }
+    if let Some(map) = spec.as_object_mut() {
+        map.retain(|field, value| !(field.starts_with("dataSource") && value.is_null()));
+    }
+}
+
+/// A pod with scheduling gates says so from its first moment.
+fn gate(pod: &mut Object) {
+    let gates = pod["spec"]["schedulingGates"].as_array();
+    if gates.is_some_and(|gates| !gates.is_empty()) {
+        let since = pod["metadata"]["creationTimestamp"].clone();
+        pod["status"]["conditions"] = json!([{
+            "type": "PodScheduled", "status": "False", "reason": "SchedulingGated",
+            "message": "Scheduling is blocked due to non-empty scheduling gates",
+            "lastProbeTime": null, "lastTransitionTime": since,
+        }]);
+    }
+}
+
+/// A Job owns the pods that have its UID as a label, unless it brings a selector of its own.
+fn select_by_uid(job: &mut Object) {
+    if job["spec"]["manualSelector"] == true {
+        return;
+    }
+    let (uid, name) = (
+        job["metadata"]["uid"].clone(),
+        job["metadata"]["name"].clone(),
+    );
+    let template = &mut job["spec"]["template"]["metadata"]["labels"];
+    for (label, value) in [
+        ("batch.kubernetes.io/controller-uid", &uid),
+        ("batch.kubernetes.io/job-name", &name),
+        ("controller-uid", &uid),
+        ("job-name", &name),
+    ] {
+        template[label] = value.clone();
+    }
+    job["spec"]["selector"]["matchLabels"]["batch.kubernetes.io/controller-uid"] = uid;
+}
+
+/// A new definition's storage version is the only one that objects are stored under.
+fn stored_versions(definition: &mut Object) {
+    let stored: Vec<Value> = definition["spec"]["versions"]
+        .as_array()
+        .into_iter()
+        .flatten()
+        .filter(|version| version["storage"] == true)
+        .map(|version| version["name"].clone())
+        .collect();
+    definition["status"]["storedVersions"] = stored.into();
 }
 
 /// Generation is the server's alone.

@@ -1,1 +1,0 @@
-//! Benchmarks, each against a named peer in the same run.

@@ -1,0 +1,99 @@
+//! The table in README.md between two comments, written by the benchmarks themselves.
+
+use std::path::Path;
+
+use anyhow::{Context, Result};
+
+use crate::row::{HEADINGS, Row};
+
+const BEGIN: &str = "<!-- measured: begin -->";
+const END: &str = "<!-- measured: end -->";
+
+/// Fails where there is no place for a table, before anything is measured in vain.
+pub fn check(path: &Path) -> Result<()> {
+    let text = std::fs::read_to_string(path)
+        .with_context(|| format!("could not read {}", path.display()))?;
+    replaced(&text, "", &[], &[])
+        .map(drop)
+        .with_context(|| format!("{} is of no use for --readme", path.display()))
+}
+
+/// Puts these rows into the README's table, in the order of `benchmarks`; rows of benchmarks that were not run
+/// stay if the machine is the same.
+pub fn update(path: &Path, machine: &str, rows: &[Row], benchmarks: &[&str]) -> Result<()> {
+    let text = std::fs::read_to_string(path)
+        .with_context(|| format!("could not read {}", path.display()))?;
+    let updated = replaced(&text, machine, rows, benchmarks)
+        .with_context(|| format!("{} was left as it is", path.display()))?;
+    std::fs::write(path, updated).with_context(|| format!("could not write {}", path.display()))?;
+    eprintln!("bench: results written to {}", path.display());
+    Ok(())
+}
+
+fn replaced(text: &str, machine: &str, rows: &[Row], benchmarks: &[&str]) -> Result<String> {
+    let (before, rest) = text
+        .split_once(BEGIN)
+        .with_context(|| format!("it has no line {BEGIN}"))?;
+    let (old, after) = rest
+        .split_once(END)
+        .with_context(|| format!("it has no line {END}"))?;
+    let machine = format!("Measured on: {machine}.");
+    let line = |cells: &[String]| format!("| {} |", cells.join(" | "));
+    let mut table = vec![
+        line(&HEADINGS.map(str::to_owned)),
+        line(&HEADINGS.map(|_| "---".to_owned())),
+    ];
+    for benchmark in benchmarks {
+        let new: Vec<String> = rows
+            .iter()
+            .filter(|row| row.bench == *benchmark)
+            .map(|row| line(&row.cells()))
+            .collect();
+        if !new.is_empty() {
+            table.extend(new);
+        } else if old.contains(&machine) {
+            let start = format!("| {benchmark} |");
+            let kept = old.lines().filter(|line| line.starts_with(&start));
+            table.extend(kept.map(str::to_owned));
+        }
+    }
+    Ok(format!(
+        "{before}{BEGIN}\n{machine}\n\n{}\n{END}{after}",
+        table.join("\n")
+    ))
+}
+
+#[cfg(test)]
+mod tests {
+    #![allow(clippy::unwrap_used, reason = "tests may panic")]
+    use super::*;
+    use crate::row::{Aim, Case};
+
+    fn row(bench: &'static str, ours: f64) -> Row {
+        let case = Case {
+            bench,
+            case: "c",
+            unit: "s",
+            aim: Aim::AtMost(1.0),
+        };
+        Row::alone(case, &[ours]).unwrap()
+    }
+
+    #[test]
+    fn only_the_text_between_the_markers_changes() {
+        let text = format!("# A\n\n{BEGIN}\nold\n{END}\n\nend\n");
+        let all = ["up", "idle"];
+        let first = replaced(&text, "m", &[row("up", 0.5), row("idle", 0.7)], &all).unwrap();
+        assert!(first.starts_with("# A\n\n") && first.ends_with("\n\nend\n"));
+        assert!(!first.contains("old"));
+        assert!(first.contains("| up | c | 0.5 s | – | – | ≤ 1 ✓ | 1 | 0.0 % |"));
+        // One benchmark anew on the same machine: the other's row stays, in its place.
+        let second = replaced(&first, "m", &[row("up", 2.0)], &all).unwrap();
+        let place = |what: &str| second.find(what).unwrap();
+        assert!(place("| up | c | 2 s | – | – | ≤ 1, missed |") < place("| idle | c | 0.7 s"));
+        // On another machine nothing of the old one stays.
+        let third = replaced(&second, "n", &[row("up", 2.0)], &all).unwrap();
+        assert!(!third.contains("idle"));
+        assert!(replaced("no markers", "m", &[], &all).is_err());
+    }
+}
