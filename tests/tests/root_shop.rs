@@ -204,6 +204,48 @@ fn no_request_fails_when_a_backend_goes(cluster: &Cluster) -> Result<()> {
     Ok(())
 }
 
+/// Commands whose objects kubectl sends in protobuf.
+fn typed_commands(cluster: &Cluster) -> Result<()> {
+    cluster.k(&["create", "namespace", "typed"])?;
+    cluster.k(&[
+        "create",
+        "deployment",
+        "one",
+        "-n",
+        "typed",
+        "--image=xebec.local/demo:latest",
+        "--replicas=2",
+        "--port=8080",
+    ])?;
+    let made = cluster.get(&["deployment", "one", "-n", "typed"])?;
+    assert_eq!(made["spec"]["replicas"], 2);
+    assert_eq!(
+        made["spec"]["template"]["spec"]["containers"][0]["ports"][0]["containerPort"],
+        8080
+    );
+    cluster.k(&[
+        "create",
+        "configmap",
+        "settings",
+        "-n",
+        "typed",
+        "--from-literal=colour=red",
+    ])?;
+    let made = cluster.get(&["configmap", "settings", "-n", "typed"])?;
+    assert_eq!(made["data"]["colour"], "red");
+    cluster.k(&[
+        "expose",
+        "deployment",
+        "one",
+        "-n",
+        "typed",
+        "--port=80",
+        "--target-port=8080",
+    ])?;
+    cluster.k(&["delete", "namespace", "typed"])?;
+    Ok(())
+}
+
 #[test]
 fn shop_on_one_node_and_nothing_left_behind() -> Result<()> {
     let before = Machine::now()?;
@@ -230,6 +272,7 @@ fn shop_on_one_node_and_nothing_left_behind() -> Result<()> {
     assert!(logs.contains("listens on"), "{logs}");
     scaled_pods_get_traffic(&cluster)?;
     no_request_fails_when_a_backend_goes(&cluster)?;
+    typed_commands(&cluster)?;
     cluster.run(&["status"])?;
     cluster.down()?;
     assert_nothing_left(&before)?;

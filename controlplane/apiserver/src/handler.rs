@@ -158,6 +158,14 @@ fn negotiate(headers: &HeaderMap) -> Result<Negotiated, ApiError> {
     Err(ApiError::not_acceptable())
 }
 
+/// Whether the v2 document is wanted in protobuf: named as client-go does, with an `@` or a dot before the version.
+fn accepts_gnostic(headers: &HeaderMap) -> bool {
+    let accepted = headers.get_all(header::ACCEPT).iter();
+    accepted
+        .filter_map(|value| value.to_str().ok())
+        .any(|value| value.contains("proto-openapi.spec.v2") && value.contains("+protobuf"))
+}
+
 fn accepts_aggregated(headers: &HeaderMap) -> bool {
     headers
         .get_all(header::ACCEPT)
@@ -425,6 +433,12 @@ impl Handler {
             ["api", version] => found(discovery::api_resources("", version)),
             ["apis", group] => found(discovery::api_group(group)),
             ["apis", group, version] => found(discovery::api_resources(group, version)),
+            // client-go reads protobuf alone, and takes whatever comes for it.
+            ["openapi", "v2"] if accepts_gnostic(request.headers()) => Ok(bytes(
+                StatusCode::OK,
+                openapi::gnostic::MEDIA_TYPE,
+                openapi::gnostic::encode(&openapi::v2()).into(),
+            )),
             ["openapi", "v2"] => document(openapi::v2()),
             ["openapi", "v3"] => document(openapi::v3_index()),
             ["openapi", "v3", rest @ ..] => found(openapi::v3(&rest.join("/"))),

@@ -14,7 +14,7 @@ pub(crate) struct ResourceRequest {
 }
 
 /// Decoded `key=value` pairs.
-#[derive(Debug, Default)]
+#[derive(Clone, Debug, Default)]
 pub(crate) struct Query(Vec<(String, String)>);
 
 impl Query {

@@ -211,7 +211,7 @@ async fn bad_input_is_refused_and_changes_nothing() {
     let server = server(directory.path()).await;
     let mut client = admin(&server);
     let path = "/api/v1/namespaces/default/configmaps";
-    let cases: [(&str, Vec<u8>, u16); 7] = [
+    let cases: [(&str, Vec<u8>, u16); 9] = [
         ("application/json", b"{\"kind\":".to_vec(), 400),
         ("application/yaml", b"a: [1, }".to_vec(), 400),
         (
@@ -227,9 +227,15 @@ async fn bad_input_is_refused_and_changes_nothing() {
         ("application/json", vec![b' '; 10 << 20], 413),
         (
             "application/vnd.kubernetes.protobuf",
-            b"k8s\0".to_vec(),
-            415,
+            b"k9s\0".to_vec(),
+            400,
         ),
+        (
+            "application/vnd.kubernetes.protobuf",
+            b"k8s\0\x12\x7f".to_vec(),
+            400,
+        ),
+        ("application/cbor", b"\xd9\xd9\xf7\xa0".to_vec(), 415),
         (
             "application/json",
             br#"{"apiVersion":"v1","kind":"ConfigMap","metadata":{"name":"Not A Name"}}"#.to_vec(),

@@ -375,6 +375,7 @@ fn check(
             for (index, item) in list.iter_mut().enumerate() {
                 if item.is_null() {
                     *item = zero(inner);
+                    continue;
                 }
                 check(item, inner, &format!("{path}[{index}]"), unknown)?;
             }
@@ -386,6 +387,7 @@ fn check(
             for (key, item) in map.iter_mut() {
                 if item.is_null() {
                     *item = zero(inner);
+                    continue;
                 }
                 check(item, inner, &join(path, key), unknown)?;
             }
@@ -405,7 +407,8 @@ fn zero(kind: &Kind) -> Value {
         Kind::Quantity => "0".into(),
         Kind::Struct(_) | Kind::Map(_) => Value::Object(Map::new()),
         Kind::List(_) => Value::Array(Vec::new()),
-        Kind::Any | Kind::Time | Kind::MicroTime | Kind::Double => Value::Null,
+        Kind::Double => 0.into(),
+        Kind::Any | Kind::Time | Kind::MicroTime => Value::Null,
     }
 }
 

@@ -10,6 +10,7 @@ pub mod json_syntax;
 pub mod openapi;
 pub mod patch;
 pub mod print;
+pub mod protobuf;
 pub mod quantity;
 pub mod selector;
 pub mod shape;

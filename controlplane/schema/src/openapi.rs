@@ -1,5 +1,7 @@
 //! The OpenAPI documents that clients read: v3 per group and version, and v2 for older ones, made from the type table.
 
+pub mod gnostic;
+
 use std::collections::BTreeSet;
 
 use serde_json::{Map, Value, json};

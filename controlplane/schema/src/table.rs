@@ -77,8 +77,10 @@ pub enum Zero {
 pub struct Field {
     /// Its JSON name.
     pub name: &'static str,
-    /// Its protobuf number; 0 where it has none of its own.
+    /// Its protobuf number; 0 where it is not known.
     pub number: u32,
+    /// The numbers of the messages around it that JSON does not name (Go's embedded structs), the outermost first.
+    pub outer: Box<[u32]>,
     /// What it holds.
     pub kind: Kind,
     /// What stands for it when it is not set.
@@ -273,7 +275,17 @@ impl Table {
                 );
                 let mut field = Field {
                     name,
-                    number: number.parse().unwrap_or(0),
+                    number: number
+                        .rsplit('.')
+                        .next()
+                        .and_then(|last| last.parse().ok())
+                        .unwrap_or(0),
+                    outer: number
+                        .rsplit_once('.')
+                        .iter()
+                        .flat_map(|(outer, _)| outer.split('.'))
+                        .filter_map(|one| one.parse().ok())
+                        .collect(),
                     kind: self.kind(words.next().unwrap_or_default()),
                     zero: Zero::AsGiven,
                     required: false,

@@ -1,16 +1,22 @@
 //! Reading the object in a request's body as the kind that its path names, in the real server's words where it is not.
 
-use http::{HeaderMap, header};
+use http::{HeaderMap, HeaderValue, header};
+use http_body_util::{BodyExt, Full};
 use serde_json::json;
 use xebec_schema::Object;
 use xebec_schema::decode::{self, FieldValidation, Media};
+use xebec_schema::protobuf::{self, ProtobufError};
 use xebec_schema::table::{self, Resource};
 
 use super::options;
 use crate::error::ApiError;
+use crate::handler::{Call, collect};
 use crate::request::{Query, ResourceRequest};
+use crate::server::RequestBody;
 
-const BODY_TYPES: &str = "application/json, application/yaml";
+const BODY_TYPES: &str = "application/json, application/yaml, application/vnd.kubernetes.protobuf";
+/// The media type of bodies in protobuf, as typed clients send them.
+pub(super) const PROTOBUF: &str = "application/vnd.kubernetes.protobuf";
 const SCHEME: &str = "pkg/api/legacyscheme/scheme.go:30";
 
 /// The media type of a body without its parameters.
@@ -28,6 +34,63 @@ pub(crate) fn body_media(headers: &HeaderMap) -> Result<Media, ApiError> {
         "application/yaml" => Ok(Media::Yaml),
         _ => Err(ApiError::unsupported_media(BODY_TYPES)),
     }
+}
+
+/// A request whose body is protobuf as the same request with a body in JSON.
+pub(super) async fn from_protobuf(
+    about: &ResourceRequest,
+    call: &Call,
+    body: RequestBody,
+) -> Result<(Call, RequestBody), ApiError> {
+    let body = collect(body).await?;
+    let json = if body.is_empty() {
+        body
+    } else {
+        let bad = |error: ProtobufError| ApiError::bad_request(error.to_string());
+        let envelope = protobuf::open(&body).map_err(bad)?;
+        let version = envelope.api_version.as_str();
+        let (group, number) = version.split_once('/').unwrap_or(("", version));
+        // Typed clients leave out the kind: it is the path's.
+        let ty = match &about.subresource {
+            _ if !envelope.kind.is_empty() => table::type_of_kind(group, number, &envelope.kind),
+            _ if about.verb.starts_with("delete") => {
+                table::type_by_name("io.k8s.apimachinery.pkg.apis.meta.v1.DeleteOptions")
+            }
+            Some(name) => about.resource.subresource(name).and_then(|sub| {
+                let own = (about.resource.group, about.resource.version);
+                let (group, version) = if sub.version.is_empty() {
+                    own
+                } else {
+                    (sub.group, sub.version)
+                };
+                table::type_of_kind(group, version, sub.kind)
+            }),
+            None => Some(about.resource.type_id),
+        };
+        let mut object = match ty {
+            Some(ty) => protobuf::decode(envelope.raw, ty).map_err(bad)?,
+            // That the kind is not known is said where it is compared with the path's.
+            None => json!({}),
+        };
+        if !envelope.kind.is_empty() {
+            object["apiVersion"] = version.into();
+            object["kind"] = envelope.kind.into();
+        }
+        object.to_string().into()
+    };
+    let mut headers = call.headers.clone();
+    headers.insert(
+        header::CONTENT_TYPE,
+        HeaderValue::from_static("application/json"),
+    );
+    let call = Call {
+        user: call.user.clone(),
+        headers,
+        query: call.query.clone(),
+        negotiated: call.negotiated,
+    };
+    let body = Full::new(json).map_err(|never| match never {});
+    Ok((call, body.boxed_unsync()))
 }
 
 /// Reads the object in a body as this resource's kind.

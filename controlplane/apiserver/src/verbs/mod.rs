@@ -11,6 +11,7 @@ pub(crate) use body::{decode_as, decode_kind, media_type};
 pub(crate) use options::{dry_run, manager};
 pub(crate) use patch::{PATCH_TYPES, apply_error, patch_manager};
 
+use body::PROTOBUF;
 use http::StatusCode;
 use xebec_schema::{Object, convert, warnings};
 use xebec_store::KeyValue;
@@ -31,6 +32,10 @@ impl Handler {
         call: &Call,
         body: RequestBody,
     ) -> Answer {
+        if media_type(&call.headers) == PROTOBUF {
+            let (call, body) = body::from_protobuf(about, call, body).await?;
+            return Box::pin(self.resource(about, &call, body)).await;
+        }
         let deprecated = warnings::deprecated(about.resource).map(str::to_owned);
         match self.dispatch(about, call, body).await {
             Ok(response) => Ok(handler::warn(response, deprecated.as_slice())),

@@ -116,8 +116,41 @@ fn command(program: &str, args: &[&str]) -> Result<()> {
     Ok(())
 }
 
-/// Field numbers by type and field, both in lower case without separators: prost and Go spell them differently.
-type Numbers = HashMap<String, HashMap<String, u32>>;
+/// Fields that are newer than the declarations, each the only one of its type: their numbers as encoded objects of
+/// this release show them.
+const NEWER: &[(&str, &str, u32)] = &[
+    (
+        "io.k8s.api.certificates.v1beta1.PodCertificateRequestSpec",
+        "stubPKCS10Request",
+        12,
+    ),
+    ("io.k8s.api.core.v1.PodSchedulingGroup", "podGroupName", 1),
+    ("io.k8s.api.core.v1.PodSpec", "schedulingGroup", 43),
+    (
+        "io.k8s.api.storage.v1.CSIDriverSpec",
+        "preventPodSchedulingIfMissing",
+        11,
+    ),
+    (
+        "io.k8s.apimachinery.pkg.apis.meta.v1.ListMeta",
+        "shardInfo",
+        5,
+    ),
+    (
+        "io.k8s.apimachinery.pkg.apis.meta.v1.ShardInfo",
+        "selector",
+        1,
+    ),
+];
+
+/// A field's number, and the message that it holds.
+struct Declared {
+    number: u32,
+    message: Option<String>,
+}
+
+/// Fields by type and name, both in lower case without separators: prost and Go spell them differently.
+type Numbers = HashMap<String, HashMap<String, Declared>>;
 
 fn field_numbers() -> Result<Numbers> {
     let metadata = Command::new(std::env::var_os("CARGO").unwrap_or_else(|| "cargo".into()))
@@ -171,14 +204,15 @@ fn read_sources(dir: &Path, modules: &mut Vec<String>, numbers: &mut Numbers) ->
         } else if name == "mod" {
             let text = std::fs::read_to_string(&path)
                 .with_context(|| format!("could not read {}", path.display()))?;
-            read_structs(&text, &modules.join(""), numbers);
+            read_structs(&text, modules, numbers);
         }
     }
     Ok(())
 }
 
 /// Reads `pub struct Name {` with its `#[prost(…, tag = "N")]` fields.
-fn read_structs(text: &str, module: &str, numbers: &mut Numbers) {
+fn read_structs(text: &str, modules: &[String], numbers: &mut Numbers) {
+    let module = modules.join("");
     let (mut current, mut tag) = (String::new(), None);
     for line in text.lines().map(str::trim) {
         if let Some(name) = line
@@ -191,18 +225,81 @@ fn read_structs(text: &str, module: &str, numbers: &mut Numbers) {
                 .split("tag = \"")
                 .nth(1)
                 .and_then(|rest| rest.split('"').next()?.parse::<u32>().ok());
-        } else if let (Some(name), Some(number)) = (
+        } else if let (Some((name, kind)), Some(number)) = (
             line.strip_prefix("pub ")
-                .and_then(|rest| rest.split(':').next()),
+                .and_then(|rest| rest.split_once(':')),
             tag,
         ) {
+            let declared = Declared {
+                number,
+                message: message_of(kind, modules),
+            };
             numbers
                 .entry(current.clone())
                 .or_default()
-                .insert(plain(name.trim_start_matches("r#")), number);
+                .insert(plain(name.trim_start_matches("r#")), declared);
             tag = None;
         }
     }
+}
+
+/// The key of the message that a single field of this Rust type holds.
+fn message_of(kind: &str, modules: &[String]) -> Option<String> {
+    let path = kind
+        .trim()
+        .strip_prefix("::core::option::Option<")?
+        .trim_end_matches(',')
+        .strip_suffix('>')?;
+    if path.starts_with("::") {
+        return None;
+    }
+    let mut modules = modules.to_vec();
+    for part in path.split("::") {
+        if part == "super" {
+            modules.pop();
+        } else {
+            modules.push(part.to_owned());
+        }
+    }
+    Some(plain(&modules.join("")))
+}
+
+/// Where a JSON field stands in a message: its number, after those of the messages that JSON writes without a
+/// name of their own (Go's embedded structs), such as a volume's source.
+fn path_of(
+    numbers: &Numbers,
+    message: &str,
+    field: &str,
+    named: &dyn Fn(&str) -> bool,
+) -> Option<Vec<u32>> {
+    let fields = numbers.get(message)?;
+    if let Some(declared) = fields.get(field) {
+        return Some(vec![declared.number]);
+    }
+    fields
+        .iter()
+        .filter(|(name, _)| !named(name))
+        .find_map(|(_, declared)| {
+            let inner = path_of(numbers, declared.message.as_ref()?, field, &|_| false)?;
+            Some([&[declared.number][..], &inner].concat())
+        })
+}
+
+/// The key of a type's message: of a version that the declarations do not have, that of another version of the
+/// same group, since numbers stay when a type moves on.
+fn message_key(numbers: &Numbers, name: &str) -> Option<String> {
+    let key = numbers_key(name);
+    if numbers.contains_key(&key) {
+        return Some(key);
+    }
+    let (rest, kind) = name.rsplit_once('.')?;
+    let (group, _) = rest.rsplit_once('.')?;
+    [
+        "v1", "v1beta2", "v1beta1", "v1alpha3", "v1alpha2", "v1alpha1",
+    ]
+    .iter()
+    .map(|version| numbers_key(&format!("{group}.{version}.{kind}")))
+    .find(|key| numbers.contains_key(key))
 }
 
 fn plain(name: &str) -> String {
@@ -214,25 +311,14 @@ fn plain(name: &str) -> String {
 
 /// The key of an OpenAPI name in `Numbers`: `io.k8s.api.core.v1.PodSpec` is `apicorev1podspec` there.
 fn numbers_key(name: &str) -> String {
-    let name = name
-        .replace("io.k8s.apimachinery.pkg.apis.", "apimachinery.apis.")
-        .replace("io.k8s.apimachinery.pkg.", "apimachinery.")
-        .replace(
-            "io.k8s.apiextensions-apiserver.pkg.apis.apiextensions.",
-            "apiextensions_apiserver.apis.apiextensions.",
-        )
-        .replace(
-            "io.k8s.kube-aggregator.pkg.apis.apiregistration.",
-            "kube_aggregator.apis.apiregistration.",
-        )
-        .replace("io.k8s.", "");
-    plain(&name)
+    plain(name.strip_prefix("io.k8s.").unwrap_or(name))
 }
 
 fn render(definitions: &BTreeMap<String, Value>, numbers: &Numbers) -> Result<String> {
     let mut out = format!(
         "# Types of the Kubernetes {KUBERNETES} API; generated by `cargo xtask codegen`, not edited by hand.\n\
          # Derived from the Kubernetes OpenAPI definitions and protobuf declarations (Apache-2.0).\n\
+         # NUMBER: of the field in protobuf, after those of the messages that JSON does not name; 0 if not known\n\
          # type NAME / gvk GROUP VERSION KIND / FIELD NUMBER TYPE [required] [list=…] [keys=…] [merge=…] [strategy=…] [map=…]\n\
          # TYPE: string int32 int64 double boolean bytes any, [T] a list, {{T}} a map, else a type's name\n"
     );
@@ -264,16 +350,39 @@ fn render(definitions: &BTreeMap<String, Value>, numbers: &Numbers) -> Result<St
             .flatten()
             .filter_map(Value::as_str)
             .collect();
-        let known = numbers.get(&numbers_key(name));
+        let message = message_key(numbers, name);
+        let names: Vec<String> = definition["properties"]
+            .as_object()
+            .into_iter()
+            .flatten()
+            .map(|(field, _)| plain(field))
+            .collect();
         for (field, schema) in definition["properties"].as_object().into_iter().flatten() {
-            let number = known.and_then(|fields| fields.get(&plain(field)));
-            if number.is_none() && !matches!(field.as_str(), "kind" | "apiVersion") {
+            let path = message.as_ref().and_then(|message| {
+                let named = |name: &str| names.iter().any(|one| one == name);
+                path_of(numbers, message, &plain(field), &named)
+            });
+            let newer = || {
+                NEWER
+                    .iter()
+                    .find(|(of, newer, _)| of == name && newer == field)
+                    .map(|(_, _, number)| vec![*number])
+            };
+            let path = path.or_else(newer);
+            if path.is_none() && !matches!(field.as_str(), "kind" | "apiVersion") {
                 unnumbered.push(format!("{name}.{field}"));
             }
             write!(
                 out,
                 " {field} {} {}",
-                number.copied().unwrap_or(0),
+                path.map_or_else(
+                    || "0".to_owned(),
+                    |path| path
+                        .iter()
+                        .map(u32::to_string)
+                        .collect::<Vec<_>>()
+                        .join(".")
+                ),
                 type_of(schema)?
             )?;
             if required.contains(&field.as_str()) {
