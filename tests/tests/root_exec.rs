@@ -252,7 +252,7 @@ fn exec_in_a_terminal(cluster: &Cluster, protocol: Protocol) -> Result<()> {
 }
 
 fn attach(cluster: &Cluster, protocol: Protocol) -> Result<()> {
-    let args = ["attach", "-i", "-q", protocol.reader()];
+    let args = ["attach", "-i", protocol.reader()];
     let output = kubectl(cluster, protocol, &args, b"one\ntwo\n")?;
     assert!(output.status.success(), "{output:?}");
     assert_eq!(text(&output.stdout), "got one\ngot two\nover\n");
