@@ -5,7 +5,9 @@ use std::path::{Path, PathBuf};
 use anyhow::{Context, Result};
 use aya::programs::links::{FdLink, LinkOrder, PinnedLink};
 use aya::programs::tc::{SchedClassifierLink, TcAttachOptions};
-use aya::programs::{CgroupAttachMode, CgroupSockAddr, SchedClassifier, TcAttachType};
+use aya::programs::{
+    CgroupAttachMode, CgroupSockAddr, Program, ProgramError, SchedClassifier, TcAttachType,
+};
 use aya::{Ebpf, EbpfLoader};
 use xebec_dataplane_common::LAYOUT;
 
@@ -92,12 +94,12 @@ impl Loaded {
             .load(object()?)
             .context("the kernel refused the eBPF maps (is this root?)")?;
         for name in SOCKET_HOOKS {
-            socket_hook(&mut ebpf, name)?
+            hook::<CgroupSockAddr>(&mut ebpf, name)?
                 .load()
                 .with_context(|| format!("the kernel refused the eBPF program {name}"))?;
         }
         for (_, name) in POD_HOOKS.iter().chain(NETWORK_HOOKS) {
-            tc_hook(&mut ebpf, name)?
+            hook::<SchedClassifier>(&mut ebpf, name)?
                 .load()
                 .with_context(|| format!("the kernel refused the eBPF program {name}"))?;
         }
@@ -147,7 +149,7 @@ impl Loaded {
     fn attach(&mut self, links: &str, hooks: &[(TcAttachType, &str)], device: &str) -> Result<()> {
         for (place, name) in hooks {
             let pin = self.dir.join(links).join(pin_name(device, name));
-            let program = tc_hook(&mut self.ebpf, name)?;
+            let program = hook::<SchedClassifier>(&mut self.ebpf, name)?;
             if pin.exists() {
                 let link = PinnedLink::from_pin(&pin)
                     .with_context(|| format!("could not open {}", pin.display()))?;
@@ -198,7 +200,7 @@ impl Loaded {
             .duration_since(std::time::UNIX_EPOCH)
             .map_or(0, |since| since.as_nanos());
         for name in SOCKET_HOOKS {
-            let program = socket_hook(&mut self.ebpf, name)?;
+            let program = hook::<CgroupSockAddr>(&mut self.ebpf, name)?;
             let link = program
                 .attach(&directory, CgroupAttachMode::Single)
                 .with_context(|| format!("could not attach {name} to {}", cgroup.display()))?;
@@ -226,20 +228,15 @@ impl Loaded {
 
     /// A tc program, to be run by `BPF_PROG_TEST_RUN`.
     pub fn classifier(&mut self, name: &str) -> Result<&mut SchedClassifier> {
-        tc_hook(&mut self.ebpf, name)
+        hook(&mut self.ebpf, name)
     }
 }
 
-fn socket_hook<'a>(ebpf: &'a mut Ebpf, name: &str) -> Result<&'a mut CgroupSockAddr> {
-    let program = ebpf
-        .program_mut(name)
-        .with_context(|| format!("the eBPF object has no program {name}"))?;
-    program
-        .try_into()
-        .with_context(|| format!("the eBPF program {name} is of another kind"))
-}
-
-fn tc_hook<'a>(ebpf: &'a mut Ebpf, name: &str) -> Result<&'a mut SchedClassifier> {
+/// A program of this name and kind.
+fn hook<'a, P>(ebpf: &'a mut Ebpf, name: &str) -> Result<&'a mut P>
+where
+    &'a mut P: TryFrom<&'a mut Program, Error = ProgramError>,
+{
     let program = ebpf
         .program_mut(name)
         .with_context(|| format!("the eBPF object has no program {name}"))?;

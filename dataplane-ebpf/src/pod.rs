@@ -10,7 +10,7 @@ use xebec_dataplane_common::policy::Endpoint;
 use crate::flow::{self, Known, Told};
 use crate::maps::ENDPOINTS;
 use crate::packet::{self, ETHERNET, Packet, Read};
-use crate::policy::{self, Question};
+use crate::policy;
 
 /// What comes out of a pod: its source is checked, then its egress rules, then the ingress rules of a pod of
 /// this node, to which the packet is then handed without going through the stack.
@@ -50,13 +50,7 @@ pub fn xebec_from_pod(ctx: TcContext) -> i32 {
                 Some(to) => to.identity,
                 None => policy::identity(packet.destination),
             };
-            told.rule = policy::judge(&Question {
-                set: from.egress_set,
-                peer: packet.destination,
-                identity,
-                port: packet.destination_port,
-                protocol: packet.protocol,
-            });
+            told.rule = policy::ask(from.egress_set, packet.destination, identity, &packet);
             if told.rule == 0 {
                 return refuse(&ctx, &packet, EGRESS, from.egress_set, REASON_POLICY);
             }
@@ -65,13 +59,7 @@ pub fn xebec_from_pod(ctx: TcContext) -> i32 {
             if to.ingress_set != 0 {
                 told.direction = INGRESS;
                 told.set = to.ingress_set;
-                told.rule = policy::judge(&Question {
-                    set: to.ingress_set,
-                    peer: packet.source,
-                    identity: from.identity,
-                    port: packet.destination_port,
-                    protocol: packet.protocol,
-                });
+                told.rule = policy::ask(to.ingress_set, packet.source, from.identity, &packet);
                 if told.rule == 0 {
                     return refuse(&ctx, &packet, INGRESS, to.ingress_set, REASON_POLICY);
                 }
@@ -120,13 +108,12 @@ pub fn xebec_to_pod(ctx: TcContext) -> i32 {
         };
         // A node may always reach its own pods: its kubelet probes them.
         if to.ingress_set != 0 && !from_this_node(&ctx) {
-            told.rule = policy::judge(&Question {
-                set: to.ingress_set,
-                peer: packet.source,
-                identity: policy::identity(packet.source),
-                port: packet.destination_port,
-                protocol: packet.protocol,
-            });
+            told.rule = policy::ask(
+                to.ingress_set,
+                packet.source,
+                policy::identity(packet.source),
+                &packet,
+            );
             if told.rule == 0 {
                 return refuse(&ctx, &packet, INGRESS, to.ingress_set, REASON_POLICY);
             }

@@ -7,9 +7,10 @@ use xebec_dataplane_common::policy::{
 };
 
 use crate::maps::{CIDRS, IDENTITIES, RULES, SETS};
+use crate::packet::Packet;
 
 /// What is asked of a set.
-pub struct Question {
+struct Question {
     /// The set.
     pub set: u32,
     /// The peer's address.
@@ -32,12 +33,24 @@ pub fn identity(address: u32) -> u32 {
     }
 }
 
+/// Judges a packet that begins a flow, by a set, for a peer with this address and identity.
+#[inline(always)]
+pub fn ask(set: u32, peer: u32, identity: u32, packet: &Packet) -> u32 {
+    judge(&Question {
+        set,
+        peer,
+        identity,
+        port: packet.destination_port,
+        protocol: packet.protocol,
+    })
+}
+
 /// No class has this number.
 const UNASKED: u32 = u32::MAX;
 
 /// The rule that allows, if any. A set that is not there allows nothing.
 #[inline(never)]
-pub fn judge(question: &Question) -> u32 {
+fn judge(question: &Question) -> u32 {
     // SAFETY: sets are never changed, only replaced by new ones under another number.
     let Some(set) = (unsafe { SETS.get(&question.set) }) else {
         return 0;
