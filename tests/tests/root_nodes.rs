@@ -7,7 +7,9 @@ use std::time::Duration;
 
 use anyhow::{Context, Result};
 use serde_json::{Value, json};
-use xebec_tests::{Cluster, Machine, assert_nothing_left, eventually, shop, succeed, xebec_bin};
+use xebec_tests::{
+    Cluster, Machine, assert_nothing_left, eventually, pids_of, shop, succeed, xebec_bin,
+};
 
 const MINUTE: Duration = Duration::from_secs(60);
 const NODES: [&str; 2] = ["node1", "node2"];
@@ -247,12 +249,9 @@ fn routes_follow_nodes(cluster: &Cluster) -> Result<()> {
         "kind": "Node",
         "metadata": {"name": "far"},
         "spec": {"podCIDR": "10.244.77.0/24", "podCIDRs": ["10.244.77.0/24"]},
+        "status": {"addresses": [{"type": "InternalIP", "address": "10.245.0.77"}]},
     });
     apply(cluster, &node.to_string())?;
-    let status =
-        json!({"status": {"addresses": [{"type": "InternalIP", "address": "10.245.0.77"}]}});
-    let patch = status.to_string();
-    cluster.k(&["patch", "node", "far", "--subresource=status", "-p", &patch])?;
     let known = || -> Result<Vec<bool>> {
         let mut known = Vec::new();
         for node in NODES {
@@ -347,11 +346,13 @@ fn kill(pid: i32, signal: &str) -> Result<()> {
 
 /// The process of a node.
 fn node_process(cluster: &Cluster, node: &str) -> Result<Option<i32>> {
-    let parent = cluster.pid()?.to_string();
-    let output = Command::new("pgrep")
-        .args(["-P", &parent, "-f", &format!("node {node}$")])
-        .output()?;
-    Ok(String::from_utf8_lossy(&output.stdout).trim().parse().ok())
+    let parent = format!("PPid:\t{}", cluster.pid()?);
+    let wanted = format!("\0node\0{node}\0");
+    Ok(pids_of(&xebec_bin()).into_iter().find(|pid| {
+        let read = |name: &str| std::fs::read_to_string(format!("/proc/{pid}/{name}"));
+        read("status").is_ok_and(|status| status.lines().any(|line| line == parent))
+            && read("cmdline").is_ok_and(|line| line.ends_with(&wanted))
+    }))
 }
 
 /// A node's process that dies is started again; the pods of the node do not notice.
