@@ -192,6 +192,12 @@ impl Drop for Cluster {
     }
 }
 
+/// Sends a signal to a process, or to a group where the number is negative.
+pub fn kill(pid: i32, signal: nix::sys::signal::Signal) -> Result<()> {
+    nix::sys::signal::kill(nix::unistd::Pid::from_raw(pid), signal)
+        .with_context(|| format!("could not send {signal} to {pid}"))
+}
+
 /// Standard output of a command that must have succeeded.
 pub fn succeed(what: &str, output: Output) -> Result<String> {
     if !output.status.success() {

@@ -6,9 +6,10 @@ use std::process::{Command, Stdio};
 use std::time::Duration;
 
 use anyhow::{Context, Result};
+use nix::sys::signal::Signal;
 use serde_json::{Value, json};
 use xebec_tests::{
-    Cluster, Machine, assert_nothing_left, eventually, pids_of, shop, succeed, xebec_bin,
+    Cluster, Machine, assert_nothing_left, eventually, kill, pids_of, shop, succeed, xebec_bin,
 };
 
 const MINUTE: Duration = Duration::from_secs(60);
@@ -338,12 +339,6 @@ fn command_line_shows_both(cluster: &Cluster, pods: &BTreeMap<String, Pod>) -> R
     Ok(())
 }
 
-fn kill(pid: i32, signal: &str) -> Result<()> {
-    let mut kill = Command::new("kill");
-    let output = kill.args([signal, &pid.to_string()]).output()?;
-    succeed("kill", output).map(drop)
-}
-
 /// The process of a node.
 fn node_process(cluster: &Cluster, node: &str) -> Result<Option<i32>> {
     let parent = format!("PPid:\t{}", cluster.pid()?);
@@ -358,7 +353,7 @@ fn node_process(cluster: &Cluster, node: &str) -> Result<Option<i32>> {
 /// A node's process that dies is started again; the pods of the node do not notice.
 fn node_process_comes_back(cluster: &Cluster, pods: &BTreeMap<String, Pod>) -> Result<()> {
     let first = node_process(cluster, "node2")?.context("node2 has no process")?;
-    kill(first, "-9")?;
+    kill(first, Signal::SIGKILL)?;
     eventually("node2 has a new process", MINUTE, || {
         Ok(node_process(cluster, "node2")?.is_some_and(|pid| pid != first))
     })?;
@@ -395,7 +390,7 @@ fn killed_cluster_comes_back(cluster: &mut Cluster, pods: &BTreeMap<String, Pod>
     // What no node has any more must go although nobody hears of its end.
     let stale = ["10.244.99.0/24", "via", "10.245.0.12", "proto", "88"];
     cluster.in_node("node1", &[&["ip", "route", "add"], &stale[..]].concat())?;
-    kill(cluster.pid()?, "-9")?;
+    kill(cluster.pid()?, Signal::SIGKILL)?;
     let rest: Vec<String> = answers.collect::<Result<_, _>>()?;
     assert!(client.wait()?.success(), "the connection broke");
     assert_eq!(rest, ["0"; 5], "all answers came over the one connection");
@@ -448,7 +443,7 @@ fn shop_on_two_nodes_and_nothing_left_behind() -> Result<()> {
     })?;
     pods_reach(&cluster, &urls[..1])?;
     // Killed, `down` alone cleans up.
-    kill(cluster.pid()?, "-9")?;
+    kill(cluster.pid()?, Signal::SIGKILL)?;
     cluster.down()?;
     assert_nothing_left(&before)?;
     Ok(())
@@ -470,9 +465,8 @@ fn ctrl_c_takes_both_nodes_down() -> Result<()> {
         "{first}"
     );
     eventually("the shop's pods run again", MINUTE, || is_up(&cluster))?;
-    let group = format!("-{}", foreground.id());
-    let output = Command::new("kill").args(["-INT", "--", &group]).output()?;
-    succeed("kill", output)?;
+    let group = i32::try_from(foreground.id()).context("a pid is too large")?;
+    kill(-group, Signal::SIGINT)?;
     assert!(foreground.wait()?.success());
     assert_nothing_left(&before)?;
     assert!(cluster.run(&["down"])?.contains("no cluster runs"));

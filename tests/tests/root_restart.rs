@@ -7,7 +7,8 @@ use std::process::{Command, Stdio};
 use std::time::Duration;
 
 use anyhow::{Context, Result};
-use xebec_tests::{Cluster, Machine, assert_nothing_left, eventually, shop};
+use nix::sys::signal::Signal;
+use xebec_tests::{Cluster, Machine, assert_nothing_left, eventually, kill, shop};
 
 /// Name, address, container id and restart count of the shop's pods.
 fn pods(cluster: &Cluster) -> Result<BTreeMap<String, (String, String, u64)>> {
@@ -102,7 +103,7 @@ fn killing_everything_but_the_shims_disturbs_nobody() -> Result<()> {
         Some("1"),
         "the first answer opens the connection"
     );
-    succeed_kill(cluster.pid()?)?;
+    kill(cluster.pid()?, Signal::SIGKILL)?;
     for _ in 0..3 {
         assert_eq!(
             answers.next().transpose()?.as_deref(),
@@ -129,17 +130,8 @@ fn killing_everything_but_the_shims_disturbs_nobody() -> Result<()> {
         "the same containers run, with the same addresses"
     );
     // Killed once more, `down` alone cleans up.
-    succeed_kill(cluster.pid()?)?;
+    kill(cluster.pid()?, Signal::SIGKILL)?;
     cluster.down()?;
     assert_nothing_left(&before)?;
-    Ok(())
-}
-
-fn succeed_kill(pid: i32) -> Result<()> {
-    let status = Command::new("kill")
-        .args(["-9", &pid.to_string()])
-        .status()
-        .context("could not start kill")?;
-    anyhow::ensure!(status.success(), "could not kill {pid}");
     Ok(())
 }
