@@ -7,10 +7,12 @@ use anyhow::{Context, Result};
 use nix::sys::statvfs::statvfs;
 
 /// `memory.available<100Mi`, `nodefs.available<5%`, `nodefs.inodesFree<5%`: upstream's defaults, but for the disk,
-/// where k3s's 5 % suit a machine that is not a node alone (upstream: 10 %). There is no default for
+/// where k3s's 5 % suit a machine that is not a node alone (upstream: 10 %), and 5 GiB are enough however large the
+/// disk is. There is no default for
 /// `pid.available`, so that PIDPressure never holds unless someone configures it.
 const LEAST_MEMORY: u64 = 100 << 20;
 const LEAST_DISK_PERCENT: u64 = 5;
+const LEAST_DISK: u64 = 5 << 30;
 const LEAST_INODES_PERCENT: u64 = 5;
 /// A pressure that ends is reported for a while longer, so that pods do not come and go.
 const HOLDS_FOR: Duration = Duration::from_secs(300);
@@ -38,7 +40,8 @@ impl Gauge {
             .with_context(|| format!("could not ask for the space of {}", root.display()))?;
         let now = Pressure {
             memory: is_short_of_memory(&meminfo),
-            disk: is_below(disk.blocks_available(), disk.blocks(), LEAST_DISK_PERCENT)
+            disk: (is_below(disk.blocks_available(), disk.blocks(), LEAST_DISK_PERCENT)
+                && disk.blocks_available() * disk.fragment_size() < LEAST_DISK)
                 || is_below(disk.files_available(), disk.files(), LEAST_INODES_PERCENT),
         };
         Ok(self.hold(now, Instant::now()))
