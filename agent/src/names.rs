@@ -117,6 +117,10 @@ impl Names {
         });
     }
 
+    pub(crate) fn remove_rule(&self, number: u32) {
+        self.write(|inner| drop(inner.rules.remove(&number)));
+    }
+
     pub(crate) fn set_set(&self, number: u32, policies: &[Name]) {
         self.write(|inner| drop(inner.sets.insert(number, Arc::new(policies.to_vec()))));
     }

@@ -3,15 +3,10 @@
 use aya_ebpf::helpers::bpf_ktime_get_ns;
 use aya_ebpf::helpers::generated::bpf_ktime_get_coarse_ns;
 use xebec_dataplane_common::TCP;
-use xebec_dataplane_common::flow::{DROPPED, Event, FORWARDED, Flow, FlowKey};
+use xebec_dataplane_common::flow::{DROPPED, Event, FORWARDED, Flow, FlowKey, longest_idle};
 
 use crate::maps::{COUNTERS, EVENTS, FLOWS, GENERATION};
 use crate::packet::Packet;
-
-pub const SECOND: u64 = 1_000_000_000;
-/// An idle TCP flow is forgotten after 6 hours, others after a minute.
-pub const TCP_IDLE: u64 = 6 * 3_600 * SECOND;
-const OTHER_IDLE: u64 = 60 * SECOND;
 
 /// TCP flags.
 pub const FIN: u8 = 0x01;
@@ -85,14 +80,7 @@ pub fn find(packet: &Packet, key: &FlowKey, up: bool) -> Known {
             return UNKNOWN;
         }
         let now = now();
-        let idle = now.saturating_sub((*flow).seen);
-        if idle
-            > if packet.protocol == TCP {
-                TCP_IDLE
-            } else {
-                OTHER_IDLE
-            }
-        {
+        if now.saturating_sub((*flow).seen) > longest_idle(packet.protocol) {
             return UNKNOWN;
         }
         let reply = ((*flow).from_low != 0) != up;

@@ -4,7 +4,7 @@ use aya_ebpf::helpers::bpf_get_prandom_u32;
 use xebec_dataplane_common::nat::{Nat, Settings, Tuple};
 use xebec_dataplane_common::{ICMP, TCP, UDP};
 
-use crate::flow::{FIN, RST, SECOND, TCP_IDLE, now};
+use crate::flow::{FIN, RST, SYN, now};
 use crate::maps::{NATS, SETTINGS};
 use crate::packet::Packet;
 
@@ -12,10 +12,6 @@ use crate::packet::Packet;
 const NEW_ONLY: u64 = 1;
 /// How many ports are tried before a packet is dropped.
 const TRIES: u32 = 16;
-/// A closed connection's port is not used again before this (RFC 6146, 4 minutes, is for unclosed ones).
-const CLOSED_IDLE: u64 = 30 * SECOND;
-const OTHER_IDLE: u64 = 60 * SECOND;
-
 /// The packet's tuple.
 #[inline(always)]
 pub fn tuple(packet: &Packet) -> Tuple {
@@ -39,18 +35,6 @@ pub fn settings() -> Settings {
     })
 }
 
-#[inline(always)]
-fn expired(nat: &Nat, now: u64) -> bool {
-    let idle = now.saturating_sub(nat.seen);
-    idle > if nat.closed != 0 {
-        CLOSED_IDLE
-    } else if nat.to.protocol == TCP {
-        TCP_IDLE
-    } else {
-        OTHER_IDLE
-    }
-}
-
 /// What a packet becomes, if it belongs to a translation that is known: false if not.
 #[inline(never)]
 pub fn find(tuple: &Tuple, tcp_flags: u8, to: &mut Tuple) -> bool {
@@ -61,12 +45,14 @@ pub fn find(tuple: &Tuple, tcp_flags: u8, to: &mut Tuple) -> bool {
     // SAFETY: entries of a map stay readable and writable until the program ends, even when they are replaced;
     // a field that two CPUs write at once holds one of the two values, and any of them will do.
     unsafe {
-        if expired(&*nat, now) {
+        if (*nat).is_forgotten(now) {
             return false;
         }
         (*nat).seen = now;
         if tuple.protocol == TCP && tcp_flags & (FIN | RST) != 0 {
             (*nat).closed = 1;
+        } else if tuple.protocol == TCP && tcp_flags & SYN != 0 {
+            (*nat).closed = 0;
         }
         *to = (*nat).to;
         // A full table may have forgotten the counterpart, or given its place to another.
@@ -112,7 +98,7 @@ pub fn enter(from: &Tuple, to: &Tuple) -> bool {
         // SAFETY: as in `find`.
         unsafe {
             if (*old).to != counterpart.to {
-                if !expired(&*old, now) {
+                if !(*old).is_replaceable(now) {
                     return false;
                 }
                 let old_from = (*old).to.reversed();

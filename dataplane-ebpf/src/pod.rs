@@ -9,8 +9,9 @@ use xebec_dataplane_common::policy::Endpoint;
 
 use crate::flow::{self, Known, Told};
 use crate::maps::ENDPOINTS;
-use crate::packet::{self, ETHERNET, Packet, Read};
+use crate::packet::{self, Packet, Read};
 use crate::policy;
+use crate::rewrite;
 
 /// What comes out of a pod: its source is checked, then its egress rules, then the ingress rules of a pod of
 /// this node, to which the packet is then handed without going through the stack.
@@ -178,30 +179,12 @@ fn refuse(ctx: &TcContext, packet: &Packet, direction: u8, set: u32, reason: u8)
     dropped()
 }
 
-/// Puts a packet into a pod of this node as a router would: one hop less, new hardware addresses.
+/// Puts a packet into a pod of this node as a router would: one hop less, new hardware addresses. What can't be
+/// handed over goes to the stack, which routes it, or answers that its time is exceeded.
 #[inline(always)]
 fn hand_over(ctx: &TcContext, packet: &Packet, to: &Endpoint) -> i32 {
-    if packet.ttl <= 1 {
-        // The stack answers that the time is exceeded.
+    if !rewrite::hop(ctx, packet) || !rewrite::forward_to(ctx, to.mac) {
         return TC_ACT_OK as i32;
-    }
-    let (start, end) = (ctx.data(), ctx.data_end());
-    if start + ETHERNET + 20 > end {
-        return TC_ACT_OK as i32;
-    }
-    let bytes = start as *mut u8;
-    // SAFETY: the bounds of both headers were checked against the end of the packet just above.
-    unsafe {
-        let gateway = core::ptr::read_unaligned(bytes as *const [u8; 6]);
-        core::ptr::write_unaligned(bytes as *mut [u8; 6], to.mac);
-        // The pod's gateway has the hardware address of the host's end; its peer sees that of its own gateway.
-        core::ptr::write_unaligned(bytes.add(6) as *mut [u8; 6], gateway);
-        let ttl = bytes.add(ETHERNET + 8);
-        *ttl -= 1;
-        // RFC 1624: the high byte of the word fell by one, so the sum of the others rises by 0x100.
-        let checksum = bytes.add(ETHERNET + 10) as *mut u16;
-        let sum = u32::from(u16::from_be(core::ptr::read_unaligned(checksum))) + 0x100;
-        core::ptr::write_unaligned(checksum, ((sum + (sum >> 16)) as u16).to_be());
     }
     // SAFETY: the helper takes numbers alone.
     unsafe { bpf_redirect_peer(to.ifindex, 0) as i32 }

@@ -12,6 +12,8 @@ const PSEUDO: u64 = 0x10;
 const ZERO_STAYS: u64 = 0x20;
 
 const IP_TTL: usize = ETHERNET + 8;
+/// Bytes of the headers that a hop changes.
+const HEADERS: usize = ETHERNET + 20;
 const IP_CHECKSUM: usize = ETHERNET + 10;
 const IP_SOURCE: usize = ETHERNET + 12;
 const IP_DESTINATION: usize = ETHERNET + 16;
@@ -98,15 +100,39 @@ fn port(ctx: &TcContext, checksum: usize, flags: u64, at: usize, old: u16, new: 
     ctx.store(at, &new, 0).ok()
 }
 
-/// Takes one hop off the packet's time to live, as a router does; false if none is left.
+/// Takes one hop off the packet's time to live, as a router does; false, and nothing changed, if none is left or the
+/// headers are not at hand.
 #[inline(always)]
 pub fn hop(ctx: &TcContext, packet: &Packet) -> bool {
-    if packet.ttl <= 1 {
+    let (start, end) = (ctx.data(), ctx.data_end());
+    if packet.ttl <= 1 || start + HEADERS > end {
         return false;
     }
-    // The word of time to live and protocol, as the checksum sees it.
-    let word = |ttl: u8| u64::from(u16::from_ne_bytes([ttl, packet.protocol]));
-    ctx.l3_csum_replace(IP_CHECKSUM, word(packet.ttl), word(packet.ttl - 1), 2)
-        .is_ok()
-        && ctx.store(IP_TTL, &(packet.ttl - 1), 0).is_ok()
+    let bytes = start as *mut u8;
+    // SAFETY: the bounds of both headers were checked against the end of the packet just above.
+    unsafe {
+        *bytes.add(IP_TTL) -= 1;
+        // RFC 1624: the high byte of the word fell by one, so the sum of the others rises by 0x100.
+        let checksum = bytes.add(IP_CHECKSUM) as *mut u16;
+        let sum = u32::from(u16::from_be(core::ptr::read_unaligned(checksum))) + 0x100;
+        core::ptr::write_unaligned(checksum, ((sum + (sum >> 16)) as u16).to_be());
+    }
+    true
+}
+
+/// Addresses the frame to `mac`, from whom it was addressed to before; false, and nothing changed, if it is too short.
+#[inline(always)]
+pub fn forward_to(ctx: &TcContext, mac: [u8; 6]) -> bool {
+    let (start, end) = (ctx.data(), ctx.data_end());
+    if start + ETHERNET > end {
+        return false;
+    }
+    let bytes = start as *mut [u8; 6];
+    // SAFETY: the bounds of the header were checked against the end of the packet just above.
+    unsafe {
+        let router = core::ptr::read_unaligned(bytes);
+        core::ptr::write_unaligned(bytes, mac);
+        core::ptr::write_unaligned(bytes.add(1), router);
+    }
+    true
 }

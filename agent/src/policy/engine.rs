@@ -1,6 +1,6 @@
 //! What the API says of pods, namespaces, nodes and policies, and what of it is in the kernel.
 
-use std::collections::{BTreeMap, BTreeSet, HashMap};
+use std::collections::{BTreeMap, HashMap};
 use std::net::Ipv4Addr;
 
 use anyhow::{Context, Result};
@@ -56,7 +56,9 @@ pub struct Engine<K> {
     addresses: HashMap<Ipv4Addr, (Option<Name>, u32)>,
     endpoints: BTreeMap<Ipv4Addr, Connected>,
     sets: BTreeMap<Compiled, Installed>,
+    /// Numbers of rules, as long as their policy is there.
     rules: BTreeMap<RuleId, u32>,
+    next_rule: u32,
     next_set: u32,
     generation: u32,
     /// Whether sets may have changed since they were compiled.
@@ -82,6 +84,7 @@ impl<K: PolicyKernel> Engine<K> {
             endpoints: BTreeMap::new(),
             sets: BTreeMap::new(),
             rules: BTreeMap::new(),
+            next_rule: 0,
             next_set: 0,
             generation,
             stale: false,
@@ -180,9 +183,8 @@ impl<K: PolicyKernel> Engine<K> {
         if self.identities.contains_key(kind) {
             return;
         }
-        let taken: BTreeSet<u32> = self.identities.values().copied().collect();
         let mut identity = hash(kind).max(FIRST_POD_IDENTITY);
-        while taken.contains(&identity) {
+        while self.identities.values().any(|taken| *taken == identity) {
             identity = identity.wrapping_add(1).max(FIRST_POD_IDENTITY);
         }
         self.identities.insert(kind.clone(), identity);
@@ -343,6 +345,17 @@ impl<K: PolicyKernel> Engine<K> {
         if changed {
             self.next_generation()?;
         }
+        if outcome.is_ok() {
+            // No set names a policy any more that is gone.
+            let (policies, names) = (&self.policies, &self.names);
+            self.rules.retain(|rule, id| {
+                let there = policies.contains_key(&rule.policy);
+                if !there {
+                    names.remove_rule(*id);
+                }
+                there
+            });
+        }
         outcome
     }
 
@@ -464,8 +477,14 @@ impl<K: PolicyKernel> Engine<K> {
 
     fn write_set(&mut self, number: u32, compiled: &Compiled) -> Result<()> {
         for (key, rule) in &compiled.rules {
-            let next = self.rules.len() as u32 + 1;
-            let id = *self.rules.entry(rule.clone()).or_insert(next);
+            let id = match self.rules.get(rule) {
+                Some(id) => *id,
+                None => {
+                    self.next_rule = self.next_rule.wrapping_add(1).max(1);
+                    self.rules.insert(rule.clone(), self.next_rule);
+                    self.next_rule
+                }
+            };
             self.names.set_rule(id, rule);
             let key = RuleKey {
                 set: number,

@@ -42,6 +42,19 @@ impl FlowKey {
     }
 }
 
+/// One second, in ns.
+pub const SECOND: u64 = 1_000_000_000;
+
+/// How long a flow of this protocol may be silent before it is forgotten, ns: 6 hours of TCP, a minute of others.
+#[inline(always)]
+pub fn longest_idle(protocol: u8) -> u64 {
+    if protocol == crate::TCP {
+        6 * 3_600 * SECOND
+    } else {
+        60 * SECOND
+    }
+}
+
 /// A flow that was allowed.
 #[repr(C)]
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Pod, Zeroable)]

@@ -2,6 +2,8 @@
 
 use bytemuck::{Pod, Zeroable};
 
+use crate::flow::{SECOND, longest_idle};
+
 /// Addresses, ports and protocol of a packet, in its direction.
 #[repr(C)]
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, Pod, Zeroable)]
@@ -49,6 +51,24 @@ pub struct Nat {
     pub pad: [u8; 7],
 }
 
+/// An end that has closed may still wait for the other, as long as Linux's connection tracking lets it
+/// (`nf_conntrack_tcp_timeout_fin_wait`); after that another flow may have the port.
+const CLOSED_IDLE: u64 = 120 * SECOND;
+
+impl Nat {
+    /// Whether it was silent for so long that it holds no more.
+    #[inline(always)]
+    pub fn is_forgotten(&self, now: u64) -> bool {
+        now.saturating_sub(self.seen) > longest_idle(self.to.protocol)
+    }
+
+    /// Whether another flow may take its place.
+    #[inline(always)]
+    pub fn is_replaceable(&self, now: u64) -> bool {
+        self.is_forgotten(now) || self.closed != 0 && now.saturating_sub(self.seen) > CLOSED_IDLE
+    }
+}
+
 /// What translation needs to know of the node.
 #[repr(C)]
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Pod, Zeroable)]
@@ -65,6 +85,20 @@ pub struct Settings {
 mod tests {
     use super::*;
     use core::mem::{offset_of, size_of};
+
+    #[test]
+    fn a_half_closed_connection_holds_but_its_port_may_be_taken() {
+        let mut nat = Nat::zeroed();
+        nat.to.protocol = crate::TCP;
+        nat.closed = 1;
+        assert!(!nat.is_replaceable(120 * SECOND));
+        assert!(nat.is_replaceable(121 * SECOND) && !nat.is_forgotten(121 * SECOND));
+        nat.closed = 0;
+        assert!(!nat.is_replaceable(6 * 3_600 * SECOND));
+        assert!(nat.is_replaceable(6 * 3_600 * SECOND + 1));
+        nat.to.protocol = crate::UDP;
+        assert!(!nat.is_forgotten(60 * SECOND) && nat.is_forgotten(60 * SECOND + 1));
+    }
 
     #[test]
     fn layouts_are_what_the_kernel_side_was_built_with() {

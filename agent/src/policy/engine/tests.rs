@@ -1,5 +1,6 @@
 //! The engine over a plain kernel: long random histories of the API, judged by the plain reading of the objects.
 
+use std::collections::BTreeSet;
 use std::sync::{Arc, Mutex};
 
 use anyhow::ensure;
@@ -379,6 +380,12 @@ fn the_kernel_holds_what_the_objects_say_after_every_change() {
             assert!(plain.endpoints.is_empty() && plain.identities.is_empty());
             assert!(plain.rules.is_empty() && plain.cidrs.is_empty() && plain.sets.is_empty());
         });
+        let policies: Vec<Name> = history.world.policies.keys().cloned().collect();
+        for name in policies {
+            history.engine.set_policy(&name, None);
+        }
+        history.engine.refresh().unwrap();
+        assert!(history.engine.rules.is_empty());
     }
     assert!(asked > 20_000 && allowed > 5_000, "{allowed} of {asked}");
 }
