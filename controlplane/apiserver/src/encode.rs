@@ -5,6 +5,7 @@
 
 use bytes::{BufMut, Bytes, BytesMut};
 use serde_json::Value;
+use serde_json::value::RawValue;
 use xebec_schema::Object;
 use xebec_schema::table::Resource;
 use xebec_store::{KeyValue, Revision};
@@ -76,6 +77,16 @@ fn push_with_revision(out: &mut BytesMut, stored: &[u8], revision: Revision) {
         out.put_u8(b',');
     }
     out.extend_from_slice(&stored[at..]);
+}
+
+/// An object's `meta.k8s.io/v1` PartialObjectMetadata as it goes out; `None` if the object can't be read.
+pub(crate) fn partial(stored: &[u8], revision: Revision) -> Option<Bytes> {
+    let parts: std::collections::BTreeMap<&str, &RawValue> = serde_json::from_slice(stored).ok()?;
+    let metadata = parts.get("metadata")?;
+    let object = format!(
+        "{{\"apiVersion\":\"meta.k8s.io/v1\",\"kind\":\"PartialObjectMetadata\",\"metadata\":{metadata}}}"
+    );
+    Some(with_revision(object.as_bytes(), revision))
 }
 
 /// An object as a value, with its resource version.
@@ -174,5 +185,11 @@ mod tests {
             json!({"name": "a", "resourceVersion": "42"})
         );
         assert_eq!(out["data"], object["data"]);
+        let partial: Value = serde_json::from_slice(&partial(&stored, 42).unwrap()).unwrap();
+        assert_eq!(
+            partial,
+            xebec_schema::convert::partial_metadata(&out),
+            "as from the decoded object"
+        );
     }
 }
