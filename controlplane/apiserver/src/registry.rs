@@ -82,7 +82,7 @@ pub(crate) fn prefix_range(prefix: Bytes) -> std::ops::Range<Bytes> {
     prefix..end.into()
 }
 
-fn decode(kv: &KeyValue) -> Result<Object, ApiError> {
+pub(crate) fn decode(kv: &KeyValue) -> Result<Object, ApiError> {
     encode::parse(kv)
         .map_err(|error| ApiError::internal(format!("a stored object can't be read: {error}")))
 }
@@ -128,12 +128,17 @@ impl Registry {
         let named = metadata["name"]
             .as_str()
             .is_some_and(|name| !name.is_empty());
-        let given = object;
+        let generates = !named && !generate.is_empty();
+        let mut given = object;
         for _ in 0..TRIES {
-            object = given.clone();
-            if !named && !generate.is_empty() {
+            // Only a generated name is worth a second try.
+            let mut object = if generates {
+                let mut object = given.clone();
                 object["metadata"]["name"] = generated_name(&generate).into();
-            }
+                object
+            } else {
+                std::mem::take(&mut given)
+            };
             strategy::prepare_for_create(resource, &mut object);
             // What is read back has the defaults of what was written.
             defaults::set_defaults(resource, &mut object);
@@ -182,7 +187,7 @@ impl Registry {
                 TxnOutcome::Conflict {
                     current: Some(kv), ..
                 } if kv.key == key => {
-                    if named || generate.is_empty() {
+                    if !generates {
                         return Err(ApiError::already_exists(resource, &name));
                     }
                 }

@@ -130,15 +130,16 @@ impl Handler {
         self.registry.admit_create(stored, &mut object).await?;
         warnings.extend(warnings::of(stored, &object, None));
         let is_service = stored.kind == "Service" && stored.group.is_empty();
+        if !is_service {
+            let nothing = Txn::default();
+            return self.registry.create(stored, object, nothing, dry).await;
+        }
         for _ in 0..5 {
             let mut attempt = object.clone();
-            let extra = if is_service {
-                self.allocator
-                    .assign(self.registry.store.as_ref(), None, &mut attempt, dry)
-                    .await?
-            } else {
-                Txn::default()
-            };
+            let extra = self
+                .allocator
+                .assign(self.registry.store.as_ref(), None, &mut attempt, dry)
+                .await?;
             match self.registry.create(stored, attempt, extra, dry).await {
                 // Somebody took the same address at the same moment: choose another one.
                 Err(error) if error.code == StatusCode::CONFLICT && error.is_conflict() => {}

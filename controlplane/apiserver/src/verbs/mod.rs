@@ -14,12 +14,11 @@ pub(crate) use patch::{PATCH_TYPES, apply_error, patch_manager};
 use body::PROTOBUF;
 use http::StatusCode;
 use xebec_schema::{Object, convert, warnings};
-use xebec_store::KeyValue;
 
 use crate::encode;
 use crate::error::ApiError;
 use crate::handler::{self, Answer, Call, Handler};
-use crate::registry::Part;
+use crate::registry::{self, Part};
 use crate::request::ResourceRequest;
 use crate::server::RequestBody;
 use crate::watch::{Shape, shaped};
@@ -99,7 +98,7 @@ impl Handler {
                         encode::with_revision(&kv.value, kv.mod_revision),
                     ));
                 }
-                self.answer(about, call, StatusCode::OK, read(&kv)?, &[])
+                self.answer(about, call, StatusCode::OK, registry::decode(&kv)?, &[])
             }
             "list" => self.list(about, call).await,
             "watch" => self.watch(about, call).await,
@@ -132,9 +131,4 @@ impl Handler {
             warnings,
         ))
     }
-}
-
-pub(crate) fn read(kv: &KeyValue) -> Result<Object, ApiError> {
-    encode::parse(kv)
-        .map_err(|error| ApiError::internal(format!("a stored object can't be read: {error}")))
 }
