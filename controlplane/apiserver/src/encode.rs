@@ -157,8 +157,9 @@ pub(crate) fn value(value: &Value, yaml: bool) -> Bytes {
     if yaml {
         return serde_yaml_ng::to_string(value).unwrap_or_default().into();
     }
-    let mut text = value.to_string();
-    text.push('\n');
+    // Writing JSON into memory can't fail: every key is a string.
+    let mut text = serde_json::to_vec(value).expect("a JSON value is written to memory");
+    text.push(b'\n');
     text.into()
 }
 

@@ -54,6 +54,13 @@ pub(crate) fn now() -> String {
         .unwrap_or_default()
 }
 
+/// A new uid, from a generator that is seeded by the kernel rather than asking it each time.
+pub(crate) fn uid() -> String {
+    uuid::Builder::from_random_bytes(rand::random())
+        .into_uuid()
+        .to_string()
+}
+
 /// The key of an object, or of a collection where the name is left out; collections end with a slash.
 pub(crate) fn key(resource: &Resource, namespace: Option<&str>, name: Option<&str>) -> Bytes {
     let group = if resource.group.is_empty() {
@@ -119,7 +126,7 @@ impl Registry {
         dry_run: bool,
     ) -> Result<Object, ApiError> {
         let metadata = &mut object["metadata"];
-        metadata["uid"] = uuid::Uuid::new_v4().to_string().into();
+        metadata["uid"] = uid().into();
         metadata["creationTimestamp"] = now().into();
         let generate = metadata["generateName"]
             .as_str()
