@@ -59,7 +59,10 @@ async fn create(service: &mut InProcess, client: u64, number: u64) -> Result<(),
     let request = Request::post("/api/v1/namespaces/default/configmaps")
         .header("content-type", "application/json")
         .body(Full::new(Bytes::from(object)))?;
-    let response = service.call(request).await.map_err(|never| match never {})?;
+    let response = service
+        .call(request)
+        .await
+        .map_err(|never| match never {})?;
     let status = response.status();
     let body = response.into_body().collect().await?.to_bytes();
     if status != StatusCode::CREATED {
