@@ -325,3 +325,12 @@ pub fn lose_a_backend(cluster: &Cluster, victim: &str, load: &[(From<'_>, String
         Ok(cluster.ready_pods("shop", "app=web")?.len() == 5)
     })
 }
+
+/// Fails if a sandbox was asked for before the agent was there to connect it.
+pub fn assert_pods_waited_for_the_network(cluster: &Cluster) {
+    let log = cluster.log();
+    let mut early = log
+        .lines()
+        .filter(|line| line.contains("setup network") || line.contains("network setup"));
+    assert_eq!(early.next(), None, "a sandbox was tried too early");
+}

@@ -334,6 +334,7 @@ fn shop_on_two_nodes_and_nothing_left_behind() -> Result<()> {
         let now = self::pods(&cluster)?;
         Ok(now.keys().eq(pods.keys()) && shop::is_up(&cluster)?)
     })?;
+    shop::assert_pods_waited_for_the_network(&cluster);
     pods_reach(&cluster, &urls[..1])?;
     // Killed, `down` alone cleans up.
     kill(cluster.pid()?, Signal::SIGKILL)?;

@@ -117,6 +117,7 @@ fn shop_on_one_node_and_nothing_left_behind() -> Result<()> {
                 .keys()
                 .eq(&ready))
     })?;
+    shop::assert_pods_waited_for_the_network(&cluster);
     cluster.down()?;
     assert_nothing_left(&before)?;
     Ok(())
