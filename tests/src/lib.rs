@@ -9,6 +9,9 @@ use std::time::{Duration, Instant};
 use anyhow::{Context, Result, bail};
 use serde_json::Value;
 
+pub mod shop;
+pub use shop::manifest as shop;
+
 /// The executable under test, from `$XEBEC_BIN` (set by `cargo xtask test`).
 pub fn xebec_bin() -> PathBuf {
     std::env::var_os("XEBEC_BIN")
@@ -359,9 +362,4 @@ fn cgroups(dir: &Path) -> BTreeSet<PathBuf> {
         found.extend(cgroups(&path));
     }
     found
-}
-
-/// The shop's manifest; tests run in their package's folder.
-pub fn shop() -> PathBuf {
-    PathBuf::from("../docs/examples/shop.yaml")
 }

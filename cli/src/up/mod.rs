@@ -130,9 +130,7 @@ impl Up {
             }
             let names: Vec<&str> = nodes.iter().map(|node| node.name.as_str()).collect();
             let patience = Duration::from_secs(self.timeout);
-            let deadline = tokio::time::Instant::now() + patience;
             node::wait_ready(control_plane.admin(), &names, since, patience).await?;
-            node::wait_agents(&nodes, deadline).await?;
             print_next_steps(&layout, &state.node_names(), started.elapsed());
             UpState::mark_ready(&layout)?;
             // From here on only a failure or a signal ends it.

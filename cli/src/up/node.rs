@@ -280,25 +280,6 @@ pub async fn wait_ready(
     }
 }
 
-/// Waits until the nodes' agents answer: no pod has a network before.
-pub async fn wait_agents(nodes: &[NodeConfig], deadline: tokio::time::Instant) -> Result<()> {
-    for node in nodes {
-        let socket = node.layout.agent_socket();
-        while let Err(error) = tokio::net::UnixStream::connect(&socket).await {
-            if tokio::time::Instant::now() > deadline {
-                return Err(error).with_context(|| {
-                    format!(
-                        "the agent of node {} does not answer (the log says why; --timeout waits longer)",
-                        node.name
-                    )
-                });
-            }
-            tokio::time::sleep(Duration::from_millis(20)).await;
-        }
-    }
-    Ok(())
-}
-
 fn is_ready(node: &NodeObject, since: i64) -> bool {
     node.status
         .iter()
