@@ -112,6 +112,24 @@ pub(crate) fn warn(
     response
 }
 
+/// The same, before the warnings that are there already.
+pub(crate) fn warn_first(
+    mut response: Response<ResponseBody>,
+    warnings: &[String],
+) -> Response<ResponseBody> {
+    if warnings.is_empty() {
+        return response;
+    }
+    let headers = response.headers_mut();
+    let others: Vec<HeaderValue> = headers.get_all(header::WARNING).iter().cloned().collect();
+    headers.remove(header::WARNING);
+    let mut response = warn(response, warnings);
+    for other in others {
+        response.headers_mut().append(header::WARNING, other);
+    }
+    response
+}
+
 /// Reads `Accept`: the first type that can be served.
 fn negotiate(headers: &HeaderMap) -> Result<Negotiated, ApiError> {
     let mut accepted = headers

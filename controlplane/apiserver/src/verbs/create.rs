@@ -128,7 +128,7 @@ impl Handler {
                 .await?;
         }
         self.registry.admit_create(stored, &mut object).await?;
-        warnings.extend(warnings::of(stored, &object, None));
+        let found = warnings::of(stored, &object, None);
         let is_service = stored.kind == "Service" && stored.group.is_empty();
         for _ in 0..5 {
             let mut attempt = object.clone();
@@ -139,10 +139,14 @@ impl Handler {
             } else {
                 Txn::default()
             };
-            match self.registry.create(stored, attempt, extra, dry).await {
+            match self.registry.create(resource, attempt, extra, dry).await {
                 // Somebody took the same address at the same moment: choose another one.
                 Err(error) if error.code == StatusCode::CONFLICT && error.is_conflict() => {}
-                other => return other,
+                Ok(made) => {
+                    warnings.extend(found);
+                    return Ok(made);
+                }
+                refused => return refused,
             }
         }
         Err(ApiError::unavailable(
@@ -203,7 +207,7 @@ impl Handler {
         let written = self
             .registry
             .update(
-                stored,
+                resource,
                 about.namespace.as_deref(),
                 name,
                 part,

@@ -54,7 +54,7 @@ fn check_match(query: &Query) -> Result<(), ApiError> {
     }
     if !matches!(matching, "Exact" | "NotOlderThan") {
         let known = ["Exact", "NotOlderThan", ""];
-        errors.push(FieldError::not_supported(FIELD, &json!(matching), &known));
+        errors.push(FieldError::not_supported(FIELD, json!(matching), &known));
     }
     if matching == "Exact" && version == "0" {
         errors.push(forbidden(

@@ -38,7 +38,8 @@ impl Handler {
         }
         let deprecated = warnings::deprecated(about.resource).map(str::to_owned);
         match self.dispatch(about, call, body).await {
-            Ok(response) => Ok(handler::warn(response, deprecated.as_slice())),
+            // That the kind is deprecated comes before what is said of the object.
+            Ok(response) => Ok(handler::warn_first(response, deprecated.as_slice())),
             Err(mut error) => {
                 error.warnings.splice(0..0, deprecated);
                 Err(error.seen_as(convert::storage(about.resource), about.resource))

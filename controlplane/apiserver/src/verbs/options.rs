@@ -29,7 +29,7 @@ fn dry_run_of(given: &[&str], kind: &str) -> Result<bool, ApiError> {
     if given.iter().all(|one| *one == "All") {
         return Ok(!given.is_empty());
     }
-    let error = FieldError::not_supported("dryRun", &json!(given), &["All"]);
+    let error = FieldError::not_supported("dryRun", json!(given), &["All"]);
     Err(invalid(kind, &[error]))
 }
 

@@ -1,138 +1,16 @@
 //! Server-side tables: the columns and cells that `kubectl get` shows.
 
-use serde_json::{Value, json};
+mod columns;
+mod others;
+
+use serde_json::Value;
 
 use crate::Object;
 use crate::table::Resource;
 
-/// A column's name, type, and priority (0 always shown, 1 with `-o wide`).
-type Column = (&'static str, &'static str, u8);
-
-const NAME: Column = ("Name", "string", 0);
-const AGE: Column = ("Age", "string", 0);
-
 /// `meta.k8s.io/v1` TableColumnDefinitions.
 pub fn columns(resource: &Resource) -> Vec<Value> {
-    columns_of(resource)
-        .into_iter()
-        .map(|(name, kind, priority)| {
-            let format = if name == "Name" { "name" } else { "" };
-            json!({"name": name, "type": kind, "format": format, "description": "", "priority": priority})
-        })
-        .collect()
-}
-
-fn columns_of(resource: &Resource) -> Vec<Column> {
-    let s = |name| (name, "string", 0);
-    let w = |name| (name, "string", 1);
-    match (resource.group, resource.kind) {
-        ("", "Pod") => vec![
-            NAME,
-            s("Ready"),
-            s("Status"),
-            s("Restarts"),
-            AGE,
-            w("IP"),
-            w("Node"),
-            w("Nominated Node"),
-            w("Readiness Gates"),
-        ],
-        ("", "Node") => vec![
-            NAME,
-            s("Status"),
-            s("Roles"),
-            AGE,
-            s("Version"),
-            w("Internal-IP"),
-            w("External-IP"),
-            w("OS-Image"),
-            w("Kernel-Version"),
-            w("Container-Runtime"),
-        ],
-        ("", "Service") => vec![
-            NAME,
-            s("Type"),
-            s("Cluster-IP"),
-            s("External-IP"),
-            s("Port(s)"),
-            AGE,
-            w("Selector"),
-        ],
-        ("", "Namespace") => vec![NAME, s("Status"), AGE],
-        ("", "Secret") => vec![NAME, s("Type"), ("Data", "string", 0), AGE],
-        ("", "ConfigMap") => vec![NAME, ("Data", "string", 0), AGE],
-        ("", "ServiceAccount") => vec![NAME, ("Secrets", "string", 0), AGE],
-        ("", "Endpoints") => vec![NAME, s("Endpoints"), AGE],
-        ("", "Event") | ("events.k8s.io", "Event") => vec![
-            s("Last Seen"),
-            s("Type"),
-            s("Reason"),
-            s("Object"),
-            w("Subobject"),
-            w("Source"),
-            s("Message"),
-            w("First Seen"),
-            w("Count"),
-            w("Name"),
-        ],
-        ("", "ReplicationController") => vec![
-            NAME,
-            ("Desired", "integer", 0),
-            ("Current", "integer", 0),
-            ("Ready", "integer", 0),
-            AGE,
-            w("Containers"),
-            w("Images"),
-            w("Selector"),
-        ],
-        ("apps", "Deployment") => vec![
-            NAME,
-            s("Ready"),
-            s("Up-to-date"),
-            s("Available"),
-            AGE,
-            w("Containers"),
-            w("Images"),
-            w("Selector"),
-        ],
-        ("apps", "ReplicaSet") => vec![
-            NAME,
-            ("Desired", "integer", 0),
-            ("Current", "integer", 0),
-            ("Ready", "integer", 0),
-            AGE,
-            w("Containers"),
-            w("Images"),
-            w("Selector"),
-        ],
-        ("apps", "StatefulSet") => vec![NAME, s("Ready"), AGE, w("Containers"), w("Images")],
-        ("apps", "DaemonSet") => vec![
-            NAME,
-            ("Desired", "integer", 0),
-            ("Current", "integer", 0),
-            ("Ready", "integer", 0),
-            ("Up-to-date", "integer", 0),
-            ("Available", "integer", 0),
-            s("Node Selector"),
-            AGE,
-            w("Containers"),
-            w("Images"),
-            w("Selector"),
-        ],
-        ("discovery.k8s.io", "EndpointSlice") => {
-            vec![NAME, s("AddressType"), s("Ports"), s("Endpoints"), AGE]
-        }
-        ("networking.k8s.io", "NetworkPolicy") => vec![NAME, s("Pod-Selector"), AGE],
-        ("coordination.k8s.io", "Lease") => vec![NAME, s("Holder"), AGE],
-        ("scheduling.k8s.io", "PriorityClass") => vec![
-            NAME,
-            s("Value"),
-            ("Global-Default", "boolean", 0),
-            AGE,
-            s("PreemptionPolicy"),
-        ],
-        _ => vec![NAME, ("Created At", "date", 0)],
-    }
+    columns::of(resource)
 }
 
 /// The cells of one object, in the columns' order. `now`: seconds since the epoch, for ages.
@@ -250,7 +128,7 @@ pub fn cells(resource: &Resource, object: &Object, now: i64) -> Vec<Value> {
                 text(&object["preemptionPolicy"]),
             ]
         }
-        _ => vec![name, object["metadata"]["creationTimestamp"].clone()],
+        _ => others::cells(resource, object, age, now),
     }
 }
 
@@ -722,6 +600,7 @@ fn event(event: &Object, now: i64) -> Vec<Value> {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use serde_json::json;
     use crate::table;
 
     #[test]

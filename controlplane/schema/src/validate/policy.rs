@@ -57,7 +57,7 @@ fn priority_level(spec: &Value, errors: &mut Vec<FieldError>) {
         "Queue" | "Reject" => {}
         other => errors.push(FieldError::not_supported(
             format!("{path}.type"),
-            &json!(other),
+            json!(other),
             &["Queue", "Reject"],
         )),
     }
