@@ -33,7 +33,7 @@ const FLOOR: &[(&str, usize)] = &[
     ("patch", 39),
     ("request", 8),
     ("semantics", 22),
-    ("table", 16),
+    ("table", 43),
     ("validation", 254),
     ("watch", 8),
 ];

@@ -15,6 +15,7 @@ use xebec_schema::table;
 use xebec_schema::{Object, convert, json_syntax};
 use xebec_store::RangeRequest;
 
+use super::include::Include;
 use super::{options, read};
 use crate::encode::{self, ListHead};
 use crate::error::ApiError;
@@ -191,7 +192,10 @@ impl Handler {
             convert::convert(&mut object, stored, resource);
             objects.push(object);
         }
-        let list = list_value(&head, call.negotiated.shape, objects);
+        let include = Include::of(call)?;
+        let whole = (include == Include::Whole).then(|| objects.clone());
+        let mut list = list_value(&head, call.negotiated.shape, objects);
+        include.place(&mut list, whole.as_deref());
         Ok(handler::value(StatusCode::OK, &list, call.negotiated.yaml))
     }
 

@@ -3,6 +3,7 @@
 mod body;
 mod create;
 mod delete;
+mod include;
 mod list;
 mod options;
 mod patch;
@@ -13,6 +14,7 @@ pub(crate) use patch::{PATCH_TYPES, apply_error, patch_manager};
 
 use body::PROTOBUF;
 use http::StatusCode;
+use include::Include;
 use xebec_schema::{Object, convert, warnings};
 use xebec_store::KeyValue;
 
@@ -127,7 +129,10 @@ impl Handler {
             convert::storage(about.resource),
             about.resource,
         );
-        let object = shaped(about.resource, call.negotiated.shape, object);
+        let include = Include::of(call)?;
+        let whole = (include == Include::Whole).then(|| vec![object.clone()]);
+        let mut object = shaped(about.resource, call.negotiated.shape, object);
+        include.place(&mut object, whole.as_deref());
         Ok(handler::warn(
             handler::value(status, &object, call.negotiated.yaml),
             warnings,

@@ -3,14 +3,44 @@
 mod columns;
 mod others;
 
-use serde_json::Value;
+use serde_json::{Value, json};
 
-use crate::Object;
+use crate::defaults::TEMPLATE_GENERATION;
 use crate::table::Resource;
+use crate::{Object, convert};
 
 /// `meta.k8s.io/v1` TableColumnDefinitions.
 pub fn columns(resource: &Resource) -> Vec<Value> {
     columns::of(resource)
+}
+
+/// The row of one object, beside whose cells stands its metadata. `now`: seconds since the epoch, for ages.
+pub fn row(resource: &Resource, object: &Object, now: i64) -> Value {
+    let mut metadata = convert::partial_metadata(object);
+    if let Some(annotations) = metadata["metadata"]
+        .get_mut("annotations")
+        .and_then(Value::as_object_mut)
+    {
+        // An annotation that stands for a field of an older version; tables are made before it is added.
+        annotations.remove(TEMPLATE_GENERATION);
+        if annotations.is_empty() {
+            if let Some(metadata) = metadata["metadata"].as_object_mut() {
+                metadata.remove("annotations");
+            }
+        }
+    }
+    let mut row = json!({"cells": cells(resource, object, now), "object": metadata});
+    let end = match object["status"]["phase"].as_str() {
+        Some("Succeeded") => ("Succeeded", "The pod has completed successfully."),
+        Some("Failed") => ("Failed", "The pod failed."),
+        _ => return row,
+    };
+    if resource.group.is_empty() && resource.kind == "Pod" {
+        let (reason, message) = end;
+        row["conditions"] =
+            json!([{"type": "Completed", "status": "True", "reason": reason, "message": message}]);
+    }
+    row
 }
 
 /// The cells of one object, in the columns' order. `now`: seconds since the epoch, for ages.
@@ -110,7 +140,7 @@ pub fn cells(resource: &Resource, object: &Object, now: i64) -> Vec<Value> {
             vec![
                 name,
                 object["addressType"].clone(),
-                join_or(ports.collect(), "<unset>").into(),
+                more(ports.collect(), "<unset>").into(),
                 more(addresses, "<unset>").into(),
                 age,
             ]
@@ -461,6 +491,10 @@ fn node(node: &Object, age: Value) -> Vec<Value> {
             .unwrap_or("<unknown>")
             .to_owned()
     };
+    let kernel = match status["nodeInfo"]["architecture"].as_str() {
+        Some(machine) if !machine.is_empty() => format!("{} ({machine})", info("kernelVersion")),
+        _ => info("kernelVersion"),
+    };
     vec![
         node["metadata"]["name"].clone(),
         state.into(),
@@ -470,7 +504,7 @@ fn node(node: &Object, age: Value) -> Vec<Value> {
         address("InternalIP").into(),
         address("ExternalIP").into(),
         info("osImage").into(),
-        info("kernelVersion").into(),
+        kernel.into(),
         info("containerRuntimeVersion").into(),
     ]
 }
@@ -577,7 +611,10 @@ fn event(event: &Object, now: i64) -> Vec<Value> {
         .to_owned();
     let component = match source["host"].as_str().filter(|host| !host.is_empty()) {
         Some(host) => format!("{component}, {host}"),
-        None => component,
+        None => match event["reportingInstance"].as_str() {
+            Some(instance) if !instance.is_empty() => format!("{component}, {instance}"),
+            _ => component,
+        },
     };
     vec![
         age(&last, now).into(),
@@ -600,7 +637,6 @@ fn event(event: &Object, now: i64) -> Vec<Value> {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use serde_json::json;
     use crate::table;
 
     #[test]

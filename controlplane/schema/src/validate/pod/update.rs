@@ -119,6 +119,16 @@ pub(in super::super) fn status_update(old: &Object, new: &Object, errors: &mut E
             ip.invalid_as(ip.field("ip").value, &message, errors);
         }
     }
+    let nominated = status.field("nominatedNodeName");
+    let is_bound = new.value["spec"]["nodeName"].is_string();
+    let asked =
+        !nominated.text().is_empty() && *nominated.value != old["status"]["nominatedNodeName"];
+    if is_bound && asked {
+        nominated.forbidden(
+            "may not be set on pods that are already bound to a node",
+            errors,
+        );
+    }
     let class = status.field("qosClass");
     let before = &old["status"]["qosClass"];
     if before.is_string() && *class.value != *before {
