@@ -1,63 +1,50 @@
-//! A place in an object that is validated: its value, and its path for when something is wrong with it.
+//! A place in an object that is validated, with its value, and all that can be wrong with that.
 
-use std::fmt::{Display, Write};
+use std::fmt::Display;
 
 use serde_json::Value;
 
 use super::names;
 use crate::field_error::FieldError;
+use crate::place::Place;
 
 /// What is wrong so far.
 pub(super) type Errors = Vec<FieldError>;
 
 const PATH_BACKSTEPS: &str = "must not contain '..'";
 
-#[derive(Clone, Copy)]
-enum Step<'s> {
-    Field(&'s str),
-    Index(usize),
-    Key(&'s str),
-}
-
-/// A place. The path is put together only for an error, so a sound object costs no memory.
+/// A place.
 #[derive(Clone, Copy)]
 pub(super) struct At<'p, 'v> {
-    above: Option<&'p At<'p, 'v>>,
-    step: Step<'p>,
+    place: Place<'p>,
     pub value: &'v Value,
 }
 
 impl<'p, 'v> At<'p, 'v> {
     /// A whole object; its fields' paths begin with their names.
     pub fn object(value: &'v Value) -> Self {
-        Self::named("", value)
+        let place = Place::ROOT;
+        Self { place, value }
     }
 
     /// A part of an object that is known by this path.
     pub fn named(path: &'p str, value: &'v Value) -> Self {
-        Self {
-            above: None,
-            step: Step::Field(path),
-            value,
-        }
-    }
-
-    fn below<'s>(&'s self, step: Step<'s>, value: &'v Value) -> At<'s, 'v> {
-        At {
-            above: Some(self),
-            step,
-            value,
-        }
+        let place = Place::named(path);
+        Self { place, value }
     }
 
     /// A field of a struct; null where it is not set.
     pub fn field<'s>(&'s self, name: &'s str) -> At<'s, 'v> {
-        self.below(Step::Field(name), &self.value[name])
+        let place = self.place.field(name);
+        let value = &self.value[name];
+        At { place, value }
     }
 
     /// The entry of a map with this key; null where there is none.
     pub fn key<'s>(&'s self, key: &'s str) -> At<'s, 'v> {
-        self.below(Step::Key(key), &self.value[key])
+        let place = self.place.key(key);
+        let value = &self.value[key];
+        At { place, value }
     }
 
     /// The same place with a value from elsewhere, for errors that are told of another place than their cause's.
@@ -71,8 +58,10 @@ impl<'p, 'v> At<'p, 'v> {
     /// The items of a list.
     pub fn items<'s>(&'s self) -> impl Iterator<Item = At<'s, 'v>> {
         let items = self.value.as_array().map(Vec::as_slice).unwrap_or_default();
-        let place = |(index, item)| self.below(Step::Index(index), item);
-        items.iter().enumerate().map(place)
+        items.iter().enumerate().map(|(index, value)| {
+            let place = self.place.index(index);
+            At { place, value }
+        })
     }
 
     /// The entries of a map.
@@ -81,20 +70,15 @@ impl<'p, 'v> At<'p, 'v> {
         'v: 's,
     {
         let entries = self.value.as_object().into_iter().flatten();
-        entries.map(|(key, value)| (key.as_str(), self.below(Step::Key(key), value)))
+        entries.map(|(key, value)| {
+            let place = self.place.key(key);
+            (key.as_str(), At { place, value })
+        })
     }
 
     /// How errors name this place.
     pub fn path(&self) -> String {
-        let mut path = self.above.map(Self::path).unwrap_or_default();
-        // A string takes what is written to it.
-        let _ = match self.step {
-            Step::Field(name) if path.is_empty() => write!(path, "{name}"),
-            Step::Field(name) => write!(path, ".{name}"),
-            Step::Index(index) => write!(path, "[{index}]"),
-            Step::Key(key) => write!(path, "[{key}]"),
-        };
-        path
+        self.place.to_string()
     }
 
     /// Its text; empty where there is none.
