@@ -50,6 +50,7 @@ impl Registry {
         if resource.group.is_empty() && resource.kind == "Pod" {
             self.admit_pod_account(resource, object).await?;
             self.admit_priority(resource, object).await?;
+            admit_overhead(resource, object)?;
             default_tolerations(object);
         }
         if resource.group.is_empty() && resource.kind == "Node" {
@@ -141,6 +142,16 @@ impl Registry {
             })?;
             priority = class["value"].as_i64().unwrap_or(0);
             policy = class["preemptionPolicy"].clone();
+        }
+        if let Some(given) = pod["spec"]["priority"]
+            .as_i64()
+            .filter(|given| *given != priority)
+        {
+            let name = pod["metadata"]["name"].as_str().unwrap_or_default();
+            let why = format!(
+                "the integer value of priority ({given}) must not be provided in pod spec; priority admission controller computed {priority} from the given PriorityClass name"
+            );
+            return Err(ApiError::forbidden_object(resource, name, &why));
         }
         pod["spec"]["priority"] = priority.into();
         if pod["spec"]["preemptionPolicy"].is_null() {
@@ -239,6 +250,27 @@ fn protect_in_use(resource: &Resource, object: &mut Object) {
         Some(all) => all.push(finalizer.into()),
         None => object["metadata"]["finalizers"] = json!([finalizer]),
     }
+}
+
+/// What a changed object is given by admission.
+pub(crate) fn admit_update(resource: &Resource, object: &mut Object) {
+    if resource.group.is_empty() && resource.kind == "Pod" {
+        default_tolerations(object);
+    }
+}
+
+/// RuntimeClass: what running a pod costs besides is its class's to say.
+fn admit_overhead(resource: &Resource, pod: &Object) -> Result<(), ApiError> {
+    let spec = &pod["spec"];
+    let costs = spec["overhead"]
+        .as_object()
+        .is_some_and(|overhead| !overhead.is_empty());
+    if !costs || spec["runtimeClassName"].is_string() {
+        return Ok(());
+    }
+    let why = "pod rejected: Pod Overhead set without corresponding RuntimeClass defined Overhead";
+    let name = pod["metadata"]["name"].as_str().unwrap_or_default();
+    Err(ApiError::forbidden_object(resource, name, why))
 }
 
 /// DefaultTolerationSeconds.

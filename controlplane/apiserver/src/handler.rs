@@ -1,5 +1,6 @@
 //! One request from credentials to answer: who asks, what about, may they, and which part serves it.
 
+use std::collections::HashSet;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
@@ -8,11 +9,11 @@ use http::{HeaderMap, HeaderValue, Request, Response, StatusCode, header};
 use http_body_util::{BodyExt, Full, Limited};
 use ipnet::Ipv4Net;
 use serde_json::{Value, json};
-use xebec_schema::openapi;
 use xebec_schema::table;
 use xebec_store::Store;
 
 use crate::authn::{self, UserInfo};
+use crate::documents::{Documents, Form};
 use crate::error::ApiError;
 use crate::metrics::{Labels, Metrics};
 use crate::registry::{self, Registry};
@@ -25,6 +26,9 @@ use crate::{authz, discovery, encode};
 
 /// Bytes that the body of a request may have.
 const BODY_LIMIT: usize = 3 * 1024 * 1024;
+
+/// Bytes that all warnings of one answer may have.
+const WARNINGS_LIMIT: usize = 4096;
 
 /// Where a request's user comes from.
 #[derive(Clone)]
@@ -42,6 +46,7 @@ pub(crate) struct Handler {
     pub allocator: Arc<Allocator>,
     pub registry: Registry,
     pub metrics: Arc<Metrics>,
+    pub documents: Arc<Documents>,
 }
 
 /// The parts of a request that serving it looks at.
@@ -103,11 +108,36 @@ pub(crate) fn warn(
     mut response: Response<ResponseBody>,
     warnings: &[String],
 ) -> Response<ResponseBody> {
+    let mut told = HashSet::new();
+    let mut length = 0;
     for warning in warnings {
+        length += warning.len();
+        // Headers are not the place for more, and no client takes it.
+        if length > WARNINGS_LIMIT || !told.insert(warning) {
+            continue;
+        }
         let escaped = warning.replace('\\', "\\\\").replace('"', "\\\"");
         if let Ok(value) = HeaderValue::from_str(&format!("299 - \"{escaped}\"")) {
             response.headers_mut().append(header::WARNING, value);
         }
+    }
+    response
+}
+
+/// The same, before the warnings that are there already.
+pub(crate) fn warn_first(
+    mut response: Response<ResponseBody>,
+    warnings: &[String],
+) -> Response<ResponseBody> {
+    if warnings.is_empty() {
+        return response;
+    }
+    let headers = response.headers_mut();
+    let others: Vec<HeaderValue> = headers.get_all(header::WARNING).iter().cloned().collect();
+    headers.remove(header::WARNING);
+    let mut response = warn(response, warnings);
+    for other in others {
+        response.headers_mut().append(header::WARNING, other);
     }
     response
 }
@@ -216,6 +246,7 @@ impl Handler {
             allocator,
             registry,
             metrics: Arc::default(),
+            documents: Arc::default(),
         }
     }
 
@@ -433,15 +464,17 @@ impl Handler {
             ["api", version] => found(discovery::api_resources("", version)),
             ["apis", group] => found(discovery::api_group(group)),
             ["apis", group, version] => found(discovery::api_resources(group, version)),
-            // client-go reads protobuf alone, and takes whatever comes for it.
-            ["openapi", "v2"] if accepts_gnostic(request.headers()) => Ok(bytes(
-                StatusCode::OK,
-                openapi::gnostic::MEDIA_TYPE,
-                openapi::gnostic::encode(&openapi::v2()).into(),
-            )),
-            ["openapi", "v2"] => document(openapi::v2()),
-            ["openapi", "v3"] => document(openapi::v3_index()),
-            ["openapi", "v3", rest @ ..] => found(openapi::v3(&rest.join("/"))),
+            ["openapi", rest @ ..] => {
+                let form = match rest {
+                    // client-go reads protobuf alone, and takes whatever comes for it.
+                    ["v2"] if accepts_gnostic(request.headers()) => Form::Protobuf,
+                    _ if yaml => Form::Yaml,
+                    _ => Form::Json,
+                };
+                self.documents
+                    .answer(&rest.join("/"), form, request.headers())
+                    .ok_or_else(|| not_found(&parts))
+            }
             ["openid", "v1", "jwks"] => document(self.tokens.jwks()),
             [".well-known", "openid-configuration"] => document(json!({
                 "issuer": self.tokens.issuer,

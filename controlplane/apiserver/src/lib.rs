@@ -9,6 +9,7 @@ mod authn;
 mod authz;
 mod bootstrap;
 mod discovery;
+mod documents;
 mod encode;
 mod error;
 mod eviction;

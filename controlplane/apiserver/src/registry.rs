@@ -6,9 +6,10 @@ use bytes::Bytes;
 use serde_json::{Value, json};
 use xebec_schema::apply::{self, ApplyOptions};
 use xebec_schema::table::Resource;
-use xebec_schema::{Object, defaults, shape, strategy, validate};
+use xebec_schema::{Object, convert, defaults, shape, strategy, validate};
 use xebec_store::{Compare, KeyValue, Op, Store, Txn, TxnOutcome};
 
+use crate::admission;
 use crate::encode;
 use crate::error::ApiError;
 use crate::services::Allocator;
@@ -117,14 +118,16 @@ impl Registry {
         found.ok_or_else(|| ApiError::not_found(resource, name))
     }
 
-    /// Stores a new object that is defaulted and admitted already. `extra`: writes that happen with it or not at all.
+    /// Stores a new object that is defaulted and admitted already, in the form of its storage; `asked` is the version
+    /// that it was sent in. `extra`: writes that happen with it or not at all.
     pub(crate) async fn create(
         &self,
-        resource: &Resource,
+        asked: &'static Resource,
         mut object: Object,
         extra: Txn,
         dry_run: bool,
     ) -> Result<Object, ApiError> {
+        let resource = convert::storage(asked);
         let metadata = &mut object["metadata"];
         metadata["uid"] = uid().into();
         metadata["creationTimestamp"] = now().into();
@@ -150,7 +153,7 @@ impl Registry {
             // What is read back has the defaults of what was written.
             defaults::set_defaults(resource, &mut object);
             shape::store(&mut object, resource.type_id);
-            let errors = validate::validate_create(resource, &object);
+            let errors = validate::validate_create(asked, &object);
             let name = object["metadata"]["name"]
                 .as_str()
                 .unwrap_or_default()
@@ -211,14 +214,14 @@ impl Registry {
     }
 
     /// Changes an object by `change`, which sees it as it stands; tried again when others change it meanwhile,
-    /// unless the new object names the version that it was made from.
+    /// unless the new object names the version that it was made from. `asked` is the version in which it was sent.
     #[allow(
         clippy::too_many_arguments,
         reason = "each says another thing about one write"
     )]
     pub(crate) async fn update(
         &self,
-        resource: &'static Resource,
+        asked: &'static Resource,
         namespace: Option<&str>,
         name: &str,
         part: Part,
@@ -226,6 +229,7 @@ impl Registry {
         track: Option<&ApplyOptions<'_>>,
         mut change: impl FnMut(&Object) -> Result<Object, ApiError>,
     ) -> Result<Object, ApiError> {
+        let resource = convert::storage(asked);
         let key = key(resource, namespace, Some(name));
         for _ in 0..TRIES {
             let kv = self.get_stored(resource, namespace, name).await?;
@@ -268,14 +272,17 @@ impl Registry {
             }
             keep_system_fields(&old, &mut new);
             match part {
-                Part::Main => strategy::prepare_for_update(resource, &old, &mut new),
+                Part::Main => {
+                    admission::admit_update(resource, &mut new);
+                    strategy::prepare_for_update(resource, &old, &mut new);
+                }
                 Part::Status => strategy::prepare_for_status_update(resource, &old, &mut new),
                 Part::Raw => {}
             }
             defaults::set_defaults(resource, &mut new);
             shape::store(&mut new, resource.type_id);
             let errors = match part {
-                Part::Main => validate::validate_update(resource, &old, &new),
+                Part::Main => validate::validate_update(asked, &old, &new),
                 Part::Status => validate::validate_status_update(resource, &old, &new),
                 Part::Raw => Vec::new(),
             };
@@ -414,6 +421,8 @@ fn keep_system_fields(old: &Object, new: &mut Object) {
         let given = metadata
             .get(field)
             .is_some_and(|value| !value.is_null() && value != "");
+        // When it was made is not the client's to say.
+        let given = given && field != "creationTimestamp";
         match old["metadata"].get(field) {
             // An immutable field that was given another value is for validation to refuse.
             Some(value) if !given => metadata[field] = value.clone(),

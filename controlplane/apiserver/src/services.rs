@@ -26,8 +26,13 @@ fn address_key(address: Ipv4Addr) -> Bytes {
     format!("/registry/ranges/serviceips/{address}").into()
 }
 
-fn port_key(protocol: &str, port: u16) -> Bytes {
+fn port_key(protocol: &str, port: u64) -> Bytes {
     format!("/registry/ranges/servicenodeports/{protocol}/{port}").into()
+}
+
+/// A port's port at the nodes; 0 where it has none.
+fn node_port(port: &Value) -> u64 {
+    port["nodePort"].as_u64().unwrap_or(0)
 }
 
 /// What a Service of this shape holds on to.
@@ -42,14 +47,14 @@ fn held(service: &Object) -> Vec<Bytes> {
     for port in service["spec"]["ports"].as_array().into_iter().flatten() {
         let protocol = port["protocol"].as_str().unwrap_or("TCP");
         if let Some(number) = port["nodePort"].as_u64().filter(|number| *number > 0) {
-            keys.push(port_key(protocol, number as u16));
+            keys.push(port_key(protocol, number));
         }
     }
     if let Some(number) = service["spec"]["healthCheckNodePort"]
         .as_u64()
         .filter(|number| *number > 0)
     {
-        keys.push(port_key("TCP", number as u16));
+        keys.push(port_key("TCP", number));
     }
     keys.sort();
     keys.dedup();
@@ -178,6 +183,14 @@ impl Allocator {
             .to_owned();
         let address = match asked.or(kept) {
             Some(address) => {
+                if address.parse::<std::net::Ipv6Addr>().is_ok() {
+                    let error = FieldError::invalid(
+                        "spec.clusterIPs[0]",
+                        json!([address]),
+                        "IPv6 is not configured on this cluster",
+                    );
+                    return Err(ApiError::invalid("Service", "", &name, &[error]));
+                }
                 if let Ok(parsed) = address.parse::<Ipv4Addr>() {
                     if !self.usable(parsed) && !before.contains(&address_key(parsed)) {
                         let detail = format!(
@@ -185,7 +198,7 @@ impl Allocator {
                             self.cidr
                         );
                         let error =
-                            FieldError::invalid("spec.clusterIPs", &json!([address]), &detail);
+                            FieldError::invalid("spec.clusterIPs", json!([address]), &detail);
                         return Err(ApiError::invalid("Service", "", &name, &[error]));
                     }
                 }
@@ -256,7 +269,7 @@ impl Allocator {
         for index in 0..count {
             let port = service["spec"]["ports"][index].clone();
             let protocol = port["protocol"].as_str().unwrap_or("TCP").to_owned();
-            let mut number = port["nodePort"].as_u64().unwrap_or(0) as u16;
+            let mut number = node_port(&port);
             if !wanted {
                 // A change to ClusterIP drops what was allocated, not what the user asks for (validation refuses that).
                 let was = old_ports
@@ -279,13 +292,18 @@ impl Allocator {
                     .into_iter()
                     .flatten()
                     .find(same)
-                    .and_then(|p| p["nodePort"].as_u64())
-                    .unwrap_or(0) as u16;
+                    .map_or(0, node_port);
             }
             let path = format!("spec.ports[{index}].nodePort");
+            let refused = |detail: &str| {
+                let error = FieldError::invalid(path.clone(), number, detail);
+                Err(PortError::Field(error))
+            };
             if number == 0 {
-                number = self.free_port(store, &protocol, &chosen).await?;
-            } else if !self.ports.contains(&number)
+                number = self.free_port(store, &protocol, &chosen).await?.into();
+            } else if chosen.contains(&port_key(&protocol, number)) {
+                return refused("provided port is already allocated");
+            } else if !u16::try_from(number).is_ok_and(|number| self.ports.contains(&number))
                 && !before.contains(&port_key(&protocol, number))
             {
                 let detail = format!(
@@ -293,11 +311,7 @@ impl Allocator {
                     self.ports.start(),
                     self.ports.end()
                 );
-                return Err(PortError::Field(FieldError::invalid(
-                    path,
-                    &json!(number),
-                    &detail,
-                )));
+                return refused(&detail);
             }
             chosen.push(port_key(&protocol, number));
             service["spec"]["ports"][index]["nodePort"] = number.into();
@@ -331,7 +345,7 @@ impl Allocator {
             let path = format!("spec.{FIELD}");
             return Err(PortError::Field(FieldError::invalid(
                 path,
-                &json!(port),
+                json!(port),
                 &detail,
             )));
         }
@@ -347,7 +361,7 @@ impl Allocator {
     ) -> Result<u16, PortError> {
         let random = (0..RANDOM_TRIES).map(|_| rand::random_range(self.ports.clone()));
         for port in random.chain(self.ports.clone()) {
-            let key = port_key(protocol, port);
+            let key = port_key(protocol, port.into());
             if !chosen.contains(&key) && store.get(&key).await.map_err(ApiError::from)?.is_none() {
                 return Ok(port);
             }
@@ -373,7 +387,7 @@ fn taken(key: &Bytes, service: &Object) -> FieldError {
     let last = key.rsplit('/').next().unwrap_or_default();
     if key.contains("/serviceips/") {
         let detail = format!("failed to allocate IP {last}: provided IP is already allocated");
-        return FieldError::invalid("spec.clusterIPs", &json!([last]), &detail);
+        return FieldError::invalid("spec.clusterIPs", json!([last]), &detail);
     }
     let number: u64 = last.parse().unwrap_or(0);
     let ports = service["spec"]["ports"]
@@ -386,7 +400,7 @@ fn taken(key: &Bytes, service: &Object) -> FieldError {
         .unwrap_or(0);
     FieldError::invalid(
         format!("spec.ports[{index}].nodePort"),
-        &json!(number),
+        json!(number),
         "provided port is already allocated",
     )
 }

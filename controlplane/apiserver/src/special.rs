@@ -313,7 +313,7 @@ impl Handler {
             } else {
                 "may not specify a duration larger than 2^32 seconds"
             };
-            let error = FieldError::invalid("spec.expirationSeconds", &json!(seconds), detail);
+            let error = FieldError::invalid("spec.expirationSeconds", json!(seconds), detail);
             return Err(ApiError::invalid(
                 "TokenRequest",
                 "authentication.k8s.io",

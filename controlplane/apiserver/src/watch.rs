@@ -274,9 +274,7 @@ pub(crate) fn table(resource: &'static Resource, metadata: Value, objects: &[Obj
     let now = time::OffsetDateTime::now_utc().unix_timestamp();
     let rows: Vec<Value> = objects
         .iter()
-        .map(|object| {
-            json!({"cells": xebec_schema::print::cells(resource, object, now), "object": convert::partial_metadata(object)})
-        })
+        .map(|object| xebec_schema::print::row(resource, object, now))
         .collect();
     json!({
         "kind": "Table", "apiVersion": "meta.k8s.io/v1", "metadata": metadata,

@@ -28,13 +28,13 @@ const FLOOR: &[(&str, usize)] = &[
     ("create", 112),
     ("discovery", 18),
     ("lifecycle", 46),
-    ("list", 39),
+    ("list", 40),
     ("partial", 35),
     ("patch", 39),
     ("request", 8),
     ("semantics", 22),
-    ("table", 1),
-    ("validation", 116),
+    ("table", 43),
+    ("validation", 254),
     ("watch", 8),
 ];
 /// Lines of differences that are shown of one scenario, and of one group.

@@ -9,6 +9,8 @@ use serde_json::{Map, Number, Value};
 
 use crate::Object;
 use crate::json_syntax;
+use crate::limits::{Budget, TooMuch};
+use crate::place::Place;
 use crate::quantity::Quantity;
 use crate::table::{self, Kind, Type, TypeId};
 use crate::times::{self, Precision};
@@ -52,17 +54,21 @@ const FIELD: &str = "\0";
 
 /// Nesting beyond this is refused before it can exhaust the stack.
 const DEEPEST: usize = 500;
+/// Fields that are told of as unknown or doubled.
+const MOST_NOTES: usize = 100;
 
 /// A value of any shape, with duplicate keys noted on the way.
 pub fn parse(body: &[u8], media: Media) -> Result<(Value, Vec<String>), DecodeError> {
     let mut duplicates = Vec::new();
+    let budget = Budget::new();
     let value = match media {
         Media::Json => {
             let mut reader = serde_json::Deserializer::from_slice(body);
             let seed = Noting {
-                path: String::new(),
+                place: Place::ROOT,
                 duplicates: &mut duplicates,
                 depth: 0,
+                budget: &budget,
             };
             let value = seed
                 .deserialize(&mut reader)
@@ -75,9 +81,10 @@ pub fn parse(body: &[u8], media: Media) -> Result<(Value, Vec<String>), DecodeEr
                 std::str::from_utf8(body).map_err(|_| DecodeError("yaml: invalid UTF-8".into()))?;
             let reader = serde_yaml_ng::Deserializer::from_str(text);
             let seed = Noting {
-                path: String::new(),
+                place: Place::ROOT,
                 duplicates: &mut duplicates,
                 depth: 0,
+                budget: &budget,
             };
             seed.deserialize(reader).map_err(|error| {
                 DecodeError(format!("error converting YAML to JSON: yaml: {error}"))
@@ -85,6 +92,20 @@ pub fn parse(body: &[u8], media: Media) -> Result<(Value, Vec<String>), DecodeEr
         }
     };
     Ok((value, duplicates))
+}
+
+/// JSON that no type is known of, as a part of a body that has this budget.
+pub(crate) fn free_form(text: &[u8], budget: &Budget) -> Result<Value, serde_json::Error> {
+    let mut reader = serde_json::Deserializer::from_slice(text);
+    let seed = Noting {
+        place: Place::ROOT,
+        duplicates: &mut Vec::new(),
+        depth: 0,
+        budget,
+    };
+    let value = seed.deserialize(&mut reader)?;
+    reader.end()?;
+    Ok(value)
 }
 
 fn json_error(error: &serde_json::Error, body: &[u8]) -> DecodeError {
@@ -102,17 +123,19 @@ pub fn gvk_of(value: &Value) -> (String, String) {
 }
 
 struct Noting<'a> {
-    path: String,
+    place: Place<'a>,
     duplicates: &'a mut Vec<String>,
     depth: usize,
+    budget: &'a Budget,
 }
 
 impl<'de> DeserializeSeed<'de> for Noting<'_> {
     type Value = Value;
     fn deserialize<D: serde::Deserializer<'de>>(self, deserializer: D) -> Result<Value, D::Error> {
         if self.depth > DEEPEST {
-            return Err(serde::de::Error::custom("exceeded max depth"));
+            return Err(serde::de::Error::custom(TooMuch::Depth));
         }
+        self.budget.value().map_err(serde::de::Error::custom)?;
         deserializer.deserialize_any(self)
     }
 }
@@ -152,11 +175,11 @@ impl<'de> Visitor<'de> for Noting<'_> {
     fn visit_seq<A: SeqAccess<'de>>(self, mut items: A) -> Result<Value, A::Error> {
         let mut list = Vec::new();
         loop {
-            let path = format!("{}[{}]", self.path, list.len());
             let seed = Noting {
-                path,
+                place: self.place.index(list.len()),
                 duplicates: self.duplicates,
                 depth: self.depth + 1,
+                budget: self.budget,
             };
             match items.next_element_seed(seed)? {
                 Some(item) => list.push(item),
@@ -165,18 +188,21 @@ impl<'de> Visitor<'de> for Noting<'_> {
         }
     }
     fn visit_map<A: MapAccess<'de>>(self, mut entries: A) -> Result<Value, A::Error> {
+        self.budget.map().map_err(serde::de::Error::custom)?;
         let mut map = Map::new();
         while let Some(key) = entries.next_key::<Key>()? {
-            let path = join(&self.path, &key.0);
+            let place = self.place.field(&key.0);
             let seed = Noting {
-                path: path.clone(),
+                place,
                 duplicates: self.duplicates,
                 depth: self.depth + 1,
+                budget: self.budget,
             };
             let value = entries.next_value_seed(seed)?;
-            if map.insert(key.0, value).is_some() {
-                self.duplicates.push(format!("duplicate field {path:?}"));
+            if map.contains_key(&key.0) {
+                note(self.duplicates, "duplicate", &place);
             }
+            map.insert(key.0, value);
         }
         Ok(map.into())
     }
@@ -213,11 +239,10 @@ impl<'de> serde::Deserialize<'de> for Key {
     }
 }
 
-fn join(path: &str, key: &str) -> String {
-    if path.is_empty() {
-        key.to_owned()
-    } else {
-        format!("{path}.{key}")
+/// Notes what is wrong with a field. A body can have more such fields than anybody reads of.
+fn note(notes: &mut Vec<String>, what: &str, place: &Place<'_>) {
+    if notes.len() < MOST_NOTES {
+        notes.push(format!("{what} field {:?}", place.to_string()));
     }
 }
 
@@ -251,54 +276,54 @@ pub fn decode(
 pub fn conform(value: &mut Value, ty: TypeId) -> Result<Vec<String>, DecodeError> {
     let mut unknown = Vec::new();
     if !value.is_object() {
-        return Err(mismatch(value, "", &struct_name(table::get(ty))));
+        return Err(mismatch(value, &Place::ROOT, &struct_name(table::get(ty))));
     }
-    check_struct(value, ty, "", &mut unknown)?;
+    check_struct(value, ty, &Place::ROOT, &mut unknown)?;
     Ok(unknown)
 }
 
 fn check_struct(
     value: &mut Value,
     ty: TypeId,
-    path: &str,
+    place: &Place<'_>,
     unknown: &mut Vec<String>,
 ) -> Result<(), DecodeError> {
     let ty = table::get(ty);
     let Some(map) = value.as_object_mut() else {
-        return Err(mismatch(value, path, &struct_name(ty)));
+        return Err(mismatch(value, place, &struct_name(ty)));
     };
     let mut error = None;
     map.retain(|key, value| {
         if error.is_some() {
             return true;
         }
-        let path = join(path, key);
+        let place = place.field(key);
         let Some(field) = ty.field(key) else {
             // A type without fields of its own (a raw extension) takes anything.
             if ty.fields.is_empty() {
                 return true;
             }
-            unknown.push(format!("unknown field {path:?}"));
+            note(unknown, "unknown", &place);
             return false;
         };
         if value.is_null() {
             return false;
         }
-        error = check(value, &field.kind, &path, unknown)
+        error = check(value, &field.kind, &place, unknown)
             .err()
-            .map(|error| name_field(error, ty.name, &path));
+            .map(|error| name_field(error, ty.name, &place));
         true
     });
     error.map_or(Ok(()), Err)
 }
 
 /// Go names the innermost struct and the way to its field, without list indices.
-fn name_field(error: DecodeError, ty: &str, path: &str) -> DecodeError {
+fn name_field(error: DecodeError, ty: &str, place: &Place<'_>) -> DecodeError {
     if !error.0.contains(FIELD) {
         return error;
     }
     let mut way = ty.rsplit('.').next().unwrap_or_default().to_owned();
-    for part in path.split('.') {
+    for part in place.to_string().split('.') {
         way.push('.');
         way.push_str(part.split('[').next().unwrap_or_default());
     }
@@ -308,10 +333,10 @@ fn name_field(error: DecodeError, ty: &str, path: &str) -> DecodeError {
 fn check(
     value: &mut Value,
     kind: &Kind,
-    path: &str,
+    place: &Place<'_>,
     unknown: &mut Vec<String>,
 ) -> Result<(), DecodeError> {
-    let bad = |value: &Value, go: &str| Err(mismatch(value, path, go));
+    let bad = |value: &Value, go: &str| Err(mismatch(value, place, go));
     match kind {
         Kind::Any => {}
         Kind::String if !value.is_string() => return bad(value, "string"),
@@ -377,7 +402,7 @@ fn check(
                     *item = zero(inner);
                     continue;
                 }
-                check(item, inner, &format!("{path}[{index}]"), unknown)?;
+                check(item, inner, &place.index(index), unknown)?;
             }
         }
         Kind::Map(inner) => {
@@ -389,10 +414,10 @@ fn check(
                     *item = zero(inner);
                     continue;
                 }
-                check(item, inner, &join(path, key), unknown)?;
+                check(item, inner, &place.field(key), unknown)?;
             }
         }
-        Kind::Struct(ty) => check_struct(value, *ty, path, unknown)?,
+        Kind::Struct(ty) => check_struct(value, *ty, place, unknown)?,
         _ => {}
     }
     Ok(())
@@ -449,7 +474,7 @@ fn struct_name(ty: &Type) -> String {
     format!("{version}.{name}")
 }
 
-fn mismatch(value: &Value, path: &str, go: &str) -> DecodeError {
+fn mismatch(value: &Value, place: &Place<'_>, go: &str) -> DecodeError {
     let found = match value {
         Value::Null => "null",
         Value::Bool(_) => "bool",
@@ -458,7 +483,7 @@ fn mismatch(value: &Value, path: &str, go: &str) -> DecodeError {
         Value::Array(_) => "array",
         Value::Object(_) => "object",
     };
-    if path.is_empty() {
+    if place.is_root() {
         return DecodeError(format!(
             "json: cannot unmarshal {found} into Go value of type {go}"
         ));
@@ -472,6 +497,23 @@ fn mismatch(value: &Value, path: &str, go: &str) -> DecodeError {
 mod tests {
     use super::*;
     use serde_json::json;
+
+    #[test]
+    fn a_small_body_cannot_become_a_huge_object() {
+        let ty = table::type_of_kind("", "v1", "Pod").unwrap();
+        let body = format!(
+            "{{\"spec\":{{\"containers\":[{}{{}}]}}}}",
+            "{},".repeat(900_000)
+        );
+        let refused = decode(body.as_bytes(), Media::Json, ty, FieldValidation::Ignore);
+        let told = refused.unwrap_err().to_string();
+        assert!(told.contains("too many fields and items"), "{told}");
+        // A long key is not copied for each of the many values below it.
+        let key = "k".repeat(1_000_000);
+        let body = format!("{{\"{key}\":[{}0]}}", "0,".repeat(400_000));
+        let (value, _) = parse(body.as_bytes(), Media::Json).unwrap();
+        assert_eq!(value[&key].as_array().unwrap().len(), 400_001);
+    }
 
     fn pod(body: &str, validation: FieldValidation) -> Result<Decoded, DecodeError> {
         decode(

@@ -1,6 +1,6 @@
 //! Validation errors in the words of apimachinery's `field.Error`.
 
-use serde_json::Value;
+use std::fmt::Display;
 
 /// One thing that is wrong with an object.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -23,7 +23,7 @@ impl FieldError {
     }
 
     /// The value breaks a rule.
-    pub fn invalid(field: impl Into<String>, value: &Value, detail: &str) -> Self {
+    pub fn invalid(field: impl Into<String>, value: impl Display, detail: &str) -> Self {
         Self::new(
             "FieldValueInvalid",
             field,
@@ -42,7 +42,7 @@ impl FieldError {
     }
 
     /// The value is none of those that are known.
-    pub fn not_supported(field: impl Into<String>, value: &Value, known: &[&str]) -> Self {
+    pub fn not_supported(field: impl Into<String>, value: impl Display, known: &[&str]) -> Self {
         let known: Vec<String> = known.iter().map(|known| format!("{known:?}")).collect();
         let message = format!(
             "Unsupported value: {value}: supported values: {}",
@@ -57,11 +57,21 @@ impl FieldError {
     }
 
     /// The value stands twice where it may stand once.
-    pub fn duplicate(field: impl Into<String>, value: &Value) -> Self {
+    pub fn duplicate(field: impl Into<String>, value: impl Display) -> Self {
         Self::new(
             "FieldValueDuplicate",
             field,
             format!("Duplicate value: {value}"),
+        )
+    }
+
+    /// The value refers to what there is none of.
+    pub fn not_found(field: impl Into<String>, value: impl Display, detail: &str) -> Self {
+        let colon = if detail.is_empty() { "" } else { ": " };
+        Self::new(
+            "FieldValueNotFound",
+            field,
+            format!("Not found: {value}{colon}{detail}"),
         )
     }
 

@@ -5,6 +5,7 @@ use time::OffsetDateTime;
 use time::format_description::well_known::Rfc3339;
 use time::macros::format_description;
 
+use crate::limits::{Budget, TooMuch};
 use crate::shape;
 use crate::table::{self, Kind, TypeId};
 
@@ -12,6 +13,20 @@ use crate::table::{self, Kind, TypeId};
 const MAGIC: &[u8] = b"k8s\0";
 /// Nesting beyond this is refused before it can exhaust the stack.
 const DEEPEST: usize = 100;
+
+/// How deep a message lies in its body, and what the body's values may still cost.
+#[derive(Clone, Copy)]
+struct Limits<'a> {
+    depth: usize,
+    budget: &'a Budget,
+}
+
+impl Limits<'_> {
+    fn deeper(self) -> Self {
+        let depth = self.depth + 1;
+        Self { depth, ..self }
+    }
+}
 
 /// Why a body can't be read.
 #[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
@@ -30,6 +45,15 @@ pub enum ProtobufError {
     /// It is no message of its type.
     #[error("proto: {0}")]
     Malformed(&'static str),
+    /// It would cost too much.
+    #[error("proto: {0}")]
+    TooMuch(String),
+}
+
+impl From<TooMuch> for ProtobufError {
+    fn from(error: TooMuch) -> Self {
+        Self::TooMuch(error.to_string())
+    }
 }
 
 use ProtobufError::{End, Malformed};
@@ -73,7 +97,11 @@ pub fn open(body: &[u8]) -> Result<Envelope<'_>, ProtobufError> {
 
 /// A message of a type as the object that JSON would say.
 pub fn decode(message: &[u8], ty: TypeId) -> Result<Value, ProtobufError> {
-    let mut value = structure(message, ty, 0)?;
+    let limits = Limits {
+        depth: 0,
+        budget: &Budget::new(),
+    };
+    let mut value = structure(message, ty, limits)?;
     // The encoding has no absent texts and numbers; what stands for absent ones goes.
     shape::complete(&mut value, ty);
     Ok(value)
@@ -142,9 +170,10 @@ fn text(bytes: &[u8]) -> Result<String, ProtobufError> {
     String::from_utf8(bytes.to_vec()).map_err(|_| Malformed("a string is not UTF-8"))
 }
 
-fn structure(message: &[u8], ty: TypeId, depth: usize) -> Result<Value, ProtobufError> {
+fn structure(message: &[u8], ty: TypeId, limits: Limits<'_>) -> Result<Value, ProtobufError> {
+    limits.budget.map()?;
     let mut map = Map::new();
-    read_into(&mut map, message, ty, &[], depth)?;
+    read_into(&mut map, message, ty, &[], limits)?;
     Ok(Value::Object(map))
 }
 
@@ -154,10 +183,10 @@ fn read_into(
     message: &[u8],
     ty: TypeId,
     outer: &[u32],
-    depth: usize,
+    limits: Limits<'_>,
 ) -> Result<(), ProtobufError> {
-    if depth > DEEPEST {
-        return Err(Malformed("exceeded max depth"));
+    if limits.depth > DEEPEST {
+        return Err(TooMuch::Depth.into());
     }
     let types = &table::get(ty).fields;
     for entry in fields(message) {
@@ -169,7 +198,9 @@ fn read_into(
             let within = [outer, &[number]].concat();
             let embeds = types.iter().any(|field| field.outer.starts_with(&within));
             match wire {
-                Wire::Bytes(bytes) if embeds => read_into(map, bytes, ty, &within, depth + 1)?,
+                Wire::Bytes(bytes) if embeds => {
+                    read_into(map, bytes, ty, &within, limits.deeper())?
+                }
                 // What a newer client knows and this server does not is left out, but not what it knows in JSON.
                 _ if types
                     .iter()
@@ -185,16 +216,16 @@ fn read_into(
             Kind::List(inner) => {
                 let items = map.entry(field.name).or_insert_with(|| json!([]));
                 if let Some(items) = items.as_array_mut() {
-                    many(&wire, inner, depth, items)?;
+                    many(&wire, inner, limits, items)?;
                 }
             }
             Kind::Map(inner) => {
-                let (key, value) = entry_of(&wire, inner, depth)?;
+                let (key, value) = entry_of(&wire, inner, limits)?;
                 let entries = map.entry(field.name).or_insert_with(|| json!({}));
                 entries[key] = value;
             }
             kind => {
-                let value = one(&wire, kind, depth)?;
+                let value = one(&wire, kind, limits)?;
                 map.insert(field.name.to_owned(), value);
             }
         }
@@ -211,22 +242,26 @@ fn is_type_meta(name: &str) -> bool {
 fn many(
     wire: &Wire<'_>,
     kind: &Kind,
-    depth: usize,
+    limits: Limits<'_>,
     items: &mut Vec<Value>,
 ) -> Result<(), ProtobufError> {
     if let (Wire::Bytes(packed), Kind::Int32 | Kind::Int64 | Kind::Boolean) = (wire, kind) {
         let mut packed = *packed;
         while !packed.is_empty() {
             let number = Wire::Number(varint(&mut packed)?);
-            items.push(one(&number, kind, depth)?);
+            items.push(one(&number, kind, limits)?);
         }
         return Ok(());
     }
-    items.push(one(wire, kind, depth)?);
+    items.push(one(wire, kind, limits)?);
     Ok(())
 }
 
-fn entry_of(wire: &Wire<'_>, kind: &Kind, depth: usize) -> Result<(String, Value), ProtobufError> {
+fn entry_of(
+    wire: &Wire<'_>,
+    kind: &Kind,
+    limits: Limits<'_>,
+) -> Result<(String, Value), ProtobufError> {
     let Wire::Bytes(message) = wire else {
         return Err(Malformed("wrong wireType of a map's entry"));
     };
@@ -234,15 +269,16 @@ fn entry_of(wire: &Wire<'_>, kind: &Kind, depth: usize) -> Result<(String, Value
     for entry in fields(message) {
         match entry? {
             (1, Wire::Bytes(bytes)) => key = text(bytes)?,
-            (2, wire) => value = Some(one(&wire, kind, depth)?),
+            (2, wire) => value = Some(one(&wire, kind, limits)?),
             _ => {}
         }
     }
-    let value = value.map_or_else(|| one(&Wire::Bytes(&[]), kind, depth), Ok)?;
+    let value = value.map_or_else(|| one(&Wire::Bytes(&[]), kind, limits), Ok)?;
     Ok((key, value))
 }
 
-fn one(wire: &Wire<'_>, kind: &Kind, depth: usize) -> Result<Value, ProtobufError> {
+fn one(wire: &Wire<'_>, kind: &Kind, limits: Limits<'_>) -> Result<Value, ProtobufError> {
+    limits.budget.value()?;
     let wrong = Err(Malformed("wrong wireType"));
     Ok(match (kind, wire) {
         (Kind::Boolean, Wire::Number(number)) => (*number != 0).into(),
@@ -256,7 +292,7 @@ fn one(wire: &Wire<'_>, kind: &Kind, depth: usize) -> Result<Value, ProtobufErro
                 .encode(bytes)
                 .into()
         }
-        (Kind::Struct(ty), Wire::Bytes(bytes)) => structure(bytes, *ty, depth + 1)?,
+        (Kind::Struct(ty), Wire::Bytes(bytes)) => structure(bytes, *ty, limits.deeper())?,
         (Kind::Quantity, Wire::Bytes(bytes)) => {
             let mut quantity = String::new();
             for field in fields(bytes) {
@@ -277,8 +313,9 @@ fn one(wire: &Wire<'_>, kind: &Kind, depth: usize) -> Result<Value, ProtobufErro
             let mut value = Value::Null;
             for field in fields(bytes) {
                 if let (1, Wire::Bytes(json)) = field? {
-                    value = serde_json::from_slice(json)
-                        .map_err(|_| Malformed("a raw value is not JSON"))?;
+                    value = crate::decode::free_form(json, limits.budget).map_err(|_| {
+                        Malformed("a raw value is not JSON, or has too many values")
+                    })?;
                 }
             }
             value
@@ -288,7 +325,7 @@ fn one(wire: &Wire<'_>, kind: &Kind, depth: usize) -> Result<Value, ProtobufErro
             let mut items = Vec::new();
             for field in fields(bytes) {
                 if let (1, wire) = field? {
-                    many(&wire, inner, depth + 1, &mut items)?;
+                    many(&wire, inner, limits.deeper(), &mut items)?;
                 }
             }
             items.into()
@@ -353,5 +390,59 @@ mod tests {
         let ty = table::type_of_kind("", "v1", "Namespace").unwrap();
         let object = decode(envelope.raw, ty).unwrap();
         assert_eq!(object["metadata"]["name"], "z", "{object}");
+    }
+
+    /// A field with a message's bytes.
+    fn nested(number: u8, inner: &[u8]) -> Vec<u8> {
+        let mut message = vec![number << 3 | 2];
+        let mut length = inner.len();
+        while length > 0x7f {
+            message.push(length as u8 | 0x80);
+            length >>= 7;
+        }
+        message.push(length as u8);
+        message.extend_from_slice(inner);
+        message
+    }
+
+    #[test]
+    fn a_small_body_cannot_become_a_huge_object() {
+        let pod = table::type_of_kind("", "v1", "Pod").unwrap();
+        // Two bytes make a container, which has half a kilobyte of fields that are always written.
+        let spec = [0x12, 0].repeat(1_500_000);
+        let refused = decode(&nested(2, &spec), pod).unwrap_err();
+        assert!(matches!(refused, ProtobufError::TooMuch(_)), "{refused}");
+        // Text that travels as it is costs the same.
+        let raw = format!("[{}0]", "[],".repeat(1_000_000));
+        let revision = table::type_of_kind("apps", "v1", "ControllerRevision").unwrap();
+        let message = nested(2, &nested(1, raw.as_bytes()));
+        assert!(decode(&message, revision).is_err());
+        let message = nested(2, &nested(1, b"{\"a\":[1]}"));
+        let sound = decode(&message, revision).unwrap();
+        assert_eq!(sound["data"]["a"][0], 1);
+    }
+
+    #[test]
+    fn deep_nesting_is_refused_before_the_stack_ends() {
+        let schema = "io.k8s.apiextensions-apiserver.pkg.apis.apiextensions.v1.JSONSchemaProps";
+        let ty = table::type_by_name(schema).unwrap();
+        let not = table::get(ty).field("not").unwrap().number;
+        let mut message = Vec::new();
+        for _ in 0..10_000 {
+            let mut outer = Vec::new();
+            // Field numbers above 15 have a tag of two bytes.
+            let mut tag = u64::from(not) << 3 | 2;
+            for number in [&mut tag, &mut (message.len() as u64)] {
+                while *number > 0x7f {
+                    outer.push(*number as u8 | 0x80);
+                    *number >>= 7;
+                }
+                outer.push(*number as u8);
+            }
+            outer.extend_from_slice(&message);
+            message = outer;
+        }
+        let refused = decode(&message, ty).unwrap_err();
+        assert_eq!(refused.to_string(), "proto: exceeded max depth");
     }
 }

@@ -128,11 +128,13 @@ impl Handler {
                 .await?;
         }
         self.registry.admit_create(stored, &mut object).await?;
-        warnings.extend(warnings::of(stored, &object, None));
+        let found = warnings::of(stored, &object, None);
         let is_service = stored.kind == "Service" && stored.group.is_empty();
         if !is_service {
             let nothing = Txn::default();
-            return self.registry.create(stored, object, nothing, dry).await;
+            let made = self.registry.create(resource, object, nothing, dry).await?;
+            warnings.extend(found);
+            return Ok(made);
         }
         for _ in 0..5 {
             let mut attempt = object.clone();
@@ -140,10 +142,14 @@ impl Handler {
                 .allocator
                 .assign(self.registry.store.as_ref(), None, &mut attempt, dry)
                 .await?;
-            match self.registry.create(stored, attempt, extra, dry).await {
+            match self.registry.create(resource, attempt, extra, dry).await {
                 // Somebody took the same address at the same moment: choose another one.
                 Err(error) if error.code == StatusCode::CONFLICT && error.is_conflict() => {}
-                other => return other,
+                Ok(made) => {
+                    warnings.extend(found);
+                    return Ok(made);
+                }
+                refused => return refused,
             }
         }
         Err(ApiError::unavailable(
@@ -204,7 +210,7 @@ impl Handler {
         let written = self
             .registry
             .update(
-                stored,
+                resource,
                 about.namespace.as_deref(),
                 name,
                 part,

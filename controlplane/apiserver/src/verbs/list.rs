@@ -15,6 +15,7 @@ use xebec_schema::table;
 use xebec_schema::{Object, convert, json_syntax};
 use xebec_store::RangeRequest;
 
+use super::include::Include;
 use super::options;
 use crate::encode::{self, ListHead};
 use crate::error::ApiError;
@@ -54,7 +55,7 @@ fn check_match(query: &Query) -> Result<(), ApiError> {
     }
     if !matches!(matching, "Exact" | "NotOlderThan") {
         let known = ["Exact", "NotOlderThan", ""];
-        errors.push(FieldError::not_supported(FIELD, &json!(matching), &known));
+        errors.push(FieldError::not_supported(FIELD, json!(matching), &known));
     }
     if matching == "Exact" && version == "0" {
         errors.push(forbidden(
@@ -191,7 +192,10 @@ impl Handler {
             convert::convert(&mut object, stored, resource);
             objects.push(object);
         }
-        let list = list_value(&head, call.negotiated.shape, objects);
+        let include = Include::of(call)?;
+        let whole = (include == Include::Whole).then(|| objects.clone());
+        let mut list = list_value(&head, call.negotiated.shape, objects);
+        include.place(&mut list, whole.as_deref());
         Ok(handler::value(StatusCode::OK, &list, call.negotiated.yaml))
     }
 

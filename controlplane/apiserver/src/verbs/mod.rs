@@ -3,6 +3,7 @@
 mod body;
 mod create;
 mod delete;
+mod include;
 mod list;
 mod options;
 mod patch;
@@ -13,6 +14,7 @@ pub(crate) use patch::{PATCH_TYPES, apply_error, patch_manager};
 
 use body::PROTOBUF;
 use http::StatusCode;
+use include::Include;
 use xebec_schema::{Object, convert, warnings};
 
 use crate::encode;
@@ -37,7 +39,8 @@ impl Handler {
         }
         let deprecated = warnings::deprecated(about.resource).map(str::to_owned);
         match self.dispatch(about, call, body).await {
-            Ok(response) => Ok(handler::warn(response, deprecated.as_slice())),
+            // That the kind is deprecated comes before what is said of the object.
+            Ok(response) => Ok(handler::warn_first(response, deprecated.as_slice())),
             Err(mut error) => {
                 error.warnings.splice(0..0, deprecated);
                 Err(error.seen_as(convert::storage(about.resource), about.resource))
@@ -125,7 +128,10 @@ impl Handler {
             convert::storage(about.resource),
             about.resource,
         );
-        let object = shaped(about.resource, call.negotiated.shape, object);
+        let include = Include::of(call)?;
+        let whole = (include == Include::Whole).then(|| vec![object.clone()]);
+        let mut object = shaped(about.resource, call.negotiated.shape, object);
+        include.place(&mut object, whole.as_deref());
         Ok(handler::warn(
             handler::value(status, &object, call.negotiated.yaml),
             warnings,

@@ -29,7 +29,7 @@ fn dry_run_of(given: &[&str], kind: &str) -> Result<bool, ApiError> {
     if given.iter().all(|one| *one == "All") {
         return Ok(!given.is_empty());
     }
-    let error = FieldError::not_supported("dryRun", &json!(given), &["All"]);
+    let error = FieldError::not_supported("dryRun", json!(given), &["All"]);
     Err(invalid(kind, &[error]))
 }
 
@@ -41,7 +41,7 @@ pub(crate) fn validation(query: &Query) -> Result<FieldValidation, ApiError> {
         Some(other) => {
             let error = FieldError::not_supported(
                 "fieldValidation",
-                &json!(other),
+                json!(other),
                 &["Ignore", "Strict", "Warn"],
             );
             Err(invalid("CreateOptions", &[error]))
@@ -188,7 +188,7 @@ pub(crate) fn delete_options(body: &Bytes, call: &Call) -> Result<DeleteOptions,
     if let (Some(policy), Some(_)) = (&asked, orphan) {
         let error = FieldError::invalid(
             "propagationPolicy",
-            &json!(policy),
+            json!(policy),
             "orphanDependents and deletionPropagation cannot be both set",
         );
         return Err(invalid(kind, &[error]));
@@ -199,7 +199,7 @@ pub(crate) fn delete_options(body: &Bytes, call: &Call) -> Result<DeleteOptions,
     {
         let error = FieldError::not_supported(
             "propagationPolicy",
-            &json!(policy),
+            json!(policy),
             &["Foreground", "Background", "Orphan", "nil"],
         );
         return Err(invalid(kind, &[error]));

@@ -187,7 +187,7 @@ impl Handler {
         };
         self.registry
             .update(
-                stored,
+                resource,
                 about.namespace.as_deref(),
                 name,
                 part,
@@ -273,7 +273,7 @@ impl Handler {
         let written = self
             .registry
             .update(
-                stored,
+                resource,
                 about.namespace.as_deref(),
                 name,
                 part,

@@ -8,6 +8,8 @@ use crate::Object;
 
 /// Operations that one patch may have.
 const MOST_OPERATIONS: usize = 10_000;
+/// Bytes by which all copies of one patch may make an object larger: each could double it.
+const MOST_COPIED: usize = 3 * 1024 * 1024;
 
 /// Applies a JSON patch.
 pub fn json_patch(object: &Object, patch: &[u8]) -> Result<Object, PatchError> {
@@ -25,11 +27,14 @@ pub fn json_patch(object: &Object, patch: &[u8]) -> Result<Object, PatchError> {
         )));
     }
     let mut result = object.clone();
+    let mut copied = 0;
     for operation in operations {
-        apply(&mut result, operation).ok_or_else(rejected)?;
+        apply(&mut result, operation, &mut copied).ok_or_else(rejected)?;
     }
     Ok(result)
 }
+
+static NULL: Value = Value::Null;
 
 fn rejected() -> PatchError {
     PatchError::Unprocessable(
@@ -37,8 +42,21 @@ fn rejected() -> PatchError {
     )
 }
 
-/// One operation; none where it does not fit.
-fn apply(object: &mut Value, operation: &Value) -> Option<()> {
+/// Roughly the bytes of a value.
+fn weight(value: &Value) -> usize {
+    match value {
+        Value::Null | Value::Bool(_) | Value::Number(_) => 8,
+        Value::String(text) => text.len() + 8,
+        Value::Array(items) => items.iter().map(weight).sum::<usize>() + 8,
+        Value::Object(map) => {
+            let entries = map.iter().map(|(key, value)| key.len() + 8 + weight(value));
+            entries.sum::<usize>() + 8
+        }
+    }
+}
+
+/// One operation; none where it does not fit. `copied`: what was copied before.
+fn apply(object: &mut Value, operation: &Value, copied: &mut usize) -> Option<()> {
     let value = || operation.get("value").cloned().unwrap_or(Value::Null);
     let path = operation["path"].as_str();
     let from = operation["from"].as_str();
@@ -52,9 +70,11 @@ fn apply(object: &mut Value, operation: &Value) -> Option<()> {
         }
         "copy" => {
             let value = read(object, from?)?;
+            *copied += weight(value);
+            let value = (*copied <= MOST_COPIED).then(|| value.clone())?;
             add(object, path?, value)
         }
-        "test" => (read(object, path?)? == value()).then_some(()),
+        "test" => (read(object, path?)? == operation.get("value").unwrap_or(&NULL)).then_some(()),
         _ => None,
     }
 }
@@ -93,14 +113,14 @@ fn index(text: &str, length: usize) -> Option<usize> {
 }
 
 /// The value there; a key that a map does not have is null.
-fn read(object: &mut Value, pointer: &str) -> Option<Value> {
+fn read<'a>(object: &'a mut Value, pointer: &str) -> Option<&'a Value> {
     if pointer.is_empty() {
-        return Some(object.clone());
+        return Some(object);
     }
     let (container, last) = parent(object, pointer)?;
     match container {
-        Value::Object(map) => Some(map.get(&last).cloned().unwrap_or(Value::Null)),
-        Value::Array(items) => items.get(index(&last, items.len())?).cloned(),
+        Value::Object(map) => Some(map.get(&last).unwrap_or(&NULL)),
+        Value::Array(items) => items.get(index(&last, items.len())?),
         _ => None,
     }
 }
@@ -164,6 +184,17 @@ mod tests {
     fn patched(operation: Value) -> Result<Value, PatchError> {
         let object = json!({"a": [1, 2], "b": {"c": 1, "~/": 5}});
         json_patch(&object, json!([operation]).to_string().as_bytes())
+    }
+
+    #[test]
+    fn copies_cannot_double_an_object_without_end() {
+        let copy = |from: &str, path: &str| json!({"op": "copy", "from": from, "path": path});
+        let mut patch = vec![json!({"op": "add", "path": "/d", "value": {"a": "x".repeat(1000)}})];
+        patch.extend((0..60).map(|number| copy("/d", &format!("/d/{number}"))));
+        let refused = json_patch(&json!({}), json!(patch).to_string().as_bytes());
+        assert_eq!(refused.unwrap_err(), rejected());
+        let few = &patch[..5];
+        assert!(json_patch(&json!({}), json!(few).to_string().as_bytes()).is_ok());
     }
 
     #[test]

@@ -54,11 +54,55 @@ fn remove(object: &mut Object, key: &str) {
     }
 }
 
+/// Fields of features that are still off by default are dropped where no object has them yet.
+fn drop_disabled(resource: &Resource, object: &mut Object, old: Option<&Object>) {
+    let unused = |path: &dyn Fn(&Object) -> bool| old.is_none_or(|old| !path(old));
+    match (resource.group, resource.kind) {
+        ("coordination.k8s.io", "Lease") => {
+            for field in ["preferredHolder", "strategy"] {
+                if unused(&|old| !old["spec"][field].is_null()) {
+                    if let Some(spec) = object["spec"].as_object_mut() {
+                        spec.remove(field);
+                    }
+                }
+            }
+        }
+        ("", "Pod") if unused(&has_stop_signal) => {
+            for list in ["containers", "initContainers"] {
+                let containers = object["spec"].get_mut(list);
+                let containers = containers.and_then(Value::as_array_mut);
+                containers.into_iter().flatten().for_each(drop_stop_signal);
+            }
+        }
+        _ => {}
+    }
+}
+
+fn has_stop_signal(pod: &Object) -> bool {
+    let lists = ["containers", "initContainers"].into_iter();
+    lists
+        .flat_map(|list| pod["spec"][list].as_array().into_iter().flatten())
+        .any(|container| !container["lifecycle"]["stopSignal"].is_null())
+}
+
+fn drop_stop_signal(container: &mut Value) {
+    let Some(map) = container.as_object_mut() else {
+        return;
+    };
+    if let Some(Value::Object(lifecycle)) = map.get_mut("lifecycle") {
+        let had = lifecycle.remove("stopSignal").is_some();
+        if had && lifecycle.is_empty() {
+            map.remove("lifecycle");
+        }
+    }
+}
+
 /// Before an object is stored for the first time.
 pub fn prepare_for_create(resource: &Resource, object: &mut Object) {
     if has_status(resource) && !(resource.group.is_empty() && resource.kind == "Node") {
         remove(object, "status");
     }
+    drop_disabled(resource, object, None);
     match (resource.group, resource.kind) {
         ("", "Pod") => {
             object["status"] = json!({"phase": "Pending", "qosClass": qos_class(&object["spec"])});
@@ -130,6 +174,7 @@ pub fn prepare_for_update(resource: &Resource, old: &Object, new: &mut Object) {
             None => remove(new, "status"),
         }
     }
+    drop_disabled(resource, new, Some(old));
     if resource.kind == "Secret" {
         merge_string_data(new);
     }

@@ -18,7 +18,8 @@ fn has_node_ports(spec: &Value) -> bool {
     }
 }
 
-fn is_external(spec: &Value) -> bool {
+/// Whether clients outside the cluster can reach it.
+pub fn is_external(spec: &Value) -> bool {
     let addresses = spec["externalIPs"].as_array();
     matches!(kind(spec), "NodePort" | "LoadBalancer")
         || kind(spec) == "ClusterIP" && addresses.is_some_and(|all| !all.is_empty())

@@ -1,80 +1,64 @@
 //! Validation: object metadata of every kind, and the specs of the kinds that the cluster itself runs on.
+//!
+//! Places, words and order of the errors are those of the real server, also where it is odd.
 
+mod address;
+mod at;
+mod data;
+mod endpoints;
+mod event;
+mod metadata;
 pub mod names;
-mod network;
+mod network_policy;
+mod node;
 mod pod;
 mod policy;
+mod service;
 mod status;
 mod workload;
 
-use serde_json::{Value, json};
+use at::{At, Errors};
 
 use crate::Object;
 use crate::field_error::FieldError;
 use crate::table::Resource;
 
-/// Bytes that all annotations of an object may have together.
-const ANNOTATIONS_LIMIT: usize = 256 * 1024;
-/// Bytes that a ConfigMap's or Secret's values may have together.
-const DATA_LIMIT: usize = 1024 * 1024;
-
-/// The rule for names of this resource.
-fn name_rule(resource: &Resource) -> fn(&str) -> Vec<String> {
-    match (resource.group, resource.plural) {
-        ("", "namespaces") => names::dns1123_label,
-        ("", "services") => names::dns1123_label,
-        ("rbac.authorization.k8s.io", _) => names::path_segment,
-        ("certificates.k8s.io", _) => names::dns1123_subdomain,
-        _ => names::dns1123_subdomain,
-    }
-}
-
-/// What is wrong with a new object.
+/// What is wrong with a new object, which is in the form in which it is stored; `resource` is how it was asked for.
 pub fn validate_create(resource: &Resource, object: &Object) -> Vec<FieldError> {
-    let mut errors = Vec::new();
-    metadata(resource, object, &mut errors);
-    spec(resource, object, &mut errors);
+    let mut errors = Errors::new();
+    metadata::validate(resource, object, &mut errors);
+    spec(resource, object, true, &mut errors);
+    match (resource.group, resource.kind) {
+        ("", "Pod") => pod::create(&At::object(object).field("spec"), &mut errors),
+        ("events.k8s.io", "Event") => event::newer(object, &mut errors),
+        _ => {}
+    }
     errors
 }
 
 /// What is wrong with a changed object, also against what it was.
 pub fn validate_update(resource: &Resource, old: &Object, new: &Object) -> Vec<FieldError> {
-    let mut errors = Vec::new();
+    let mut errors = Errors::new();
     // The real server looks at what may not change for every kind, and again for each.
-    metadata_update(old, new, &mut errors);
-    metadata(resource, new, &mut errors);
-    metadata_update(old, new, &mut errors);
-    spec(resource, new, &mut errors);
+    metadata::validate_update(old, new, &mut errors);
+    metadata::validate(resource, new, &mut errors);
+    metadata::validate_update(old, new, &mut errors);
+    spec(resource, new, false, &mut errors);
     match (resource.group, resource.kind) {
         ("", "Pod") => pod::update(old, new, &mut errors),
-        ("", "Service") => network::service_update(old, new, &mut errors),
+        ("", "Node") => node::update(old, new, &mut errors),
+        ("", "Service") => service::update(old, new, &mut errors),
+        ("", "ConfigMap") => data::update(old, new, &mut errors),
+        ("", "Secret") => {
+            data::update(old, new, &mut errors);
+            immutable(old, new, &["type"], &mut errors);
+        }
+        ("events.k8s.io", "Event") => event::newer_update(old, new, &mut errors),
         ("apps", "Deployment" | "ReplicaSet" | "DaemonSet" | "StatefulSet") => {
             immutable(old, new, &["spec", "selector"], &mut errors);
         }
         ("apps", "ControllerRevision") => immutable(old, new, &["data"], &mut errors),
         ("batch", "Job") => immutable(old, new, &["spec", "completionMode"], &mut errors),
-        ("", "ConfigMap" | "Secret") => {
-            if old["immutable"] == true {
-                let changed = |key: &str| old[key] != new[key];
-                if new["immutable"] != true {
-                    errors.push(FieldError::forbidden(
-                        "immutable",
-                        "field is immutable when `immutable` is set",
-                    ));
-                }
-                for key in ["data", "binaryData"] {
-                    if changed(key) {
-                        errors.push(FieldError::forbidden(
-                            key,
-                            "field is immutable when `immutable` is set",
-                        ));
-                    }
-                }
-            }
-            if resource.kind == "Secret" {
-                immutable(old, new, &["type"], &mut errors);
-            }
-        }
         ("rbac.authorization.k8s.io", "RoleBinding" | "ClusterRoleBinding")
             if old["roleRef"] != new["roleRef"] =>
         {
@@ -92,14 +76,18 @@ pub fn validate_update(resource: &Resource, old: &Object, new: &Object) -> Vec<F
 
 /// What is wrong with a changed status.
 pub fn validate_status_update(resource: &Resource, old: &Object, new: &Object) -> Vec<FieldError> {
-    let mut errors = Vec::new();
-    metadata_update(old, new, &mut errors);
-    metadata_update(old, new, &mut errors);
-    status::validate(resource, new, &mut errors);
+    let mut errors = Errors::new();
+    metadata::validate_update(old, new, &mut errors);
+    metadata::validate_update(old, new, &mut errors);
+    match (resource.group, resource.kind) {
+        ("", "Pod") => pod::status_update(old, new, &mut errors),
+        ("", "Node") => node::status(new, &mut errors),
+        _ => status::validate(resource, new, &mut errors),
+    }
     errors
 }
 
-fn immutable(old: &Object, new: &Object, path: &[&str], errors: &mut Vec<FieldError>) {
+fn immutable(old: &Object, new: &Object, path: &[&str], errors: &mut Errors) {
     let find = |object: &Object| {
         path.iter()
             .fold(object.clone(), |value, key| value[*key].clone())
@@ -114,289 +102,40 @@ fn immutable(old: &Object, new: &Object, path: &[&str], errors: &mut Vec<FieldEr
     }
 }
 
-/// `ValidateObjectMeta`.
-fn metadata(resource: &Resource, object: &Object, errors: &mut Vec<FieldError>) {
-    let metadata = &object["metadata"];
-    let text = |key: &str| metadata[key].as_str().unwrap_or_default();
-    let rule = name_rule(resource);
-    let generate = text("generateName");
-    if !generate.is_empty() {
-        // A name's end is still to come, so a separator may stand last here.
-        for message in rule(generate.trim_end_matches(['-', '.']))
-            .into_iter()
-            .filter(|_| !generate.trim_end_matches(['-', '.']).is_empty())
-        {
-            errors.push(FieldError::invalid(
-                "metadata.generateName",
-                &json!(generate),
-                &message,
-            ));
+/// What is wrong with what an object says itself. `new`: it is not stored yet.
+fn spec(resource: &Resource, object: &Object, new: bool, errors: &mut Errors) {
+    match (resource.group, resource.kind) {
+        ("", "Pod") => pod::spec(&At::named("spec", &object["spec"]), errors),
+        ("", "PodTemplate") => {
+            workload::template(&At::named("template", &object["template"]), errors);
         }
-    }
-    let name = text("name");
-    if name.is_empty() {
-        errors.push(FieldError::required(
-            "metadata.name",
-            "name or generateName is required",
-        ));
-    } else {
-        errors.extend(
-            rule(name)
-                .iter()
-                .map(|message| FieldError::invalid("metadata.name", &json!(name), message)),
-        );
-    }
-    let namespace = text("namespace");
-    if resource.namespaced && namespace.is_empty() {
-        errors.push(FieldError::required("metadata.namespace", ""));
-    } else if resource.namespaced {
-        let messages = names::dns1123_label(namespace);
-        errors.extend(
-            messages
-                .iter()
-                .map(|m| FieldError::invalid("metadata.namespace", &json!(namespace), m)),
-        );
-    } else if !namespace.is_empty() {
-        errors.push(FieldError::forbidden(
-            "metadata.namespace",
-            "not allowed on this type",
-        ));
-    }
-    labels("metadata.labels", &metadata["labels"], errors);
-    let mut total = 0;
-    for (key, value) in metadata["annotations"].as_object().into_iter().flatten() {
-        total += key.len() + value.as_str().map_or(0, str::len);
-        for message in names::qualified_name(&key.to_lowercase()) {
-            errors.push(FieldError::invalid(
-                "metadata.annotations",
-                &json!(key),
-                &message,
-            ));
-        }
-    }
-    if total > ANNOTATIONS_LIMIT {
-        errors.push(FieldError::too_long(
-            "metadata.annotations",
-            ANNOTATIONS_LIMIT,
-        ));
-    }
-    let mut controllers = 0;
-    for (index, owner) in metadata["ownerReferences"]
-        .as_array()
-        .into_iter()
-        .flatten()
-        .enumerate()
-    {
-        let path = |field: &str| format!("metadata.ownerReferences[{index}].{field}");
-        for field in ["apiVersion", "kind", "name", "uid"] {
-            if owner[field].as_str().unwrap_or_default().is_empty() {
-                errors.push(FieldError::invalid(
-                    path(field),
-                    &owner[field],
-                    "must not be empty",
-                ));
+        ("", "Service") => service::validate(object, errors),
+        ("", "ConfigMap") => data::config_map(object, errors),
+        ("", "Secret") => data::secret(object, errors),
+        ("", "Node") => node::validate(object, errors),
+        ("", "Endpoints") => endpoints::endpoints(object, errors),
+        ("", "Namespace") => {
+            let finalizers = At::named("spec.finalizers", &object["spec"]["finalizers"]);
+            for finalizer in finalizers.items() {
+                for message in names::qualified_name(finalizer.text()) {
+                    finalizers.invalid_as(finalizer.value, &message, errors);
+                }
+                metadata::finalizer_domain(&finalizer, &finalizers, errors);
             }
         }
-        controllers += usize::from(owner["controller"] == true);
-    }
-    if controllers > 1 {
-        errors.push(FieldError::invalid(
-            "metadata.ownerReferences",
-            &metadata["ownerReferences"],
-            "Only one reference can have Controller set to true",
-        ));
-    }
-    for finalizer in metadata["finalizers"].as_array().into_iter().flatten() {
-        for message in names::qualified_name(finalizer.as_str().unwrap_or_default()) {
-            errors.push(FieldError::invalid(
-                "metadata.finalizers",
-                finalizer,
-                &message,
-            ));
-        }
-    }
-}
-
-/// A label map: keys and values.
-fn labels(path: &str, labels: &Value, errors: &mut Vec<FieldError>) {
-    for (key, value) in labels.as_object().into_iter().flatten() {
-        for message in names::qualified_name(key) {
-            errors.push(FieldError::invalid(path, &json!(key), &message));
-        }
-        for message in names::label_value(value.as_str().unwrap_or_default()) {
-            errors.push(FieldError::invalid(path, value, &message));
-        }
-    }
-}
-
-/// `ValidateObjectMetaUpdate`.
-fn metadata_update(old: &Object, new: &Object, errors: &mut Vec<FieldError>) {
-    for field in [
-        "name",
-        "namespace",
-        "uid",
-        "creationTimestamp",
-        "deletionTimestamp",
-        "deletionGracePeriodSeconds",
-    ] {
-        let (before, after) = (&old["metadata"][field], &new["metadata"][field]);
-        if before != after {
-            errors.push(FieldError::invalid(
-                format!("metadata.{field}"),
-                after,
-                "field is immutable",
-            ));
-        }
-    }
-    if !old["metadata"]["deletionTimestamp"].is_null() {
-        let before = old["metadata"]["finalizers"]
-            .as_array()
-            .cloned()
-            .unwrap_or_default();
-        let added: Vec<String> = new["metadata"]["finalizers"]
-            .as_array()
-            .into_iter()
-            .flatten()
-            .filter(|one| !before.contains(one))
-            .map(Value::to_string)
-            .collect();
-        if !added.is_empty() {
-            errors.push(FieldError::forbidden(
-                "metadata.finalizers",
-                &format!(
-                    "no new finalizers can be added if the object is being deleted, found new finalizers []string{{{}}}",
-                    added.join(", ")
-                ),
-            ));
-        }
-    }
-}
-
-/// `meta/v1` LabelSelector.
-fn label_selector(path: &str, selector: &Value, errors: &mut Vec<FieldError>) {
-    labels(
-        &format!("{path}.matchLabels"),
-        &selector["matchLabels"],
-        errors,
-    );
-    for (index, expression) in selector["matchExpressions"]
-        .as_array()
-        .into_iter()
-        .flatten()
-        .enumerate()
-    {
-        let path = format!("{path}.matchExpressions[{index}]");
-        let values = expression["values"].as_array().map_or(0, Vec::len);
-        match expression["operator"].as_str().unwrap_or_default() {
-            "In" | "NotIn" if values == 0 => errors.push(FieldError::required(
-                format!("{path}.values"),
-                "must be specified when `operator` is 'In' or 'NotIn'",
-            )),
-            "Exists" | "DoesNotExist" if values > 0 => errors.push(FieldError::forbidden(
-                format!("{path}.values"),
-                "may not be specified when `operator` is 'Exists' or 'DoesNotExist'",
-            )),
-            "In" | "NotIn" | "Exists" | "DoesNotExist" => {}
-            _ => errors.push(FieldError::invalid(
-                format!("{path}.operator"),
-                &expression["operator"],
-                "not a valid selector operator",
-            )),
-        }
-        for message in names::qualified_name(expression["key"].as_str().unwrap_or_default()) {
-            errors.push(FieldError::invalid(
-                format!("{path}.key"),
-                &expression["key"],
-                &message,
-            ));
-        }
-    }
-}
-
-/// A number that may not be negative.
-fn non_negative(path: &str, value: &Value, errors: &mut Vec<FieldError>) {
-    if value.as_i64().is_some_and(|number| number < 0) {
-        errors.push(FieldError::invalid(
-            path,
-            value,
-            "must be greater than or equal to 0",
-        ));
-    }
-}
-
-/// A port number.
-fn port_number(path: &str, value: &Value, errors: &mut Vec<FieldError>) {
-    if !value
-        .as_i64()
-        .is_some_and(|number| (1..=65535).contains(&number))
-    {
-        errors.push(FieldError::invalid(
-            path,
-            value,
-            "must be between 1 and 65535, inclusive",
-        ));
-    }
-}
-
-fn spec(resource: &Resource, object: &Object, errors: &mut Vec<FieldError>) {
-    match (resource.group, resource.kind) {
-        ("", "Pod") => pod::spec("spec", &object["spec"], errors),
-        ("", "PodTemplate") => pod::spec("template.spec", &object["template"]["spec"], errors),
-        ("", "Service") => network::service(object, errors),
-        ("", "ConfigMap") => {
-            data_keys("data", &object["data"], errors);
-            data_keys("binaryData", &object["binaryData"], errors);
-            total_size("", &[&object["data"], &object["binaryData"]], errors);
-        }
-        ("", "Secret") => {
-            data_keys("data", &object["data"], errors);
-            total_size("data", &[&object["data"]], errors);
-        }
+        ("" | "events.k8s.io", "Event") => event::validate(object, errors),
         ("apps", "Deployment" | "ReplicaSet" | "DaemonSet" | "StatefulSet")
         | ("batch", "Job")
-        | ("", "ReplicationController") => {
-            workload::validate(resource, object, errors);
-        }
-        ("networking.k8s.io", "NetworkPolicy") => network::policy(object, errors),
-        ("discovery.k8s.io", "EndpointSlice") => network::endpoint_slice(object, errors),
-        ("coordination.k8s.io", "Lease") => {
-            let duration = &object["spec"]["leaseDurationSeconds"];
-            if duration.as_i64().is_some_and(|seconds| seconds <= 0) {
-                errors.push(FieldError::invalid(
-                    "spec.leaseDurationSeconds",
-                    duration,
-                    "must be greater than 0",
-                ));
-            }
-        }
+        | ("", "ReplicationController") => workload::validate(resource, object, errors),
+        ("networking.k8s.io", "NetworkPolicy") => network_policy::validate(object, new, errors),
+        ("discovery.k8s.io", "EndpointSlice") => endpoints::slice(object, errors),
+        ("coordination.k8s.io", "Lease") => lease(object, errors),
         _ => policy::validate(resource, object, errors),
     }
 }
 
-fn data_keys(path: &str, data: &Value, errors: &mut Vec<FieldError>) {
-    for key in data.as_object().into_iter().flatten().map(|(key, _)| key) {
-        let fine = !key.is_empty()
-            && key
-                .bytes()
-                .all(|c| c.is_ascii_alphanumeric() || b"-_.".contains(&c));
-        let reserved = key == "." || key == ".." || key.starts_with("../");
-        if !fine || reserved || key.len() > 253 {
-            errors.push(FieldError::invalid(
-                format!("{path}[{key}]"),
-                &json!(key),
-                "a valid config key must consist of alphanumeric characters, '-', '_' or '.' (e.g. 'key.name',  or 'KEY_NAME',  or 'key-name', regex used for validation is '[-._a-zA-Z0-9]+')",
-            ));
-        }
-    }
-}
-
-fn total_size(path: &str, maps: &[&Value], errors: &mut Vec<FieldError>) {
-    let total: usize = maps
-        .iter()
-        .flat_map(|map| map.as_object().into_iter().flatten())
-        .map(|(_, value)| value.as_str().map_or(0, str::len))
-        .sum();
-    if total > DATA_LIMIT {
-        errors.push(FieldError::too_long(path, DATA_LIMIT));
-    }
+fn lease(object: &Object, errors: &mut Errors) {
+    let spec = At::named("spec", &object["spec"]);
+    spec.field("leaseDurationSeconds").positive_if_set(errors);
+    spec.field("leaseTransitions").non_negative(errors);
 }

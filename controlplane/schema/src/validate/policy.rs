@@ -1,4 +1,4 @@
-//! Validation of kinds that are policy or record: events, claims, priority levels.
+//! Validation of kinds that are policy or record: claims, priority levels.
 
 use serde_json::{Value, json};
 
@@ -8,31 +8,11 @@ use crate::table::Resource;
 
 pub(super) fn validate(resource: &Resource, object: &Object, errors: &mut Vec<FieldError>) {
     match (resource.group, resource.kind) {
-        ("", "Event") => event(object, errors),
         ("", "PersistentVolumeClaim") => claim(&object["spec"], errors),
         ("flowcontrol.apiserver.k8s.io", "PriorityLevelConfiguration") => {
             priority_level(&object["spec"], errors);
         }
         _ => {}
-    }
-}
-
-/// An event is in the namespace of what it is about; what has none is told of in `default`.
-fn event(event: &Object, errors: &mut Vec<FieldError>) {
-    let about = &event["involvedObject"]["namespace"];
-    let given = about.as_str().unwrap_or_default();
-    let namespace = event["metadata"]["namespace"].as_str().unwrap_or_default();
-    let fits = if given.is_empty() {
-        namespace == "default" || namespace.is_empty()
-    } else {
-        given == namespace
-    };
-    if !fits {
-        errors.push(FieldError::invalid(
-            "involvedObject.namespace",
-            &json!(given),
-            "does not match event.namespace",
-        ));
     }
 }
 
@@ -77,7 +57,7 @@ fn priority_level(spec: &Value, errors: &mut Vec<FieldError>) {
         "Queue" | "Reject" => {}
         other => errors.push(FieldError::not_supported(
             format!("{path}.type"),
-            &json!(other),
+            json!(other),
             &["Queue", "Reject"],
         )),
     }

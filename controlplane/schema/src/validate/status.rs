@@ -1,6 +1,6 @@
 //! Validation of what controllers report: counts are not negative, and parts are not more than the whole.
 
-use super::non_negative;
+use super::at::At;
 use crate::Object;
 use crate::field_error::FieldError;
 use crate::table::Resource;
@@ -88,7 +88,9 @@ pub(super) fn validate(resource: &Resource, object: &Object, errors: &mut Vec<Fi
     let status = &object["status"];
     let (numbers, whole, parts) = counts(resource);
     for field in numbers {
-        non_negative(&format!("status.{field}"), &status[*field], errors);
+        At::named("status", status)
+            .field(field)
+            .non_negative(errors);
     }
     if whole.is_empty() {
         return;

@@ -1,138 +1,46 @@
 //! Server-side tables: the columns and cells that `kubectl get` shows.
 
+mod columns;
+mod others;
+
 use serde_json::{Value, json};
 
-use crate::Object;
+use crate::defaults::TEMPLATE_GENERATION;
 use crate::table::Resource;
-
-/// A column's name, type, and priority (0 always shown, 1 with `-o wide`).
-type Column = (&'static str, &'static str, u8);
-
-const NAME: Column = ("Name", "string", 0);
-const AGE: Column = ("Age", "string", 0);
+use crate::{Object, convert};
 
 /// `meta.k8s.io/v1` TableColumnDefinitions.
 pub fn columns(resource: &Resource) -> Vec<Value> {
-    columns_of(resource)
-        .into_iter()
-        .map(|(name, kind, priority)| {
-            let format = if name == "Name" { "name" } else { "" };
-            json!({"name": name, "type": kind, "format": format, "description": "", "priority": priority})
-        })
-        .collect()
+    columns::of(resource)
 }
 
-fn columns_of(resource: &Resource) -> Vec<Column> {
-    let s = |name| (name, "string", 0);
-    let w = |name| (name, "string", 1);
-    match (resource.group, resource.kind) {
-        ("", "Pod") => vec![
-            NAME,
-            s("Ready"),
-            s("Status"),
-            s("Restarts"),
-            AGE,
-            w("IP"),
-            w("Node"),
-            w("Nominated Node"),
-            w("Readiness Gates"),
-        ],
-        ("", "Node") => vec![
-            NAME,
-            s("Status"),
-            s("Roles"),
-            AGE,
-            s("Version"),
-            w("Internal-IP"),
-            w("External-IP"),
-            w("OS-Image"),
-            w("Kernel-Version"),
-            w("Container-Runtime"),
-        ],
-        ("", "Service") => vec![
-            NAME,
-            s("Type"),
-            s("Cluster-IP"),
-            s("External-IP"),
-            s("Port(s)"),
-            AGE,
-            w("Selector"),
-        ],
-        ("", "Namespace") => vec![NAME, s("Status"), AGE],
-        ("", "Secret") => vec![NAME, s("Type"), ("Data", "string", 0), AGE],
-        ("", "ConfigMap") => vec![NAME, ("Data", "string", 0), AGE],
-        ("", "ServiceAccount") => vec![NAME, ("Secrets", "string", 0), AGE],
-        ("", "Endpoints") => vec![NAME, s("Endpoints"), AGE],
-        ("", "Event") | ("events.k8s.io", "Event") => vec![
-            s("Last Seen"),
-            s("Type"),
-            s("Reason"),
-            s("Object"),
-            w("Subobject"),
-            w("Source"),
-            s("Message"),
-            w("First Seen"),
-            w("Count"),
-            w("Name"),
-        ],
-        ("", "ReplicationController") => vec![
-            NAME,
-            ("Desired", "integer", 0),
-            ("Current", "integer", 0),
-            ("Ready", "integer", 0),
-            AGE,
-            w("Containers"),
-            w("Images"),
-            w("Selector"),
-        ],
-        ("apps", "Deployment") => vec![
-            NAME,
-            s("Ready"),
-            s("Up-to-date"),
-            s("Available"),
-            AGE,
-            w("Containers"),
-            w("Images"),
-            w("Selector"),
-        ],
-        ("apps", "ReplicaSet") => vec![
-            NAME,
-            ("Desired", "integer", 0),
-            ("Current", "integer", 0),
-            ("Ready", "integer", 0),
-            AGE,
-            w("Containers"),
-            w("Images"),
-            w("Selector"),
-        ],
-        ("apps", "StatefulSet") => vec![NAME, s("Ready"), AGE, w("Containers"), w("Images")],
-        ("apps", "DaemonSet") => vec![
-            NAME,
-            ("Desired", "integer", 0),
-            ("Current", "integer", 0),
-            ("Ready", "integer", 0),
-            ("Up-to-date", "integer", 0),
-            ("Available", "integer", 0),
-            s("Node Selector"),
-            AGE,
-            w("Containers"),
-            w("Images"),
-            w("Selector"),
-        ],
-        ("discovery.k8s.io", "EndpointSlice") => {
-            vec![NAME, s("AddressType"), s("Ports"), s("Endpoints"), AGE]
+/// The row of one object, beside whose cells stands its metadata. `now`: seconds since the epoch, for ages.
+pub fn row(resource: &Resource, object: &Object, now: i64) -> Value {
+    let mut metadata = convert::partial_metadata(object);
+    if let Some(annotations) = metadata["metadata"]
+        .get_mut("annotations")
+        .and_then(Value::as_object_mut)
+    {
+        // An annotation that stands for a field of an older version; tables are made before it is added.
+        annotations.remove(TEMPLATE_GENERATION);
+        if annotations.is_empty() {
+            if let Some(metadata) = metadata["metadata"].as_object_mut() {
+                metadata.remove("annotations");
+            }
         }
-        ("networking.k8s.io", "NetworkPolicy") => vec![NAME, s("Pod-Selector"), AGE],
-        ("coordination.k8s.io", "Lease") => vec![NAME, s("Holder"), AGE],
-        ("scheduling.k8s.io", "PriorityClass") => vec![
-            NAME,
-            s("Value"),
-            ("Global-Default", "boolean", 0),
-            AGE,
-            s("PreemptionPolicy"),
-        ],
-        _ => vec![NAME, ("Created At", "date", 0)],
     }
+    let mut row = json!({"cells": cells(resource, object, now), "object": metadata});
+    let end = match object["status"]["phase"].as_str() {
+        Some("Succeeded") => ("Succeeded", "The pod has completed successfully."),
+        Some("Failed") => ("Failed", "The pod failed."),
+        _ => return row,
+    };
+    if resource.group.is_empty() && resource.kind == "Pod" {
+        let (reason, message) = end;
+        row["conditions"] =
+            json!([{"type": "Completed", "status": "True", "reason": reason, "message": message}]);
+    }
+    row
 }
 
 /// The cells of one object, in the columns' order. `now`: seconds since the epoch, for ages.
@@ -232,7 +140,7 @@ pub fn cells(resource: &Resource, object: &Object, now: i64) -> Vec<Value> {
             vec![
                 name,
                 object["addressType"].clone(),
-                join_or(ports.collect(), "<unset>").into(),
+                more(ports.collect(), "<unset>").into(),
                 more(addresses, "<unset>").into(),
                 age,
             ]
@@ -250,7 +158,7 @@ pub fn cells(resource: &Resource, object: &Object, now: i64) -> Vec<Value> {
                 text(&object["preemptionPolicy"]),
             ]
         }
-        _ => vec![name, object["metadata"]["creationTimestamp"].clone()],
+        _ => others::cells(resource, object, age, now),
     }
 }
 
@@ -583,6 +491,10 @@ fn node(node: &Object, age: Value) -> Vec<Value> {
             .unwrap_or("<unknown>")
             .to_owned()
     };
+    let kernel = match status["nodeInfo"]["architecture"].as_str() {
+        Some(machine) if !machine.is_empty() => format!("{} ({machine})", info("kernelVersion")),
+        _ => info("kernelVersion"),
+    };
     vec![
         node["metadata"]["name"].clone(),
         state.into(),
@@ -592,7 +504,7 @@ fn node(node: &Object, age: Value) -> Vec<Value> {
         address("InternalIP").into(),
         address("ExternalIP").into(),
         info("osImage").into(),
-        info("kernelVersion").into(),
+        kernel.into(),
         info("containerRuntimeVersion").into(),
     ]
 }
@@ -699,7 +611,10 @@ fn event(event: &Object, now: i64) -> Vec<Value> {
         .to_owned();
     let component = match source["host"].as_str().filter(|host| !host.is_empty()) {
         Some(host) => format!("{component}, {host}"),
-        None => component,
+        None => match event["reportingInstance"].as_str() {
+            Some(instance) if !instance.is_empty() => format!("{component}, {instance}"),
+            _ => component,
+        },
     };
     vec![
         age(&last, now).into(),
