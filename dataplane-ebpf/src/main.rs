@@ -2,7 +2,9 @@
 #![no_std]
 #![no_main]
 
+mod express;
 mod flow;
+mod frame;
 mod maps;
 mod nat;
 mod network;
@@ -11,6 +13,7 @@ mod pod;
 mod policy;
 mod rewrite;
 mod socket;
+mod translate;
 
 #[cfg(not(test))]
 #[panic_handler]

@@ -33,6 +33,13 @@ pub const SHOT: u32 = 2;
 /// `TC_ACT_REDIRECT`.
 pub const REDIRECT: u32 = 7;
 
+/// `XDP_PASS`.
+pub const PASS: u32 = 2;
+/// `XDP_TX`.
+pub const TX: u32 = 3;
+/// `XDP_REDIRECT`.
+pub const SENT_ON: u32 = 4;
+
 /// A pod's hardware address.
 pub const POD_MAC: [u8; 6] = [2, 0, 0, 0, 0, 9];
 
@@ -476,6 +483,20 @@ impl Kernel {
         }
     }
 
+    /// A node port without backends.
+    pub fn no_backends(&mut self, port: u16) {
+        for protocol in [6, 17] {
+            let key = FrontendKey {
+                address: be(node()),
+                port: port.to_be(),
+                protocol,
+                pad: 0,
+            };
+            let value = FrontendValue { set: 1, count: 0 };
+            self.maps.services.set_frontend(key, value).unwrap();
+        }
+    }
+
     /// Runs a program on a frame: its verdict and the frame as it is then.
     pub fn run(&mut self, program: &str, frame: &[u8]) -> (u32, Vec<u8>) {
         // struct __sk_buff of linux/bpf.h: ingress_ifindex and ifindex are its tenth and eleventh words.
@@ -497,6 +518,22 @@ impl Kernel {
         (result.return_value, out)
     }
 
+    /// Runs the XDP program on a frame that came by this device, or by the loopback device if that is 0.
+    pub fn run_early(&mut self, device: u32, frame: &[u8]) -> (u32, Vec<u8>) {
+        // struct xdp_md of linux/bpf.h: where the data ends, and the device, are its second and fourth words.
+        let mut context = [0_u8; 24];
+        context[4..8].copy_from_slice(&(frame.len() as u32).to_ne_bytes());
+        context[12..16].copy_from_slice(&device.to_ne_bytes());
+        let mut out = vec![0; frame.len() + 256];
+        let mut options = TestRunOptions::new();
+        options.data_in = Some(frame);
+        options.data_out = Some(&mut out);
+        options.ctx_in = Some(&context);
+        let result = self.loaded.express().unwrap().test_run(options).unwrap();
+        out.truncate(result.data_size_out as usize);
+        (result.return_value, out)
+    }
+
     /// The oldest event that was not read yet.
     pub fn event(&mut self) -> Option<Event> {
         self.maps.flows.next_event()
@@ -505,6 +542,12 @@ impl Kernel {
     /// The newest event.
     pub fn last_event(&mut self) -> Option<Event> {
         std::iter::from_fn(|| self.event()).last()
+    }
+
+    /// How many packets from the network tc and XDP translated.
+    pub fn translated(&self) -> (u64, u64) {
+        let counters = self.maps.flows.count().unwrap();
+        (counters.translated, counters.translated_early)
     }
 
     /// How many packets were dropped.
