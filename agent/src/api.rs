@@ -160,7 +160,14 @@ async fn answer(request: Request<Incoming>, tables: &Tables) -> Response<Body> {
         (&Method::GET, "/flows") => flows(&tables.flows, request.uri().query().unwrap_or_default()),
         (&Method::GET, "/tables") => reply(
             StatusCode::OK,
-            &json!(["endpoints", "services", "policies", "identities", "maps", "devices"]),
+            &json!([
+                "endpoints",
+                "services",
+                "policies",
+                "identities",
+                "maps",
+                "devices"
+            ]),
         ),
         (&Method::GET, "/tables/services") => reply(StatusCode::OK, &tables.services.rows().into()),
         (&Method::GET, "/tables/devices") => reply(StatusCode::OK, &tables.served.rows().into()),

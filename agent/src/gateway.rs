@@ -7,8 +7,8 @@ use anyhow::{Context, Result, bail};
 use ipnet::Ipv4Net;
 use xebec_dataplane_common::policy::Endpoint;
 
-use crate::maps::PolicyKernel;
 use crate::loader::{self, Xdp};
+use crate::maps::PolicyKernel;
 use crate::network;
 
 /// What the way out needs to know.

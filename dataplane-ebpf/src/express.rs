@@ -92,10 +92,9 @@ fn is_simple(ctx: &XdpContext, packet: &Packet) -> bool {
 /// Asks the routing table for the way to where a packet goes; false if it knows none that a frame can take from here.
 #[inline(always)]
 fn find_way(ctx: &XdpContext, to: &Tuple, way: &mut Way) -> bool {
-    let (Some(length), Some(service)) = (
-        ctx.load::<u16>(ETHERNET + 2),
-        ctx.load::<u8>(ETHERNET + 1),
-    ) else {
+    let (Some(length), Some(service)) =
+        (ctx.load::<u16>(ETHERNET + 2), ctx.load::<u8>(ETHERNET + 1))
+    else {
         return false;
     };
     // SAFETY: the kernel's structure holds numbers alone, of which all may be 0.

@@ -71,14 +71,7 @@ fn change(ctx: &impl Frame, packet: &Packet, to: &Tuple) -> Option<()> {
 
 /// Changes one port. Protocols whose checksum can't be mended (SCTP's is a CRC of everything) keep theirs.
 #[inline(always)]
-fn port(
-    ctx: &impl Frame,
-    checksum: usize,
-    udp: bool,
-    at: usize,
-    old: u16,
-    new: u16,
-) -> Option<()> {
+fn port(ctx: &impl Frame, checksum: usize, udp: bool, at: usize, old: u16, new: u16) -> Option<()> {
     if old == new {
         return Some(());
     }

@@ -70,7 +70,9 @@ impl Xdp {
             // frames have theirs, but for Xen's.
             Self::Auto => match device.bus.as_deref() {
                 None => Wish::Leave("the device is no hardware"),
-                Some("xen") => Wish::Leave("frames of this machine's other guests may lack their checksums"),
+                Some("xen") => {
+                    Wish::Leave("frames of this machine's other guests may lack their checksums")
+                }
                 Some(_) => Wish::Attach(XdpMode::Driver),
             },
         }

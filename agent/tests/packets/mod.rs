@@ -1,15 +1,21 @@
 //! Building packets, and a kernel with the programs and a few pods to run them.
 
+mod express;
+mod wires;
+
 use std::net::Ipv4Addr;
 
 use aya::TestRun;
+use aya::maps::MapData;
 use aya::programs::TestRunOptions;
 use etherparse::{
     EtherType, Ethernet2Header, IpFragOffset, IpNumber, Ipv4Header, Ipv4Options, PacketHeaders,
     TcpHeader, TransportHeader, UdpHeader,
 };
-use xebec_agent::loader::{Loaded, Maps};
+use xebec_agent::loader::{By, Loaded, Maps, Xdp};
 use xebec_agent::maps::{PolicyKernel, PolicyMaps, be};
+use xebec_agent::network::Device;
+use xebec_dataplane_common::LAYOUT;
 use xebec_dataplane_common::flow::Event;
 use xebec_dataplane_common::nat::Settings;
 use xebec_dataplane_common::policy::{
@@ -464,7 +470,7 @@ impl Kernel {
 
     /// A node port with one backend.
     pub fn node_port(&mut self, port: u16, backend: Ipv4Addr, backend_port: u16) {
-        let set = u32::from(backend.octets()[2]) + 100;
+        let set = u32::from(port);
         let address = Address {
             address: be(backend),
             port: backend_port.to_be(),
@@ -481,6 +487,29 @@ impl Kernel {
             let value = FrontendValue { set, count: 1 };
             self.maps.services.set_frontend(key, value).unwrap();
         }
+    }
+
+    /// Attaches the hooks of devices that lead outside.
+    pub fn attach(&mut self, devices: &[Device], xdp: Xdp) -> anyhow::Result<Vec<By>> {
+        let runtime = tokio::runtime::Builder::new_current_thread()
+            .enable_all()
+            .build()
+            .unwrap();
+        runtime.block_on(self.loaded.attach_network(devices, xdp))
+    }
+
+    /// The programs of an agent that comes after this one.
+    pub fn next_agent(&mut self) {
+        self.loaded = Loaded::new(self.dir.path()).unwrap();
+        self.maps = self.loaded.maps().unwrap();
+    }
+
+    /// How many translations are known, of both directions.
+    pub fn translations(&self) -> usize {
+        let path = self.dir.path().join(format!("maps-{LAYOUT}/NATS"));
+        let map = aya::maps::Map::LruHashMap(MapData::from_pin(path).unwrap());
+        let map = aya::maps::HashMap::<_, [u8; 16], [u8; 32]>::try_from(map).unwrap();
+        map.keys().count()
     }
 
     /// A node port without backends.
