@@ -11,7 +11,7 @@ use aya_ebpf::bindings::{BPF_FIB_LKUP_RET_SUCCESS, bpf_fib_lookup};
 use aya_ebpf::helpers::generated::{bpf_fib_lookup as ask_routes, bpf_redirect};
 use aya_ebpf::macros::xdp;
 use aya_ebpf::programs::XdpContext;
-use xebec_dataplane_common::nat::Tuple;
+use xebec_dataplane_common::nat::{BACK_BY_QUEUE, Tuple};
 use xebec_dataplane_common::{ICMP, TCP, UDP};
 
 use crate::frame::Frame;
@@ -27,6 +27,8 @@ const AF_INET: u8 = 2;
 struct Way {
     /// The device; 0 for a frame that stays.
     device: u32,
+    /// Whether it goes back by the queue that it came by.
+    back: bool,
     /// Hardware addresses: whose it goes to, and whose it comes from.
     hardware: [[u8; 6]; 2],
 }
@@ -48,6 +50,7 @@ pub fn xebec_express(ctx: XdpContext) -> u32 {
     }
     let mut way = Way {
         device: 0,
+        back: false,
         hardware: [[0; 6]; 2],
     };
     // The way is found before anything is entered or changed: a frame that tc must send, because the neighbour is
@@ -68,7 +71,7 @@ pub fn xebec_express(ctx: XdpContext) -> u32 {
     if !rewrite::hop(&ctx, &packet) || ctx.store(0, &way.hardware).is_none() {
         return XDP_DROP;
     }
-    if way.device as usize == ctx.ingress_ifindex() {
+    if way.back {
         return XDP_TX;
     }
     // SAFETY: the helper takes numbers alone.
@@ -121,11 +124,12 @@ fn find_way(ctx: &XdpContext, to: &Tuple, way: &mut Way) -> bool {
     }
     // A device without the program may have no queues for such frames, or may not be one that has frames at all: it
     // would lose them.
-    // SAFETY: only whether it is there counts.
-    if unsafe { EXPRESS.get(&route.ifindex) }.is_none() {
+    // SAFETY: the value is read once, here.
+    let Some(&back) = (unsafe { EXPRESS.get(&route.ifindex) }) else {
         return false;
-    }
+    };
     way.device = route.ifindex;
+    way.back = back == BACK_BY_QUEUE && route.ifindex as usize == ctx.ingress_ifindex();
     way.hardware = [route.dmac, route.smac];
     true
 }

@@ -89,7 +89,7 @@ fn place<T>(ctx: &XdpContext, at: usize) -> Option<*mut T> {
 
 /// A checksum after bytes that it covers changed (RFC 1624, equation 3).
 #[inline(always)]
-fn mended(checksum: u16, old: u32, new: u32) -> u16 {
+pub fn mended(checksum: u16, old: u32, new: u32) -> u16 {
     let mut sum = u64::from(!u32::from(checksum)) + u64::from(!old) + u64::from(new);
     sum = (sum & 0xffff_ffff) + (sum >> 32);
     // Three times: two could leave a carry.

@@ -2,6 +2,7 @@
 #![no_std]
 #![no_main]
 
+mod errors;
 mod express;
 mod flow;
 mod frame;

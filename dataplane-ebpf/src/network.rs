@@ -6,7 +6,9 @@ use aya_ebpf::macros::classifier;
 use aya_ebpf::maps::lpm_trie::Key;
 use aya_ebpf::programs::TcContext;
 use xebec_dataplane_common::flow::{EGRESS, REASON_NO_MAPPING};
+use xebec_dataplane_common::nat::Tuple;
 
+use crate::errors::{self, Outcome};
 use crate::flow::{self, Told};
 use crate::maps::{ENDPOINTS, NATIVE};
 use crate::nat;
@@ -22,6 +24,13 @@ pub fn xebec_from_network(ctx: TcContext) -> i32 {
     };
     let from = nat::tuple(&packet);
     let mut to = from;
+    if packet.error {
+        return match errors::translate(&ctx, &packet, &mut to) {
+            Outcome::Leave => TC_ACT_OK as i32,
+            Outcome::Changed => forward(&ctx, &packet, &to),
+            Outcome::Broken => TC_ACT_SHOT as i32,
+        };
+    }
     let plan = translate::plan(&packet, &from, &mut to);
     if plan == Plan::Leave || plan == Plan::Begins && !translate::begin(&from, &mut to) {
         return TC_ACT_OK as i32;
@@ -30,12 +39,18 @@ pub fn xebec_from_network(ctx: TcContext) -> i32 {
         return TC_ACT_SHOT as i32;
     }
     translate::count(false);
-    if translate::stays(&to) {
+    forward(&ctx, &packet, &to)
+}
+
+/// Sends on what was translated, if it does not stay.
+#[inline(always)]
+fn forward(ctx: &TcContext, packet: &Packet, to: &Tuple) -> i32 {
+    if translate::stays(to) {
         return TC_ACT_OK as i32;
     }
     // To a backend of another node, or from it back to the client: the stack would take our own source address
     // for a forgery.
-    if !rewrite::hop(&ctx, &packet) {
+    if !rewrite::hop(ctx, packet) {
         return TC_ACT_SHOT as i32;
     }
     // SAFETY: the kernel gives a valid context, and without parameters the helper asks the routing table.
@@ -49,11 +64,17 @@ pub fn xebec_to_network(ctx: TcContext) -> i32 {
         return TC_ACT_OK as i32;
     };
     // SAFETY: only whether it is there counts.
-    if packet.error || unsafe { ENDPOINTS.get(&packet.source) }.is_none() {
+    if unsafe { ENDPOINTS.get(&packet.source) }.is_none() {
         return TC_ACT_OK as i32;
     }
     let from = nat::tuple(&packet);
     let mut to = from;
+    if packet.error {
+        return match errors::translate(&ctx, &packet, &mut to) {
+            Outcome::Leave | Outcome::Changed => TC_ACT_OK as i32,
+            Outcome::Broken => TC_ACT_SHOT as i32,
+        };
+    }
     if !nat::find(&from, packet.tcp_flags, &mut to) {
         // Who came to the pod by its own address is answered from it.
         if is_native(packet.destination) || nat::settings().ports == 0 || flow::answers(&packet) {

@@ -10,9 +10,12 @@ use crate::packet::{ETHERNET, Packet};
 const IP_TTL: usize = ETHERNET + 8;
 /// Bytes of the headers that a hop changes.
 const HEADERS: usize = ETHERNET + 20;
-const IP_CHECKSUM: usize = ETHERNET + 10;
-const IP_SOURCE: usize = ETHERNET + 12;
-const IP_DESTINATION: usize = ETHERNET + 16;
+/// The IPv4 header's checksum.
+pub const IP_CHECKSUM: usize = ETHERNET + 10;
+/// Its source.
+pub const IP_SOURCE: usize = ETHERNET + 12;
+/// Its destination.
+pub const IP_DESTINATION: usize = ETHERNET + 16;
 
 /// Gives the packet the addresses and ports of `to`; false if it can't be changed, and then it must be dropped.
 #[inline(never)]

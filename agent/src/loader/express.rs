@@ -9,6 +9,7 @@ use aya::programs::links::{FdLink, PinnedLink};
 use aya::programs::xdp::{XdpLink, XdpMode};
 use aya::programs::{ProgramError, Xdp as Program};
 use serde::{Deserialize, Serialize};
+use xebec_dataplane_common::nat::{BACK_BY_QUEUE, BACK_BY_REDIRECT};
 
 use super::{Loaded, NETWORK_LINKS, hook, pin_name};
 use crate::network::Device;
@@ -114,8 +115,13 @@ impl Loaded {
         match self.attach_xdp(device, mode, &pin, tries).await {
             Ok(()) => {
                 // Frames may be sent on to it now.
+                let back = if device.bus.is_some() {
+                    BACK_BY_QUEUE
+                } else {
+                    BACK_BY_REDIRECT
+                };
                 self.express
-                    .insert(device.index, 1, 0)
+                    .insert(device.index, back, 0)
                     .context("the map of devices with XDP is full")?;
                 Ok(if mode == XdpMode::Skb {
                     By::Generic

@@ -138,6 +138,13 @@ fn to_a_pod_of_another_node_and_back() {
             }
             assert_eq!(kernel.translated(), (0, 4));
         }
+        // A device that is no hardware sends back as if it had come by another.
+        let mut kernel = Kernel::new();
+        kernel.attach(&wires.devices, Xdp::Native).unwrap();
+        kernel.node_port(30_080, Ipv4Addr::new(10, 244, 2, 5), 8080);
+        let sent = tcp(client(), node(), 4000, 30_080, "S").bytes();
+        let (verdict, _) = kernel.run_early(wires.devices[1].index, &sent);
+        assert_eq!(verdict, SENT_ON);
     });
 }
 
@@ -310,7 +317,9 @@ fn the_hook_is_attached_where_it_is_wanted() {
         return;
     }
     Wires::with(|wires| {
-        let only = &wires.devices[..1];
+        let mut only = wires.devices[0].clone();
+        only.bus = None;
+        let only = &[only][..];
         let program = || -> Option<String> {
             let shown = ip("-d link show wire0");
             let mode = shown

@@ -56,12 +56,13 @@ impl Wires {
         }
         std::fs::write("/proc/sys/net/ipv4/ip_forward", "1").unwrap();
         Self {
-            devices: [0, 1].map(|index| {
+            // The first is as if it were hardware.
+            devices: [(0, Some("pci")), (1, None)].map(|(index, bus)| {
                 let name = format!("wire{index}");
                 Device {
                     index: nix::net::if_::if_nametoindex(name.as_str()).unwrap(),
                     name,
-                    bus: None,
+                    bus: bus.map(str::to_owned),
                 }
             }),
         }
