@@ -56,7 +56,7 @@ impl Outside {
             "demo get",
             self.command(&xebec_bin())
                 .args(["demo", "get", &url, "-n", "1000"])
-                .args(["--summary", "--keep-going", "--timeout-ms", "3000"])
+                .arg("--summary")
                 .output()
                 .context("could not start the client")?,
         )?;
@@ -195,8 +195,39 @@ fn node_ports_from_outside_and_pods_to_the_outside() -> Result<()> {
         "no flow came from {OUTSIDE}: {flows}"
     );
     pod_reaches(&cluster, &outside)?;
+    pod_is_refused(&cluster, node.as_str().unwrap_or_default())?;
     cluster.down()?;
     assert_nothing_left(&before)
+}
+
+/// A pod's datagram to a port outside where nobody listens: the error comes back to the pod.
+fn pod_is_refused(cluster: &Cluster, node: &str) -> Result<()> {
+    let namespaces = cluster.run_dir().join(format!("nodes/{node}/cri/netns"));
+    let pod = std::fs::read_dir(&namespaces)
+        .with_context(|| format!("could not list {}", namespaces.display()))?
+        .next()
+        .context("no pod has a network namespace")??;
+    let namespace = std::fs::File::open(pod.path()).context("could not open a pod's namespace")?;
+    let asking = std::thread::spawn(move || {
+        // This thread alone is there.
+        nix::sched::setns(&namespace, nix::sched::CloneFlags::CLONE_NEWNET)
+            .context("could not enter the pod's namespace")?;
+        let socket = std::net::UdpSocket::bind("0.0.0.0:0").context("could not bind")?;
+        socket
+            .set_read_timeout(Some(Duration::from_secs(5)))
+            .context("could not set a timeout")?;
+        socket.connect((OUTSIDE, 9)).context("could not connect")?;
+        socket
+            .send(b"is anybody there?")
+            .context("could not send")?;
+        Ok::<_, anyhow::Error>(socket.recv(&mut [0; 16]))
+    });
+    let answer = asking
+        .join()
+        .map_err(|_| anyhow::anyhow!("the thread in the pod's namespace panicked"))??;
+    let kind = answer.as_ref().map_err(std::io::Error::kind);
+    assert_eq!(kind, Err(std::io::ErrorKind::ConnectionRefused));
+    Ok(())
 }
 
 /// How many packets from the network a node's XDP and tc have translated.
