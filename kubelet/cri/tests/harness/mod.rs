@@ -1,6 +1,7 @@
 //! A real server with a real shim in a temporary root, and a client for it.
 #![allow(dead_code, reason = "not every test file uses all of it")]
 
+pub mod registry;
 pub mod spdy;
 
 use std::path::{Path, PathBuf};
