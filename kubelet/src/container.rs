@@ -250,11 +250,11 @@ fn resources(requirements: Option<&ResourceRequirements>) -> v1::LinuxContainerR
         cpu_period: 100_000,
         // A thousandth of a core is the least that the kernel takes.
         cpu_quota: if quota > 0 {
-            (quota * 100).max(1000)
+            quota.saturating_mul(100).max(1000)
         } else {
             0
         },
-        cpu_shares: (milli * 1024 / 1000).max(2),
+        cpu_shares: (milli.saturating_mul(1024) / 1000).max(2),
         memory_limit_in_bytes: amount(limits, "memory").map_or(0, |q| q.value()),
         ..Default::default()
     }
