@@ -173,14 +173,7 @@ pub(crate) fn sandbox(config: &Config, pod: &Pod, attempt: u32) -> v1::PodSandbo
         } else {
             hostname.chars().take(63).collect()
         },
-        log_directory: config
-            .log_dir(
-                &text(&metadata.namespace),
-                &text(&metadata.name),
-                &text(&metadata.uid),
-            )
-            .to_string_lossy()
-            .into_owned(),
+        log_directory: config.log_dir(metadata).to_string_lossy().into_owned(),
         dns_config: Some(dns(config, pod)),
         port_mappings: ports
             .filter(|port| port.host_port.is_some_and(|number| number > 0))
