@@ -6,6 +6,7 @@ use std::sync::Arc;
 
 use anyhow::{Context, Result};
 use ipnet::IpNet;
+use kube::api::ObjectMeta;
 use tokio::sync::watch;
 use tokio::task::JoinSet;
 use tokio_util::sync::CancellationToken;
@@ -67,10 +68,11 @@ impl Config {
     }
 
     /// Where a pod's logs lie: `<root>/logs/<namespace>_<name>_<uid>`.
-    pub(crate) fn log_dir(&self, namespace: &str, name: &str, uid: &str) -> PathBuf {
-        self.root
-            .join("logs")
-            .join(format!("{namespace}_{name}_{uid}"))
+    pub(crate) fn log_dir(&self, pod: &ObjectMeta) -> PathBuf {
+        let text = |value: &Option<String>| value.clone().unwrap_or_default();
+        let (namespace, name) = (text(&pod.namespace), text(&pod.name));
+        let folder = format!("{namespace}_{name}_{}", text(&pod.uid));
+        self.root.join("logs").join(folder)
     }
 
     /// Where a pod's volumes lie.

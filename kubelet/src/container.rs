@@ -173,14 +173,7 @@ pub(crate) fn sandbox(config: &Config, pod: &Pod, attempt: u32) -> v1::PodSandbo
         } else {
             hostname.chars().take(63).collect()
         },
-        log_directory: config
-            .log_dir(
-                &text(&metadata.namespace),
-                &text(&metadata.name),
-                &text(&metadata.uid),
-            )
-            .to_string_lossy()
-            .into_owned(),
+        log_directory: config.log_dir(metadata).to_string_lossy().into_owned(),
         dns_config: Some(dns(config, pod)),
         port_mappings: ports
             .filter(|port| port.host_port.is_some_and(|number| number > 0))
@@ -250,11 +243,11 @@ fn resources(requirements: Option<&ResourceRequirements>) -> v1::LinuxContainerR
         cpu_period: 100_000,
         // A thousandth of a core is the least that the kernel takes.
         cpu_quota: if quota > 0 {
-            (quota * 100).max(1000)
+            quota.saturating_mul(100).max(1000)
         } else {
             0
         },
-        cpu_shares: (milli * 1024 / 1000).max(2),
+        cpu_shares: (milli.saturating_mul(1024) / 1000).max(2),
         memory_limit_in_bytes: amount(limits, "memory").map_or(0, |q| q.value()),
         ..Default::default()
     }

@@ -23,7 +23,7 @@ use xebec_cri_api::v1;
 use crate::config::Config;
 use crate::logs::{Log, Wanted};
 use crate::pods::Pods;
-use crate::runtime::Runtime;
+use crate::runtime::{PodState, Runtime};
 
 type Body = UnsyncBoxBody<Bytes, std::io::Error>;
 
@@ -213,6 +213,19 @@ impl Server {
         Ok(response)
     }
 
+    /// What the runtime has of a pod of this node.
+    async fn state(&self, namespace: &str, name: &str) -> Result<PodState> {
+        let pod = self
+            .pods
+            .find(namespace, name)
+            .with_context(|| format!("pod {namespace}/{name} is not on this node"))?;
+        let uid = pod.metadata.uid.as_deref().unwrap_or_default();
+        self.runtime
+            .pod(uid)
+            .await
+            .context("could not ask the container runtime")
+    }
+
     /// The newest container of this name, or the one before it.
     async fn container(
         &self,
@@ -221,14 +234,7 @@ impl Server {
         container: &str,
         previous: bool,
     ) -> Result<v1::ContainerStatus> {
-        let pod = self
-            .pods
-            .find(namespace, name)
-            .with_context(|| format!("pod {namespace}/{name} is not on this node"))?;
-        let state = self
-            .runtime
-            .pod(pod.metadata.uid.as_deref().unwrap_or_default())
-            .await?;
+        let state = self.state(namespace, name).await?;
         if previous {
             let ended = state
                 .latest(container)
@@ -272,9 +278,10 @@ impl Server {
         };
         let since = match (get("sinceTime"), number("sinceSeconds")?) {
             (Some(time), _) => Some(time.parse().context("sinceTime is no time")?),
-            (None, Some(seconds)) => {
-                Some(Timestamp::now() - std::time::Duration::from_secs(seconds as u64))
-            }
+            // What lies before the beginning of time leaves nothing out.
+            (None, Some(seconds)) => Timestamp::now()
+                .checked_sub(std::time::Duration::from_secs(seconds as u64))
+                .ok(),
             (None, None) => None,
         };
         let wanted = Wanted {
@@ -373,14 +380,7 @@ impl Server {
                     .await?
             }
         } else {
-            let pod = self
-                .pods
-                .find(namespace, name)
-                .with_context(|| format!("pod {namespace}/{name} is not on this node"))?;
-            let state = self
-                .runtime
-                .pod(pod.metadata.uid.as_deref().unwrap_or_default())
-                .await?;
+            let state = self.state(namespace, name).await?;
             let sandbox = state
                 .ready_sandbox()
                 .context("the pod has no running sandbox")?;

@@ -83,26 +83,23 @@ async fn one(
     }
     let mut files = Files::new();
     let kind = if let Some(source) = &volume.config_map {
-        config_map(
-            sources,
-            &source.name,
-            source.items.as_deref(),
-            source.optional,
-            source.default_mode,
-            &mut files,
-        )
+        From {
+            name: &source.name,
+            items: source.items.as_deref(),
+            optional: source.optional,
+            mode: source.default_mode,
+        }
+        .config_map(sources, &mut files)
         .await?;
         "kubernetes.io~configmap"
     } else if let Some(source) = &volume.secret {
-        let name = source.secret_name.as_deref().unwrap_or_default();
-        secret(
-            sources,
-            name,
-            source.items.as_deref(),
-            source.optional,
-            source.default_mode,
-            &mut files,
-        )
+        From {
+            name: source.secret_name.as_deref().unwrap_or_default(),
+            items: source.items.as_deref(),
+            optional: source.optional,
+            mode: source.default_mode,
+        }
+        .secret(sources, &mut files)
         .await?;
         "kubernetes.io~secret"
     } else if let Some(source) = &volume.downward_api {
@@ -117,25 +114,23 @@ async fn one(
         for source in projected.sources.iter().flatten() {
             let mode = projected.default_mode;
             if let Some(map) = &source.config_map {
-                config_map(
-                    sources,
-                    &map.name,
-                    map.items.as_deref(),
-                    map.optional,
+                From {
+                    name: &map.name,
+                    items: map.items.as_deref(),
+                    optional: map.optional,
                     mode,
-                    &mut files,
-                )
+                }
+                .config_map(sources, &mut files)
                 .await?;
             }
             if let Some(one) = &source.secret {
-                secret(
-                    sources,
-                    &one.name,
-                    one.items.as_deref(),
-                    one.optional,
+                From {
+                    name: &one.name,
+                    items: one.items.as_deref(),
+                    optional: one.optional,
                     mode,
-                    &mut files,
-                )
+                }
+                .secret(sources, &mut files)
                 .await?;
             }
             if let Some(one) = &source.downward_api {
@@ -292,90 +287,68 @@ fn pick(
     Ok(())
 }
 
-async fn config_map(
-    sources: &Sources<'_>,
-    name: &str,
-    items: Option<&[KeyToPath]>,
+/// What a volume takes from a ConfigMap or a Secret.
+struct From<'a> {
+    name: &'a str,
+    items: Option<&'a [KeyToPath]>,
     optional: Option<bool>,
     mode: Option<i32>,
-    files: &mut Files,
-) -> Result<()> {
-    let namespace = sources
-        .pod
-        .metadata
-        .namespace
-        .as_deref()
-        .unwrap_or_default();
-    let optional = optional.unwrap_or(false);
-    let Some(map) = Api::<ConfigMap>::namespaced(sources.client.clone(), namespace)
-        .get_opt(name)
-        .await?
-    else {
-        if optional {
-            return Ok(());
-        }
-        bail!("configmap {name:?} not found");
-    };
-    let mut data: BTreeMap<String, Vec<u8>> = map
-        .data
-        .unwrap_or_default()
-        .into_iter()
-        .map(|(key, value)| (key, value.into_bytes()))
-        .collect();
-    data.extend(
-        map.binary_data
-            .unwrap_or_default()
-            .into_iter()
-            .map(|(key, value)| (key, value.0)),
-    );
-    pick(
-        &format!("configmap {name:?}"),
-        &data,
-        items,
-        optional,
-        mode,
-        files,
-    )
 }
 
-async fn secret(
-    sources: &Sources<'_>,
-    name: &str,
-    items: Option<&[KeyToPath]>,
-    optional: Option<bool>,
-    mode: Option<i32>,
-    files: &mut Files,
-) -> Result<()> {
-    let namespace = sources
-        .pod
-        .metadata
-        .namespace
-        .as_deref()
-        .unwrap_or_default();
-    let optional = optional.unwrap_or(false);
-    let Some(secret) = Api::<Secret>::namespaced(sources.client.clone(), namespace)
-        .get_opt(name)
-        .await?
-    else {
-        if optional {
-            return Ok(());
+impl From<'_> {
+    /// The object; none if it is not there and need not be.
+    async fn object<K>(&self, sources: &Sources<'_>, kind: &str) -> Result<Option<K>>
+    where
+        K: kube::Resource<DynamicType = (), Scope = kube::core::NamespaceResourceScope>
+            + Clone
+            + std::fmt::Debug
+            + serde::de::DeserializeOwned,
+    {
+        let namespace = sources.pod.metadata.namespace.as_deref();
+        let api = Api::<K>::namespaced(sources.client.clone(), namespace.unwrap_or_default());
+        let found = api
+            .get_opt(self.name)
+            .await
+            .with_context(|| format!("could not read {kind} {:?}", self.name))?;
+        if found.is_none() && self.optional != Some(true) {
+            bail!("{kind} {:?} not found", self.name);
         }
-        bail!("secret {name:?} not found");
-    };
-    let data = secret
-        .data
-        .unwrap_or_default()
-        .into_iter()
-        .map(|(key, value)| (key, value.0))
-        .collect();
-    pick(
-        &format!("secret {name:?}"),
-        &data,
-        items,
-        optional,
-        mode,
-        files,
-    )
+        Ok(found)
+    }
+
+    /// Its keys as files.
+    fn pick(&self, kind: &str, data: &BTreeMap<String, Vec<u8>>, files: &mut Files) -> Result<()> {
+        pick(
+            &format!("{kind} {:?}", self.name),
+            data,
+            self.items,
+            self.optional == Some(true),
+            self.mode,
+            files,
+        )
+    }
+
+    async fn config_map(&self, sources: &Sources<'_>, files: &mut Files) -> Result<()> {
+        let Some(map) = self.object::<ConfigMap>(sources, "configmap").await? else {
+            return Ok(());
+        };
+        let text = map.data.unwrap_or_default().into_iter();
+        let binary = map.binary_data.unwrap_or_default().into_iter();
+        let data = text
+            .map(|(key, value)| (key, value.into_bytes()))
+            .chain(binary.map(|(key, value)| (key, value.0)))
+            .collect();
+        self.pick("configmap", &data, files)
+    }
+
+    async fn secret(&self, sources: &Sources<'_>, files: &mut Files) -> Result<()> {
+        let Some(secret) = self.object::<Secret>(sources, "secret").await? else {
+            return Ok(());
+        };
+        let data = secret.data.unwrap_or_default().into_iter();
+        let data = data.map(|(key, value)| (key, value.0)).collect();
+        self.pick("secret", &data, files)
+    }
 }
 
 fn downward(
@@ -420,15 +393,22 @@ fn downward(
 /// Writes files into a fresh folder and swaps the `..data` link to it, so that a reader sees all old or all new.
 fn write_atomically(dir: &Path, files: &Files, group: Option<u32>) -> Result<()> {
     let data = dir.join("..data");
-    let unchanged = files.iter().all(|(path, (content, _))| {
-        std::fs::read(data.join(path)).is_ok_and(|old| old == *content)
-    });
-    let count = |path: &Path| std::fs::read_dir(path).map_or(0, |entries| entries.count());
+    // The API server refuses `..` and absolute paths in items; keys can't hold a slash.
+    let is_plain = |path: &str| {
+        let mut parts = Path::new(path).components();
+        parts.all(|part| matches!(part, std::path::Component::Normal(_)))
+    };
+    if let Some(path) = files.keys().find(|path| !is_plain(path)) {
+        bail!("{path:?} leaves the volume");
+    }
     let tops: std::collections::BTreeSet<&str> = files
         .keys()
         .map(|path| path.split('/').next().unwrap_or(path))
         .collect();
-    if unchanged && data.exists() && count(&data) == tops.len() {
+    let unchanged = files.iter().all(|(path, (content, _))| {
+        std::fs::read(data.join(path)).is_ok_and(|old| old == *content)
+    });
+    if unchanged && data.exists() && count_files(&data) == files.len() {
         return Ok(());
     }
     let stamp = std::time::SystemTime::now()
@@ -439,13 +419,6 @@ fn write_atomically(dir: &Path, files: &Files, group: Option<u32>) -> Result<()>
     make_dir(&fresh, 0o755)?;
     give(&fresh, group, 0o440)?;
     for (path, (content, mode)) in files {
-        // The API server refuses `..` and absolute paths in items; keys can't hold a slash.
-        if Path::new(path)
-            .components()
-            .any(|part| !matches!(part, std::path::Component::Normal(_)))
-        {
-            bail!("{path:?} leaves the volume");
-        }
         let target = fresh.join(path);
         if let Some(parent) = target.parent() {
             std::fs::create_dir_all(parent)
@@ -460,7 +433,6 @@ fn write_atomically(dir: &Path, files: &Files, group: Option<u32>) -> Result<()>
             .with_context(|| format!("could not set the mode of {}", target.display()))?;
         give(&target, group, 0o440)?;
     }
-    let old = std::fs::read_link(&data).ok();
     let temporary = dir.join("..data_tmp");
     let _ = std::fs::remove_file(&temporary);
     std::os::unix::fs::symlink(&fresh_name, &temporary)
@@ -472,9 +444,16 @@ fn write_atomically(dir: &Path, files: &Files, group: Option<u32>) -> Result<()>
     {
         let name = entry.file_name();
         let shown = name.to_string_lossy();
-        if !shown.starts_with("..") && !tops.contains(shown.as_ref()) {
-            let _ = std::fs::remove_file(entry.path());
+        if shown == "..data" || shown == fresh_name.as_str() || tops.contains(shown.as_ref()) {
+            continue;
         }
+        // Folders from before, also of a try that did not come to its end, and links to files that are no more.
+        let removed = if shown.starts_with("..") {
+            std::fs::remove_dir_all(entry.path())
+        } else {
+            std::fs::remove_file(entry.path())
+        };
+        removed.with_context(|| format!("could not remove {}", entry.path().display()))?;
     }
     for top in tops {
         let link = dir.join(top);
@@ -483,10 +462,18 @@ fn write_atomically(dir: &Path, files: &Files, group: Option<u32>) -> Result<()>
                 .with_context(|| format!("could not link {}", link.display()))?;
         }
     }
-    if let Some(old) = old.filter(|old| *old != Path::new(&fresh_name)) {
-        let _ = std::fs::remove_dir_all(dir.join(old));
-    }
     Ok(())
+}
+
+/// How many files a folder holds, with those in its folders.
+fn count_files(dir: &Path) -> usize {
+    let entries = std::fs::read_dir(dir).into_iter().flatten().flatten();
+    entries
+        .map(|entry| match entry.file_type() {
+            Ok(kind) if kind.is_dir() => count_files(&entry.path()),
+            _ => 1,
+        })
+        .sum()
 }
 
 /// A path of the mount table, where blanks and the like are written as `\040`.
@@ -558,6 +545,13 @@ mod tests {
             before,
             "nothing changed, nothing is swapped"
         );
+        // One file fewer in a folder that stays, and what a killed kubelet left.
+        std::fs::create_dir(dir.path().join("..1")).unwrap();
+        let two = [("a", "1"), ("sub/b", "2"), ("sub/c", "3")];
+        write_atomically(dir.path(), &files(&two), None).unwrap();
+        assert!(dir.path().join("sub/c").exists() && !dir.path().join("..1").exists());
+        write_atomically(dir.path(), &files(&two[..2]), None).unwrap();
+        assert!(dir.path().join("sub/b").exists() && !dir.path().join("sub/c").exists());
         write_atomically(dir.path(), &files(&[("a", "3")]), None).unwrap();
         assert_eq!(std::fs::read_to_string(dir.path().join("a")).unwrap(), "3");
         assert!(!dir.path().join("sub").exists() && !dir.path().join(before).exists());

@@ -458,13 +458,7 @@ impl Worker {
         for old in &state.sandboxes {
             self.shared.runtime.stop_sandbox(&old.id).await?;
         }
-        let metadata = &self.pod.metadata;
-        let text = |value: &Option<String>| value.clone().unwrap_or_default();
-        let logs = self.shared.config.log_dir(
-            &text(&metadata.namespace),
-            &text(&metadata.name),
-            &text(&metadata.uid),
-        );
+        let logs = self.shared.config.log_dir(&self.pod.metadata);
         std::fs::create_dir_all(&logs)
             .with_context(|| format!("could not make {}", logs.display()))?;
         let newest = state

@@ -2,146 +2,16 @@
 #![allow(clippy::unwrap_used, reason = "a test may panic")]
 
 mod harness;
-
-use std::net::{TcpListener, TcpStream};
-use std::path::Path;
-use std::process::{Child, Command, Stdio};
-use std::time::{Duration, Instant};
+#[path = "../cri/tests/harness/registry.rs"]
+mod registry;
 
 use k8s_openapi::api::core::v1::{ConfigMap, Pod, Secret};
 use kube::api::PostParams;
 use serde::de::DeserializeOwned;
 use serde_json::{Value, json};
-use xebec_cri::images::store::sha256;
 
 use harness::{Node, container, not_root, waiting};
-
-/// Debian's `docker-registry` on a loopback port; it knows the user `me` with the password `secret` alone.
-struct Registry {
-    child: Child,
-    dir: tempfile::TempDir,
-    host: String,
-}
-
-impl Registry {
-    fn start() -> Self {
-        let dir = tempfile::Builder::new()
-            .prefix("xbkubelet-reg-")
-            .tempdir()
-            .unwrap();
-        let listener = TcpListener::bind("127.0.0.1:0").unwrap();
-        let host = listener.local_addr().unwrap().to_string();
-        drop(listener);
-        let root = dir.path().display();
-        std::fs::write(
-            dir.path().join("htpasswd"),
-            "me:$2a$05$abcdefghijklmnopqrstuuOQiyCxlgf/oeuTqixKmWdcYUh4Hjl0a\n",
-        )
-        .unwrap();
-        let config = json!({
-            "version": 0.1,
-            "log": {"level": "error"},
-            "storage": {"filesystem": {"rootdirectory": format!("{root}/data")}},
-            "http": {"addr": host},
-            "auth": {"htpasswd": {"realm": "test", "path": format!("{root}/htpasswd")}},
-        });
-        // JSON is YAML.
-        std::fs::write(dir.path().join("config.yml"), config.to_string()).unwrap();
-        let child = Command::new("docker-registry")
-            .arg("serve")
-            .arg(dir.path().join("config.yml"))
-            .stdin(Stdio::null())
-            .stdout(Stdio::null())
-            .stderr(Stdio::null())
-            .spawn()
-            .expect("the Debian package docker-registry is needed");
-        let started = Instant::now();
-        while TcpStream::connect(&host).is_err() {
-            assert!(
-                started.elapsed() < Duration::from_secs(10),
-                "docker-registry does not start"
-            );
-            std::thread::sleep(Duration::from_millis(20));
-        }
-        Self { child, dir, host }
-    }
-
-    fn curl(&self, args: &[&str]) -> String {
-        let out = Command::new("curl")
-            .args(["-sS", "--fail-with-body", "-u", "me:secret"])
-            .args(args)
-            .output()
-            .unwrap();
-        let said = String::from_utf8_lossy(&[out.stdout, out.stderr].concat()).into_owned();
-        assert!(out.status.success(), "curl {args:?}: {said}");
-        said
-    }
-
-    fn put(&self, url: &str, kind: &str, content: &[u8]) {
-        let file = self.dir.path().join("upload");
-        std::fs::write(&file, content).unwrap();
-        let (kind, data) = (
-            format!("Content-Type: {kind}"),
-            format!("@{}", file.display()),
-        );
-        self.curl(&["-X", "PUT", "-H", &kind, "--data-binary", &data, url]);
-    }
-
-    fn put_blob(&self, repo: &str, content: &[u8]) -> Value {
-        let digest = sha256(content);
-        let url = format!("http://{}/v2/{repo}/blobs/uploads/", self.host);
-        let head = self.curl(&["-X", "POST", "-D", "-", "-o", "/dev/null", &url]);
-        let location = head
-            .lines()
-            .find_map(|line| {
-                let (name, value) = line.split_once(": ")?;
-                name.eq_ignore_ascii_case("location")
-                    .then(|| value.trim().to_owned())
-            })
-            .unwrap();
-        let url = format!("{location}&digest={digest}");
-        self.put(&url, "application/octet-stream", content);
-        json!({"digest": digest, "size": content.len()})
-    }
-
-    /// An image of one layer that holds a shell.
-    fn push(&self, repo: &str) -> String {
-        let layer = shell_layer();
-        let config = json!({
-            "architecture": if cfg!(target_arch = "aarch64") { "arm64" } else { "amd64" },
-            "os": "linux",
-            "config": {"Entrypoint": ["/bin/sh", "-c"], "Cmd": ["exit 0"]},
-            "rootfs": {"type": "layers", "diff_ids": [sha256(&layer)]},
-        });
-        let (mut layer, mut config) = (
-            self.put_blob(repo, &layer),
-            self.put_blob(repo, config.to_string().as_bytes()),
-        );
-        layer["mediaType"] = json!("application/vnd.oci.image.layer.v1.tar");
-        config["mediaType"] = json!("application/vnd.oci.image.config.v1+json");
-        let kind = "application/vnd.oci.image.manifest.v1+json";
-        let manifest =
-            json!({"schemaVersion": 2, "mediaType": kind, "config": config, "layers": [layer]});
-        let url = format!("http://{}/v2/{repo}/manifests/v1", self.host);
-        self.put(&url, kind, manifest.to_string().as_bytes());
-        format!("{}/{repo}:v1", self.host)
-    }
-}
-
-impl Drop for Registry {
-    fn drop(&mut self) {
-        let _ = self.child.kill();
-        let _ = self.child.wait();
-    }
-}
-
-fn shell_layer() -> Vec<u8> {
-    let mut builder = tar::Builder::new(Vec::new());
-    builder
-        .append_path_with_name(Path::new("/bin/busybox"), "bin/sh")
-        .unwrap();
-    builder.into_inner().unwrap()
-}
+use registry::{Registry, TestImage};
 
 async fn make<K>(node: &Node, object: Value)
 where
@@ -164,7 +34,7 @@ async fn private_images_are_pulled_with_the_pods_secrets() {
         return;
     }
     let node = Node::start(21071).await;
-    let registry = Registry::start();
+    let registry = Registry::start(true);
     let host = registry.host.as_str();
     // "me:secret"
     let new = json!({"auths": {host: {"auth": "bWU6c2VjcmV0"}}});
@@ -196,7 +66,9 @@ async fn private_images_are_pulled_with_the_pods_secrets() {
         ("old", json!([{"name": "old"}])),
         ("none", json!([{"name": "missing"}, {"name": "elsewhere"}])),
     ] {
-        let image = registry.push(&format!("{name}/app"));
+        let repo = format!("{name}/app");
+        registry.push(&repo, "v1", &TestImage::shell());
+        let image = format!("{host}/{repo}:v1");
         let container = json!({"image": image, "imagePullPolicy": "Always"});
         let more = json!({"imagePullSecrets": secrets, "restartPolicy": "Never"});
         node.pod(name, container, more).await;

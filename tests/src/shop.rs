@@ -334,3 +334,18 @@ pub fn assert_pods_waited_for_the_network(cluster: &Cluster) {
         .filter(|line| line.contains("setup network") || line.contains("network setup"));
     assert_eq!(early.next(), None, "a sandbox was tried too early");
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn what_is_no_answer_is_a_failure() {
+        let answers = Answers::read(
+            "web-1\napi-1\nweb-2\nhttp://10.96.0.9/: could not connect to 10.96.0.9:80\nweb-1\n",
+        );
+        assert_eq!((answers.of("web"), answers.of("api")), (3, 1));
+        assert_eq!(answers.by_pod["web-1"], 2);
+        assert_eq!(answers.failures.len(), 1);
+    }
+}

@@ -38,7 +38,7 @@ pub use xebec_cri_api as api;
 const DRAIN: std::time::Duration = std::time::Duration::from_secs(1);
 
 /// What the runtime needs to know.
-#[derive(Clone, Debug)]
+#[derive(Clone, Debug, serde::Serialize)]
 pub struct Config {
     /// The UNIX socket to serve CRI on.
     pub socket: PathBuf,

@@ -88,6 +88,9 @@ pub struct ContainerRecord {
     pub groups: Vec<u32>,
 }
 
+/// Where limits are that were changed since the container was made.
+const RESOURCES: &str = "resources.pb";
+
 /// A sandbox: what was asked for, and what is.
 pub struct Sandbox {
     /// 64 hex digits.
@@ -108,6 +111,7 @@ pub struct Container {
     /// Its directory on disk, which is its OCI bundle.
     pub dir: PathBuf,
     record: Mutex<ContainerRecord>,
+    resources: Mutex<Option<v1::LinuxContainerResources>>,
     phase: watch::Sender<Phase>,
 }
 
@@ -167,24 +171,38 @@ impl Container {
         replace_file(&dir.join("config.pb"), &config.encode_to_vec())?;
         replace_file(&dir.join("record.json"), &serde_json::to_vec(&record)?)?;
         let phase = watch::Sender::new(record.phase);
+        let resources = config.linux.as_ref().and_then(|l| l.resources.clone());
         Ok(Self {
             id,
             config,
             dir,
             record: Mutex::new(record),
+            resources: Mutex::new(resources),
             phase,
         })
     }
 
     /// Reads a container back.
     pub fn load(id: String, dir: PathBuf) -> anyhow::Result<Self> {
-        let (config, record): (_, ContainerRecord) = read_pair(&dir)?;
+        let (config, record): (v1::ContainerConfig, ContainerRecord) = read_pair(&dir)?;
         let phase = watch::Sender::new(record.phase);
+        let resources = match std::fs::read(dir.join(RESOURCES)) {
+            Ok(changed) => Some(
+                v1::LinuxContainerResources::decode(changed.as_slice())
+                    .with_context(|| format!("cannot decode {RESOURCES} of container {id}"))?,
+            ),
+            Err(err) if err.kind() != std::io::ErrorKind::NotFound => {
+                return Err(err)
+                    .with_context(|| format!("cannot read {RESOURCES} of container {id}"));
+            }
+            Err(_) => config.linux.as_ref().and_then(|l| l.resources.clone()),
+        };
         Ok(Self {
             id,
             config,
             dir,
             record: Mutex::new(record),
+            resources: Mutex::new(resources),
             phase,
         })
     }
@@ -192,6 +210,25 @@ impl Container {
     /// A copy of the record.
     pub fn record(&self) -> ContainerRecord {
         lock(&self.record).clone()
+    }
+
+    /// Its limits: as they were asked for, or as they were changed since.
+    pub fn resources(&self) -> Option<v1::LinuxContainerResources> {
+        lock(&self.resources).clone()
+    }
+
+    /// Notes changed limits, on disk too; those that are not set stay as they were.
+    pub fn change_resources(&self, asked: &v1::LinuxContainerResources) -> anyhow::Result<()> {
+        let mut known = lock(&self.resources);
+        let mut next = known.clone().unwrap_or_default();
+        if !asked.hugepage_limits.is_empty() {
+            next.hugepage_limits.clear();
+        }
+        next.merge(asked.encode_to_vec().as_slice())
+            .context("cannot merge limits")?;
+        replace_file(&self.dir.join(RESOURCES), &next.encode_to_vec())?;
+        *known = Some(next);
+        Ok(())
     }
 
     /// Changes the record, on disk too, and wakes who waits for its phase.

@@ -338,6 +338,7 @@ impl RuntimeService for Service {
         let container = self.container(&request.container_id)?;
         let resources = request.linux.ok_or_else(|| missing("linux resources"))?;
         stats::update(&container, &resources).map_err(unknown)?;
+        container.change_resources(&resources).map_err(unknown)?;
         Ok(Response::new(v1::UpdateContainerResourcesResponse {}))
     }
 
@@ -530,7 +531,9 @@ impl RuntimeService for Service {
         };
         let mut info = HashMap::new();
         if request.get_ref().verbose {
-            info.insert("config".to_owned(), format!("{:?}", self.0.config));
+            let config = serde_json::to_string(&self.0.config)
+                .map_err(|err| Status::internal(format!("the configuration is no JSON: {err}")))?;
+            info.insert("config".to_owned(), config);
         }
         Ok(Response::new(v1::StatusResponse {
             status: Some(v1::RuntimeStatus {

@@ -2,7 +2,7 @@
 
 use std::path::{Path, PathBuf};
 
-use anyhow::Context;
+use anyhow::{Context, bail};
 use xebec_cri_api::v1;
 use xebec_shim::log_file::now_nanos;
 
@@ -183,6 +183,7 @@ pub fn directory(dir: &Path) -> v1::FilesystemUsage {
 /// Writes new limits into a running container's cgroup.
 pub fn update(container: &Container, asked: &v1::LinuxContainerResources) -> anyhow::Result<()> {
     let dirs = cgroup_dirs(&container.record().cgroup);
+    // Each limit in the file of whichever hierarchy has it.
     let write = |files: &[(&str, String)]| -> anyhow::Result<()> {
         for (file, text) in files {
             if let Some(dir) = dirs.iter().find(|d| d.join(file).exists()) {
@@ -190,7 +191,8 @@ pub fn update(container: &Container, asked: &v1::LinuxContainerResources) -> any
                     .with_context(|| format!("cannot write {text} to {file}"));
             }
         }
-        Ok(())
+        let names: Vec<&str> = files.iter().map(|(file, _)| *file).collect();
+        bail!("the container's cgroup has no {}", names.join(" or "))
     };
     if asked.cpu_shares > 0 {
         // The mapping of shares [2, 262144] to weights [1, 10000].
@@ -200,22 +202,32 @@ pub fn update(container: &Container, asked: &v1::LinuxContainerResources) -> any
             ("cpu.weight", weight.to_string()),
         ])?;
     }
-    if asked.cpu_period > 0 {
-        write(&[("cpu.cfs_period_us", asked.cpu_period.to_string())])?;
-    }
-    if asked.cpu_quota != 0 {
-        let period = if asked.cpu_period > 0 {
-            asked.cpu_period
-        } else {
-            100_000
+    if asked.cpu_period > 0 || asked.cpu_quota != 0 {
+        // cgroup2 takes both at once: what is not asked for stays as it is.
+        let known = container.resources().unwrap_or_default();
+        let period = match (asked.cpu_period, known.cpu_period) {
+            (asked, _) if asked > 0 => asked,
+            (_, known) if known > 0 => known,
+            _ => 100_000,
         };
-        let max = if asked.cpu_quota < 0 {
+        let quota = match (asked.cpu_quota, known.cpu_quota) {
+            (0, 0) => -1,
+            (0, known) => known,
+            (asked, _) => asked,
+        };
+        let max = if quota < 0 {
             "max".to_owned()
         } else {
-            asked.cpu_quota.to_string()
+            quota.to_string()
         };
+        if asked.cpu_period > 0 {
+            write(&[
+                ("cpu.cfs_period_us", period.to_string()),
+                ("cpu.max", format!("{max} {period}")),
+            ])?;
+        }
         write(&[
-            ("cpu.cfs_quota_us", asked.cpu_quota.to_string()),
+            ("cpu.cfs_quota_us", quota.to_string()),
             ("cpu.max", format!("{max} {period}")),
         ])?;
     }

@@ -95,15 +95,10 @@ pub fn container(container: &Container, sandbox: &Sandbox) -> v1::ContainerStatu
         annotations: container.config.annotations.clone(),
         mounts: container.config.mounts.clone(),
         log_path: log_path(container, sandbox).unwrap_or_default(),
-        resources: container
-            .config
-            .linux
-            .as_ref()
-            .and_then(|l| l.resources.clone())
-            .map(|linux| v1::ContainerResources {
-                linux: Some(linux),
-                windows: None,
-            }),
+        resources: container.resources().map(|linux| v1::ContainerResources {
+            linux: Some(linux),
+            windows: None,
+        }),
         image_id: record.image,
         user: Some(v1::ContainerUser {
             linux: Some(v1::LinuxContainerUser {

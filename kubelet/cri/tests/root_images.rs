@@ -6,160 +6,12 @@ mod harness;
 
 use std::io::Write;
 use std::path::{Path, PathBuf};
-use std::process::{Child, Command, Stdio};
-use std::time::{Duration, Instant};
+use std::process::Command;
 
+use harness::registry::{self, Registry, TestImage};
 use harness::{Client, Node, pod, shell};
 use xebec_cri::images::store::sha256;
 use xebec_cri_api::v1;
-
-/// `docker-registry` on a loopback port, with its storage in a directory.
-struct Registry {
-    child: Child,
-    dir: tempfile::TempDir,
-    host: String,
-    user: Option<&'static str>,
-}
-
-impl Registry {
-    fn start(password: bool) -> Self {
-        let dir = tempfile::Builder::new()
-            .prefix("xbcri-reg-")
-            .tempdir()
-            .unwrap();
-        let port = std::net::TcpListener::bind("127.0.0.1:0")
-            .unwrap()
-            .local_addr()
-            .unwrap()
-            .port();
-        let auth = if password {
-            // user "me", password "secret" (bcrypt)
-            std::fs::write(
-                dir.path().join("htpasswd"),
-                "me:$2a$05$abcdefghijklmnopqrstuuOQiyCxlgf/oeuTqixKmWdcYUh4Hjl0a\n",
-            )
-            .unwrap();
-            format!(
-                "auth:\n  htpasswd:\n    realm: test\n    path: {}/htpasswd\n",
-                dir.path().display()
-            )
-        } else {
-            String::new()
-        };
-        std::fs::write(
-            dir.path().join("config.yml"),
-            format!(
-                "version: 0.1\nlog:\n  level: error\nstorage:\n  filesystem:\n    rootdirectory: {}/data\nhttp:\n  addr: 127.0.0.1:{port}\n{auth}",
-                dir.path().display()
-            ),
-        )
-        .unwrap();
-        let child = Command::new("docker-registry")
-            .arg("serve")
-            .arg(dir.path().join("config.yml"))
-            .stdin(Stdio::null())
-            .stdout(Stdio::null())
-            .stderr(Stdio::null())
-            .spawn()
-            .expect("the Debian package docker-registry is needed");
-        let end = Instant::now() + Duration::from_secs(10);
-        while std::net::TcpStream::connect(("127.0.0.1", port)).is_err() {
-            assert!(Instant::now() < end, "docker-registry does not start");
-            std::thread::sleep(Duration::from_millis(20));
-        }
-        Self {
-            child,
-            dir,
-            host: format!("127.0.0.1:{port}"),
-            user: password.then_some("me:secret"),
-        }
-    }
-
-    fn curl(&self, args: &[&str]) -> String {
-        let mut command = Command::new("curl");
-        command.args(["-sS", "--fail-with-body"]);
-        if let Some(user) = self.user {
-            command.args(["-u", user]);
-        }
-        let out = command.args(args).output().unwrap();
-        assert!(
-            out.status.success(),
-            "curl {args:?}: {}{}",
-            String::from_utf8_lossy(&out.stdout),
-            String::from_utf8_lossy(&out.stderr)
-        );
-        String::from_utf8_lossy(&out.stdout).into_owned()
-    }
-
-    fn put_blob(&self, repo: &str, content: &[u8]) -> String {
-        let file = self.dir.path().join("upload");
-        std::fs::write(&file, content).unwrap();
-        let head = self.curl(&[
-            "-X",
-            "POST",
-            "-D",
-            "-",
-            "-o",
-            "/dev/null",
-            &format!("http://{}/v2/{repo}/blobs/uploads/", self.host),
-        ]);
-        let location = head
-            .lines()
-            .find_map(|l| {
-                l.to_ascii_lowercase()
-                    .starts_with("location:")
-                    .then(|| l[9..].trim().to_owned())
-            })
-            .unwrap();
-        let digest = sha256(content);
-        let join = if location.contains('?') { '&' } else { '?' };
-        self.curl(&[
-            "-X",
-            "PUT",
-            "-H",
-            "Content-Type: application/octet-stream",
-            "--data-binary",
-            &format!("@{}", file.display()),
-            &format!("{location}{join}digest={digest}"),
-        ]);
-        digest
-    }
-
-    fn put_manifest(&self, repo: &str, tag: &str, kind: &str, text: &str) -> String {
-        let file = self.dir.path().join("manifest");
-        std::fs::write(&file, text).unwrap();
-        self.curl(&[
-            "-X",
-            "PUT",
-            "-H",
-            &format!("Content-Type: {kind}"),
-            "--data-binary",
-            &format!("@{}", file.display()),
-            &format!("http://{}/v2/{repo}/manifests/{tag}", self.host),
-        ]);
-        sha256(text.as_bytes())
-    }
-
-    /// Damages a blob in the registry's storage.
-    fn corrupt(&self, digest: &str) {
-        let hex = &digest[7..];
-        let path = self.dir.path().join(format!(
-            "data/docker/registry/v2/blobs/sha256/{}/{hex}/data",
-            &hex[..2]
-        ));
-        let mut content = std::fs::read(&path).unwrap();
-        let at = content.len() / 2;
-        content[at] ^= 0xff;
-        std::fs::write(&path, content).unwrap();
-    }
-}
-
-impl Drop for Registry {
-    fn drop(&mut self) {
-        let _ = self.child.kill();
-        let _ = self.child.wait();
-    }
-}
 
 fn tar_of(files: &[(&str, u32, &[u8])]) -> Vec<u8> {
     let mut builder = tar::Builder::new(Vec::new());
@@ -183,11 +35,6 @@ fn gzip(data: &[u8]) -> Vec<u8> {
     out.finish().unwrap()
 }
 
-struct TestImage {
-    config: String,
-    layers: Vec<(&'static str, Vec<u8>)>,
-}
-
 /// Three layers: gzip with busybox, zstd with a whiteout and an opaque
 /// directory, and a plain one.
 fn image() -> TestImage {
@@ -207,53 +54,23 @@ fn image() -> TestImage {
         ("dir/new", 0o644, b"two"),
     ]);
     let three = tar_of(&[("stays", 0o644, b"three"), ("last", 0o644, b"three")]);
-    let diff: Vec<String> = [&one, &two, &three].iter().map(|l| sha256(l)).collect();
-    let config = serde_json::json!({
-        "architecture": if cfg!(target_arch = "aarch64") { "arm64" } else { "amd64" },
-        "os": "linux",
-        "config": {"Entrypoint": ["/bin/sh", "-c"], "Cmd": ["echo from image; cat /stays; echo; ls / /dir"], "Env": ["A=b"], "Labels": null},
-        "rootfs": {"type": "layers", "diff_ids": diff},
+    let run = serde_json::json!({
+        "Entrypoint": ["/bin/sh", "-c"], "Cmd": ["echo from image; cat /stays; echo; ls / /dir"],
+        "Env": ["A=b"], "Labels": null,
     });
+    let config = registry::config(run, &[&one, &two, &three]);
     let zstd = ruzstd::encoding::compress_to_vec(
         two.as_slice(),
         ruzstd::encoding::CompressionLevel::Fastest,
     );
     TestImage {
-        config: config.to_string(),
+        config,
         layers: vec![
             ("application/vnd.oci.image.layer.v1.tar+gzip", gzip(&one)),
             ("application/vnd.oci.image.layer.v1.tar+zstd", zstd),
             ("application/vnd.oci.image.layer.v1.tar", three),
         ],
     }
-}
-
-fn manifest(image: &TestImage) -> String {
-    let layers: Vec<_> = image
-        .layers
-        .iter()
-        .map(|(kind, data)| serde_json::json!({"mediaType": kind, "digest": sha256(data), "size": data.len()}))
-        .collect();
-    serde_json::json!({
-        "schemaVersion": 2,
-        "mediaType": "application/vnd.oci.image.manifest.v1+json",
-        "config": {"mediaType": "application/vnd.oci.image.config.v1+json", "digest": sha256(image.config.as_bytes()), "size": image.config.len()},
-        "layers": layers,
-    })
-    .to_string()
-}
-
-fn push(registry: &Registry, repo: &str, tag: &str, image: &TestImage) -> String {
-    registry.put_blob(repo, image.config.as_bytes());
-    for (_, data) in &image.layers {
-        registry.put_blob(repo, data);
-    }
-    registry.put_manifest(
-        repo,
-        tag,
-        "application/vnd.oci.image.manifest.v1+json",
-        &manifest(image),
-    )
 }
 
 async fn pull(
@@ -306,12 +123,12 @@ async fn images_are_pulled_run_and_removed() {
     let registry = Registry::start(false);
     let node = Node::start();
     let image = image();
-    let digest = push(&registry, "team/app", "v1", &image);
+    let digest = registry.push("team/app", "v1", &image);
     let index = serde_json::json!({
         "schemaVersion": 2,
         "mediaType": "application/vnd.oci.image.index.v1+json",
         "manifests": [
-            {"mediaType": "application/vnd.oci.image.manifest.v1+json", "digest": digest, "size": manifest(&image).len(),
+            {"mediaType": "application/vnd.oci.image.manifest.v1+json", "digest": digest, "size": image.manifest().len(),
              "platform": {"os": "linux", "architecture": if cfg!(target_arch = "aarch64") { "arm64" } else { "amd64" }}},
         ],
     })
@@ -413,7 +230,7 @@ async fn what_is_wrong_with_a_pull_is_said_and_leaves_nothing() {
     let registry = Registry::start(false);
     let node = Node::start();
     let image = image();
-    push(&registry, "app", "v1", &image);
+    registry.push("app", "v1", &image);
     let absent = format!("{}/app:nope", registry.host);
     let err = pull(&node, &absent, None).await.unwrap_err();
     assert_eq!(err.code(), tonic::Code::NotFound);
@@ -454,7 +271,7 @@ async fn what_is_wrong_with_a_pull_is_said_and_leaves_nothing() {
         &sha256(b"other"),
     );
     let registry = Registry::start(false);
-    push(&registry, "lying", "v1", &lying);
+    registry.push("lying", "v1", &lying);
     let err = pull(&node, &format!("{}/lying:v1", registry.host), None)
         .await
         .unwrap_err();
@@ -471,7 +288,7 @@ async fn a_private_image_needs_the_right_password() {
     }
     let registry = Registry::start(true);
     let node = Node::start();
-    push(&registry, "private", "v1", &image());
+    registry.push("private", "v1", &image());
     let name = format!("{}/private:v1", registry.host);
     for auth in [
         None,
@@ -499,7 +316,7 @@ fn write_layout(dir: &Path, image: &TestImage, name: &str) {
     for (_, data) in &image.layers {
         put(data);
     }
-    let manifest = manifest(image);
+    let manifest = image.manifest();
     put(manifest.as_bytes());
     std::fs::write(dir.join("oci-layout"), r#"{"imageLayoutVersion":"1.0.0"}"#).unwrap();
     std::fs::write(

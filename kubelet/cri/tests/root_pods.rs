@@ -18,7 +18,7 @@ fn log(status: &v1::ContainerStatus) -> Vec<String> {
 }
 
 /// Whether a process runs; one that its parent has yet to reap does not.
-fn alive(pid: i64) -> bool {
+fn alive(pid: i32) -> bool {
     std::fs::read_to_string(format!("/proc/{pid}/stat"))
         .is_ok_and(|s| !s.rsplit(')').next().unwrap_or("").starts_with(" Z"))
 }
@@ -91,18 +91,7 @@ async fn removal_leaves_nothing() {
         mounts_below(node.dir.path()).len() >= 3,
         "netns, shm, rootfs"
     );
-    let shim =
-        c.0.pod_sandbox_status(v1::PodSandboxStatusRequest {
-            pod_sandbox_id: sandbox.clone(),
-            verbose: true,
-        })
-        .await
-        .unwrap()
-        .into_inner()
-        .info["info"]
-            .clone();
-    let shim: serde_json::Value = serde_json::from_str(&shim).unwrap();
-    let pid = shim["shim_pid"].as_i64().unwrap();
+    let pid = c.shim_pid(&sandbox).await;
     assert!(std::path::Path::new(&format!("/proc/{pid}")).exists());
     assert!(alive(pid));
     let rss = std::fs::read_to_string(format!("/proc/{pid}/status")).unwrap();

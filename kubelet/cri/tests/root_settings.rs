@@ -627,19 +627,9 @@ async fn a_killed_shim_is_noticed_and_cleaned_up() {
     let mut c = Client(node.runtime().await);
     let sandbox = c.sandbox(pod(&node, "dead")).await;
     let id = c.run(&sandbox, shell("main", "exec sleep 300")).await;
-    let info =
-        c.0.pod_sandbox_status(v1::PodSandboxStatusRequest {
-            pod_sandbox_id: sandbox.clone(),
-            verbose: true,
-        })
-        .await
-        .unwrap()
-        .into_inner()
-        .info["info"]
-            .clone();
-    let info: serde_json::Value = serde_json::from_str(&info).unwrap();
+    let shim = c.shim_pid(&sandbox).await;
     // SAFETY: plain kill of the shim that this test's server started.
-    unsafe { libc::kill(info["shim_pid"].as_i64().unwrap() as i32, libc::SIGKILL) };
+    unsafe { libc::kill(shim, libc::SIGKILL) };
     let status = c.wait_exit(&id).await;
     assert_eq!((status.exit_code, status.reason.as_str()), (255, "Unknown"));
     assert_eq!(

@@ -177,16 +177,7 @@ impl Worker {
                 return Ok(());
             }
         };
-        let metadata = &self.pod.metadata;
-        let text = |value: &Option<String>| value.clone().unwrap_or_default();
-        let logs = shared
-            .config
-            .log_dir(
-                &text(&metadata.namespace),
-                &text(&metadata.name),
-                &text(&metadata.uid),
-            )
-            .join(&spec.name);
+        let logs = shared.config.log_dir(&self.pod.metadata).join(&spec.name);
         std::fs::create_dir_all(&logs)
             .with_context(|| format!("could not make {}", logs.display()))?;
         let sandbox_config = container::sandbox(&shared.config, &self.pod, self.sandbox_attempt);

@@ -197,11 +197,7 @@ impl Worker {
         volumes::remove(&self.pod_dir())?;
         let metadata = &self.pod.metadata;
         let text = |value: &Option<String>| value.clone().unwrap_or_default();
-        let logs = self.shared.config.log_dir(
-            &text(&metadata.namespace),
-            &text(&metadata.name),
-            &text(&metadata.uid),
-        );
+        let logs = self.shared.config.log_dir(&self.pod.metadata);
         let _ = std::fs::remove_dir_all(logs);
         if !self.gone {
             let api =

@@ -1,6 +1,7 @@
 //! A real server with a real shim in a temporary root, and a client for it.
 #![allow(dead_code, reason = "not every test file uses all of it")]
 
+pub mod registry;
 pub mod spdy;
 
 use std::path::{Path, PathBuf};
@@ -433,6 +434,18 @@ impl Client {
             .into_inner()
             .status
             .unwrap()
+    }
+
+    /// Pid of a sandbox's shim.
+    pub async fn shim_pid(&mut self, id: &str) -> i32 {
+        let request = v1::PodSandboxStatusRequest {
+            pod_sandbox_id: id.to_owned(),
+            verbose: true,
+        };
+        let answer = self.0.pod_sandbox_status(request).await.unwrap();
+        let info: serde_json::Value =
+            serde_json::from_str(&answer.into_inner().info["info"]).unwrap();
+        info["shim_pid"].as_i64().unwrap() as i32
     }
 
     pub async fn wait_exit(&mut self, id: &str) -> v1::ContainerStatus {
