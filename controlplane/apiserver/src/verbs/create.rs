@@ -138,7 +138,11 @@ impl Handler {
             } else {
                 Txn::default()
             };
-            match self.registry.create(resource, attempt, extra, dry).await {
+            match self
+                .registry
+                .create(resource, attempt, Part::Main, extra, dry)
+                .await
+            {
                 // Somebody took the same address at the same moment: choose another one.
                 Err(error) if error.code == StatusCode::CONFLICT && error.is_conflict() => {}
                 Ok(made) => {

@@ -71,6 +71,7 @@ impl Handler {
         }
         match about.subresource.as_deref() {
             Some("status") => self.object(about, call, body, Part::Status).await,
+            Some("ephemeralcontainers") => self.object(about, call, body, Part::Ephemeral).await,
             Some(_) => self.subresource(about, call, body).await,
             None if !about.resource.is_stored() => self.virtual_kind(about, call, body).await,
             None => self.object(about, call, body, Part::Main).await,
