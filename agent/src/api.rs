@@ -21,6 +21,7 @@ use tokio_util::sync::CancellationToken;
 use crate::endpoints::Endpoints;
 use crate::flows::{Filter, Flows, Seen};
 use crate::maps::PolicyMaps;
+use crate::network::Served;
 use crate::policy::watch::Shared;
 use crate::services::Shown;
 
@@ -35,6 +36,7 @@ pub(crate) struct Tables {
     /// None where pods are only taken away.
     pub engine: Option<Shared<PolicyMaps>>,
     pub flows: Flows,
+    pub served: Served,
 }
 
 type Body = UnsyncBoxBody<Bytes, Infallible>;
@@ -158,9 +160,17 @@ async fn answer(request: Request<Incoming>, tables: &Tables) -> Response<Body> {
         (&Method::GET, "/flows") => flows(&tables.flows, request.uri().query().unwrap_or_default()),
         (&Method::GET, "/tables") => reply(
             StatusCode::OK,
-            &json!(["endpoints", "services", "policies", "identities", "maps"]),
+            &json!([
+                "endpoints",
+                "services",
+                "policies",
+                "identities",
+                "maps",
+                "devices"
+            ]),
         ),
         (&Method::GET, "/tables/services") => reply(StatusCode::OK, &tables.services.rows().into()),
+        (&Method::GET, "/tables/devices") => reply(StatusCode::OK, &tables.served.rows().into()),
         (&Method::GET, "/tables/maps") => match crate::bpf_maps::rows() {
             Ok(rows) => reply(StatusCode::OK, &rows.into()),
             Err(error) => reply(
@@ -191,7 +201,9 @@ async fn answer(request: Request<Incoming>, tables: &Tables) -> Response<Body> {
                 &json!({
                     "healthy": true,
                     "endpoints": endpoints.list().await.len(),
+                    "devices": tables.served.summary(),
                     "packets": {"forwarded": counters.forwarded, "dropped": counters.dropped},
+                    "translated": {"tc": counters.translated, "xdp": counters.translated_early},
                     "flow_events": {"produced": counters.produced, "lost": counters.lost},
                 }),
             ),

@@ -49,7 +49,7 @@ pub struct Flows {
     news: broadcast::Sender<Arc<Seen>>,
     names: Names,
     node_name: Arc<str>,
-    counters: Option<Arc<PerCpuArray<MapData, [u8; 32]>>>,
+    counters: Option<Arc<PerCpuArray<MapData, [u8; 48]>>>,
 }
 
 impl Flows {

@@ -7,8 +7,9 @@ use anyhow::{Context, Result, bail};
 use ipnet::Ipv4Net;
 use xebec_dataplane_common::policy::Endpoint;
 
+use crate::loader::{self, Xdp};
 use crate::maps::PolicyKernel;
-use crate::{loader, network};
+use crate::network;
 
 /// What the way out needs to know.
 #[derive(Clone, Debug)]
@@ -48,7 +49,10 @@ pub async fn open(config: &Config) -> Result<()> {
     }
     maps.network.set_settings(network::settings_of(address)?)?;
     let devices = network::devices(&[], config.address).await?;
+    // What comes back here goes on through the stack, for which XDP is of no use.
     programs
-        .attach_network(&devices)
-        .context("could not open the nodes' way to the outside")
+        .attach_network(&devices, Xdp::Off)
+        .await
+        .context("could not open the nodes' way to the outside")?;
+    Ok(())
 }

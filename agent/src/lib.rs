@@ -53,6 +53,8 @@ pub struct Config {
     pub pod_cgroup: PathBuf,
     /// Devices that lead to other nodes and the outside; none for those of the node's address and the default route.
     pub devices: Vec<String>,
+    /// How XDP is used on them.
+    pub xdp: loader::Xdp,
     /// Addresses that have routes to pods, besides the nodes and the pods themselves.
     pub native: Vec<ipnet::Ipv4Net>,
 }
@@ -89,6 +91,7 @@ pub async fn run(client: kube::Client, config: Config, shutdown: CancellationTok
     });
     let endpoints = connect(&config, Some(dataplane.clone()))?;
     let shown = services::Shown::default();
+    let served = network::Served::default();
     let (services_ready, services_are_ready) = oneshot::channel();
     let routes = routes::run(
         config.node_name.clone(),
@@ -118,6 +121,7 @@ pub async fn run(client: kube::Client, config: Config, shutdown: CancellationTok
         services: shown,
         engine: Some(engine),
         flows,
+        served: served.clone(),
     };
     // What ran before this agent is taken over once everything is known, so that no rule is missing for a moment.
     let take_over = async {
@@ -130,7 +134,8 @@ pub async fn run(client: kube::Client, config: Config, shutdown: CancellationTok
         }
         endpoints.adopt().await?;
         let mut programs = dataplane.programs.lock().await;
-        programs.attach_network(&devices)?;
+        let by = programs.attach_network(&devices, config.xdp).await?;
+        served.set(&devices, &by);
         programs.attach_sockets(&config.cgroup_root)
     };
     let api = api::run(config.socket.clone(), tables, shutdown.clone());
@@ -147,6 +152,7 @@ pub async fn run_detached(config: Config, shutdown: CancellationToken) -> Result
         services: services::Shown::default(),
         engine: None,
         flows: flows::Flows::new(names::Names::default(), &config.node_name),
+        served: network::Served::default(),
     };
     api::run(config.socket, tables, shutdown).await
 }

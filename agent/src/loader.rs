@@ -1,8 +1,11 @@
 //! Loads the eBPF programs, attaches them, and keeps them attached beyond the agent's life by pinned links.
 
+mod express;
+
 use std::path::{Path, PathBuf};
 
 use anyhow::{Context, Result};
+use aya::maps::{HashMap, MapData};
 use aya::programs::links::{FdLink, LinkOrder, PinnedLink};
 use aya::programs::tc::{SchedClassifierLink, TcAttachOptions};
 use aya::programs::{
@@ -11,7 +14,9 @@ use aya::programs::{
 use aya::{Ebpf, EbpfLoader};
 use xebec_dataplane_common::LAYOUT;
 
-use crate::maps::{FlowMaps, NetworkMaps, PolicyMaps, ServiceMaps};
+use crate::maps::{FlowMaps, NetworkMaps, PolicyMaps, ServiceMaps, take};
+use crate::network::Device;
+pub use express::{By, Xdp};
 
 /// Folder of the pinned links of socket hooks.
 const CGROUP_LINKS: &str = "links";
@@ -60,6 +65,8 @@ const NETWORK_HOOKS: &[(TcAttachType, &str)] = &[
 /// Programs that are loaded, and where their links are pinned.
 pub struct Loaded {
     ebpf: Ebpf,
+    /// Devices with the XDP hook, by index.
+    express: HashMap<MapData, u32, u8>,
     /// A BPF filesystem of our own.
     dir: PathBuf,
 }
@@ -103,7 +110,9 @@ impl Loaded {
                 .load()
                 .with_context(|| format!("the kernel refused the eBPF program {name}"))?;
         }
+        Self::load_express(&mut ebpf)?;
         Ok(Self {
+            express: take(&mut ebpf, "EXPRESS")?,
             ebpf,
             dir: dir.to_path_buf(),
         })
@@ -125,25 +134,38 @@ impl Loaded {
         self.attach(POD_LINKS, POD_HOOKS, device)
     }
 
-    /// Attaches the hooks of devices that lead to other nodes and the outside, and lets go of all others.
-    pub fn attach_network(&mut self, devices: &[String]) -> Result<()> {
+    /// Attaches the hooks of devices that lead to other nodes and the outside, and lets go of all others. Gives who
+    /// does the XDP hook's work on each.
+    pub async fn attach_network(&mut self, devices: &[Device], xdp: Xdp) -> Result<Vec<By>> {
+        let wanted: Vec<String> = devices
+            .iter()
+            .flat_map(|device| {
+                let tc = NETWORK_HOOKS
+                    .iter()
+                    .map(|(_, hook)| pin_name(&device.name, hook));
+                tc.chain(xdp.pin(device))
+            })
+            .collect();
+        let mut let_go = false;
         for path in pinned(&self.dir.join(NETWORK_LINKS))? {
-            let wanted = devices
-                .iter()
-                .flat_map(|device| {
-                    NETWORK_HOOKS
-                        .iter()
-                        .map(move |(_, hook)| pin_name(device, hook))
-                })
-                .any(|name| path.ends_with(name));
-            if !wanted {
+            if !wanted.iter().any(|name| path.ends_with(name)) {
                 std::fs::remove_file(&path)
                     .with_context(|| format!("could not remove {}", path.display()))?;
+                let_go = true;
             }
         }
-        devices
-            .iter()
-            .try_for_each(|device| self.attach(NETWORK_LINKS, NETWORK_HOOKS, device))
+        let mut served = Vec::new();
+        for device in devices {
+            // tc first: it also has what XDP leaves.
+            self.attach(NETWORK_LINKS, NETWORK_HOOKS, &device.name)?;
+            let by = self.attach_express(device, xdp, let_go).await?;
+            match &by {
+                By::Tc(why) => tracing::info!(device = device.name, why, "tc alone translates"),
+                by => tracing::info!(device = device.name, %by, "XDP translates what is simple"),
+            }
+            served.push(by);
+        }
+        Ok(served)
     }
 
     fn attach(&mut self, links: &str, hooks: &[(TcAttachType, &str)], device: &str) -> Result<()> {

@@ -285,7 +285,7 @@ pub(crate) fn next_event(ring: &mut RingBuf<MapData>) -> Option<Event> {
 /// Events of flows and their counters.
 pub struct FlowMaps {
     pub(crate) events: RingBuf<MapData>,
-    counters: PerCpuArray<MapData, [u8; 32]>,
+    counters: PerCpuArray<MapData, [u8; 48]>,
 }
 
 impl FlowMaps {
@@ -297,7 +297,7 @@ impl FlowMaps {
     }
 
     /// The counters of all CPUs together.
-    pub(crate) fn counters(counters: &PerCpuArray<MapData, [u8; 32]>) -> Result<Counters> {
+    pub(crate) fn counters(counters: &PerCpuArray<MapData, [u8; 48]>) -> Result<Counters> {
         let values = counters.get(&0, 0).context("could not read the counters")?;
         Ok(values.iter().fold(Counters::default(), |sum, one| {
             let one: Counters = must_cast(*one);
@@ -306,6 +306,8 @@ impl FlowMaps {
                 lost: sum.lost + one.lost,
                 forwarded: sum.forwarded + one.forwarded,
                 dropped: sum.dropped + one.dropped,
+                translated: sum.translated + one.translated,
+                translated_early: sum.translated_early + one.translated_early,
             }
         }))
     }
@@ -321,7 +323,7 @@ impl FlowMaps {
     }
 
     /// Its two parts.
-    pub(crate) fn split(self) -> (RingBuf<MapData>, PerCpuArray<MapData, [u8; 32]>) {
+    pub(crate) fn split(self) -> (RingBuf<MapData>, PerCpuArray<MapData, [u8; 48]>) {
         (self.events, self.counters)
     }
 }

@@ -3,28 +3,71 @@
 
 use std::collections::BTreeSet;
 use std::net::{IpAddr, Ipv4Addr};
+use std::sync::{Arc, OnceLock};
 
 use anyhow::{Context, Result, bail};
 use futures::TryStreamExt;
 use ipnet::Ipv4Net;
 use rtnetlink::RouteMessageBuilder;
 use rtnetlink::packet_route::address::AddressAttribute;
-use rtnetlink::packet_route::link::LinkAttribute;
+use rtnetlink::packet_route::link::{LinkAttribute, LinkMessage};
 use rtnetlink::packet_route::route::RouteAttribute;
+use serde_json::{Value, json};
 use tokio::sync::watch::Receiver;
 use tokio_util::sync::CancellationToken;
 use xebec_dataplane_common::nat::Settings;
 
 use crate::link;
+use crate::loader::By;
 use crate::maps::{NetworkMaps, be};
 use crate::nodes::{NodeView, Nodes};
 
-/// The names of the devices that lead to other nodes and the outside.
-pub(crate) async fn devices(named: &[String], node_ip: IpAddr) -> Result<Vec<String>> {
-    if !named.is_empty() {
-        return Ok(named.to_vec());
+/// A device that leads to other nodes or the outside.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Device {
+    /// Its name.
+    pub name: String,
+    /// Its index.
+    pub index: u32,
+    /// The bus that it is on, if it is hardware (or its hypervisor says so).
+    pub bus: Option<String>,
+}
+
+impl Device {
+    /// As netlink tells of it, which unlike /sys knows of this process's network namespace.
+    fn new(told: LinkMessage) -> Option<Self> {
+        let (mut name, mut parent, mut bus) = (None, false, None);
+        for attribute in told.attributes {
+            match attribute {
+                LinkAttribute::IfName(told) => name = Some(told),
+                LinkAttribute::ParentDevName(_) => parent = true,
+                LinkAttribute::ParentDevBusName(told) => bus = Some(told),
+                _ => {}
+            }
+        }
+        Some(Self {
+            name: name?,
+            index: told.header.index,
+            bus: if parent { bus } else { None },
+        })
     }
+}
+
+/// The devices that lead to other nodes and the outside.
+pub(crate) async fn devices(named: &[String], node_ip: IpAddr) -> Result<Vec<Device>> {
     let handle = link::handle()?;
+    let mut devices = Vec::new();
+    if !named.is_empty() {
+        for name in named {
+            let mut links = handle.link().get().match_name(name.clone()).execute();
+            let told = links
+                .try_next()
+                .await
+                .with_context(|| format!("there is no device {name}"))?;
+            devices.extend(told.and_then(Device::new));
+        }
+        return Ok(devices);
+    }
     let mut found = BTreeSet::new();
     let mut addresses = handle.address().get().execute();
     while let Some(one) = addresses
@@ -60,26 +103,57 @@ pub(crate) async fn devices(named: &[String], node_ip: IpAddr) -> Result<Vec<Str
                 }),
         );
     }
-    let mut names = Vec::new();
     for index in found {
         let mut links = handle.link().get().match_index(index).execute();
-        let Some(link) = links
+        let told = links
             .try_next()
             .await
-            .context("could not look for a device")?
-        else {
-            continue;
-        };
-        names.extend(
-            link.attributes
-                .into_iter()
-                .find_map(|attribute| match attribute {
-                    LinkAttribute::IfName(name) => Some(name),
-                    _ => None,
-                }),
-        );
+            .context("could not look for a device")?;
+        devices.extend(told.and_then(Device::new));
     }
-    Ok(names)
+    Ok(devices)
+}
+
+/// Which hooks serve which devices, for the command line.
+#[derive(Clone, Default)]
+pub struct Served(Arc<OnceLock<Vec<Row>>>);
+
+/// A device, who translates there, and why not XDP.
+type Row = (String, String, String);
+
+impl Served {
+    /// Tells it, once.
+    pub(crate) fn set(&self, devices: &[Device], by: &[By]) {
+        let rows = devices.iter().zip(by).map(|(device, by)| {
+            let why = match by {
+                By::Tc(why) => why.clone(),
+                By::Native | By::Generic => String::new(),
+            };
+            (device.name.clone(), by.to_string(), why)
+        });
+        // The devices are asked for once, when the agent starts.
+        let _ = self.0.set(rows.collect());
+    }
+
+    fn each(&self) -> impl Iterator<Item = &Row> {
+        self.0.get().into_iter().flatten()
+    }
+
+    /// One row a device.
+    pub fn rows(&self) -> Vec<Value> {
+        self.each()
+            .map(|(device, by, why)| json!({"device": device, "translated_by": by, "why_not_xdp": why}))
+            .collect()
+    }
+
+    /// All in a few words.
+    pub fn summary(&self) -> String {
+        let words: Vec<String> = self
+            .each()
+            .map(|(device, by, _)| format!("{device} by {by}"))
+            .collect();
+        words.join(" and ")
+    }
 }
 
 /// The ports that no socket of the node gets by itself: those beyond the range that the kernel gives out.

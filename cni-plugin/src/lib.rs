@@ -90,7 +90,7 @@ fn run(input: &str, env: &dyn Fn(&str) -> String) -> Result<Value, Error> {
         "path": env("CNI_PATH"),
         "config": config,
     });
-    let result = ask(socket, &request)?;
+    let result = ask(socket, &request).map_err(|failure| failure.of(&command))?;
     // A plugin in a chain passes on what those before it made.
     if command == "ADD" && config["prevResult"].is_object() {
         return Ok(config["prevResult"].clone());
@@ -102,14 +102,30 @@ fn run(input: &str, env: &dyn Fn(&str) -> String) -> Result<Value, Error> {
     })
 }
 
+/// Why the agent did not do what it was asked to.
+enum Failure {
+    /// It could not be asked.
+    Unavailable(String),
+    /// Its own answer.
+    Refused(Error),
+}
+
+impl Failure {
+    /// The error of this command. What is not there yet means to STATUS that no pod can be added (50), and to
+    /// everything else that it may be tried again later (11).
+    fn of(self, command: &str) -> Error {
+        match self {
+            Self::Unavailable(message) if command == "STATUS" => Error::new(50, message),
+            Self::Unavailable(message) => Error::new(11, message),
+            Self::Refused(error) => error,
+        }
+    }
+}
+
 /// One POST to the agent.
-fn ask(socket: &str, request: &Value) -> Result<Value, Error> {
-    // 11: try again later, as the specification has it for what is not there yet.
+fn ask(socket: &str, request: &Value) -> Result<Value, Failure> {
     let later = |error: std::io::Error| {
-        Error::new(
-            11,
-            format!("the agent at {socket} does not answer: {error}"),
-        )
+        Failure::Unavailable(format!("the agent at {socket} does not answer: {error}"))
     };
     let mut stream = UnixStream::connect(socket).map_err(later)?;
     stream.set_read_timeout(Some(PATIENCE)).map_err(later)?;
@@ -142,7 +158,7 @@ fn ask(socket: &str, request: &Value) -> Result<Value, Error> {
     let mut answer = vec![0; length];
     reader.read_exact(&mut answer).map_err(later)?;
     let answer: Value = serde_json::from_slice(&answer)
-        .map_err(|_| Error::new(999, "the agent's answer is no JSON"))?;
+        .map_err(|_| Failure::Refused(Error::new(999, "the agent's answer is no JSON")))?;
     if code == 200 {
         return Ok(answer);
     }
@@ -150,10 +166,10 @@ fn ask(socket: &str, request: &Value) -> Result<Value, Error> {
         .as_u64()
         .and_then(|code| u32::try_from(code).ok())
         .unwrap_or(999);
-    Err(Error::new(
+    Err(Failure::Refused(Error::new(
         number,
         answer["msg"].as_str().unwrap_or("the agent refused"),
-    ))
+    )))
 }
 
 #[cfg(test)]
@@ -185,13 +201,9 @@ mod tests {
         assert_eq!(code("{", "ADD"), Some(6));
         assert_eq!(code(r#"{"cniVersion":"9.9.9"}"#, "ADD"), Some(1));
         assert_eq!(code(r#"{"cniVersion":"1.0.0"}"#, "DANCE"), Some(4));
-        assert_eq!(
-            code(
-                r#"{"cniVersion":"1.0.0","agentSocket":"/nonexistent/agent.sock"}"#,
-                "ADD"
-            ),
-            Some(11)
-        );
+        let absent = r#"{"cniVersion":"1.1.0","agentSocket":"/nonexistent/agent.sock"}"#;
+        assert_eq!(code(absent, "ADD"), Some(11));
+        assert_eq!(code(absent, "STATUS"), Some(50));
     }
 
     #[test]
@@ -203,6 +215,7 @@ mod tests {
         let server = std::thread::spawn(move || {
             for (status, body) in [
                 ("200 OK", r#"{"ips":[]}"#),
+                ("200 OK", "null"),
                 ("400 Bad Request", r#"{"code":7,"msg":"no"}"#),
             ] {
                 let (mut stream, _) = listener.accept().unwrap();
@@ -224,6 +237,8 @@ mod tests {
                 .unwrap(),
             json!({"ips": []})
         );
+        let status = run(&config, &command("STATUS")).map_err(|e| e.message);
+        assert_eq!(status.unwrap(), Value::Null);
         let error = run(&config, &command("DEL")).err().unwrap();
         assert_eq!((error.code, error.message.as_str()), (7, "no"));
         server.join().unwrap();

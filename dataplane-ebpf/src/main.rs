@@ -2,7 +2,10 @@
 #![no_std]
 #![no_main]
 
+mod errors;
+mod express;
 mod flow;
+mod frame;
 mod maps;
 mod nat;
 mod network;
@@ -11,6 +14,7 @@ mod pod;
 mod policy;
 mod rewrite;
 mod socket;
+mod translate;
 
 #[cfg(not(test))]
 #[panic_handler]

@@ -80,6 +80,19 @@ pub fn find(tuple: &Tuple, tcp_flags: u8, to: &mut Tuple) -> bool {
     }
 }
 
+/// What a flow's packets become, without noting that one was seen.
+#[inline(never)]
+pub fn look(tuple: &Tuple, to: &mut Tuple) -> bool {
+    let Some(nat) = NATS.get_ptr_mut(tuple) else {
+        return false;
+    };
+    // SAFETY: as in `find`.
+    unsafe {
+        *to = (*nat).to;
+        !(*nat).is_forgotten(now())
+    }
+}
+
 /// Enters a translation with its counterpart; false if the counterpart's tuple is in use.
 #[inline(never)]
 pub fn enter(from: &Tuple, to: &Tuple) -> bool {

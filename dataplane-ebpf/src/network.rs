@@ -1,21 +1,20 @@
 //! tc hooks at the devices that lead to other nodes and the outside: node ports, and pods' traffic to the outside.
 
 use aya_ebpf::bindings::{TC_ACT_OK, TC_ACT_SHOT};
-use aya_ebpf::helpers::bpf_get_prandom_u32;
 use aya_ebpf::helpers::generated::bpf_redirect_neigh;
 use aya_ebpf::macros::classifier;
 use aya_ebpf::maps::lpm_trie::Key;
 use aya_ebpf::programs::TcContext;
 use xebec_dataplane_common::flow::{EGRESS, REASON_NO_MAPPING};
 use xebec_dataplane_common::nat::Tuple;
-use xebec_dataplane_common::service::{BackendKey, FrontendKey};
-use xebec_dataplane_common::{TCP, UDP};
 
-use crate::flow::{self, ACK, SYN, Told};
-use crate::maps::{BACKENDS, ENDPOINTS, FRONTENDS, NATIVE};
+use crate::errors::{self, Outcome};
+use crate::flow::{self, Told};
+use crate::maps::{ENDPOINTS, NATIVE};
 use crate::nat;
 use crate::packet::{self, Packet, Read};
 use crate::rewrite;
+use crate::translate::{self, Plan};
 
 /// What comes in: answers to translated flows, and connections to node ports. All else is the stack's.
 #[classifier]
@@ -23,76 +22,39 @@ pub fn xebec_from_network(ctx: TcContext) -> i32 {
     let Read::Ipv4(packet) = packet::read(&ctx) else {
         return TC_ACT_OK as i32;
     };
-    if packet.error {
-        return TC_ACT_OK as i32;
-    }
     let from = nat::tuple(&packet);
     let mut to = from;
-    let begins = packet.protocol == TCP && packet.tcp_flags & (SYN | ACK) == SYN;
-    // A connection that begins has its backend chosen anew, even from a port that was used before.
-    let known = !begins && nat::find(&from, packet.tcp_flags, &mut to);
-    let chosen = known
-        || (begins || packet.protocol == UDP) && !packet.later && node_port(&from, &mut to)
-        || begins && nat::find(&from, packet.tcp_flags, &mut to);
-    if !chosen {
+    if packet.error {
+        return match errors::translate(&ctx, &packet, &mut to) {
+            Outcome::Leave => TC_ACT_OK as i32,
+            Outcome::Changed => forward(&ctx, &packet, &to),
+            Outcome::Broken => TC_ACT_SHOT as i32,
+        };
+    }
+    let plan = translate::plan(&packet, &from, &mut to);
+    if plan == Plan::Leave || plan == Plan::Begins && !translate::begin(&from, &mut to) {
         return TC_ACT_OK as i32;
     }
     if !rewrite::apply(&ctx, &packet, &to) {
         return TC_ACT_SHOT as i32;
     }
-    // SAFETY: only whether it is there counts.
-    let stays = to.destination == nat::settings().node
-        || unsafe { ENDPOINTS.get(&to.destination) }.is_some();
-    if stays {
+    translate::count(false);
+    forward(&ctx, &packet, &to)
+}
+
+/// Sends on what was translated, if it does not stay.
+#[inline(always)]
+fn forward(ctx: &TcContext, packet: &Packet, to: &Tuple) -> i32 {
+    if translate::stays(to) {
         return TC_ACT_OK as i32;
     }
     // To a backend of another node, or from it back to the client: the stack would take our own source address
     // for a forgery.
-    if !rewrite::hop(&ctx, &packet) {
+    if !rewrite::hop(ctx, packet) {
         return TC_ACT_SHOT as i32;
     }
     // SAFETY: the kernel gives a valid context, and without parameters the helper asks the routing table.
     unsafe { bpf_redirect_neigh((*ctx.skb.skb).ifindex, core::ptr::null_mut(), 0, 0) as i32 }
-}
-
-/// Chooses a backend for a new connection to one of this node's ports and enters the translation.
-#[inline(never)]
-fn node_port(from: &Tuple, to: &mut Tuple) -> bool {
-    let settings = nat::settings();
-    if settings.node == 0 || from.destination != settings.node {
-        return false;
-    }
-    let key = FrontendKey {
-        address: from.destination,
-        port: from.destination_port,
-        protocol: from.protocol,
-        pad: 0,
-    };
-    // SAFETY: values are replaced whole by userspace and read once here.
-    let Some(frontend) = (unsafe { FRONTENDS.get(&key) }) else {
-        return false;
-    };
-    let (set, count) = (frontend.set, frontend.count);
-    if count == 0 {
-        // Nobody listens on a node port: the stack refuses, as it should.
-        return false;
-    }
-    // SAFETY: the helper has no arguments.
-    let slot = unsafe { bpf_get_prandom_u32() } % count;
-    // SAFETY: as above.
-    let Some(backend) = (unsafe { BACKENDS.get(&BackendKey { set, slot }) }) else {
-        return false;
-    };
-    to.destination = backend.address;
-    to.destination_port = backend.port;
-    nat::forget(from);
-    // SAFETY: only whether it is there counts.
-    if unsafe { ENDPOINTS.get(&to.destination) }.is_some() {
-        // The pod of this node sees the client itself; its answers come back through here anyway.
-        nat::enter(from, to)
-    } else {
-        nat::enter_masqueraded(from, to)
-    }
 }
 
 /// What goes out: pods' packets to whoever has no route to pods bear the node's address.
@@ -102,11 +64,17 @@ pub fn xebec_to_network(ctx: TcContext) -> i32 {
         return TC_ACT_OK as i32;
     };
     // SAFETY: only whether it is there counts.
-    if packet.error || unsafe { ENDPOINTS.get(&packet.source) }.is_none() {
+    if unsafe { ENDPOINTS.get(&packet.source) }.is_none() {
         return TC_ACT_OK as i32;
     }
     let from = nat::tuple(&packet);
     let mut to = from;
+    if packet.error {
+        return match errors::translate(&ctx, &packet, &mut to) {
+            Outcome::Leave | Outcome::Changed => TC_ACT_OK as i32,
+            Outcome::Broken => TC_ACT_SHOT as i32,
+        };
+    }
     if !nat::find(&from, packet.tcp_flags, &mut to) {
         // Who came to the pod by its own address is answered from it.
         if is_native(packet.destination) || nat::settings().ports == 0 || flow::answers(&packet) {

@@ -4,6 +4,7 @@ use aya_ebpf::bindings::__sk_buff;
 use aya_ebpf::programs::TcContext;
 use xebec_dataplane_common::{ICMP, SCTP, TCP, UDP};
 
+use crate::frame::Frame;
 use crate::maps::FRAGMENTS;
 
 /// Bytes of the Ethernet header.
@@ -55,7 +56,7 @@ pub enum Read {
 /// Reads the packet's headers.
 #[inline(always)]
 pub fn read(ctx: &TcContext) -> Read {
-    let Ok(ethertype) = ctx.load::<u16>(12) else {
+    let Some(ethertype) = Frame::load::<u16>(ctx, 12) else {
         return Read::Invalid;
     };
     if ethertype == ETHERTYPE_ARP {
@@ -72,26 +73,12 @@ pub fn read(ctx: &TcContext) -> Read {
 
 #[inline(always)]
 fn ipv4(ctx: &TcContext, at: usize) -> Option<Packet> {
-    let header: [u8; 20] = ctx.load(at).ok()?;
+    let header: [u8; 20] = Frame::load(ctx, at)?;
     let words = usize::from(header[0] & 0x0f);
     if header[0] >> 4 != 4 || words < 5 {
         return None;
     }
-    let mut packet = Packet {
-        source: u32::from_ne_bytes([header[12], header[13], header[14], header[15]]),
-        destination: u32::from_ne_bytes([header[16], header[17], header[18], header[19]]),
-        source_port: 0,
-        destination_port: 0,
-        protocol: header[9],
-        tcp_flags: 0,
-        ttl: header[8],
-        header: (words * 4) as u8,
-        later: false,
-        error: false,
-        carrier: (0, 0),
-        icmp: 0,
-    };
-    packet.carrier = (packet.source, packet.destination);
+    let mut packet = addressed(&header);
     let fragment = u16::from_be_bytes([header[6], header[7]]);
     let (more, offset) = (fragment & 0x2000 != 0, fragment & 0x1fff);
     let id = u32::from(u16::from_be_bytes([header[4], header[5]]));
@@ -115,20 +102,57 @@ fn ipv4(ctx: &TcContext, at: usize) -> Option<Packet> {
     Some(packet)
 }
 
+/// What an IPv4 header says.
 #[inline(always)]
-fn transport(ctx: &TcContext, at: usize, packet: &mut Packet) -> Option<()> {
+fn addressed(header: &[u8; 20]) -> Packet {
+    let source = u32::from_ne_bytes([header[12], header[13], header[14], header[15]]);
+    let destination = u32::from_ne_bytes([header[16], header[17], header[18], header[19]]);
+    Packet {
+        source,
+        destination,
+        source_port: 0,
+        destination_port: 0,
+        protocol: header[9],
+        tcp_flags: 0,
+        ttl: header[8],
+        header: (header[0] & 0x0f) * 4,
+        later: false,
+        error: false,
+        carrier: (source, destination),
+        icmp: 0,
+    }
+}
+
+/// Reads a packet without options that is whole; none for all others.
+#[inline(always)]
+pub fn read_simple(ctx: &impl Frame) -> Option<Packet> {
+    let header: [u8; 20] = ctx.load(ETHERNET)?;
+    if ctx.load::<u16>(12)? != ETHERTYPE_IPV4 || header[0] != 0x45 {
+        return None;
+    }
+    // More fragments, or an offset.
+    if u16::from_be_bytes([header[6], header[7]]) & 0x3fff != 0 {
+        return None;
+    }
+    let mut packet = addressed(&header);
+    transport(ctx, ETHERNET + 20, &mut packet)?;
+    Some(packet)
+}
+
+#[inline(always)]
+fn transport(ctx: &impl Frame, at: usize, packet: &mut Packet) -> Option<()> {
     match packet.protocol {
         TCP => {
-            let header: [u8; 14] = ctx.load(at).ok()?;
+            let header: [u8; 14] = ctx.load(at)?;
             ports(&header, packet);
             packet.tcp_flags = header[13];
         }
         UDP | SCTP => {
-            let header: [u8; 4] = ctx.load(at).ok()?;
+            let header: [u8; 4] = ctx.load(at)?;
             ports(&header, packet);
         }
         ICMP => {
-            let header: [u8; 8] = ctx.load(at).ok()?;
+            let header: [u8; 8] = ctx.load(at)?;
             packet.icmp = u16::from_ne_bytes([header[0], header[1]]);
             match header[0] {
                 // Echo, timestamp, and their replies: the identifier stands for both ports.
@@ -155,8 +179,8 @@ fn ports(header: &[u8], packet: &mut Packet) {
 
 /// Takes the flow from the packet that an ICMP error quotes; it went the other way.
 #[inline(always)]
-fn quoted(ctx: &TcContext, at: usize, packet: &mut Packet) -> Option<()> {
-    let header: [u8; 20] = ctx.load(at).ok()?;
+fn quoted(ctx: &impl Frame, at: usize, packet: &mut Packet) -> Option<()> {
+    let header: [u8; 20] = ctx.load(at)?;
     let words = usize::from(header[0] & 0x0f);
     if header[0] >> 4 != 4 || words < 5 {
         return None;
@@ -164,11 +188,11 @@ fn quoted(ctx: &TcContext, at: usize, packet: &mut Packet) -> Option<()> {
     packet.error = true;
     packet.protocol = header[9];
     if packet.protocol == TCP || packet.protocol == UDP || packet.protocol == SCTP {
-        let quoted: [u8; 4] = ctx.load(at + words * 4).ok()?;
+        let quoted: [u8; 4] = ctx.load(at + words * 4)?;
         packet.destination_port = u16::from_ne_bytes([quoted[0], quoted[1]]);
         packet.source_port = u16::from_ne_bytes([quoted[2], quoted[3]]);
     } else if packet.protocol == ICMP {
-        let quoted: [u8; 8] = ctx.load(at + words * 4).ok()?;
+        let quoted: [u8; 8] = ctx.load(at + words * 4)?;
         let id = u16::from_ne_bytes([quoted[4], quoted[5]]);
         (packet.source_port, packet.destination_port) = (id, id);
     }

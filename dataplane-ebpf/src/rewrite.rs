@@ -1,22 +1,21 @@
 //! Changing a packet's addresses and ports, and keeping its checksums right.
 
-use aya_ebpf::programs::TcContext;
+use aya_ebpf::programs::{TcContext, XdpContext};
 use xebec_dataplane_common::nat::Tuple;
 use xebec_dataplane_common::{ICMP, TCP, UDP};
 
+use crate::frame::{Field, Frame};
 use crate::packet::{ETHERNET, Packet};
-
-/// `BPF_F_PSEUDO_HDR`: the field is part of the pseudo header.
-const PSEUDO: u64 = 0x10;
-/// `BPF_F_MARK_MANGLED_0`: a UDP checksum of 0 means none, and stays.
-const ZERO_STAYS: u64 = 0x20;
 
 const IP_TTL: usize = ETHERNET + 8;
 /// Bytes of the headers that a hop changes.
 const HEADERS: usize = ETHERNET + 20;
-const IP_CHECKSUM: usize = ETHERNET + 10;
-const IP_SOURCE: usize = ETHERNET + 12;
-const IP_DESTINATION: usize = ETHERNET + 16;
+/// The IPv4 header's checksum.
+pub const IP_CHECKSUM: usize = ETHERNET + 10;
+/// Its source.
+pub const IP_SOURCE: usize = ETHERNET + 12;
+/// Its destination.
+pub const IP_DESTINATION: usize = ETHERNET + 16;
 
 /// Gives the packet the addresses and ports of `to`; false if it can't be changed, and then it must be dropped.
 #[inline(never)]
@@ -24,16 +23,23 @@ pub fn apply(ctx: &TcContext, packet: &Packet, to: &Tuple) -> bool {
     change(ctx, packet, to).is_some()
 }
 
+/// The same for XDP.
+#[inline(never)]
+pub fn apply_early(ctx: &XdpContext, packet: &Packet, to: &Tuple) -> bool {
+    change(ctx, packet, to).is_some()
+}
+
 #[inline(always)]
-fn change(ctx: &TcContext, packet: &Packet, to: &Tuple) -> Option<()> {
+fn change(ctx: &impl Frame, packet: &Packet, to: &Tuple) -> Option<()> {
     let transport = ETHERNET + usize::from(packet.header);
     // Where the transport's checksum lies; a later fragment has none.
-    let (checksum, flags) = match packet.protocol {
-        _ if packet.later => (0, 0),
-        TCP => (transport + 16, 0),
-        UDP => (transport + 6, ZERO_STAYS),
-        _ => (0, 0),
+    let checksum = match packet.protocol {
+        _ if packet.later => 0,
+        TCP => transport + 16,
+        UDP => transport + 6,
+        _ => 0,
     };
+    let udp = packet.protocol == UDP;
     for (at, old, new) in [
         (IP_SOURCE, packet.source, to.source),
         (IP_DESTINATION, packet.destination, to.destination),
@@ -42,69 +48,53 @@ fn change(ctx: &TcContext, packet: &Packet, to: &Tuple) -> Option<()> {
             continue;
         }
         if checksum != 0 {
-            ctx.l4_csum_replace(checksum, u64::from(old), u64::from(new), PSEUDO | flags | 4)
-                .ok()?;
+            let address = Field {
+                size: 4,
+                pseudo: true,
+                udp,
+            };
+            ctx.mend_transport(checksum, old, new, address)?;
         }
-        ctx.l3_csum_replace(IP_CHECKSUM, u64::from(old), u64::from(new), 4)
-            .ok()?;
-        ctx.store(at, &new, 0).ok()?;
+        ctx.mend_ip(IP_CHECKSUM, old, new)?;
+        ctx.store(at, &new)?;
     }
     if packet.later {
         return Some(());
     }
     if packet.protocol == ICMP {
         // The identifier stands for both ports.
-        if packet.source_port != to.source_port {
-            port(
-                ctx,
-                transport + 2,
-                0,
-                transport + 4,
-                packet.source_port,
-                to.source_port,
-            )?;
-        }
-        return Some(());
+        let (old, new) = (packet.source_port, to.source_port);
+        return port(ctx, transport + 2, false, transport + 4, old, new);
     }
-    if packet.source_port != to.source_port {
-        port(
-            ctx,
-            checksum,
-            flags,
-            transport,
-            packet.source_port,
-            to.source_port,
-        )?;
-    }
-    if packet.destination_port != to.destination_port {
-        port(
-            ctx,
-            checksum,
-            flags,
-            transport + 2,
-            packet.destination_port,
-            to.destination_port,
-        )?;
-    }
-    Some(())
+    let (old, new) = (packet.source_port, to.source_port);
+    port(ctx, checksum, udp, transport, old, new)?;
+    let (old, new) = (packet.destination_port, to.destination_port);
+    port(ctx, checksum, udp, transport + 2, old, new)
 }
 
 /// Changes one port. Protocols whose checksum can't be mended (SCTP's is a CRC of everything) keep theirs.
 #[inline(always)]
-fn port(ctx: &TcContext, checksum: usize, flags: u64, at: usize, old: u16, new: u16) -> Option<()> {
+fn port(ctx: &impl Frame, checksum: usize, udp: bool, at: usize, old: u16, new: u16) -> Option<()> {
+    if old == new {
+        return Some(());
+    }
     if checksum == 0 {
         return None;
     }
-    ctx.l4_csum_replace(checksum, u64::from(old), u64::from(new), flags | 2)
-        .ok()?;
-    ctx.store(at, &new, 0).ok()
+    let port = Field {
+        size: 2,
+        pseudo: false,
+        udp,
+    };
+    ctx.mend_transport(checksum, u32::from(old), u32::from(new), port)?;
+    ctx.store(at, &new)
 }
 
 /// Takes one hop off the packet's time to live, as a router does; false, and nothing changed, if none is left or the
 /// headers are not at hand.
 #[inline(always)]
-pub fn hop(ctx: &TcContext, packet: &Packet) -> bool {
-    let (start, end) = (ctx.data(), ctx.data_end());
+pub fn hop(ctx: &impl Frame, packet: &Packet) -> bool {
+    let (start, end) = ctx.bounds();
     if packet.ttl <= 1 || start + HEADERS > end {
         return false;
     }

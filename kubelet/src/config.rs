@@ -6,11 +6,13 @@ use std::sync::Arc;
 
 use anyhow::{Context, Result};
 use ipnet::IpNet;
+use tokio::sync::watch;
 use tokio::task::JoinSet;
 use tokio_util::sync::CancellationToken;
 
 use crate::events::Teller;
 use crate::runtime::Runtime;
+use crate::worker::Shared;
 use crate::{node, pods, server};
 
 /// How the kubelet runs.
@@ -89,14 +91,15 @@ pub async fn run(client: kube::Client, config: Config, shutdown: CancellationTok
     }
     let runtime = Runtime::connect(&config.cri_socket).await?;
     let config = Arc::new(config);
-    let teller = Teller::new(client.clone(), &config.node_name);
-    let pods = pods::Pods::new(
-        client.clone(),
-        config.clone(),
-        runtime.clone(),
-        teller,
-        shutdown.clone(),
-    );
+    let (told, readiness) = watch::channel(None);
+    let shared = Shared {
+        client: client.clone(),
+        config: config.clone(),
+        runtime: runtime.clone(),
+        teller: Teller::new(client.clone(), &config.node_name),
+        readiness,
+    };
+    let pods = pods::Pods::new(shared, shutdown.clone());
     let mut tasks = JoinSet::new();
     tasks.spawn(server::run(
         config.clone(),
@@ -104,12 +107,7 @@ pub async fn run(client: kube::Client, config: Config, shutdown: CancellationTok
         pods.clone(),
         shutdown.clone(),
     ));
-    tasks.spawn(node::run(
-        client.clone(),
-        config.clone(),
-        runtime.clone(),
-        shutdown.clone(),
-    ));
+    tasks.spawn(node::run(client, config, runtime, told, shutdown.clone()));
     tasks.spawn(pods.run());
     while let Some(ended) = tasks.join_next().await {
         ended.context("a part of the kubelet panicked")??;

@@ -18,13 +18,14 @@ use kube::Api;
 use kube::api::{Patch, PatchParams, PostParams};
 use kube::runtime::WatchStreamExt;
 use kube::runtime::watcher::{self, Event, watcher};
+use tokio::sync::watch;
 use tokio::time::MissedTickBehavior;
 use tokio_util::sync::CancellationToken;
 use tracing::{info, warn};
 
 use crate::config::Config;
 use crate::pressure::{Gauge, Pressure};
-use crate::runtime::Runtime;
+use crate::runtime::{Readiness, Runtime};
 use crate::status::now;
 
 /// Upstream's rhythm: a lease of 40 s renewed every 10 s, the status at least every 5 min.
@@ -32,54 +33,99 @@ const LEASE_SECONDS: i32 = 40;
 const RENEW_EVERY: Duration = Duration::from_secs(10);
 const STATUS_EVERY: u32 = 30;
 
-/// While the runtime is not ready it is asked this often; at the start more often, so that the node
-/// is Ready as soon as it can be.
-const ASK_AGAIN: Duration = Duration::from_secs(1);
-const ASK_AGAIN_AT_START: Duration = Duration::from_millis(50);
+/// A runtime that is not ready is asked again after the first of these, then after twice as long, up to the second;
+/// once the node has been at it for `START`, up to the third.
+const ASK_AGAIN: Duration = Duration::from_millis(25);
+const ASK_AGAIN_AT_START: Duration = Duration::from_millis(200);
+const ASK_AGAIN_LATER: Duration = Duration::from_secs(1);
 const START: Duration = Duration::from_secs(30);
 
 /// What the node's status depends on.
 #[derive(Clone, PartialEq)]
 struct Facts {
-    not_ready: Option<String>,
+    readiness: Readiness,
     pressure: Pressure,
     images: Vec<(Vec<String>, i64)>,
 }
 
-/// Registers the node and keeps it fresh until `shutdown`.
+/// Registers the node and keeps it fresh until `shutdown`; `told` is told what the runtime says of itself.
 pub(crate) async fn run(
     client: kube::Client,
     config: Arc<Config>,
     runtime: Runtime,
+    told: watch::Sender<Option<Readiness>>,
     shutdown: CancellationToken,
 ) -> Result<()> {
+    let mut eyes = Eyes {
+        config: config.clone(),
+        runtime,
+        gauge: Gauge::default(),
+        told,
+    };
     tokio::select! {
         () = shutdown.cancelled() => Ok(()),
-        () = keep(client, config, runtime) => Ok(()),
+        () = keep(client, config, &mut eyes) => Ok(()),
     }
 }
 
-async fn keep(client: kube::Client, config: Arc<Config>, runtime: Runtime) {
+/// How the node sees its own state.
+struct Eyes {
+    config: Arc<Config>,
+    runtime: Runtime,
+    gauge: Gauge,
+    told: watch::Sender<Option<Readiness>>,
+}
+
+impl Eyes {
+    async fn readiness(&self) -> Readiness {
+        let readiness = self.runtime.readiness().await.unwrap_or_else(|error| {
+            let down = format!("container runtime is down: {error:#}");
+            // Of the network nothing is known then.
+            let before = self.told.borrow().clone().unwrap_or_default();
+            Readiness {
+                runtime: Some(down),
+                ..before
+            }
+        });
+        self.told.send_if_modified(|told| {
+            let news = told.as_ref() != Some(&readiness);
+            *told = Some(readiness.clone());
+            news
+        });
+        readiness
+    }
+
+    async fn facts(&mut self) -> Facts {
+        let pressure = self.gauge.read(&self.config.root).unwrap_or_else(|error| {
+            let error = format!("{error:#}");
+            warn!(error, "could not see what the node is short of");
+            Pressure::default()
+        });
+        Facts {
+            readiness: self.readiness().await,
+            pressure,
+            images: self.runtime.list_images().await.unwrap_or_default(),
+        }
+    }
+}
+
+async fn keep(client: kube::Client, config: Arc<Config>, eyes: &mut Eyes) {
     let nodes = Api::<Node>::all(client.clone());
     let leases = Api::<Lease>::namespaced(client, "kube-node-lease");
-    let mut gauge = Gauge::default();
-    let mut node = registered(&nodes, &config, &runtime, &mut gauge).await;
+    let mut node = registered(&nodes, &config, eyes).await;
     let itself = watcher::Config::default().fields(&format!("metadata.name={}", config.node_name));
     let mut changes = std::pin::pin!(watcher(nodes.clone(), itself).default_backoff());
     let mut there = true;
     let mut written: Option<Facts> = None;
     let mut round = 0u32;
     let started = Instant::now();
+    let mut again = ASK_AGAIN;
     let mut ticks = tokio::time::interval(RENEW_EVERY);
     ticks.set_missed_tick_behavior(MissedTickBehavior::Delay);
     loop {
         // Until the runtime is ready it is asked again and again, but nothing else is done more often.
-        let waits = written.as_ref().is_some_and(|f| f.not_ready.is_some());
-        let again = if started.elapsed() < START {
-            ASK_AGAIN_AT_START
-        } else {
-            ASK_AGAIN
-        };
+        let waits = written.as_ref().map(|facts| &facts.readiness);
+        let waits = waits.filter(|readiness| readiness.message().is_some());
         tokio::select! {
             _ = ticks.tick() => {
                 round += 1;
@@ -88,8 +134,14 @@ async fn keep(client: kube::Client, config: Arc<Config>, runtime: Runtime) {
                     warn!(error, "could not renew the node's lease");
                 }
             }
-            () = tokio::time::sleep(again), if waits => {
-                if not_ready(&runtime).await == written.as_ref().and_then(|f| f.not_ready.clone()) {
+            () = tokio::time::sleep(again), if waits.is_some() => {
+                let longest = if started.elapsed() < START {
+                    ASK_AGAIN_AT_START
+                } else {
+                    ASK_AGAIN_LATER
+                };
+                again = (again * 2).min(longest);
+                if waits == Some(&eyes.readiness().await) {
                     continue;
                 }
             }
@@ -115,14 +167,17 @@ async fn keep(client: kube::Client, config: Arc<Config>, runtime: Runtime) {
                     continue;
                 }
                 warn!(node = config.node_name, "the node was deleted; registering it again");
-                node = registered(&nodes, &config, &runtime, &mut gauge).await;
+                node = registered(&nodes, &config, eyes).await;
                 written = None;
                 ticks.reset_immediately();
             }
         }
-        let facts = facts(&config, &runtime, &mut gauge).await;
+        let facts = eyes.facts().await;
+        if facts.readiness.message().is_none() {
+            again = ASK_AGAIN;
+        }
         if written.as_ref() != Some(&facts) || round >= STATUS_EVERY {
-            match write_status(&nodes, &config, &runtime, &facts).await {
+            match write_status(&nodes, &config, &eyes.runtime, &facts).await {
                 Ok(()) => (written, round) = (Some(facts), 0),
                 Err(error) => {
                     let error = format!("{error:#}");
@@ -133,35 +188,10 @@ async fn keep(client: kube::Client, config: Arc<Config>, runtime: Runtime) {
     }
 }
 
-async fn not_ready(runtime: &Runtime) -> Option<String> {
-    runtime
-        .not_ready()
-        .await
-        .unwrap_or_else(|error| Some(format!("container runtime: {error:#}")))
-}
-
-async fn facts(config: &Config, runtime: &Runtime, gauge: &mut Gauge) -> Facts {
-    let pressure = gauge.read(&config.root).unwrap_or_else(|error| {
-        let error = format!("{error:#}");
-        warn!(error, "could not see what the node is short of");
-        Pressure::default()
-    });
-    Facts {
-        not_ready: not_ready(runtime).await,
-        pressure,
-        images: runtime.list_images().await.unwrap_or_default(),
-    }
-}
-
 /// Registers the node, however long that takes.
-async fn registered(
-    nodes: &Api<Node>,
-    config: &Config,
-    runtime: &Runtime,
-    gauge: &mut Gauge,
-) -> Node {
+async fn registered(nodes: &Api<Node>, config: &Config, eyes: &mut Eyes) -> Node {
     loop {
-        match register(nodes, config, runtime, gauge).await {
+        match register(nodes, config, eyes).await {
             Ok(node) => {
                 info!(node = config.node_name, "registered");
                 return node;
@@ -175,12 +205,7 @@ async fn registered(
     }
 }
 
-async fn register(
-    nodes: &Api<Node>,
-    config: &Config,
-    runtime: &Runtime,
-    gauge: &mut Gauge,
-) -> Result<Node> {
+async fn register(nodes: &Api<Node>, config: &Config, eyes: &mut Eyes) -> Result<Node> {
     if let Some(node) = nodes
         .get_opt(&config.node_name)
         .await
@@ -188,7 +213,7 @@ async fn register(
     {
         return Ok(node);
     }
-    let facts = facts(config, runtime, gauge).await;
+    let facts = eyes.facts().await;
     let arch = match std::env::consts::ARCH {
         "x86_64" => "amd64",
         "aarch64" => "arm64",
@@ -215,7 +240,7 @@ async fn register(
             pod_cidrs: cidr.map(|cidr| vec![cidr]),
             ..NodeSpec::default()
         }),
-        status: Some(status(config, runtime, None, &facts)?),
+        status: Some(status(config, &eyes.runtime, None, &facts)?),
     };
     nodes
         .create(&PostParams::default(), &node)
@@ -339,7 +364,7 @@ fn status(
         .find_map(|line| line.strip_prefix("PRETTY_NAME="))
         .map(|name| name.trim_matches('"').to_owned());
     let uname = nix::sys::utsname::uname().context("could not read the kernel's version")?;
-    let ready = match facts.not_ready.clone() {
+    let ready = match facts.readiness.message() {
         None => condition(
             "Ready",
             "True",

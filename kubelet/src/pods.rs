@@ -16,9 +16,7 @@ use tokio_util::sync::CancellationToken;
 use tokio_util::task::TaskTracker;
 use tracing::{info, warn};
 
-use crate::config::Config;
-use crate::events::Teller;
-use crate::runtime::{POD_UID, Runtime};
+use crate::runtime::POD_UID;
 use crate::volumes;
 use crate::worker::{Shared, Wake, Worker};
 
@@ -43,20 +41,9 @@ struct Handle {
 }
 
 impl Pods {
-    pub(crate) fn new(
-        client: kube::Client,
-        config: Arc<Config>,
-        runtime: Runtime,
-        teller: Teller,
-        shutdown: CancellationToken,
-    ) -> Self {
+    pub(crate) fn new(shared: Shared, shutdown: CancellationToken) -> Self {
         Self {
-            shared: Shared {
-                client,
-                config,
-                runtime,
-                teller,
-            },
+            shared,
             workers: Arc::default(),
             tasks: TaskTracker::new(),
             shutdown,

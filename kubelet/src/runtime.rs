@@ -28,6 +28,42 @@ pub(crate) struct Runtime {
     pub version: String,
 }
 
+/// Why no pod can be run, and why none can get a network; none where they can.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub(crate) struct Readiness {
+    pub runtime: Option<String>,
+    pub network: Option<String>,
+}
+
+impl Readiness {
+    /// Reads the two conditions that every runtime has to give; what else it says of itself stops no pod.
+    fn read(status: &v1::RuntimeStatus) -> Self {
+        let why = |what: &str, kind: &str| {
+            let found = status.conditions.iter().find(|c| c.r#type == kind);
+            match found {
+                None => Some(format!("{what} not ready: {kind} is not reported")),
+                Some(condition) if condition.status => None,
+                Some(condition) => Some(format!(
+                    "{what} not ready: {kind}=false reason:{} message:{}",
+                    condition.reason, condition.message
+                )),
+            }
+        };
+        Self {
+            runtime: why("container runtime", "RuntimeReady"),
+            network: why("container runtime network", "NetworkReady"),
+        }
+    }
+
+    /// The message of a Node that is not ready.
+    pub(crate) fn message(&self) -> Option<String> {
+        match (&self.runtime, &self.network) {
+            (Some(runtime), Some(network)) => Some(format!("[{runtime}, {network}]")),
+            (runtime, network) => runtime.clone().or(network.clone()),
+        }
+    }
+}
+
 /// What the runtime has of one pod: sandboxes from the newest on, and all containers.
 #[derive(Clone, Debug, Default)]
 pub(crate) struct PodState {
@@ -159,8 +195,8 @@ impl Runtime {
         }
     }
 
-    /// Whether runtime and network are ready, with the reason where they are not.
-    pub(crate) async fn not_ready(&self) -> Result<Option<String>> {
+    /// What the runtime says of itself and of the network.
+    pub(crate) async fn readiness(&self) -> Result<Readiness> {
         let status = self
             .runtime
             .clone()
@@ -170,16 +206,7 @@ impl Runtime {
             .into_inner()
             .status
             .unwrap_or_default();
-        Ok(status
-            .conditions
-            .into_iter()
-            .find(|condition| !condition.status)
-            .map(|condition| {
-                format!(
-                    "{}: {} {}",
-                    condition.r#type, condition.reason, condition.message
-                )
-            }))
+        Ok(Readiness::read(&status))
     }
 
     /// The pods that the runtime knows, by uid, with name and namespace.

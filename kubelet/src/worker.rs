@@ -24,7 +24,7 @@ use crate::events::Teller;
 use crate::last_words;
 use crate::probes::{self, Kind, Verdict};
 use crate::pull_secrets;
-use crate::runtime::{CONTAINER_NAME, PodState, Runtime};
+use crate::runtime::{CONTAINER_NAME, PodState, Readiness, Runtime};
 use crate::status::{self, Facts, Known};
 use crate::tokens::Tokens;
 use crate::volumes;
@@ -38,7 +38,10 @@ const REFRESH: Duration = Duration::from_secs(60);
 /// A failed step is tried again after this.
 const RETRY: Duration = Duration::from_secs(2);
 
-/// A container that could not be made or started is tried again after this.
+/// A pod that waits this long for the node's network says so.
+const PATIENCE: Duration = Duration::from_secs(2);
+
+/// A sandbox or a container that could not be made or started is tried again after this.
 const START_AGAIN: Duration = Duration::from_secs(10);
 
 /// Why a worker is woken.
@@ -59,6 +62,8 @@ pub(crate) struct Shared {
     pub config: Arc<Config>,
     pub runtime: Runtime,
     pub teller: Teller,
+    /// What the runtime last said of itself and of the network; none before it was asked.
+    pub readiness: watch::Receiver<Option<Readiness>>,
 }
 
 /// What a probe has said of a container.
@@ -98,6 +103,10 @@ pub(crate) struct Worker {
     mounts: Option<(volumes::Mounts, Instant)>,
     tokens: Tokens,
     sandbox_attempt: u32,
+    /// When a sandbox that could not be made is tried again.
+    sandbox_at: Option<Instant>,
+    /// Since when the pod waits for the node's network, and whether an event says so.
+    waits_for_network: Option<(Instant, bool)>,
     over: Option<(&'static str, String, String)>,
     /// Earliest time at which there is something to do without being told.
     next: Option<Instant>,
@@ -132,6 +141,8 @@ impl Worker {
             mounts: None,
             tokens: Tokens::default(),
             sandbox_attempt: 0,
+            sandbox_at: None,
+            waits_for_network: None,
             over: None,
             next: None,
             woken: false,
@@ -174,6 +185,7 @@ impl Worker {
                     None => break,
                 },
                 Some(verdict) = self.verdicts.1.recv() => self.judge(verdict).await,
+                Ok(()) = self.shared.readiness.changed(), if self.waits_for_network.is_some() => {}
                 () = sleep => {}
             }
             while let Ok(wake) = self.wakes.try_recv() {
@@ -407,9 +419,40 @@ impl Worker {
                 })
     }
 
+    /// Whether the pod can get a network, or needs none. Where not, the worker wakes once that changes.
+    async fn has_network(&mut self) -> bool {
+        let known = self.shared.readiness.borrow_and_update().clone();
+        let hosts = self.pod.spec.as_ref().and_then(|s| s.host_network) == Some(true);
+        if hosts || known.as_ref().is_some_and(|known| known.network.is_none()) {
+            self.waits_for_network = None;
+            return true;
+        }
+        let now = Instant::now();
+        let (since, is_told) = *self.waits_for_network.get_or_insert((now, false));
+        // That a node which starts has no network for a moment is no news.
+        match known.and_then(|known| known.network) {
+            _ if is_told => {}
+            Some(why) if now >= since + PATIENCE => {
+                self.waits_for_network = Some((since, true));
+                let note = format!("network is not ready: {why}");
+                self.shared
+                    .teller
+                    .warning(&self.pod, None, "NetworkNotReady", note)
+                    .await;
+            }
+            _ if now < since + PATIENCE => self.wake_at(since + PATIENCE),
+            // Nobody has asked the runtime yet; who does so wakes the worker.
+            _ => {}
+        }
+        false
+    }
+
     async fn make_sandbox(&mut self, state: &PodState) -> Result<Option<v1::PodSandboxStatus>> {
-        if let Some(until) = self.backoff.until("sandbox", Instant::now()) {
-            self.wake_at(until);
+        if !self.has_network().await {
+            return Ok(None);
+        }
+        if let Some(at) = self.sandbox_at.filter(|at| *at > Instant::now()) {
+            self.wake_at(at);
             return Ok(None);
         }
         for old in &state.sandboxes {
@@ -435,33 +478,21 @@ impl Worker {
         let config = container::sandbox(&self.shared.config, &self.pod, self.sandbox_attempt);
         match self.shared.runtime.run_sandbox(config).await {
             Ok(id) => {
-                self.backoff.clear("sandbox");
+                self.sandbox_at = None;
                 let state = self.shared.runtime.pod(self.uid()).await?;
                 Ok(state.sandboxes.into_iter().find(|sandbox| sandbox.id == id))
             }
             Err(error) => {
                 self.sandbox_attempt += 1;
-                self.backoff
-                    .failed("sandbox", Duration::ZERO, Instant::now());
-                // The network may come any moment while the node starts: the first tries follow quickly.
-                let soon = Instant::now()
-                    + if self.sandbox_attempt < 10 {
-                        Duration::from_millis(200)
-                    } else {
-                        self.backoff.wait("sandbox")
-                    };
-                if self.sandbox_attempt < 10 {
-                    self.backoff.clear("sandbox");
-                }
-                self.wake_at(soon);
+                let again = Instant::now() + START_AGAIN;
+                self.sandbox_at = Some(again);
+                self.wake_at(again);
                 let note = format!("Failed to create pod sandbox: {error:#}");
                 warn!(pod = self.key(), note);
-                if self.sandbox_attempt == 3 || self.sandbox_attempt >= 10 {
-                    self.shared
-                        .teller
-                        .warning(&self.pod, None, "FailedCreatePodSandBox", note)
-                        .await;
-                }
+                self.shared
+                    .teller
+                    .warning(&self.pod, None, "FailedCreatePodSandBox", note)
+                    .await;
                 Ok(None)
             }
         }

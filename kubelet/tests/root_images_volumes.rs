@@ -8,13 +8,13 @@ use std::path::Path;
 use std::process::{Child, Command, Stdio};
 use std::time::{Duration, Instant};
 
-use k8s_openapi::api::core::v1::{ConfigMap, ContainerStatus, Pod, Secret};
+use k8s_openapi::api::core::v1::{ConfigMap, Pod, Secret};
 use kube::api::PostParams;
 use serde::de::DeserializeOwned;
 use serde_json::{Value, json};
 use xebec_cri::images::store::sha256;
 
-use harness::{Node, not_root};
+use harness::{Node, container, not_root, waiting};
 
 /// Debian's `docker-registry` on a loopback port; it knows the user `me` with the password `secret` alone.
 struct Registry {
@@ -158,35 +158,6 @@ where
         .unwrap();
 }
 
-fn container(pod: &Pod) -> ContainerStatus {
-    let statuses = pod
-        .status
-        .as_ref()
-        .and_then(|s| s.container_statuses.as_ref());
-    statuses
-        .and_then(|all| all.first())
-        .cloned()
-        .unwrap_or_default()
-}
-
-fn waits_for(pod: &Pod) -> (String, String) {
-    let waiting = container(pod)
-        .state
-        .and_then(|s| s.waiting)
-        .unwrap_or_default();
-    (
-        waiting.reason.unwrap_or_default(),
-        waiting.message.unwrap_or_default(),
-    )
-}
-
-async fn until_succeeded(node: &Node, name: &str) -> Pod {
-    node.until(name, "Succeeded", |pod| {
-        pod.status.as_ref().and_then(|s| s.phase.as_deref()) == Some("Succeeded")
-    })
-    .await
-}
-
 #[tokio::test(flavor = "multi_thread")]
 async fn private_images_are_pulled_with_the_pods_secrets() {
     if not_root() {
@@ -230,14 +201,14 @@ async fn private_images_are_pulled_with_the_pods_secrets() {
         let more = json!({"imagePullSecrets": secrets, "restartPolicy": "Never"});
         node.pod(name, container, more).await;
     }
-    until_succeeded(&node, "new").await;
-    until_succeeded(&node, "old").await;
+    node.until_succeeded("new").await;
+    node.until_succeeded("old").await;
     let refused = node
         .until("none", "refused", |pod| {
-            waits_for(pod).0 == "ImagePullBackOff"
+            waiting(pod).0 == "ImagePullBackOff"
         })
         .await;
-    let message = waits_for(&refused).1;
+    let message = waiting(&refused).1;
     assert!(message.contains("401"), "{message}");
     let said = node.events("none").await;
     let wanted = "FailedToRetrieveImagePullSecret: Unable to retrieve some image pull secrets (missing); attempting to pull the image may not succeed.";
@@ -296,12 +267,12 @@ async fn volumes_belong_to_the_pods_group() {
         let ended = container(pod).state.unwrap().terminated.unwrap();
         ended.message.unwrap_or_default()
     };
-    let pod = until_succeeded(&node, "of-group").await;
+    let pod = node.until_succeeded("of-group").await;
     assert_eq!(
         said(&pod),
         "1000\n4242 2777\n4242 644\n4242 2777\n4242 644\nSMS\n0 4242 440\n0 4242 440\n0 4242 440\n"
     );
-    let pod = until_succeeded(&node, "of-none").await;
+    let pod = node.until_succeeded("of-none").await;
     assert!(said(&pod).ends_with("refused\n"), "{}", said(&pod));
     node.end().await;
 }

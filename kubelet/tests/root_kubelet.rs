@@ -3,32 +3,10 @@
 
 mod harness;
 
-use k8s_openapi::api::core::v1::{ContainerStatus, Pod};
-use serde_json::{Value, json};
+use k8s_openapi::api::core::v1::Pod;
+use serde_json::json;
 
-use harness::{Node, not_root};
-
-fn shell(script: &str) -> Value {
-    json!({"command": ["sh", "-c", script]})
-}
-
-fn container(pod: &Pod) -> ContainerStatus {
-    let statuses = pod
-        .status
-        .as_ref()
-        .and_then(|s| s.container_statuses.as_ref());
-    statuses
-        .and_then(|all| all.first())
-        .cloned()
-        .unwrap_or_default()
-}
-
-fn phase(pod: &Pod) -> &str {
-    pod.status
-        .as_ref()
-        .and_then(|s| s.phase.as_deref())
-        .unwrap_or_default()
-}
+use harness::{Node, condition, container, is_running, not_root, phase, shell, waiting};
 
 #[tokio::test(flavor = "multi_thread")]
 async fn restart_policies() {
@@ -44,8 +22,7 @@ async fn restart_policies() {
         .await;
     node.pod("always", shell("sleep 0.2; exit 0"), json!({}))
         .await;
-    node.until("done", "Succeeded", |pod| phase(pod) == "Succeeded")
-        .await;
+    node.until_succeeded("done").await;
     let failed = node
         .until("failed", "Failed", |pod| phase(pod) == "Failed")
         .await;
@@ -72,27 +49,6 @@ async fn restart_policies() {
     node.end().await;
 }
 
-fn waiting(pod: &Pod) -> (String, String) {
-    let waiting = container(pod)
-        .state
-        .and_then(|s| s.waiting)
-        .unwrap_or_default();
-    (
-        waiting.reason.unwrap_or_default(),
-        waiting.message.unwrap_or_default(),
-    )
-}
-
-fn condition(pod: &Pod, kind: &str) -> String {
-    let conditions = pod.status.as_ref().and_then(|s| s.conditions.as_ref());
-    let found = conditions.and_then(|all| all.iter().find(|c| c.type_ == kind));
-    found.map(|c| c.status.clone()).unwrap_or_default()
-}
-
-fn is_running(pod: &Pod) -> bool {
-    container(pod).state.is_some_and(|s| s.running.is_some())
-}
-
 #[tokio::test(flavor = "multi_thread")]
 async fn what_keeps_a_container_from_running_is_said() {
     if not_root() {
@@ -115,9 +71,7 @@ async fn what_keeps_a_container_from_running_is_said() {
     let pulls = json!({"image": "127.0.0.1:1/none:1", "imagePullPolicy": "IfNotPresent"});
     node.pod("no-registry", pulls, json!({})).await;
 
-    let ended = node
-        .until("as-user", "Succeeded", |pod| phase(pod) == "Succeeded")
-        .await;
+    let ended = node.until_succeeded("as-user").await;
     let ended = container(&ended).state.unwrap().terminated.unwrap();
     assert_eq!(ended.message.as_deref(), Some("1000\n"));
     for (name, reason, part) in [
@@ -189,9 +143,7 @@ async fn sub_paths_stay_in_their_volume() {
     let mut bad = shell("cat /data");
     bad["volumeMounts"] = mount("host", "out");
     node.pod("out", bad, volumes).await;
-    let ended = node
-        .until("within", "Succeeded", |pod| phase(pod) == "Succeeded")
-        .await;
+    let ended = node.until_succeeded("within").await;
     let ended = container(&ended).state.unwrap().terminated.unwrap();
     assert_eq!(ended.message.as_deref(), Some("hello\n"));
     let pod = node
@@ -289,8 +241,7 @@ async fn a_pod_deleted_while_its_end_is_tidied_up_leaves_nothing() {
         let name = format!("done-{round}");
         let once = json!({"restartPolicy": "Never"});
         node.pod(&name, shell("exit 0"), once).await;
-        node.until(&name, "Succeeded", |pod| phase(pod) == "Succeeded")
-            .await;
+        node.until_succeeded(&name).await;
         // Nobody tells of it a second time.
         node.delete(&name, Some(0)).await;
     }

@@ -13,12 +13,11 @@ use http_body_util::Empty;
 use hyper::body::{Bytes, Incoming};
 use hyper::service::service_fn;
 use hyper_util::rt::TokioIo;
-use k8s_openapi::api::core::v1::{ContainerStatus, Pod};
 use serde_json::{Value, json};
 use tokio::net::TcpListener;
 use tonic_health::ServingStatus;
 
-use harness::{Node, not_root};
+use harness::{Node, container, is_running, not_root, shell};
 
 /// A server with a certificate that nobody knows. `/ready` answers as it is set, `/moved` leads there.
 struct Server {
@@ -95,20 +94,8 @@ fn answer(
     Ok(response.body(Empty::new()).unwrap())
 }
 
-fn container(pod: &Pod) -> ContainerStatus {
-    let statuses = pod
-        .status
-        .as_ref()
-        .and_then(|s| s.container_statuses.as_ref());
-    statuses
-        .and_then(|all| all.first())
-        .cloned()
-        .unwrap_or_default()
-}
-
 fn runs_with(more: Value) -> Value {
-    let mut container =
-        json!({"command": ["sh", "-c", "trap 'exit 0' TERM; while true; do sleep 0.1; done"]});
+    let mut container = shell("trap 'exit 0' TERM; while true; do sleep 0.1; done");
     for (key, value) in more.as_object().unwrap() {
         container[key] = value.clone();
     }
@@ -121,23 +108,9 @@ fn often(mut probe: Value) -> Value {
     probe
 }
 
-async fn until_said(node: &Node, name: &str, wanted: &str) {
-    for _ in 0..200 {
-        if node.events(name).await.iter().any(|said| said == wanted) {
-            return;
-        }
-        tokio::time::sleep(std::time::Duration::from_millis(50)).await;
-    }
-    panic!(
-        "{name} never said {wanted:?}: {:#?}",
-        node.events(name).await
-    );
-}
-
 async fn until_ready(node: &Node, name: &str, ready: bool) {
     node.until(name, &format!("ready={ready}"), |pod| {
-        let running = container(pod).state.is_some_and(|s| s.running.is_some());
-        running && container(pod).ready == ready
+        is_running(pod) && container(pod).ready == ready
     })
     .await;
 }
@@ -172,12 +145,8 @@ async fn https_probes_take_any_certificate_and_follow_redirects() {
     node.pod("alive", alive, json!({})).await;
 
     until_ready(&node, "tls", false).await;
-    until_said(
-        &node,
-        "tls",
-        "Unhealthy: Readiness probe failed: HTTP probe failed with statuscode: 503",
-    )
-    .await;
+    let says = "Unhealthy: Readiness probe failed: HTTP probe failed with statuscode: 503";
+    node.until_said("tls", |said| said == says).await;
     node.until("alive", "started again", |pod| {
         container(pod).restart_count > 0
     })
@@ -227,12 +196,9 @@ async fn grpc_probes_ask_the_health_service() {
         node.pod(name, container, json!({})).await;
     }
     until_ready(&node, "server", true).await;
-    until_said(
-        &node,
-        "app",
-        "Unhealthy: Readiness probe failed: service unhealthy (responded with \"NOT_SERVING\")",
-    )
-    .await;
+    let says =
+        "Unhealthy: Readiness probe failed: service unhealthy (responded with \"NOT_SERVING\")";
+    node.until_said("app", |said| said == says).await;
     until_ready(&node, "app", false).await;
     reporter
         .set_service_status("app", ServingStatus::Serving)

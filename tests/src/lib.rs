@@ -1,13 +1,20 @@
 //! The harness of the end-to-end tests: a cluster that is taken down even when its test fails, and a
 //! picture of the machine to compare before and after.
 
+pub mod ethtool;
+
 use std::collections::BTreeSet;
+use std::io::{Read, Write};
+use std::os::unix::net::UnixStream;
 use std::path::{Path, PathBuf};
 use std::process::{Command, Output};
 use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, bail};
 use serde_json::Value;
+
+pub mod shop;
+pub use shop::manifest as shop;
 
 /// The executable under test, from `$XEBEC_BIN` (set by `cargo xtask test`).
 pub fn xebec_bin() -> PathBuf {
@@ -161,7 +168,7 @@ impl Cluster {
 
     /// Runs a command in the network namespace of one of several nodes and gives its standard output.
     pub fn in_node(&self, node: &str, command: &[&str]) -> Result<String> {
-        let netns = self.dir.join(format!("run/nodes/{node}/netns"));
+        let netns = self.netns(node);
         let mut nsenter = Command::new("nsenter");
         nsenter
             .arg(format!("--net={}", netns.display()))
@@ -170,6 +177,29 @@ impl Cluster {
             &format!("{} on {node}", command.join(" ")),
             nsenter.output().context("could not start nsenter")?,
         )
+    }
+
+    /// Where the network namespace of one of several nodes is.
+    pub fn netns(&self, node: &str) -> PathBuf {
+        self.dir.join(format!("run/nodes/{node}/netns"))
+    }
+
+    /// What a node's agent says of itself.
+    pub fn agent_status(&self, node: &str) -> Result<Value> {
+        let socket = self.dir.join(format!("run/nodes/{node}/agent.sock"));
+        let mut stream = UnixStream::connect(&socket)
+            .with_context(|| format!("could not connect to {}", socket.display()))?;
+        stream
+            .write_all(b"GET /status HTTP/1.1\r\nhost: agent\r\nconnection: close\r\n\r\n")
+            .context("could not ask the agent")?;
+        let mut text = String::new();
+        stream
+            .read_to_string(&mut text)
+            .context("the agent did not answer")?;
+        let (_, body) = text
+            .split_once("\r\n\r\n")
+            .with_context(|| format!("the agent answered {text:?}"))?;
+        serde_json::from_str(body).with_context(|| format!("the agent answered {text:?}"))
     }
 
     /// The log of the cluster's process.
@@ -359,9 +389,4 @@ fn cgroups(dir: &Path) -> BTreeSet<PathBuf> {
         found.extend(cgroups(&path));
     }
     found
-}
-
-/// The shop's manifest; tests run in their package's folder.
-pub fn shop() -> PathBuf {
-    PathBuf::from("../docs/examples/shop.yaml")
 }

@@ -1,13 +1,14 @@
 //! Two nodes on one machine: Services, node ports, policy and flows across them, restarts, and nothing left behind.
 
 use std::collections::{BTreeMap, BTreeSet};
-use std::io::{BufRead, BufReader, Write};
+use std::io::{BufRead, BufReader};
 use std::process::{Command, Stdio};
 use std::time::Duration;
 
 use anyhow::{Context, Result};
 use nix::sys::signal::Signal;
 use serde_json::{Value, json};
+use xebec_tests::shop::{Clients, From};
 use xebec_tests::{
     Cluster, Machine, assert_nothing_left, eventually, kill, pids_of, shop, succeed, xebec_bin,
 };
@@ -42,160 +43,77 @@ fn pods(cluster: &Cluster) -> Result<BTreeMap<String, Pod>> {
     Ok(pods.collect())
 }
 
-fn is_up(cluster: &Cluster) -> Result<bool> {
-    Ok(cluster.ready_pods("shop", "app=web")?.len() == 3
-        && cluster.ready_pods("shop", "app=api")?.len() == 2
-        && cluster.ready_pods("shop", "app=stranger")?.len() == 1)
-}
-
 /// The shop with its pods spread over both nodes.
 fn apply_shop(cluster: &Cluster) -> Result<BTreeMap<String, Pod>> {
-    cluster.k(&["apply", "-f", &shop().to_string_lossy()])?;
-    eventually("all pods of the shop are Ready", MINUTE, || is_up(cluster))?;
+    shop::apply(cluster)?;
     let pods = pods(cluster)?;
     for app in ["web", "api"] {
-        let nodes: BTreeSet<&str> = pods
-            .values()
-            .filter(|pod| pod.app == app)
-            .map(|pod| pod.node.as_str())
-            .collect();
-        assert_eq!(
-            nodes,
-            BTreeSet::from(NODES),
-            "{app} runs on both: {pods:#?}"
-        );
+        assert_on_both(&pods, app);
     }
     Ok(pods)
 }
 
-fn node_addresses(cluster: &Cluster) -> Result<BTreeMap<String, String>> {
-    let nodes = cluster.get(&["nodes"])?;
-    let one = |node: &Value| {
-        let addresses = node["status"]["addresses"].as_array()?;
-        let own = addresses.iter().find(|a| a["type"] == "InternalIP")?;
-        let name = node["metadata"]["name"].as_str()?.to_owned();
-        Some((name, own["address"].as_str()?.to_owned()))
-    };
-    let items = nodes["items"].as_array().into_iter().flatten();
-    Ok(items.filter_map(one).collect())
+fn assert_on_both(pods: &BTreeMap<String, Pod>, app: &str) {
+    let all = pods.values().filter(|pod| pod.app == app);
+    let nodes: BTreeSet<&str> = all.map(|pod| pod.node.as_str()).collect();
+    assert_eq!(
+        nodes,
+        BTreeSet::from(NODES),
+        "{app} runs on both: {pods:#?}"
+    );
 }
 
 /// From pods on each node, 1,000 requests to each of these: none is lost, and every backend answers, wherever it
 /// is. Each `web` answers with its own name and with that of the `api` that it asked through its Service.
-fn pods_reach(cluster: &Cluster, urls: &[(String, String)]) -> Result<()> {
-    let mut items = Vec::new();
-    for node in NODES {
-        for (what, url) in urls {
-            items.push(json!({
-                "apiVersion": "v1",
-                "kind": "Pod",
-                "metadata": {"name": format!("client-{node}-{what}"), "namespace": "shop"},
-                "spec": {
-                    "nodeName": node,
-                    "restartPolicy": "Never",
-                    "terminationGracePeriodSeconds": 1,
-                    "containers": [{
-                        "name": "client",
-                        "image": "xebec.local/demo:latest",
-                        "imagePullPolicy": "IfNotPresent",
-                        "args": ["get", url, "-n", "1000", "--keep-going"],
-                    }],
-                },
-            }));
-        }
+fn pods_reach(cluster: &Cluster, urls: &[String]) -> Result<()> {
+    let mut backends = cluster.ready_pods("shop", "app=web")?;
+    backends.extend(cluster.ready_pods("shop", "app=api")?);
+    let all = NODES.iter().flat_map(|node| {
+        let one = |url: &String| (From::Node(node), url.clone());
+        urls.iter().map(one)
+    });
+    let clients = Clients::start(cluster, &all.collect::<Vec<_>>(), 1000, 0)?;
+    for (what, answers) in clients.finish()? {
+        answers.assert_spread(&what, &backends);
+        assert_eq!((answers.of("web"), answers.of("api")), (1000, 1000));
     }
-    let names: Vec<String> = items
-        .iter()
-        .filter_map(|pod| pod["metadata"]["name"].as_str().map(str::to_owned))
-        .collect();
-    let manifests: Vec<String> = items.iter().map(Value::to_string).collect();
-    apply(cluster, &manifests.join("\n"))?;
-    let backends: BTreeSet<String> = ["app=web", "app=api"]
-        .into_iter()
-        .map(|app| cluster.ready_pods("shop", app))
-        .collect::<Result<Vec<_>>>()?
-        .concat_sets();
-    for name in &names {
-        eventually(&format!("{name} has ended"), MINUTE, || {
-            let phase = cluster.get(&["pod", name, "-n", "shop"])?["status"]["phase"].clone();
-            Ok(phase == "Succeeded" || phase == "Failed")
-        })?;
-        let log = cluster.k(&["logs", "-n", "shop", name])?;
-        let mut answers = BTreeMap::<&str, u64>::new();
-        for line in log.lines() {
-            *answers.entry(line).or_default() += 1;
-        }
-        let of = |app: &str| -> u64 {
-            let all = answers.iter().filter(|(name, _)| name.starts_with(app));
-            all.map(|(_, count)| count).sum()
-        };
-        assert_eq!(
-            (of("web-"), of("api-")),
-            (1000, 1000),
-            "{name}: {answers:?}"
-        );
-        assert!(
-            answers
-                .keys()
-                .copied()
-                .eq(backends.iter().map(String::as_str)),
-            "{name}: every backend answers, and nobody else: {answers:?}"
-        );
-    }
-    let mut delete = vec!["delete", "pod", "-n", "shop"];
-    delete.extend(names.iter().map(String::as_str));
-    cluster.k(&delete)?;
     Ok(())
-}
-
-trait ConcatSets {
-    fn concat_sets(self) -> BTreeSet<String>;
-}
-
-impl ConcatSets for Vec<BTreeSet<String>> {
-    fn concat_sets(self) -> BTreeSet<String> {
-        self.into_iter().flatten().collect()
-    }
 }
 
 /// The pod that no rule lets in is dropped on the other node as well, and the flow says by which policy.
 fn denied_across_nodes(cluster: &Cluster, pods: &BTreeMap<String, Pod>) -> Result<()> {
     let home = &pods["stranger"].node;
-    eventually(
-        "the stranger's flow to the other node is dropped",
-        MINUTE,
-        || {
-            let flows = cluster.run(&[
-                "observe",
-                "-o",
-                "json",
-                "--verdict",
-                "DROPPED",
-                "--namespace",
-                "shop",
-                "--last",
-                "100",
-            ])?;
-            let flows = flows
-                .lines()
-                .filter_map(|line| serde_json::from_str::<Value>(line).ok());
-            Ok(flows.map(|value| value["flow"].clone()).any(|flow| {
-                let target = flow["destination"]["pod_name"].as_str().unwrap_or_default();
-                flow["source"]["pod_name"] == "stranger"
-                    && flow["node_name"] != json!(home)
-                    && pods.get(target).is_some_and(|pod| pod.node != *home)
-                    && flow["ingress_denied_by"]
-                        .as_array()
-                        .is_some_and(|by| by.iter().any(|p| p["name"] == "api-from-web"))
-            }))
-        },
-    )?;
-    let answers = cluster.k(&["logs", "-n", "shop", "stranger"])?;
-    assert!(
-        !answers.contains("api-"),
-        "the stranger got through: {answers}"
-    );
-    Ok(())
+    shop::stranger_is_denied(cluster, |flow| {
+        let target = flow["destination"]["pod_name"].as_str().unwrap_or_default();
+        flow["node_name"] != json!(home) && pods.get(target).is_some_and(|pod| pod.node != *home)
+    })
+}
+
+/// More `web` pods go to both nodes and get traffic. Then one goes while clients on the other node, and one on no
+/// node, ask through the cluster IP and node ports: no request fails.
+fn scaled_and_robbed(cluster: &Cluster, addresses: &BTreeMap<String, String>) -> Result<()> {
+    let ports = addresses
+        .values()
+        .map(|address| shop::node_port(address, "/whoami"));
+    let ports: Vec<String> = ports.collect();
+    shop::scale_web(cluster, 5, &ports)?;
+    let pods = pods(cluster)?;
+    assert_on_both(&pods, "web");
+    let url = shop::cluster_ip(cluster, "web", "/whoami")?;
+    for (home, other) in [("node1", "node2"), ("node2", "node1")] {
+        let victim = pods
+            .iter()
+            .find(|(_, pod)| pod.app == "web" && pod.node == home)
+            .map(|(name, _)| name)
+            .with_context(|| format!("no web on {home}"))?;
+        let mut load = vec![(From::Node(other), url.clone())];
+        for port in &ports {
+            load.push((From::Node(other), port.clone()));
+        }
+        load.push((From::Machine, shop::node_port(&addresses[other], "/whoami")));
+        shop::lose_a_backend(cluster, victim, &load)?;
+    }
+    shop::scale_web(cluster, 3, &ports)
 }
 
 /// The host is no node, but reaches pods and kubelets of all of them.
@@ -252,7 +170,7 @@ fn routes_follow_nodes(cluster: &Cluster) -> Result<()> {
         "spec": {"podCIDR": "10.244.77.0/24", "podCIDRs": ["10.244.77.0/24"]},
         "status": {"addresses": [{"type": "InternalIP", "address": "10.245.0.77"}]},
     });
-    apply(cluster, &node.to_string())?;
+    shop::apply_objects(cluster, &[node])?;
     let known = || -> Result<Vec<bool>> {
         let mut known = Vec::new();
         for node in NODES {
@@ -275,41 +193,14 @@ fn routes_follow_nodes(cluster: &Cluster) -> Result<()> {
     Ok(())
 }
 
-/// `kubectl apply` of a stream of objects.
-fn apply(cluster: &Cluster, manifests: &str) -> Result<()> {
-    let mut kubectl = cluster
-        .kubectl(&["apply", "-f", "-"])
-        .stdin(Stdio::piped())
-        .stdout(Stdio::piped())
-        .stderr(Stdio::piped())
-        .spawn()
-        .context("could not start kubectl")?;
-    let mut pipe = kubectl.stdin.take().context("kubectl has no input")?;
-    pipe.write_all(manifests.as_bytes())?;
-    drop(pipe);
-    succeed("kubectl apply", kubectl.wait_with_output()?).map(drop)
-}
-
 /// Clients that are no node's reach every backend through the port of any node; none of 1,000 requests is lost.
 fn host_reaches_node_ports(cluster: &Cluster, addresses: &BTreeMap<String, String>) -> Result<()> {
     let backends = cluster.ready_pods("shop", "app=web")?;
     for address in addresses.values() {
-        let url = format!("http://{address}:30080/whoami");
-        let mut client = Command::new(xebec_bin());
-        client.args([
-            "demo",
-            "get",
-            &url,
-            "-n",
-            "1000",
-            "--summary",
-            "--keep-going",
-        ]);
-        let text = succeed(&url, client.output()?)?;
-        assert!(text.contains("0 failed, 1000 requests"), "{url}: {text}");
-        for pod in &backends {
-            assert!(text.contains(pod), "{url}: {pod} got no request: {text}");
-        }
+        let url = shop::node_port(address, "/whoami");
+        let answers = shop::ask(&url, 1000)?;
+        answers.assert_spread(&url, &backends);
+        assert_eq!(answers.of("web"), 1000);
     }
     Ok(())
 }
@@ -362,7 +253,7 @@ fn node_process_comes_back(cluster: &Cluster, pods: &BTreeMap<String, Pod>) -> R
             .run(&["endpoint", "list", "--node", "node2"])
             .is_ok())
     })?;
-    eventually("the same pods are Ready", MINUTE, || is_up(cluster))?;
+    eventually("the same pods are Ready", MINUTE, || shop::is_up(cluster))?;
     assert_eq!(*pods, self::pods(cluster)?, "the same containers run");
     Ok(())
 }
@@ -406,7 +297,9 @@ fn killed_cluster_comes_back(cluster: &mut Cluster, pods: &BTreeMap<String, Pod>
         let route = ["ip", "route", "show", stale[0]];
         Ok(cluster.in_node("node1", &route)?.is_empty())
     })?;
-    eventually("the API knows the pods again", MINUTE, || is_up(cluster))?;
+    eventually("the API knows the pods again", MINUTE, || {
+        shop::is_up(cluster)
+    })?;
     assert_eq!(*pods, self::pods(cluster)?, "the same containers run");
     Ok(())
 }
@@ -415,20 +308,20 @@ fn killed_cluster_comes_back(cluster: &mut Cluster, pods: &BTreeMap<String, Pod>
 fn shop_on_two_nodes_and_nothing_left_behind() -> Result<()> {
     let before = Machine::now()?;
     let mut cluster = Cluster::up("nodes", &["--nodes", "2"])?;
-    let addresses = node_addresses(&cluster)?;
+    let addresses = shop::node_addresses(&cluster)?;
     assert!(addresses.keys().eq(NODES), "{addresses:?}");
     let pods = apply_shop(&cluster)?;
     command_line_shows_both(&cluster, &pods)?;
     host_reaches_all(&cluster, &pods)?;
     host_reaches_node_ports(&cluster, &addresses)?;
-    let service = cluster.get(&["service", "web", "-n", "shop"])?;
-    let cluster_ip = service["spec"]["clusterIP"].as_str().unwrap_or_default();
-    let mut urls = vec![("service".to_owned(), format!("http://{cluster_ip}/"))];
-    for (node, address) in &addresses {
-        urls.push((format!("to-{node}"), format!("http://{address}:30080/")));
+    let mut urls = vec![shop::cluster_ip(&cluster, "web", "/")?];
+    for address in addresses.values() {
+        urls.push(shop::node_port(address, "/"));
     }
     pods_reach(&cluster, &urls)?;
     denied_across_nodes(&cluster, &pods)?;
+    scaled_and_robbed(&cluster, &addresses)?;
+    let pods = self::pods(&cluster)?;
     routes_follow_nodes(&cluster)?;
     node_process_comes_back(&cluster, &pods)?;
     killed_cluster_comes_back(&mut cluster, &pods)?;
@@ -439,8 +332,9 @@ fn shop_on_two_nodes_and_nothing_left_behind() -> Result<()> {
     cluster.start()?;
     eventually("the shop's pods run again", MINUTE, || {
         let now = self::pods(&cluster)?;
-        Ok(now.keys().eq(pods.keys()) && is_up(&cluster)?)
+        Ok(now.keys().eq(pods.keys()) && shop::is_up(&cluster)?)
     })?;
+    shop::assert_pods_waited_for_the_network(&cluster);
     pods_reach(&cluster, &urls[..1])?;
     // Killed, `down` alone cleans up.
     kill(cluster.pid()?, Signal::SIGKILL)?;
@@ -453,8 +347,7 @@ fn shop_on_two_nodes_and_nothing_left_behind() -> Result<()> {
 fn ctrl_c_takes_both_nodes_down() -> Result<()> {
     let before = Machine::now()?;
     let mut cluster = Cluster::up("nodes-ctrl-c", &["--nodes", "2"])?;
-    cluster.k(&["apply", "-f", &shop().to_string_lossy()])?;
-    eventually("all pods of the shop are Ready", MINUTE, || is_up(&cluster))?;
+    shop::apply(&cluster)?;
     cluster.down()?;
     // As from a terminal: the signal goes to the whole group.
     let mut foreground = cluster.foreground()?;
@@ -464,7 +357,9 @@ fn ctrl_c_takes_both_nodes_down() -> Result<()> {
         first.starts_with("Ready in") && first.ends_with("node1, node2"),
         "{first}"
     );
-    eventually("the shop's pods run again", MINUTE, || is_up(&cluster))?;
+    eventually("the shop's pods run again", MINUTE, || {
+        shop::is_up(&cluster)
+    })?;
     let group = i32::try_from(foreground.id()).context("a pid is too large")?;
     kill(-group, Signal::SIGINT)?;
     assert!(foreground.wait()?.success());

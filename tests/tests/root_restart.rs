@@ -63,7 +63,7 @@ fn network_of(cluster: &Cluster, prefix: &str) -> Result<String> {
 fn killing_everything_but_the_shims_disturbs_nobody() -> Result<()> {
     let before = Machine::now()?;
     let mut cluster = Cluster::up("restart", &[])?;
-    cluster.k(&["apply", "-f", &shop().to_string_lossy()])?;
+    cluster.k(&["apply", "-f", &shop::manifest().to_string_lossy()])?;
     eventually("the shop is Ready", Duration::from_secs(60), || {
         Ok(cluster.ready_pods("shop", "app=web")?.len() == 3
             && cluster.ready_pods("shop", "app=api")?.len() == 2)

@@ -1,207 +1,50 @@
 //! The example application: Services, scaling, a backend lost under load, and nothing left behind.
 
-use std::collections::BTreeMap;
-use std::process::Stdio;
 use std::time::Duration;
 
 use anyhow::{Context, Result};
-use serde_json::Value;
-use xebec_tests::{Cluster, Machine, assert_nothing_left, eventually, shop, succeed, xebec_bin};
+use xebec_tests::shop::From;
+use xebec_tests::{Cluster, Machine, assert_nothing_left, eventually, shop};
 
 const MINUTE: Duration = Duration::from_secs(60);
 
-fn apply_shop(cluster: &Cluster) -> Result<()> {
-    let manifest = shop();
-    cluster.k(&["apply", "-f", &manifest.to_string_lossy()])?;
-    eventually("all pods of the shop are Ready", MINUTE, || {
-        Ok(cluster.ready_pods("shop", "app=web")?.len() == 3
-            && cluster.ready_pods("shop", "app=api")?.len() == 2
-            && cluster.ready_pods("shop", "app=stranger")?.len() == 1)
-    })
-}
-
-/// Runs the demo client and gives how many answers came from whom; fails if any request failed.
-fn requests(command: &mut std::process::Command) -> Result<BTreeMap<String, u64>> {
-    let text = succeed(
-        "demo get",
-        command.output().context("could not start the client")?,
-    )?;
-    let mut answers = BTreeMap::new();
-    for line in text.lines() {
-        if line.contains(" requests in ") {
-            anyhow::ensure!(line.starts_with("0 failed"), "requests were lost: {text}");
-            continue;
-        }
-        // A `web` answers its own name, then its upstream's on a line without a count.
-        if let Some((count, name)) = line.split_once(' ') {
-            *answers.entry(name.to_owned()).or_default() += count.parse::<u64>().unwrap_or(0);
-        }
+/// 1,000 requests through the cluster IP and through the node port: none is lost, and each backend answers. From
+/// the node itself, which reaches Services as its pods do; each `web` asks an `api` through its Service.
+fn all_backends_answer(cluster: &Cluster, port: &str) -> Result<()> {
+    let (web, api) = (
+        cluster.ready_pods("shop", "app=web")?,
+        cluster.ready_pods("shop", "app=api")?,
+    );
+    let both = web.union(&api).cloned().collect();
+    for (url, pods, counts) in [
+        (
+            shop::cluster_ip(cluster, "api", "/whoami")?,
+            &api,
+            (0, 1000),
+        ),
+        (format!("{port}/whoami"), &web, (1000, 0)),
+        (format!("{port}/"), &both, (1000, 1000)),
+    ] {
+        let answers = shop::ask(&url, 1000)?;
+        answers.assert_spread(&url, pods);
+        assert_eq!((answers.of("web"), answers.of("api")), counts, "{url}");
     }
-    Ok(answers)
-}
-
-/// From the node itself, which reaches Services as its pods do.
-fn through_cluster_ip(cluster: &Cluster) -> Result<BTreeMap<String, u64>> {
-    let address = cluster.get(&["service", "api", "-n", "shop"])?["spec"]["clusterIP"]
-        .as_str()
-        .unwrap_or_default()
-        .to_owned();
-    requests(std::process::Command::new(xebec_bin()).args([
-        "demo",
-        "get",
-        &format!("http://{address}/whoami"),
-        "-n",
-        "1000",
-        "--summary",
-        "--keep-going",
-    ]))
-}
-
-/// From pods: each `web` answers with its own name and with that of the `api` that it asked through the Service.
-fn pods_reach_the_service(cluster: &Cluster) -> Result<()> {
-    let address = node_address(cluster)?;
-    let text = succeed(
-        "demo get",
-        std::process::Command::new(xebec_bin())
-            .args([
-                "demo",
-                "get",
-                &format!("http://{address}:30080/"),
-                "-n",
-                "1000",
-                "--keep-going",
-            ])
-            .output()
-            .context("could not start the client")?,
-    )?;
-    let mut apis = BTreeMap::<&str, u64>::new();
-    for line in text.lines().filter(|line| line.starts_with("api-")) {
-        *apis.entry(line).or_default() += 1;
-    }
-    assert_eq!(apis.values().sum::<u64>(), 1000, "{apis:?}");
-    let ready = cluster.ready_pods("shop", "app=api")?;
-    assert!(ready.iter().map(String::as_str).eq(apis.keys().copied()));
     Ok(())
 }
 
-/// The pod that no rule lets in is dropped, and its flow says by which policy.
-fn denied_flow_names_the_policy(cluster: &Cluster) -> Result<()> {
-    eventually(
-        "the denied pod's flow is seen with its policy",
-        MINUTE,
-        || {
-            let flows = cluster.run(&[
-                "observe",
-                "-o",
-                "json",
-                "--verdict",
-                "DROPPED",
-                "--namespace",
-                "shop",
-                "--last",
-                "50",
-            ])?;
-            Ok(flows
-                .lines()
-                .filter_map(|line| serde_json::from_str::<Value>(line).ok())
-                .any(|value| {
-                    let flow = &value["flow"];
-                    flow["verdict"] == "DROPPED"
-                        && flow["source"]["pod_name"] == "stranger"
-                        && flow["ingress_denied_by"]
-                            .as_array()
-                            .is_some_and(|by| by.iter().any(|p| p["name"] == "api-from-web"))
-                }))
-        },
-    )
-}
-
-fn node_address(cluster: &Cluster) -> Result<String> {
-    let nodes = cluster.get(&["nodes"])?;
-    Ok(nodes["items"][0]["status"]["addresses"]
-        .as_array()
-        .and_then(|all| all.iter().find(|a| a["type"] == "InternalIP"))
-        .and_then(|a| a["address"].as_str())
-        .context("the node has no address")?
-        .to_owned())
-}
-
-fn through_node_port(cluster: &Cluster, count: u64) -> Result<BTreeMap<String, u64>> {
-    let address = node_address(cluster)?;
-    let url = format!("http://{address}:30080/whoami");
-    let count = count.to_string();
-    requests(std::process::Command::new(xebec_bin()).args([
-        "demo",
-        "get",
-        &url,
-        "-n",
-        &count,
-        "--summary",
-        "--keep-going",
-    ]))
-}
-
-fn assert_spread(
-    answers: &BTreeMap<String, u64>,
-    pods: &std::collections::BTreeSet<String>,
-    total: u64,
-) {
-    assert_eq!(answers.values().sum::<u64>(), total, "{answers:?}");
-    assert_eq!(
-        answers.keys().collect::<Vec<_>>(),
-        pods.iter().collect::<Vec<_>>(),
-        "every backend answers, and nobody else"
-    );
-}
-
-fn scaled_pods_get_traffic(cluster: &Cluster) -> Result<()> {
-    cluster.k(&["scale", "deployment/web", "-n", "shop", "--replicas=5"])?;
-    eventually("five web pods are Ready", MINUTE, || {
-        Ok(cluster.ready_pods("shop", "app=web")?.len() == 5)
-    })?;
-    let pods = cluster.ready_pods("shop", "app=web")?;
-    eventually("all five answer", MINUTE, || {
-        Ok(through_node_port(cluster, 200)?.keys().collect::<Vec<_>>()
-            == pods.iter().collect::<Vec<_>>())
-    })
-}
-
-/// Requests go on while a backend is deleted: none fails.
-fn no_request_fails_when_a_backend_goes(cluster: &Cluster) -> Result<()> {
-    let victim = cluster
-        .ready_pods("shop", "app=web")?
-        .into_iter()
-        .next()
-        .context("no web pod")?;
-    let address = node_address(cluster)?;
-    let load = std::process::Command::new(xebec_bin())
-        .args([
-            "demo",
-            "get",
-            &format!("http://{address}:30080/whoami"),
-            "-n",
-            "2000",
-            "--interval-ms",
-            "2",
-            "--summary",
-            "--keep-going",
-        ])
-        .stdout(Stdio::piped())
-        .stderr(Stdio::piped())
-        .spawn()
-        .context("could not start the client")?;
-    cluster.k(&["delete", "pod", &victim, "-n", "shop", "--wait=true"])?;
-    let text = succeed(
-        "demo get",
-        load.wait_with_output()
-            .context("could not wait for the client")?,
-    )?;
-    assert!(
-        text.contains("0 failed, 2000 requests"),
-        "requests failed when {victim} went: {text}\n{}",
-        cluster.log()
-    );
-    Ok(())
+/// One of five backends goes while the node and a pod ask.
+fn no_request_fails_when_a_backend_goes(cluster: &Cluster, node: &str, port: &str) -> Result<()> {
+    let victim = cluster.ready_pods("shop", "app=web")?;
+    let victim = victim.first().context("no web pod")?;
+    let load = [
+        (From::Machine, format!("{port}/whoami")),
+        (From::Node(node), format!("{port}/whoami")),
+        (
+            From::Node(node),
+            shop::cluster_ip(cluster, "web", "/whoami")?,
+        ),
+    ];
+    shop::lose_a_backend(cluster, victim, &load)
 }
 
 /// Commands whose objects kubectl sends in protobuf.
@@ -250,28 +93,16 @@ fn typed_commands(cluster: &Cluster) -> Result<()> {
 fn shop_on_one_node_and_nothing_left_behind() -> Result<()> {
     let before = Machine::now()?;
     let mut cluster = Cluster::up("shop", &[])?;
-    apply_shop(&cluster)?;
-    assert_spread(
-        &through_cluster_ip(&cluster)?,
-        &cluster.ready_pods("shop", "app=api")?,
-        1000,
-    );
-    assert_spread(
-        &through_node_port(&cluster, 1000)?,
-        &cluster.ready_pods("shop", "app=web")?,
-        1000,
-    );
-    pods_reach_the_service(&cluster)?;
-    denied_flow_names_the_policy(&cluster)?;
+    shop::apply(&cluster)?;
+    let addresses = shop::node_addresses(&cluster)?;
+    let (node, address) = addresses.first_key_value().context("no node")?;
+    let port = shop::node_port(address, "");
+    all_backends_answer(&cluster, &port)?;
+    shop::stranger_is_denied(&cluster, |_| true)?;
     let logs = cluster.k(&["logs", "-n", "shop", "deployment/web"])?;
-    let answers = cluster.k(&["logs", "-n", "shop", "stranger"])?;
-    assert!(
-        !answers.contains("api-"),
-        "the stranger got through: {answers}"
-    );
     assert!(logs.contains("listens on"), "{logs}");
-    scaled_pods_get_traffic(&cluster)?;
-    no_request_fails_when_a_backend_goes(&cluster)?;
+    shop::scale_web(&cluster, 5, &[format!("{port}/whoami")])?;
+    no_request_fails_when_a_backend_goes(&cluster, node, &port)?;
     typed_commands(&cluster)?;
     cluster.run(&["status"])?;
     cluster.down()?;
@@ -280,8 +111,13 @@ fn shop_on_one_node_and_nothing_left_behind() -> Result<()> {
     cluster.start()?;
     eventually("the shop's pods run again", MINUTE, || {
         let ready = cluster.ready_pods("shop", "app=web")?;
-        Ok(ready.len() == 5 && through_node_port(&cluster, 200)?.keys().eq(ready.iter()))
+        Ok(ready.len() == 5
+            && shop::ask(&format!("{port}/whoami"), 200)?
+                .by_pod
+                .keys()
+                .eq(&ready))
     })?;
+    shop::assert_pods_waited_for_the_network(&cluster);
     cluster.down()?;
     assert_nothing_left(&before)?;
     Ok(())

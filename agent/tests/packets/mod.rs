@@ -1,15 +1,22 @@
 //! Building packets, and a kernel with the programs and a few pods to run them.
 
+mod errors;
+mod express;
+mod wires;
+
 use std::net::Ipv4Addr;
 
 use aya::TestRun;
+use aya::maps::MapData;
 use aya::programs::TestRunOptions;
 use etherparse::{
     EtherType, Ethernet2Header, IpFragOffset, IpNumber, Ipv4Header, Ipv4Options, PacketHeaders,
     TcpHeader, TransportHeader, UdpHeader,
 };
-use xebec_agent::loader::{Loaded, Maps};
+use xebec_agent::loader::{By, Loaded, Maps, Xdp};
 use xebec_agent::maps::{PolicyKernel, PolicyMaps, be};
+use xebec_agent::network::Device;
+use xebec_dataplane_common::LAYOUT;
 use xebec_dataplane_common::flow::Event;
 use xebec_dataplane_common::nat::Settings;
 use xebec_dataplane_common::policy::{
@@ -32,6 +39,13 @@ pub const OK: u32 = 0;
 pub const SHOT: u32 = 2;
 /// `TC_ACT_REDIRECT`.
 pub const REDIRECT: u32 = 7;
+
+/// `XDP_PASS`.
+pub const PASS: u32 = 2;
+/// `XDP_TX`.
+pub const TX: u32 = 3;
+/// `XDP_REDIRECT`.
+pub const SENT_ON: u32 = 4;
 
 /// A pod's hardware address.
 pub const POD_MAC: [u8; 6] = [2, 0, 0, 0, 0, 9];
@@ -457,7 +471,7 @@ impl Kernel {
 
     /// A node port with one backend.
     pub fn node_port(&mut self, port: u16, backend: Ipv4Addr, backend_port: u16) {
-        let set = u32::from(backend.octets()[2]) + 100;
+        let set = u32::from(port);
         let address = Address {
             address: be(backend),
             port: backend_port.to_be(),
@@ -472,6 +486,43 @@ impl Kernel {
                 pad: 0,
             };
             let value = FrontendValue { set, count: 1 };
+            self.maps.services.set_frontend(key, value).unwrap();
+        }
+    }
+
+    /// Attaches the hooks of devices that lead outside.
+    pub fn attach(&mut self, devices: &[Device], xdp: Xdp) -> anyhow::Result<Vec<By>> {
+        let runtime = tokio::runtime::Builder::new_current_thread()
+            .enable_all()
+            .build()
+            .unwrap();
+        runtime.block_on(self.loaded.attach_network(devices, xdp))
+    }
+
+    /// The programs of an agent that comes after this one.
+    pub fn next_agent(&mut self) {
+        self.loaded = Loaded::new(self.dir.path()).unwrap();
+        self.maps = self.loaded.maps().unwrap();
+    }
+
+    /// How many translations are known, of both directions.
+    pub fn translations(&self) -> usize {
+        let path = self.dir.path().join(format!("maps-{LAYOUT}/NATS"));
+        let map = aya::maps::Map::LruHashMap(MapData::from_pin(path).unwrap());
+        let map = aya::maps::HashMap::<_, [u8; 16], [u8; 32]>::try_from(map).unwrap();
+        map.keys().count()
+    }
+
+    /// A node port without backends.
+    pub fn no_backends(&mut self, port: u16) {
+        for protocol in [6, 17] {
+            let key = FrontendKey {
+                address: be(node()),
+                port: port.to_be(),
+                protocol,
+                pad: 0,
+            };
+            let value = FrontendValue { set: 1, count: 0 };
             self.maps.services.set_frontend(key, value).unwrap();
         }
     }
@@ -497,6 +548,22 @@ impl Kernel {
         (result.return_value, out)
     }
 
+    /// Runs the XDP program on a frame that came by this device, or by the loopback device if that is 0.
+    pub fn run_early(&mut self, device: u32, frame: &[u8]) -> (u32, Vec<u8>) {
+        // struct xdp_md of linux/bpf.h: where the data ends, and the device, are its second and fourth words.
+        let mut context = [0_u8; 24];
+        context[4..8].copy_from_slice(&(frame.len() as u32).to_ne_bytes());
+        context[12..16].copy_from_slice(&device.to_ne_bytes());
+        let mut out = vec![0; frame.len() + 256];
+        let mut options = TestRunOptions::new();
+        options.data_in = Some(frame);
+        options.data_out = Some(&mut out);
+        options.ctx_in = Some(&context);
+        let result = self.loaded.express().unwrap().test_run(options).unwrap();
+        out.truncate(result.data_size_out as usize);
+        (result.return_value, out)
+    }
+
     /// The oldest event that was not read yet.
     pub fn event(&mut self) -> Option<Event> {
         self.maps.flows.next_event()
@@ -505,6 +572,12 @@ impl Kernel {
     /// The newest event.
     pub fn last_event(&mut self) -> Option<Event> {
         std::iter::from_fn(|| self.event()).last()
+    }
+
+    /// How many packets from the network tc and XDP translated.
+    pub fn translated(&self) -> (u64, u64) {
+        let counters = self.maps.flows.count().unwrap();
+        (counters.translated, counters.translated_early)
     }
 
     /// How many packets were dropped.

@@ -18,9 +18,10 @@ use std::net::{IpAddr, Ipv4Addr, SocketAddr};
 use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result};
-use clap::Args;
+use clap::{Args, ValueEnum};
 use ipnet::Ipv4Net;
 use tracing::info;
+use xebec_agent::loader::Xdp;
 
 use crate::paths::{Layout, private_dir, write_private};
 use crate::pki::Authority;
@@ -58,12 +59,40 @@ pub struct Up {
     /// Range of the addresses of several nodes; with one node it is not used
     #[arg(long, default_value = "10.245.0.0/24")]
     node_cidr: Ipv4Net,
+    /// Node ports by XDP, on the devices that lead to other nodes and the outside; tc serves what XDP does not
+    #[arg(long, value_enum, env = "XEBEC_XDP", default_value_t)]
+    xdp: XdpMode,
     /// Do not build the demo image
     #[arg(long)]
     no_demo_image: bool,
     /// Seconds to wait for the nodes to become Ready
     #[arg(long, default_value_t = 60)]
     timeout: u64,
+}
+
+/// How XDP is used.
+#[derive(Clone, Copy, Default, ValueEnum)]
+enum XdpMode {
+    /// By the driver, where the device is hardware whose driver can
+    #[default]
+    Auto,
+    /// By the driver, or `up` fails
+    Native,
+    /// By the kernel's network stack, slowly: for tests
+    Generic,
+    /// Not at all
+    Off,
+}
+
+impl From<XdpMode> for Xdp {
+    fn from(mode: XdpMode) -> Self {
+        match mode {
+            XdpMode::Auto => Self::Auto,
+            XdpMode::Native => Self::Native,
+            XdpMode::Generic => Self::Generic,
+            XdpMode::Off => Self::Off,
+        }
+    }
 }
 
 /// DNS domain of the cluster.
@@ -130,9 +159,7 @@ impl Up {
             }
             let names: Vec<&str> = nodes.iter().map(|node| node.name.as_str()).collect();
             let patience = Duration::from_secs(self.timeout);
-            let deadline = tokio::time::Instant::now() + patience;
             node::wait_ready(control_plane.admin(), &names, since, patience).await?;
-            node::wait_agents(&nodes, deadline).await?;
             print_next_steps(&layout, &state.node_names(), started.elapsed());
             UpState::mark_ready(&layout)?;
             // From here on only a failure or a signal ends it.

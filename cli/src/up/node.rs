@@ -32,6 +32,9 @@ pub struct NodeConfig {
     pub cluster_domain: String,
     /// Port of the kubelet's HTTPS server.
     pub kubelet_port: u16,
+    /// How XDP is used.
+    #[serde(default)]
+    pub xdp: xebec_agent::loader::Xdp,
     /// The cgroup v2 folder whose processes reach Services: of a node that is the whole machine the root, since
     /// the machine's own processes do too.
     pub cgroup_root: PathBuf,
@@ -107,6 +110,7 @@ impl NodeConfig {
             cgroup_root: self.cgroup_root.clone(),
             pod_cgroup: self.pod_cgroup.clone(),
             devices: Vec::new(),
+            xdp: self.xdp,
             // The host of several nodes is none of them, but has routes to their pods.
             native: self.cable.iter().map(|cable| cable.host.into()).collect(),
         }
@@ -278,25 +282,6 @@ pub async fn wait_ready(
             waiting.join(", ")
         ),
     }
-}
-
-/// Waits until the nodes' agents answer: no pod has a network before.
-pub async fn wait_agents(nodes: &[NodeConfig], deadline: tokio::time::Instant) -> Result<()> {
-    for node in nodes {
-        let socket = node.layout.agent_socket();
-        while let Err(error) = tokio::net::UnixStream::connect(&socket).await {
-            if tokio::time::Instant::now() > deadline {
-                return Err(error).with_context(|| {
-                    format!(
-                        "the agent of node {} does not answer (the log says why; --timeout waits longer)",
-                        node.name
-                    )
-                });
-            }
-            tokio::time::sleep(Duration::from_millis(20)).await;
-        }
-    }
-    Ok(())
 }
 
 fn is_ready(node: &NodeObject, since: i64) -> bool {

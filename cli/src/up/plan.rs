@@ -64,6 +64,7 @@ impl Up {
             pod_cidr: IpNet::V4(self.pod_range(index)?),
             cluster_domain: CLUSTER_DOMAIN.into(),
             kubelet_port: 10250,
+            xdp: self.xdp.into(),
             // The machine's own processes are those of its only node, but of none of several.
             cgroup_root: if several {
                 pod_cgroup.clone()

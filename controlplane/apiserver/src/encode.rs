@@ -5,6 +5,7 @@
 
 use bytes::{BufMut, Bytes, BytesMut};
 use serde_json::Value;
+use serde_json::value::RawValue;
 use xebec_schema::Object;
 use xebec_schema::table::Resource;
 use xebec_store::{KeyValue, Revision};
@@ -78,6 +79,16 @@ fn push_with_revision(out: &mut BytesMut, stored: &[u8], revision: Revision) {
     out.extend_from_slice(&stored[at..]);
 }
 
+/// An object's `meta.k8s.io/v1` PartialObjectMetadata as it goes out; `None` if the object can't be read.
+pub(crate) fn partial(stored: &[u8], revision: Revision) -> Option<Bytes> {
+    let parts: std::collections::BTreeMap<&str, &RawValue> = serde_json::from_slice(stored).ok()?;
+    let metadata = parts.get("metadata")?;
+    let object = format!(
+        "{{\"apiVersion\":\"meta.k8s.io/v1\",\"kind\":\"PartialObjectMetadata\",\"metadata\":{metadata}}}"
+    );
+    Some(with_revision(object.as_bytes(), revision))
+}
+
 /// An object as a value, with its resource version.
 pub(crate) fn parse(kv: &KeyValue) -> Result<Object, serde_json::Error> {
     let mut object: Object = serde_json::from_slice(&kv.value)?;
@@ -146,8 +157,9 @@ pub(crate) fn value(value: &Value, yaml: bool) -> Bytes {
     if yaml {
         return serde_yaml_ng::to_string(value).unwrap_or_default().into();
     }
-    let mut text = value.to_string();
-    text.push('\n');
+    // Writing JSON into memory can't fail: every key is a string.
+    let mut text = serde_json::to_vec(value).expect("a JSON value is written to memory");
+    text.push(b'\n');
     text.into()
 }
 
@@ -174,5 +186,11 @@ mod tests {
             json!({"name": "a", "resourceVersion": "42"})
         );
         assert_eq!(out["data"], object["data"]);
+        let partial: Value = serde_json::from_slice(&partial(&stored, 42).unwrap()).unwrap();
+        assert_eq!(
+            partial,
+            xebec_schema::convert::partial_metadata(&out),
+            "as from the decoded object"
+        );
     }
 }

@@ -14,7 +14,7 @@ use crate::registry::{self, DeleteOptions, Part, now, prefix_range};
 use crate::request::ResourceRequest;
 use crate::server::RequestBody;
 use crate::special::{set_condition, success, unversioned};
-use crate::verbs::{dry_run, read};
+use crate::verbs::dry_run;
 
 /// Evicted pods that a budget remembers until they are gone.
 const MOST_DISRUPTED: usize = 2000;
@@ -87,7 +87,7 @@ impl Handler {
             .await?;
         let mut names = Vec::new();
         for kv in &found.kvs {
-            let budget = read(kv)?;
+            let budget = registry::decode(kv)?;
             let selector = LabelSelector::from_object(&budget["spec"]["selector"])
                 .map_err(ApiError::internal)?;
             if selector.matches(pod["metadata"]["labels"].as_object()) {

@@ -16,7 +16,7 @@ use crate::authn::{self, UserInfo};
 use crate::documents::{Documents, Form};
 use crate::error::ApiError;
 use crate::metrics::{Labels, Metrics};
-use crate::registry::Registry;
+use crate::registry::{self, Registry};
 use crate::request::{self, Query};
 use crate::server::{Config, RequestBody, ResponseBody};
 use crate::services::Allocator;
@@ -282,7 +282,7 @@ impl Handler {
             }
         };
         let headers = response.headers_mut();
-        if let Ok(id) = HeaderValue::from_str(&uuid::Uuid::new_v4().to_string()) {
+        if let Ok(id) = HeaderValue::from_str(&registry::uid()) {
             headers.insert("audit-id", id);
         }
         headers

@@ -57,6 +57,13 @@ pub(crate) fn now() -> String {
         .unwrap_or_default()
 }
 
+/// A new uid, from a generator that is seeded by the kernel rather than asking it each time.
+pub(crate) fn uid() -> String {
+    uuid::Builder::from_random_bytes(rand::random())
+        .into_uuid()
+        .to_string()
+}
+
 /// The key of an object, or of a collection where the name is left out; collections end with a slash.
 pub(crate) fn key(resource: &Resource, namespace: Option<&str>, name: Option<&str>) -> Bytes {
     let group = if resource.group.is_empty() {
@@ -85,7 +92,7 @@ pub(crate) fn prefix_range(prefix: Bytes) -> std::ops::Range<Bytes> {
     prefix..end.into()
 }
 
-fn decode(kv: &KeyValue) -> Result<Object, ApiError> {
+pub(crate) fn decode(kv: &KeyValue) -> Result<Object, ApiError> {
     encode::parse(kv)
         .map_err(|error| ApiError::internal(format!("a stored object can't be read: {error}")))
 }
@@ -126,7 +133,7 @@ impl Registry {
     ) -> Result<Object, ApiError> {
         let resource = convert::storage(asked);
         let metadata = &mut object["metadata"];
-        metadata["uid"] = uuid::Uuid::new_v4().to_string().into();
+        metadata["uid"] = uid().into();
         metadata["creationTimestamp"] = now().into();
         let generate = metadata["generateName"]
             .as_str()
@@ -135,12 +142,17 @@ impl Registry {
         let named = metadata["name"]
             .as_str()
             .is_some_and(|name| !name.is_empty());
-        let given = object;
+        let generates = !named && !generate.is_empty();
+        let mut given = object;
         for _ in 0..TRIES {
-            object = given.clone();
-            if !named && !generate.is_empty() {
+            // Only a generated name is worth a second try.
+            let mut object = if generates {
+                let mut object = given.clone();
                 object["metadata"]["name"] = generated_name(&generate).into();
-            }
+                object
+            } else {
+                std::mem::take(&mut given)
+            };
             strategy::prepare_for_create(resource, &mut object);
             // What is read back has the defaults of what was written.
             defaults::set_defaults(resource, &mut object);
@@ -192,7 +204,7 @@ impl Registry {
                 TxnOutcome::Conflict {
                     current: Some(kv), ..
                 } if kv.key == key => {
-                    if named || generate.is_empty() {
+                    if !generates {
                         return Err(ApiError::already_exists(resource, &name));
                     }
                 }

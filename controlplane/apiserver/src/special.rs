@@ -12,7 +12,7 @@ use crate::authn::UserInfo;
 use crate::authz;
 use crate::error::ApiError;
 use crate::handler::{self, Answer, Call, Handler, collect};
-use crate::registry::{Part, now};
+use crate::registry::{self, Part, now};
 use crate::request::ResourceRequest;
 use crate::server::RequestBody;
 use crate::verbs::{
@@ -372,7 +372,7 @@ impl Handler {
         let claims = json!({
             "iss": self.tokens.issuer, "sub": format!("system:serviceaccount:{namespace}:{name}"), "aud": audiences,
             "iat": start.unix_timestamp(), "nbf": start.unix_timestamp(), "exp": end.unix_timestamp(),
-            "jti": uuid::Uuid::new_v4().to_string(), "kubernetes.io": kubernetes,
+            "jti": registry::uid(), "kubernetes.io": kubernetes,
         });
         let expiry = end
             .replace_nanosecond(0)

@@ -3,7 +3,7 @@
 use std::sync::Arc;
 use std::time::Duration;
 
-use bytes::Bytes;
+use bytes::{Bytes, BytesMut};
 use futures::{Stream, StreamExt};
 use serde_json::{Value, json};
 use tokio::sync::mpsc;
@@ -18,6 +18,9 @@ use crate::registry::prefix_range;
 
 /// A bookmark comes about this often, so that an idle watcher's version does not grow too old.
 const BOOKMARK_EVERY: Duration = Duration::from_secs(60);
+
+/// So many changes, if they are there already, go out in one piece.
+const TOGETHER: usize = 64;
 
 /// What objects go out as.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -60,13 +63,7 @@ pub(crate) async fn start(
     let range = prefix_range(request.prefix.clone());
     let mut initial = Vec::new();
     let from = match request.from {
-        Some(from) => {
-            let current = store.revision();
-            if from > current {
-                return Err(ApiError::too_large_version(from, current));
-            }
-            from
-        }
+        Some(from) => from,
         None => store.revision(),
     };
     let from = if request.initial {
@@ -114,9 +111,10 @@ async fn pump(
     request: WatchRequest,
     initial: Vec<KeyValue>,
     from: Revision,
-    mut changes: futures::stream::BoxStream<'static, Result<xebec_store::WatchBatch, Error>>,
+    changes: futures::stream::BoxStream<'static, Result<xebec_store::WatchBatch, Error>>,
     sender: mpsc::Sender<Bytes>,
 ) -> Option<()> {
+    let mut changes = changes.ready_chunks(TOGETHER);
     for kv in initial {
         if let Some(event) = request.event("ADDED", &kv, true) {
             sender.send(event).await.ok()?;
@@ -128,87 +126,106 @@ async fn pump(
     let mut ticks =
         tokio::time::interval_at(tokio::time::Instant::now() + BOOKMARK_EVERY, BOOKMARK_EVERY);
     loop {
-        let batch = tokio::select! {
-            batch = changes.next() => batch?,
+        let batches = tokio::select! {
+            batches = changes.next() => batches?,
             _ = ticks.tick(), if request.bookmarks => {
                 // Every change up to this revision is in the stream already: drain it before saying so.
                 let revision = store.revision();
-                while let Some(Some(batch)) = futures::FutureExt::now_or_never(changes.next()) {
-                    send(&request, batch, &sender).await?;
+                while let Some(Some(batches)) = futures::FutureExt::now_or_never(changes.next()) {
+                    send(&request, batches, &sender).await?;
                 }
                 sender.send(request.bookmark(revision, false)).await.ok()?;
                 continue;
             }
             () = sender.closed() => return None,
         };
-        send(&request, batch, &sender).await?;
+        send(&request, batches, &sender).await?;
     }
 }
 
+/// Sends what is left of the changes by the selectors; `None` ends the watch.
 async fn send(
     request: &WatchRequest,
-    batch: Result<xebec_store::WatchBatch, Error>,
+    batches: Vec<Result<xebec_store::WatchBatch, Error>>,
     sender: &mpsc::Sender<Bytes>,
 ) -> Option<()> {
-    let batch = match batch {
-        Ok(batch) => batch,
-        Err(error) => {
-            let status = ApiError::from(error).status();
-            sender
-                .send(encode::event("ERROR", status.to_string().as_bytes()))
-                .await
-                .ok()?;
-            return None;
+    let mut out = BytesMut::new();
+    let mut failed = None;
+    for batch in batches {
+        match batch {
+            Ok(batch) => request.write(batch, &mut out),
+            Err(error) => failed = Some(error),
         }
-    };
-    for event in batch.events {
-        // Without selectors nothing needs to be decoded to know what the event is.
-        let everything = request.labels.is_everything() && request.fields.is_everything();
-        let was = event
-            .prev
-            .as_ref()
-            .is_some_and(|prev| everything || request.matches(prev));
-        let is = !event.deleted && (everything || request.matches(&event.kv));
-        let (kind, kv) = match (was, is) {
-            (false, false) => continue,
-            (false, true) => ("ADDED", event.kv),
-            (true, true) => ("MODIFIED", event.kv),
-            // It shows what it last was, at the version of the change that took it out.
-            (true, false) => {
-                let Some(prev) = event.prev else { continue };
-                (
-                    "DELETED",
-                    KeyValue {
-                        value: prev.value,
-                        mod_revision: batch.revision,
-                        ..event.kv
-                    },
-                )
-            }
-        };
-        if let Some(line) = request.event(kind, &kv, false) {
-            sender.send(line).await.ok()?;
-        }
+    }
+    if let Some(error) = failed {
+        let status = ApiError::from(error).status();
+        out.extend_from_slice(&encode::event("ERROR", status.to_string().as_bytes()));
+        sender.send(out.freeze()).await.ok()?;
+        return None;
+    }
+    if !out.is_empty() {
+        sender.send(out.freeze()).await.ok()?;
     }
     Some(())
 }
 
 impl WatchRequest {
+    /// Writes the events that a batch is to this watch.
+    fn write(&self, batch: xebec_store::WatchBatch, out: &mut BytesMut) {
+        for event in batch.events {
+            let was = event.prev.as_ref().is_some_and(|prev| self.matches(prev));
+            let is = !event.deleted && self.matches(&event.kv);
+            let (kind, kv) = match (was, is) {
+                (false, false) => continue,
+                (false, true) => ("ADDED", event.kv),
+                (true, true) => ("MODIFIED", event.kv),
+                // It shows what it last was, at the version of the change that took it out.
+                (true, false) => {
+                    let Some(prev) = event.prev else { continue };
+                    (
+                        "DELETED",
+                        KeyValue {
+                            value: prev.value,
+                            mod_revision: batch.revision,
+                            ..event.kv
+                        },
+                    )
+                }
+            };
+            if let Some(line) = self.event(kind, &kv, false) {
+                out.extend_from_slice(&line);
+            }
+        }
+    }
+
+    /// Whether nothing is filtered.
+    fn everything(&self) -> bool {
+        self.labels.is_everything() && self.fields.is_everything()
+    }
+
     fn matches(&self, kv: &KeyValue) -> bool {
-        encode::parse(kv).is_ok_and(|mut object| {
-            convert::convert(&mut object, self.stored, self.asked);
-            selected(&self.labels, &self.fields, &object)
-        })
+        // What the key tells needs no decoding.
+        let named = self.fields.exact("metadata.name");
+        if named.is_some_and(|name| !kv.key.ends_with(format!("/{name}").as_bytes())) {
+            return false;
+        }
+        self.everything()
+            || encode::parse(kv).is_ok_and(|mut object| {
+                convert::convert(&mut object, self.stored, self.asked);
+                selected(&self.labels, &self.fields, &object)
+            })
     }
 
     fn event(&self, kind: &str, kv: &KeyValue, filter: bool) -> Option<Bytes> {
-        let plain = std::ptr::eq(self.asked, self.stored) && self.shape == Shape::Whole;
-        let everything = self.labels.is_everything() && self.fields.is_everything();
-        if plain && (everything || !filter) {
-            return Some(encode::event(
-                kind,
-                &encode::with_revision(&kv.value, kv.mod_revision),
-            ));
+        if std::ptr::eq(self.asked, self.stored) && (self.everything() || !filter) {
+            let plain = match self.shape {
+                Shape::Whole => Some(encode::with_revision(&kv.value, kv.mod_revision)),
+                Shape::Partial => encode::partial(&kv.value, kv.mod_revision),
+                Shape::Table => None,
+            };
+            if let Some(object) = plain {
+                return Some(encode::event(kind, &object));
+            }
         }
         let mut object = encode::parse(kv).ok()?;
         convert::convert(&mut object, self.stored, self.asked);

@@ -202,9 +202,17 @@ async fn every_kind_is_created_read_listed_watched_patched_and_deleted() {
             let Some(Ok(frame)) = body.frame().await else {
                 break;
             };
-            let event: Value =
-                serde_json::from_slice(&frame.into_data().unwrap_or_default()).unwrap_or_default();
-            events.push(event["type"].as_str().unwrap_or_default().to_owned());
+            // One frame may hold several events, each a line.
+            for line in frame
+                .into_data()
+                .unwrap_or_default()
+                .split(|byte| *byte == b'\n')
+            {
+                if !line.is_empty() {
+                    let event: Value = serde_json::from_slice(line).unwrap_or_default();
+                    events.push(event["type"].as_str().unwrap_or_default().to_owned());
+                }
+            }
         }
         if events != wanted {
             failed.push(format!("watch {path}: {events:?}"));

@@ -5,7 +5,7 @@ use serde_json::{Map, Value, json};
 use crate::Object;
 use crate::fieldset::{Comparison, FieldSet, Shape, merge};
 use crate::shape;
-use crate::table::{self, Kind, TypeId};
+use crate::table::{self, Kind, Resource, TypeId};
 
 /// A field that another manager has with another value.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -232,16 +232,12 @@ fn strip(set: &mut FieldSet, ty: TypeId, subresource: &str) {
         set.without(&["metadata", field]);
     }
     set.without_member("metadata");
-    strip_other_half(set, ty, subresource);
+    strip_other_half(set, table::resource_of(ty), subresource);
 }
 
 /// Takes out what a request through this subresource can't set.
-fn strip_other_half(set: &mut FieldSet, ty: TypeId, subresource: &str) {
+fn strip_other_half(set: &mut FieldSet, resource: Option<&Resource>, subresource: &str) {
     // A writer of the object can't set its status, nor one of the status the rest.
-    let kinds = table::kinds_of(ty);
-    let resource = kinds
-        .first()
-        .and_then(|(group, version, kind)| table::resource_for_kind(group, version, kind));
     if resource.is_some_and(|resource| resource.subresource("status").is_some()) {
         match subresource {
             "" => {
@@ -268,12 +264,13 @@ fn strip_other_half(set: &mut FieldSet, ty: TypeId, subresource: &str) {
 /// What a request through this subresource changes from one object to the other.
 fn compare(before: &Object, after: &Object, ty: TypeId, subresource: &str) -> Comparison {
     let mut compared = Comparison::of(before, after, ty);
+    let resource = table::resource_of(ty);
     for set in [
         &mut compared.added,
         &mut compared.modified,
         &mut compared.removed,
     ] {
-        strip_other_half(set, ty, subresource);
+        strip_other_half(set, resource, subresource);
     }
     compared
 }

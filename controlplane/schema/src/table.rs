@@ -504,6 +504,11 @@ pub fn resource(group: &str, version: &str, plural: &str) -> Option<&'static Res
         .find(|r| r.plural == plural && r.group == group && r.version == version)
 }
 
+/// The resource whose objects are of this type.
+pub fn resource_of(id: TypeId) -> Option<&'static Resource> {
+    resources().iter().find(|resource| resource.type_id == id)
+}
+
 /// A resource by its kind.
 pub fn resource_for_kind(group: &str, version: &str, kind: &str) -> Option<&'static Resource> {
     resources()

@@ -6,17 +6,20 @@ use std::os::fd::AsRawFd;
 use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::mpsc as std_mpsc;
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError, RwLock, RwLockReadGuard, RwLockWriteGuard};
+use std::sync::{
+    Arc, Mutex, MutexGuard, PoisonError, RwLock, RwLockReadGuard, RwLockWriteGuard, Weak,
+};
 
 use bytes::{Bytes, BytesMut};
 use futures::StreamExt;
 use futures::stream::BoxStream;
-use tokio::sync::{mpsc, oneshot};
+use tokio::sync::oneshot;
 use tracing::{error, info, warn};
 
 use crate::disk::{Disk, LogFile, RealDisk, sync_dir};
 use crate::log::{self, Entry, LoggedOp};
-use crate::state::{Retention, State, within};
+use crate::state::{Retention, State};
+use crate::watcher::Watcher;
 use crate::{
     Error, KeyValue, Op, RangeRequest, RangeResponse, Revision, Store, Txn, TxnOutcome, WatchBatch,
 };
@@ -30,23 +33,23 @@ pub struct Options {
     pub history_bytes: usize,
     /// Bytes that the log may grow to, and twice the live data, before a snapshot replaces it.
     pub snapshot_bytes: u64,
-    /// Batches that a watcher may fall behind before it is ended.
-    pub watch_buffer: usize,
 }
 
 impl Default for Options {
     fn default() -> Self {
         Self {
-            history_revisions: 10_000,
+            history_revisions: 100_000,
             history_bytes: 16 << 20,
             snapshot_bytes: 64 << 20,
-            watch_buffer: 1024,
         }
     }
 }
 
 /// Bytes of one group commit: enough to share the sync, little enough to bound its latency.
 const BATCH_BYTES: usize = 4 << 20;
+
+/// Batches that a watcher reads at a time: readers hold the state for so long.
+const PULL: usize = 256;
 
 /// Bytes of one transaction; a record must stay well under what recovery reads.
 const LARGEST_TXN: usize = 64 << 20;
@@ -56,14 +59,14 @@ pub struct Embedded {
     shared: Arc<Shared>,
     queue: Option<std_mpsc::Sender<Request>>,
     writer: Option<std::thread::JoinHandle<()>>,
-    watch_buffer: usize,
     /// The folder's lock, let go of when this is dropped.
     _lock: std::fs::File,
 }
 
 struct Shared {
     state: RwLock<State>,
-    watchers: Mutex<Vec<Watcher>>,
+    /// To be locked before the state.
+    watchers: Mutex<Vec<Weak<Watcher>>>,
     revision: AtomicU64,
     disk_bytes: AtomicU64,
 }
@@ -71,13 +74,6 @@ struct Shared {
 struct Request {
     txn: Txn,
     answer: oneshot::Sender<Result<TxnOutcome, Error>>,
-}
-
-struct Watcher {
-    keys: Range<Bytes>,
-    /// The first revision that it has not had yet.
-    next: Revision,
-    sender: mpsc::Sender<WatchBatch>,
 }
 
 impl Shared {
@@ -88,7 +84,7 @@ impl Shared {
     fn write(&self) -> RwLockWriteGuard<'_, State> {
         self.state.write().unwrap_or_else(PoisonError::into_inner)
     }
-    fn watchers(&self) -> MutexGuard<'_, Vec<Watcher>> {
+    fn watchers(&self) -> MutexGuard<'_, Vec<Weak<Watcher>>> {
         self.watchers.lock().unwrap_or_else(PoisonError::into_inner)
     }
 }
@@ -149,7 +145,6 @@ impl Embedded {
             shared,
             queue: Some(queue),
             writer: Some(thread),
-            watch_buffer: options.watch_buffer,
             _lock: lock,
         }))
     }
@@ -162,6 +157,9 @@ impl Drop for Embedded {
             && writer.join().is_err()
         {
             error!("the store's writer had panicked");
+        }
+        for watcher in self.shared.watchers().drain(..) {
+            watcher.upgrade().inspect(|watcher| watcher.close());
         }
     }
 }
@@ -200,31 +198,23 @@ impl Store for Embedded {
         keys: Range<Bytes>,
         from: Revision,
     ) -> Result<BoxStream<'static, Result<WatchBatch, Error>>, Error> {
-        let (sender, receiver) = mpsc::channel(self.watch_buffer);
-        // The writer changes the state first and tells the watchers then; `next` tells which of
-        // both ways brings a batch, so that none comes twice and none is missed.
         let mut watchers = self.shared.watchers();
-        let (backlog, next) = {
+        // Under this lock nothing is committed: the watcher is told of all that the history does not have yet.
+        let pending = {
             let state = self.shared.read();
-            (state.since(&keys, from)?, from.max(state.revision + 1))
+            state.check_watch(from)?;
+            if from <= state.revision {
+                from.max(1)
+            } else {
+                0
+            }
         };
-        watchers.push(Watcher { keys, next, sender });
+        let watcher = Arc::new(Watcher::new(keys, pending));
+        watchers.push(Arc::downgrade(&watcher));
         drop(watchers);
         let shared = self.shared.clone();
-        // The live part ends only because this watcher was too slow, or the store is closing.
-        let end = futures::stream::once(async move {
-            let oldest = shared.read().oldest + 1;
-            Err(Error::Compacted {
-                requested: next,
-                oldest,
-            })
-        });
-        let live = futures::stream::unfold(receiver, |mut receiver| async move {
-            receiver.recv().await.map(|batch| (Ok(batch), receiver))
-        });
-        Ok(futures::stream::iter(backlog.into_iter().map(Ok))
-            .chain(live)
-            .chain(end)
+        Ok(watcher
+            .changes(move |keys, from| shared.read().since(keys, from, PULL))
             .boxed())
     }
 
@@ -515,37 +505,37 @@ impl Writer {
 
     /// Shows durable transactions to readers, then to watchers.
     fn publish(&self, entries: Vec<Entry>) {
-        if entries.is_empty() {
+        let Some(first) = entries.first().map(|entry| entry.revision) else {
             return;
-        }
-        let batches: Vec<Arc<WatchBatch>> = {
+        };
+        let mut keys: Vec<Bytes> = entries
+            .iter()
+            .flat_map(|entry| entry.ops.iter().map(|op| op.key().clone()))
+            .collect();
+        keys.sort_unstable();
+        let mut woken = Vec::new();
+        {
+            let mut watchers = self.shared.watchers();
             let mut state = self.shared.write();
-            let batches = entries
-                .into_iter()
-                .map(|entry| state.apply(entry))
-                .collect();
+            for entry in entries {
+                state.apply(entry);
+            }
             state.trim(self.retention);
+            watchers.retain(|watcher| {
+                let Some(watcher) = watcher.upgrade() else {
+                    return false;
+                };
+                if watcher.touch(&keys, first) {
+                    woken.push(watcher);
+                }
+                true
+            });
+            // Whoever sees this revision may rely on every watcher having been told of it.
             self.shared
                 .revision
                 .store(state.revision, Ordering::Release);
-            batches
-        };
-        self.shared.watchers().retain_mut(|watcher| {
-            batches
-                .iter()
-                .filter(|batch| batch.revision >= watcher.next)
-                .all(|batch| {
-                    match within(batch, &watcher.keys) {
-                        // A full buffer ends the watch: its reader starts over rather than holding memory without bound.
-                        Some(batch) => watcher.sender.try_send(batch).is_ok(),
-                        None => !watcher.sender.is_closed(),
-                    }
-                })
-        });
-        // Only now: whoever reads this revision may rely on every watcher having been told of it.
-        if let Some(last) = batches.last() {
-            self.shared.revision.store(last.revision, Ordering::Release);
         }
+        woken.iter().for_each(|watcher| watcher.wake());
     }
 
     /// Starts a snapshot when the log has grown too long, and removes what a finished one made superfluous.

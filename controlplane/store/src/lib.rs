@@ -10,6 +10,7 @@ mod log;
 mod state;
 #[cfg(test)]
 mod tests;
+mod watcher;
 
 use std::ops::Range;
 
@@ -168,7 +169,7 @@ pub trait Store: Send + Sync + 'static {
     /// An atomic conditional write; returns only when it is durable.
     async fn txn(&self, txn: Txn) -> Result<TxnOutcome, Error>;
     /// Every change with revision >= `from` in the range, then live ones, without gap or repeat.
-    /// A watcher that falls too far behind gets `Error::Compacted` as its last item.
+    /// A watcher that falls behind further than history reaches gets `Error::Compacted` as its last item.
     async fn watch(
         &self,
         keys: Range<Bytes>,

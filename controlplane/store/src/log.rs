@@ -41,6 +41,15 @@ pub(crate) enum LoggedOp {
     },
 }
 
+impl LoggedOp {
+    /// The key that it is about.
+    pub(crate) fn key(&self) -> &Bytes {
+        match self {
+            Self::Put { key, .. } | Self::Delete { key } | Self::State { key, .. } => key,
+        }
+    }
+}
+
 impl From<Op> for LoggedOp {
     fn from(op: Op) -> Self {
         match op {

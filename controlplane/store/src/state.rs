@@ -1,12 +1,12 @@
 //! The state in memory: every key as it stands, and the recent history that old reads and watches need.
 
-use std::collections::{BTreeMap, HashMap, VecDeque};
+use std::collections::{BTreeMap, VecDeque};
 use std::ops::Range;
-use std::sync::Arc;
 
 use bytes::Bytes;
 
 use crate::log::{Entry, LoggedOp};
+use crate::watcher::Pull;
 use crate::{Error, Event, KeyValue, RangeRequest, RangeResponse, Revision, WatchBatch};
 
 /// Keys and history up to one revision.
@@ -17,7 +17,7 @@ pub(crate) struct State {
     /// Bytes of all keys and values.
     pub live_bytes: u64,
     /// The newest batches, oldest first; the first one's revision is `oldest`.
-    history: VecDeque<Arc<WatchBatch>>,
+    history: VecDeque<WatchBatch>,
     history_bytes: usize,
     /// The oldest revision that can be read, and from which on a watch can start after it.
     pub oldest: Revision,
@@ -31,8 +31,8 @@ pub(crate) struct Retention {
 }
 
 impl State {
-    /// Applies a committed transaction, and gives its events.
-    pub(crate) fn apply(&mut self, entry: Entry) -> Arc<WatchBatch> {
+    /// Applies a committed transaction.
+    pub(crate) fn apply(&mut self, entry: Entry) {
         let revision = entry.revision;
         let mut events = Vec::with_capacity(entry.ops.len());
         for op in entry.ops {
@@ -91,10 +91,9 @@ impl State {
             }
         }
         self.revision = revision;
-        let batch = Arc::new(WatchBatch { revision, events });
+        let batch = WatchBatch { revision, events };
         self.history_bytes += weight(&batch);
-        self.history.push_back(batch.clone());
-        batch
+        self.history.push_back(batch);
     }
 
     /// Takes a snapshot's keys as the whole truth at its revision.
@@ -160,7 +159,7 @@ impl State {
             });
         }
         // Undo, newest first, what happened since.
-        let mut changed: HashMap<&Bytes, Option<&KeyValue>> = HashMap::new();
+        let mut changed: BTreeMap<&Bytes, Option<&KeyValue>> = BTreeMap::new();
         for batch in self
             .history
             .iter()
@@ -175,27 +174,38 @@ impl State {
                 changed.insert(&event.kv.key, event.prev.as_ref());
             }
         }
-        let mut then: BTreeMap<&Bytes, &KeyValue> = within().collect();
-        for (key, prev) in changed {
-            match prev {
-                Some(prev) => then.insert(key, prev),
-                None => then.remove(key),
-            };
-        }
-        let count = then.len();
+        let now_there = changed.keys().filter(|key| self.keys.contains_key(**key));
+        let unchanged = within().count() - now_there.count();
+        let count = unchanged + changed.values().flatten().count();
+        let (mut now, mut then) = (within().peekable(), changed.into_iter().peekable());
+        let merged = std::iter::from_fn(|| {
+            loop {
+                match (now.peek(), then.peek()) {
+                    (Some((key, _)), Some((changed, _))) if key < changed => {
+                        return now.next().map(|(_, kv)| kv);
+                    }
+                    (Some(_), None) => return now.next().map(|(_, kv)| kv),
+                    (None, None) => return None,
+                    (current, Some((changed, _))) => {
+                        if current.is_some_and(|(key, _)| key == changed) {
+                            now.next();
+                        }
+                        if let Some((_, Some(kv))) = then.next() {
+                            return Some(kv);
+                        }
+                    }
+                }
+            }
+        });
         Ok(RangeResponse {
-            kvs: then.into_values().take(limit).cloned().collect(),
+            kvs: merged.take(limit).cloned().collect(),
             count,
             revision: at,
         })
     }
 
-    /// The batches from this revision on that touch the range.
-    pub(crate) fn since(
-        &self,
-        keys: &Range<Bytes>,
-        from: Revision,
-    ) -> Result<Vec<WatchBatch>, Error> {
+    /// Whether a watch can begin with this revision.
+    pub(crate) fn check_watch(&self, from: Revision) -> Result<(), Error> {
         // Revision 0 has no events: a watch from it is one from the first.
         if from.max(1) <= self.oldest {
             return Err(Error::Compacted {
@@ -203,12 +213,40 @@ impl State {
                 oldest: self.oldest + 1,
             });
         }
+        if from > self.revision + 1 {
+            return Err(Error::Future {
+                requested: from - 1,
+                current: self.revision,
+            });
+        }
+        Ok(())
+    }
+
+    /// The batches from this revision on that touch the range, up to `limit` of them.
+    pub(crate) fn since(
+        &self,
+        keys: &Range<Bytes>,
+        from: Revision,
+        limit: usize,
+    ) -> Result<Pull, Error> {
+        self.check_watch(from)?;
         let start = self.history.partition_point(|batch| batch.revision < from);
-        Ok(self
-            .history
-            .range(start..)
-            .filter_map(|batch| within(batch, keys))
-            .collect())
+        let mut batches = VecDeque::new();
+        for batch in self.history.range(start..) {
+            if batches.len() == limit {
+                return Ok(Pull {
+                    batches,
+                    next: batch.revision,
+                    more: true,
+                });
+            }
+            batches.extend(within(batch, keys));
+        }
+        Ok(Pull {
+            batches,
+            next: self.revision + 1,
+            more: false,
+        })
     }
 
     fn check(&self, at: Revision) -> Result<(), Error> {
@@ -229,7 +267,7 @@ impl State {
 }
 
 /// The part of a batch within a range, if there is one.
-pub(crate) fn within(batch: &WatchBatch, keys: &Range<Bytes>) -> Option<WatchBatch> {
+fn within(batch: &WatchBatch, keys: &Range<Bytes>) -> Option<WatchBatch> {
     let events: Vec<Event> = batch
         .events
         .iter()
@@ -248,8 +286,7 @@ fn size(kv: &KeyValue) -> u64 {
 
 /// What a batch keeps in memory beyond the current state: the values that were replaced, and the frame.
 fn weight(batch: &WatchBatch) -> usize {
-    let event = |event: &Event| {
-        160 + event.kv.value.len() + event.prev.as_ref().map_or(0, |prev| prev.value.len())
-    };
-    64 + batch.events.iter().map(event).sum::<usize>()
+    let event =
+        |event: &Event| size_of::<Event>() + event.prev.as_ref().map_or(0, |prev| prev.value.len());
+    size_of::<WatchBatch>() + batch.events.iter().map(event).sum::<usize>()
 }

@@ -192,14 +192,26 @@ async fn agrees_with_a_plain_model_over_restarts_and_snapshots() {
             }
             let at = random.below(model.len() as u64 + 2);
             let newest = model.len() as Revision - 1;
-            match store.range(range_at(Some(at))).await {
+            let mut request = range_at(Some(at));
+            request.keys.start = key(random.below(10));
+            request.limit = random.below(8) as usize;
+            let (start, limit) = (request.keys.start.clone(), request.limit);
+            match store.range(request).await {
                 Ok(found) => {
+                    let count = found.count;
                     let found: Vec<_> = found
                         .kvs
                         .into_iter()
                         .map(|kv| (kv.key, (kv.value, kv.create_revision, kv.mod_revision)))
                         .collect();
-                    let wanted: Vec<_> = model[at as usize].clone().into_iter().collect();
+                    let mut wanted: Vec<_> = model[at as usize]
+                        .range(start..)
+                        .map(|(key, state)| (key.clone(), state.clone()))
+                        .collect();
+                    assert_eq!(count, wanted.len(), "seed {seed} step {step} at {at}");
+                    if limit > 0 {
+                        wanted.truncate(limit);
+                    }
                     assert_eq!(found, wanted, "seed {seed} step {step} at {at} of {newest}");
                 }
                 Err(Error::Future { .. }) => assert!(at > newest, "seed {seed} step {step}"),
@@ -380,6 +392,14 @@ async fn watches_see_every_change_once_and_in_order() {
     for watch in watches {
         assert_eq!(watch.await.unwrap(), (1..=1000).collect::<Vec<_>>());
     }
+    // As much at once as is read in several goes; and the store's end is the watch's.
+    let from_first = store.watch(all(), 1).await.unwrap();
+    drop(store);
+    let seen: Vec<_> = from_first
+        .map(|batch| batch.unwrap().revision)
+        .collect()
+        .await;
+    assert_eq!(seen, (1..=1000).collect::<Vec<_>>());
 }
 
 #[tokio::test]
@@ -388,18 +408,36 @@ async fn a_slow_watcher_is_told_and_a_compacted_start_is_refused() {
     let store = Embedded::open(
         dir.path(),
         Options {
-            watch_buffer: 3,
+            history_revisions: 5,
             ..Options::default()
         },
     )
     .unwrap();
-    let watch = store.watch(all(), 1).await.unwrap();
-    for n in 0..10 {
+    let mut slow = store.watch(all(), 1).await.unwrap();
+    let slower = store.watch(all(), 1).await.unwrap();
+    let elsewhere = Bytes::from_static(b"/l/")..Bytes::from_static(b"/l0");
+    let mut idle = store.watch(elsewhere, 1).await.unwrap();
+    for n in 0..5 {
         store.txn(put(n, "v", None)).await.unwrap();
     }
-    let got: Vec<_> = watch.collect().await;
-    assert_eq!(got.len(), 4);
-    assert!(matches!(got.last(), Some(Err(Error::Compacted { .. }))));
+    for expected in 1..=5 {
+        assert_eq!(slow.next().await.unwrap().unwrap().revision, expected);
+    }
+    for n in 5..10 {
+        store.txn(put(n, "v", None)).await.unwrap();
+    }
+    for expected in 6..=10 {
+        assert_eq!(slow.next().await.unwrap().unwrap().revision, expected);
+    }
+    // The first five are beyond what history keeps.
+    let got: Vec<_> = slower.collect().await;
+    assert!(matches!(got[..], [Err(Error::Compacted { .. })]), "{got:?}");
+    // Whose range nothing touched has missed nothing, however old its start.
+    assert!(futures::FutureExt::now_or_never(idle.next()).is_none());
+    assert!(matches!(
+        store.watch(all(), 12).await.err(),
+        Some(Error::Future { .. })
+    ));
     store.compact(6).await.unwrap();
     assert!(matches!(
         store.watch(all(), 6).await.err(),

@@ -141,6 +141,10 @@ pub struct Counters {
     pub forwarded: u64,
     /// Packets that were dropped.
     pub dropped: u64,
+    /// Packets from the network that tc translated.
+    pub translated: u64,
+    /// Packets from the network that XDP translated.
+    pub translated_early: u64,
 }
 
 #[cfg(test)]
@@ -157,7 +161,7 @@ mod tests {
                 size_of::<Event>(),
                 size_of::<Counters>()
             ],
-            [16, 24, 40, 32]
+            [16, 24, 40, 48]
         );
         assert_eq!(
             [offset_of!(Flow, from_low), offset_of!(Flow, told)],
@@ -167,7 +171,7 @@ mod tests {
             [offset_of!(Event, verdict), offset_of!(Event, set)],
             [22, 28]
         );
-        assert_eq!(crate::LAYOUT, 4, "raise it with every change of a layout");
+        assert_eq!(crate::LAYOUT, 5, "raise it with every change of a layout");
     }
 
     #[test]

@@ -10,7 +10,7 @@ pub mod policy;
 pub mod service;
 
 /// Raised whenever a struct here changes, so that maps of another layout are never adopted.
-pub const LAYOUT: u32 = 4;
+pub const LAYOUT: u32 = 5;
 
 /// TCP, as IP numbers it.
 pub const TCP: u8 = 6;

@@ -69,6 +69,12 @@ impl Nat {
     }
 }
 
+/// A device with the XDP hook sends frames back by the queue that they came by (`XDP_TX`).
+pub const BACK_BY_QUEUE: u8 = 1;
+/// A device with the XDP hook sends frames back as it sends those of other devices. A veth device's other end is not
+/// woken for `XDP_TX` unless it has a program, too.
+pub const BACK_BY_REDIRECT: u8 = 2;
+
 /// What translation needs to know of the node.
 #[repr(C)]
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Pod, Zeroable)]

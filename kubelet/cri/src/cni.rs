@@ -125,6 +125,16 @@ pub fn parse(text: &[u8]) -> anyhow::Result<Network> {
     })
 }
 
+/// The first version of the specification that has STATUS.
+const STATUS_SINCE: (u32, u32) = (1, 1);
+
+impl Network {
+    fn has_status(&self) -> bool {
+        let mut numbers = self.version.split('.').map(|n| n.parse().unwrap_or(0));
+        (numbers.next().unwrap_or(0), numbers.next().unwrap_or(0)) >= STATUS_SINCE
+    }
+}
+
 /// Calls plugins found in these directories.
 #[derive(Clone, Debug)]
 pub struct Cni {
@@ -135,11 +145,18 @@ pub struct Cni {
 }
 
 impl Cni {
-    /// Why pods can't get a network now, if so.
-    pub fn check(&self) -> anyhow::Result<()> {
+    /// Why pods can't get a network now, if so: what is not installed, or what a plugin's STATUS says.
+    pub async fn status(&self) -> anyhow::Result<()> {
         let network = load(&self.conf_dir)?;
         for plugin in &network.plugins {
             self.find(plugin["type"].as_str().unwrap_or_default())?;
+        }
+        if network.has_status() {
+            for plugin in &network.plugins {
+                self.call("STATUS", None, &network, plugin, &Value::Null)
+                    .await
+                    .context("cni plugin not initialized")?;
+            }
         }
         Ok(())
     }
@@ -149,7 +166,7 @@ impl Cni {
         let network = load(&self.conf_dir)?;
         let mut result = Value::Null;
         for plugin in &network.plugins {
-            match self.call("ADD", pod, &network, plugin, &result).await {
+            match self.call("ADD", Some(pod), &network, plugin, &result).await {
                 Ok(text) => result = text,
                 Err(err) => {
                     let partial = Attachment { network, result };
@@ -168,7 +185,13 @@ impl Cni {
         let mut failed = Ok(());
         for plugin in attachment.network.plugins.iter().rev() {
             let done = self
-                .call("DEL", pod, &attachment.network, plugin, &attachment.result)
+                .call(
+                    "DEL",
+                    Some(pod),
+                    &attachment.network,
+                    plugin,
+                    &attachment.result,
+                )
                 .await;
             if let Err(err) = done {
                 failed = Err(err);
@@ -188,7 +211,7 @@ impl Cni {
     async fn call(
         &self,
         command: &str,
-        pod: &Pod,
+        pod: Option<&Pod>,
         network: &Network,
         plugin: &Value,
         previous: &Value,
@@ -196,15 +219,20 @@ impl Cni {
         let kind = plugin["type"].as_str().unwrap_or_default();
         let executable = self.find(kind)?;
         let path = std::env::join_paths(&self.bin_dirs).context("bad CNI plugin directory")?;
-        let mut child = tokio::process::Command::new(&executable)
+        let mut executed = tokio::process::Command::new(&executable);
+        executed
             .env_clear()
             .env("PATH", std::env::var_os("PATH").unwrap_or_default())
             .env("CNI_COMMAND", command)
-            .env("CNI_CONTAINERID", &pod.id)
-            .env("CNI_NETNS", &pod.netns)
-            .env("CNI_IFNAME", IFNAME)
-            .env("CNI_PATH", path)
-            .env("CNI_ARGS", arguments(pod))
+            .env("CNI_PATH", path);
+        if let Some(pod) = pod {
+            executed
+                .env("CNI_CONTAINERID", &pod.id)
+                .env("CNI_NETNS", &pod.netns)
+                .env("CNI_IFNAME", IFNAME)
+                .env("CNI_ARGS", arguments(pod));
+        }
+        let mut child = executed
             .stdin(Stdio::piped())
             .stdout(Stdio::piped())
             .stderr(Stdio::piped())
@@ -259,7 +287,7 @@ fn arguments(pod: &Pod) -> String {
 
 /// What one plugin reads: its part of the list, with the list's name and
 /// version, the result so far, and the capabilities it has asked for.
-fn configuration(network: &Network, plugin: &Value, pod: &Pod, previous: &Value) -> Value {
+fn configuration(network: &Network, plugin: &Value, pod: Option<&Pod>, previous: &Value) -> Value {
     let mut conf = plugin.clone();
     if let Some(map) = conf.as_object_mut() {
         let capabilities = map.remove("capabilities").unwrap_or_default();
@@ -268,11 +296,9 @@ fn configuration(network: &Network, plugin: &Value, pod: &Pod, previous: &Value)
         if !previous.is_null() {
             map.insert("prevResult".to_owned(), previous.clone());
         }
-        if capabilities["portMappings"] == json!(true) && !pod.port_mappings.is_empty() {
-            map.insert(
-                "runtimeConfig".to_owned(),
-                json!({"portMappings": pod.port_mappings}),
-            );
+        let ports = pod.map_or(&[][..], |pod| &pod.port_mappings);
+        if capabilities["portMappings"] == json!(true) && !ports.is_empty() {
+            map.insert("runtimeConfig".to_owned(), json!({"portMappings": ports}));
         }
     }
     conf
@@ -354,7 +380,8 @@ mod tests {
             bin_dirs: vec![dir.path().to_owned()],
             conf_dir: dir.path().join("conf"),
         };
-        cni.check().unwrap();
+        // This network's version has no STATUS yet.
+        cni.status().await.unwrap();
         let pod = Pod {
             id: "id1".into(),
             netns: "/ns".into(),
@@ -383,5 +410,36 @@ mod tests {
         let err = cni.add(&pod).await.unwrap_err().to_string();
         assert_eq!(err, r#"plugin type="second" failed (add): no luck: at all"#);
         assert!(read("calls").ends_with(&format!("second DEL {args}\nfirst DEL {args}\n")));
+    }
+    /// A plugin is asked for its STATUS, with no pod, and its refusal is the reason.
+    #[tokio::test]
+    async fn status_says_what_the_plugin_says() {
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join("only");
+        let script = r#"#!/bin/sh
+cat > "$0.in"
+echo "$CNI_COMMAND${CNI_CONTAINERID+ id}${CNI_NETNS+ netns}${CNI_IFNAME+ ifname}" >> "$0.calls"
+[ -e "$0.up" ] || { echo '{"code":50,"msg":"no agent"}'; exit 1; }
+"#;
+        std::fs::write(&path, script).unwrap();
+        std::fs::set_permissions(&path, std::fs::Permissions::from_mode(0o755)).unwrap();
+        let cni = Cni {
+            bin_dirs: vec![dir.path().to_owned()],
+            conf_dir: dir.path().join("conf"),
+        };
+        std::fs::create_dir(&cni.conf_dir).unwrap();
+        let says = async || cni.status().await.map_err(|err| format!("{err:#}"));
+        let missing = says().await.unwrap_err();
+        assert!(missing.contains("cni plugin not initialized"), "{missing}");
+        let conf = r#"{"cniVersion":"1.1.0","name":"n","plugins":[{"type":"only"}]}"#;
+        std::fs::write(cni.conf_dir.join("net.conflist"), conf).unwrap();
+        assert_eq!(
+            says().await.unwrap_err(),
+            r#"cni plugin not initialized: plugin type="only" failed (status): no agent"#
+        );
+        std::fs::write(dir.path().join("only.up"), "").unwrap();
+        says().await.unwrap();
+        let calls = std::fs::read_to_string(dir.path().join("only.calls")).unwrap();
+        assert_eq!(calls, "STATUS\nSTATUS\n");
     }
 }

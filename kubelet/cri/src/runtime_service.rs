@@ -515,7 +515,7 @@ impl RuntimeService for Service {
     }
 
     async fn status(&self, request: Request<v1::StatusRequest>) -> Answer<v1::StatusResponse> {
-        let network = match self.0.cni.check() {
+        let network = match self.0.cni.status().await {
             Ok(()) => v1::RuntimeCondition {
                 r#type: "NetworkReady".to_owned(),
                 status: true,

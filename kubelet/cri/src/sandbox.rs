@@ -126,8 +126,6 @@ impl Runtime {
         let host_network = options.network() == v1::NamespaceMode::Node;
         let host_ipc = options.ipc() == v1::NamespaceMode::Node;
         if !host_network {
-            // Fails early, with the reason that Status gives, too.
-            self.cni.check()?;
             netns::create(&paths.netns)?;
             sandbox.update(|r| r.netns = Some(paths.netns.clone()))?;
             let pod = self.cni_pod(sandbox);

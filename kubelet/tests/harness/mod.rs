@@ -1,6 +1,6 @@
 //! A node for tests: this kubelet with the real container runtime against the real API server, in one process.
 
-#![allow(dead_code, reason = "each test file uses a part of it")]
+#![allow(dead_code, unused_imports, reason = "each test file uses a part of it")]
 
 use std::net::{IpAddr, Ipv4Addr};
 use std::path::{Path, PathBuf};
@@ -20,6 +20,10 @@ use xebec_apiserver::{ApiServer, UserInfo};
 use xebec_cri::images::store::ExecutionConfig;
 use xebec_cri::images::{FileContent, LayerFile, import_image};
 use xebec_store::{Embedded, Options};
+
+mod seen;
+
+pub use seen::{condition, container, is_running, phase, waiting};
 
 pub const NODE: &str = "testnode";
 pub const IMAGE: &str = "localhost/busybox:test";
@@ -102,9 +106,12 @@ impl Node {
             .with_file_name("examples")
             .join("shim");
         assert!(shim.exists(), "{} is not built", shim.display());
-        std::fs::create_dir(node.path("cni")).unwrap();
+        for dir in ["cni", "cni-bin"] {
+            std::fs::create_dir(node.path(dir)).unwrap();
+        }
         let cri = xebec_cri::Config {
             shim_command: vec![shim.to_string_lossy().into_owned()],
+            cni_bin_dirs: vec![node.path("cni-bin")],
             cni_conf_dir: node.path("cni"),
             cgroup_parent: node.cgroup(),
             ..xebec_cri::Config::new(node.path("cri"), node.path("run"))
@@ -212,6 +219,28 @@ impl Node {
                 self.events(name).await,
             ),
         }
+    }
+
+    /// Waits until all of a pod's containers have ended well.
+    pub async fn until_succeeded(&self, name: &str) -> Pod {
+        self.until(name, "Succeeded", |pod| phase(pod) == "Succeeded")
+            .await
+    }
+
+    /// Waits until a pod has an event like this.
+    pub async fn until_said(&self, name: &str, wanted: impl Fn(&str) -> bool) -> String {
+        for _ in 0..200 {
+            if let Some(said) = self
+                .events(name)
+                .await
+                .into_iter()
+                .find(|said| wanted(said))
+            {
+                return said;
+            }
+            tokio::time::sleep(Duration::from_millis(50)).await;
+        }
+        panic!("{name} said only: {:#?}", self.events(name).await);
     }
 
     /// Waits until a pod is gone, and says how long that took.
@@ -361,6 +390,11 @@ fn remove_cgroups(dir: &Path) {
         }
     }
     let _ = std::fs::remove_dir(dir);
+}
+
+/// A container's command.
+pub fn shell(script: &str) -> Value {
+    json!({"command": ["sh", "-c", script]})
 }
 
 /// RFC 7386, as far as tests need it.

@@ -129,15 +129,21 @@ impl Handler {
         self.registry.admit_create(stored, &mut object).await?;
         let found = warnings::of(stored, &object, None);
         let is_service = stored.kind == "Service" && stored.group.is_empty();
+        if !is_service {
+            let nothing = Txn::default();
+            let made = self
+                .registry
+                .create(resource, object, Part::Main, nothing, dry)
+                .await?;
+            warnings.extend(found);
+            return Ok(made);
+        }
         for _ in 0..5 {
             let mut attempt = object.clone();
-            let extra = if is_service {
-                self.allocator
-                    .assign(self.registry.store.as_ref(), None, &mut attempt, dry)
-                    .await?
-            } else {
-                Txn::default()
-            };
+            let extra = self
+                .allocator
+                .assign(self.registry.store.as_ref(), None, &mut attempt, dry)
+                .await?;
             match self
                 .registry
                 .create(resource, attempt, Part::Main, extra, dry)

@@ -8,7 +8,6 @@ use xebec_store::RangeRequest;
 
 use super::list::list_value;
 use super::options::delete_options;
-use super::read;
 use crate::encode::ListHead;
 use crate::handler::{self, Answer, Call, Handler, collect};
 use crate::registry::{self, orphans_by_default, prefix_range};
@@ -101,7 +100,7 @@ impl Handler {
             .await?;
         let mut deleted = Vec::new();
         for kv in &found.kvs {
-            let mut object = read(kv)?;
+            let mut object = registry::decode(kv)?;
             convert::convert(&mut object, stored, about.resource);
             if !selected(&labels, &fields, &object) {
                 continue;

@@ -16,7 +16,7 @@ use xebec_schema::{Object, convert, json_syntax};
 use xebec_store::RangeRequest;
 
 use super::include::Include;
-use super::{options, read};
+use super::options;
 use crate::encode::{self, ListHead};
 use crate::error::ApiError;
 use crate::handler::{self, Answer, Call, Handler};
@@ -150,7 +150,7 @@ impl Handler {
         let mut more = found.count > found.kvs.len();
         for kv in &found.kvs {
             let keep = everything || {
-                let mut object = read(kv)?;
+                let mut object = registry::decode(kv)?;
                 convert::convert(&mut object, stored, resource);
                 selected(&labels, &fields, &object)
             };
@@ -188,7 +188,7 @@ impl Handler {
         }
         let mut objects = Vec::new();
         for kv in kvs {
-            let mut object = read(kv)?;
+            let mut object = registry::decode(kv)?;
             convert::convert(&mut object, stored, resource);
             objects.push(object);
         }

@@ -17,12 +17,11 @@ use http::StatusCode;
 use include::Include;
 use xebec_schema::table::Resource;
 use xebec_schema::{Object, convert, defaults, shape, warnings};
-use xebec_store::KeyValue;
 
 use crate::encode;
 use crate::error::ApiError;
 use crate::handler::{self, Answer, Call, Handler};
-use crate::registry::Part;
+use crate::registry::{self, Part};
 use crate::request::ResourceRequest;
 use crate::server::RequestBody;
 use crate::watch::{Shape, shaped};
@@ -104,7 +103,7 @@ impl Handler {
                         encode::with_revision(&kv.value, kv.mod_revision),
                     ));
                 }
-                self.answer(about, call, StatusCode::OK, read(&kv)?, &[])
+                self.answer(about, call, StatusCode::OK, registry::decode(&kv)?, &[])
             }
             "list" => self.list(about, call).await,
             "watch" => self.watch(about, call).await,
@@ -161,9 +160,4 @@ fn to_stored(object: &mut Object, asked: &'static Resource) {
     defaults::set_defaults(asked, object);
     shape::complete(object, asked.type_id);
     convert::convert(object, asked, convert::storage(asked));
-}
-
-pub(crate) fn read(kv: &KeyValue) -> Result<Object, ApiError> {
-    encode::parse(kv)
-        .map_err(|error| ApiError::internal(format!("a stored object can't be read: {error}")))
 }

@@ -1,0 +1,91 @@
+//! A network namespace with devices, routes and neighbours, for frames that leave the node.
+
+use std::process::Command;
+
+use nix::sched::{CloneFlags, unshare};
+use xebec_agent::network::Device;
+
+/// The hardware address of the router to the client, and of the other node.
+pub const ROUTER: [u8; 6] = [2, 0, 0, 0, 0, 0xaa];
+pub const OTHER_NODE: [u8; 6] = [2, 0, 0, 0, 0, 0xbb];
+/// Hardware addresses of the node's own devices.
+pub const OWN: [[u8; 6]; 2] = [[2, 0, 0, 0, 1, 0], [2, 0, 0, 0, 1, 1]];
+
+/// Two devices of a node in a namespace that ends with its thread: by `wire0` the client and the node that has
+/// 10.244.1.0/24 are reached, by `wire1` the one that has 10.244.2.0/24.
+pub struct Wires {
+    pub devices: [Device; 2],
+}
+
+impl Wires {
+    /// Runs a test there, on a thread of its own.
+    pub fn with(test: impl FnOnce(&Self) + Send) {
+        std::thread::scope(|scope| {
+            let thread = scope.spawn(|| {
+                unshare(CloneFlags::CLONE_NEWNET).unwrap();
+                test(&Self::new());
+            });
+            if let Err(panic) = thread.join() {
+                std::panic::resume_unwind(panic);
+            }
+        });
+    }
+
+    fn new() -> Self {
+        ip("link set lo up");
+        for (index, network) in [(0, "192.0.2"), (1, "203.0.113")] {
+            let mac = format!("02:00:00:00:01:0{index}");
+            ip(&format!(
+                "link add wire{index} address {mac} type veth peer name far{index}"
+            ));
+            ip(&format!("addr add {network}.10/24 dev wire{index}"));
+            for device in ["wire", "far"] {
+                ip(&format!("link set {device}{index} addrgenmode none"));
+                ip(&format!("link set {device}{index} up"));
+            }
+        }
+        neighbour("replace", "192.0.2.1", 0, ROUTER);
+        neighbour("replace", "192.0.2.20", 0, OTHER_NODE);
+        neighbour("replace", "203.0.113.20", 1, OTHER_NODE);
+        for route in [
+            "198.51.100.0/24 via 192.0.2.1",
+            "10.244.1.0/24 via 192.0.2.20",
+            "10.244.2.0/24 via 203.0.113.20",
+        ] {
+            ip(&format!("route add {route}"));
+        }
+        std::fs::write("/proc/sys/net/ipv4/ip_forward", "1").unwrap();
+        Self {
+            // The first is as if it were hardware.
+            devices: [(0, Some("pci")), (1, None)].map(|(index, bus)| {
+                let name = format!("wire{index}");
+                Device {
+                    index: nix::net::if_::if_nametoindex(name.as_str()).unwrap(),
+                    name,
+                    bus: bus.map(str::to_owned),
+                }
+            }),
+        }
+    }
+
+    /// The first device's index.
+    pub fn index(&self) -> u32 {
+        self.devices[0].index
+    }
+}
+
+/// Adds or removes a neighbour of a device.
+pub fn neighbour(verb: &str, address: &str, device: u8, mac: [u8; 6]) {
+    let mac = mac.map(|byte| format!("{byte:02x}")).join(":");
+    ip(&format!(
+        "neigh {verb} {address} dev wire{device} lladdr {mac} nud permanent"
+    ));
+}
+
+/// Runs `ip` and gives what it prints.
+pub fn ip(line: &str) -> String {
+    let output = Command::new("ip").args(line.split(' ')).output().unwrap();
+    let error = String::from_utf8_lossy(&output.stderr);
+    assert!(output.status.success(), "ip {line}: {error}");
+    String::from_utf8(output.stdout).unwrap()
+}
