@@ -8,7 +8,7 @@ use xebec_store::Txn;
 
 use crate::error::ApiError;
 use crate::handler::Handler;
-use crate::registry::now;
+use crate::registry::{Part, now};
 
 impl Handler {
     /// Makes what is missing; what is there stays as it is, but the API server's address is brought up to date.
@@ -127,7 +127,7 @@ impl Handler {
             Txn::default()
         };
         self.registry
-            .create(resource, object, extra, false)
+            .create(resource, object, Part::Raw, extra, false)
             .await
             .map(drop)
     }
@@ -154,7 +154,7 @@ impl Handler {
                 resource,
                 Some("default"),
                 "kubernetes",
-                crate::registry::Part::Raw,
+                Part::Raw,
                 false,
                 None,
                 change,

@@ -89,9 +89,14 @@ fn minimal(resource: &Resource) -> Value {
         "PriorityClass" => json!({"value": 5}),
         "StorageClass" => json!({"provisioner": "x"}),
         "RuntimeClass" => json!({"handler": "x"}),
-        "Event" => {
-            json!({"involvedObject": {"namespace": "default"}, "regarding": {"namespace": "default"}})
+        "Event" if resource.group.is_empty() => {
+            json!({"involvedObject": {"namespace": "default"}})
         }
+        "Event" => json!({
+            "regarding": {"namespace": "default"}, "type": "Normal", "reason": "Seen", "action": "Look",
+            "eventTime": "2026-01-02T03:04:05.000000Z",
+            "reportingController": "example.com/c", "reportingInstance": "i",
+        }),
         "ClusterRoleBinding" | "RoleBinding" => {
             json!({"roleRef": {"apiGroup": "rbac.authorization.k8s.io", "kind": "ClusterRole", "name": "x"}})
         }
@@ -133,15 +138,18 @@ async fn every_kind_is_created_read_listed_watched_patched_and_deleted() {
     {
         let path = collection(resource);
         let mut object = minimal(resource);
-        if resource.group == "events.k8s.io" {
-            object.as_object_mut().unwrap().remove("involvedObject");
-        }
+        let name = if resource.kind == "IPAddress" {
+            "192.0.2.7"
+        } else {
+            "minimal"
+        };
+        object["metadata"]["name"] = name.into();
         let (status, made) = ask(&mut client, "POST", &path, JSON, object.to_string()).await;
         if status != StatusCode::CREATED {
             failed.push(format!("create {path}: {status} {}", made["message"]));
             continue;
         }
-        let one = format!("{path}/minimal");
+        let one = format!("{path}/{name}");
         let (status, got) = ask(&mut client, "GET", &one, JSON, "").await;
         if status != StatusCode::OK
             || got["metadata"]["uid"] != made["metadata"]["uid"]
@@ -152,7 +160,7 @@ async fn every_kind_is_created_read_listed_watched_patched_and_deleted() {
         let (_, list) = ask(
             &mut client,
             "GET",
-            &format!("{path}?fieldSelector=metadata.name%3Dminimal"),
+            &format!("{path}?fieldSelector=metadata.name%3D{name}"),
             JSON,
             "",
         )

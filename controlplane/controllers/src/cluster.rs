@@ -93,10 +93,15 @@ impl Teller {
         note: String,
     ) {
         let (recorder, reference) = (self.0.clone(), about.object_ref(&()));
+        // More than 1,024 bytes are refused.
+        let mut end = note.len().min(1024);
+        while !note.is_char_boundary(end) {
+            end -= 1;
+        }
         let event = Event {
             type_,
             reason: reason.into(),
-            note: Some(note),
+            note: Some(note[..end].to_owned()),
             action: reason.into(),
             secondary: None,
         };

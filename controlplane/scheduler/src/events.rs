@@ -81,10 +81,15 @@ impl Teller {
             uid: Some(pod.uid.clone()),
             ..ObjectReference::default()
         };
+        // More than 1,024 bytes are refused.
+        let mut end = note.len().min(1024);
+        while !note.is_char_boundary(end) {
+            end -= 1;
+        }
         let event = Event {
             type_,
             reason: reason.into(),
-            note: Some(note),
+            note: Some(note[..end].to_owned()),
             action: action.into(),
             secondary: None,
         };

@@ -8,6 +8,7 @@ use xebec_store::Txn;
 
 use super::body::{agree, agree_namespace, decode_as};
 use super::options::{dry_run, manager};
+use super::to_stored;
 use crate::authn::UserInfo;
 use crate::error::ApiError;
 use crate::handler::{Answer, Call, Handler, collect};
@@ -62,10 +63,8 @@ impl Handler {
         let made = self
             .create_object(about, object, dry, Some(&manager), &mut warnings)
             .await;
-        match made {
-            Ok(object) => self.answer(about, call, StatusCode::CREATED, object, &warnings),
-            Err(error) => Err(error.with_warnings(warnings)),
-        }
+        let written = made.map(|object| (StatusCode::CREATED, object));
+        self.written(about, call, written, warnings)
     }
 
     /// Defaults, admits and stores a decoded object. `manager`: who its fields are booked to, unless they are already.
@@ -132,7 +131,10 @@ impl Handler {
         let is_service = stored.kind == "Service" && stored.group.is_empty();
         if !is_service {
             let nothing = Txn::default();
-            let made = self.registry.create(resource, object, nothing, dry).await?;
+            let made = self
+                .registry
+                .create(resource, object, Part::Main, nothing, dry)
+                .await?;
             warnings.extend(found);
             return Ok(made);
         }
@@ -142,7 +144,11 @@ impl Handler {
                 .allocator
                 .assign(self.registry.store.as_ref(), None, &mut attempt, dry)
                 .await?;
-            match self.registry.create(resource, attempt, extra, dry).await {
+            match self
+                .registry
+                .create(resource, attempt, Part::Main, extra, dry)
+                .await
+            {
                 // Somebody took the same address at the same moment: choose another one.
                 Err(error) if error.code == StatusCode::CONFLICT && error.is_conflict() => {}
                 Ok(made) => {
@@ -175,10 +181,7 @@ impl Handler {
         let written = self
             .put_object(about, object, dry, &manager, part, &mut warnings)
             .await;
-        match written {
-            Ok((status, object)) => self.answer(about, call, status, object, &warnings),
-            Err(error) => Err(error.with_warnings(warnings)),
-        }
+        self.written(about, call, written, warnings)
     }
 
     async fn put_object(
@@ -194,9 +197,7 @@ impl Handler {
         agree(about, &mut object)?;
         let stored = convert::storage(resource);
         let given = object.clone();
-        defaults::set_defaults(resource, &mut object);
-        shape::complete(&mut object, resource.type_id);
-        convert::convert(&mut object, resource, stored);
+        to_stored(&mut object, resource);
         let (api_version, time) = (resource.api_version(), now());
         let track = ApplyOptions {
             manager,

@@ -15,7 +15,8 @@ pub(crate) use patch::{PATCH_TYPES, apply_error, patch_manager};
 use body::PROTOBUF;
 use http::StatusCode;
 use include::Include;
-use xebec_schema::{Object, convert, warnings};
+use xebec_schema::table::Resource;
+use xebec_schema::{Object, convert, defaults, shape, warnings};
 
 use crate::encode;
 use crate::error::ApiError;
@@ -69,6 +70,7 @@ impl Handler {
         }
         match about.subresource.as_deref() {
             Some("status") => self.object(about, call, body, Part::Status).await,
+            Some("ephemeralcontainers") => self.object(about, call, body, Part::Ephemeral).await,
             Some(_) => self.subresource(about, call, body).await,
             None if !about.resource.is_stored() => self.virtual_kind(about, call, body).await,
             None => self.object(about, call, body, Part::Main).await,
@@ -114,6 +116,20 @@ impl Handler {
         }
     }
 
+    /// The answer to a write, with what came up on the way, whether it was done or refused.
+    pub(crate) fn written(
+        &self,
+        about: &ResourceRequest,
+        call: &Call,
+        written: Result<(StatusCode, Object), ApiError>,
+        warnings: Vec<String>,
+    ) -> Answer {
+        match written {
+            Ok((status, object)) => self.answer(about, call, status, object, &warnings),
+            Err(error) => Err(error.with_warnings(warnings)),
+        }
+    }
+
     /// A stored object as an answer.
     pub(crate) fn answer(
         &self,
@@ -137,4 +153,11 @@ impl Handler {
             warnings,
         ))
     }
+}
+
+/// Gives an object that was sent its defaults and its type's shape, and brings it into the form of its storage.
+fn to_stored(object: &mut Object, asked: &'static Resource) {
+    defaults::set_defaults(asked, object);
+    shape::complete(object, asked.type_id);
+    convert::convert(object, asked, convert::storage(asked));
 }

@@ -7,10 +7,11 @@ use xebec_schema::apply::{self, ApplyError, ApplyOptions};
 use xebec_schema::decode::{self, FieldValidation, Media};
 use xebec_schema::field_error::FieldError;
 use xebec_schema::table::Resource;
-use xebec_schema::{Object, convert, defaults, patch, shape, warnings};
+use xebec_schema::{Object, convert, patch, warnings};
 
 use super::body::{agree, decode_kind, media_type};
 use super::options::{check_manager, dry_run, manager, validation};
+use super::to_stored;
 use crate::error::ApiError;
 use crate::handler::{Answer, Call, Handler, collect};
 use crate::registry::{Part, now};
@@ -24,6 +25,16 @@ pub(crate) struct Sent<'a> {
     pub media: &'a str,
     pub body: &'a Bytes,
     pub validation: FieldValidation,
+}
+
+/// A patch, and what it is to change.
+#[derive(Clone, Copy)]
+struct Change<'a> {
+    about: &'a ResourceRequest,
+    sent: &'a Sent<'a>,
+    part: Part,
+    dry: bool,
+    options: &'a ApplyOptions<'a>,
 }
 
 fn bad_options(error: FieldError) -> ApiError {
@@ -142,71 +153,82 @@ impl Handler {
             subresource: about.subresource.as_deref().unwrap_or_default(),
             now: &time,
         };
+        let change = Change {
+            about,
+            sent: &sent,
+            part,
+            dry,
+            options: &options,
+        };
         let mut warnings = Vec::new();
         let written = if applying {
-            self.apply(about, &sent, part, dry, &options, &mut warnings)
-                .await
+            self.apply(&change, &mut warnings).await
         } else {
-            self.patch_object(about, &sent, part, dry, &options, &mut warnings)
-                .await
-                .map(|object| (StatusCode::OK, object))
+            let patched = self.patch_object(&change, &mut warnings).await;
+            patched.map(|object| (StatusCode::OK, object))
         };
-        match written {
-            Ok((status, object)) => self.answer(about, call, status, object, &warnings),
-            Err(error) => Err(error.with_warnings(warnings)),
-        }
+        self.written(about, call, written, warnings)
+    }
+
+    /// Changes the object that a patch is for by what it says.
+    async fn change_object(
+        &self,
+        change: &Change<'_>,
+        track: Option<&ApplyOptions<'_>>,
+        by: impl FnMut(&Object) -> Result<Object, ApiError>,
+    ) -> Result<Object, ApiError> {
+        let about = change.about;
+        self.registry
+            .update(
+                about.resource,
+                about.namespace.as_deref(),
+                about.name.as_deref().unwrap_or_default(),
+                change.part,
+                change.dry,
+                track,
+                by,
+            )
+            .await
     }
 
     async fn patch_object(
         &self,
-        about: &ResourceRequest,
-        sent: &Sent<'_>,
-        part: Part,
-        dry: bool,
-        options: &ApplyOptions<'_>,
+        change: &Change<'_>,
         warnings: &mut Vec<String>,
     ) -> Result<Object, ApiError> {
+        let about = change.about;
         let resource = about.resource;
         let stored = convert::storage(resource);
         let name = about.name.as_deref().unwrap_or_default();
-        let change = |old: &Object| {
+        let patch = |old: &Object| {
             let mut live = old.clone();
             convert::convert(&mut live, stored, resource);
-            let (mut new, unknown) = patched(&live, sent, resource)?;
+            let (mut new, unknown) = patched(&live, change.sent, resource)?;
             agree(about, &mut new)?;
-            defaults::set_defaults(resource, &mut new);
-            shape::complete(&mut new, resource.type_id);
             *warnings = unknown;
             let uid = &new["metadata"]["uid"];
             if !uid.is_null() && *uid != old["metadata"]["uid"] {
                 return Err(immutable_uid(resource, name, &new));
             }
-            convert::convert(&mut new, resource, stored);
+            to_stored(&mut new, resource);
             warnings.extend(warnings::of(stored, &new, Some(old)));
             Ok(without_version(old, new))
         };
-        self.registry
-            .update(
-                resource,
-                about.namespace.as_deref(),
-                name,
-                part,
-                dry,
-                Some(options),
-                change,
-            )
+        self.change_object(change, Some(change.options), patch)
             .await
     }
 
     async fn apply(
         &self,
-        about: &ResourceRequest,
-        sent: &Sent<'_>,
-        part: Part,
-        dry: bool,
-        options: &ApplyOptions<'_>,
+        change: &Change<'_>,
         warnings: &mut Vec<String>,
     ) -> Result<(StatusCode, Object), ApiError> {
+        let Change {
+            about,
+            sent,
+            options,
+            ..
+        } = *change;
         let resource = about.resource;
         let stored = convert::storage(resource);
         let name = about.name.as_deref().unwrap_or_default();
@@ -231,7 +253,7 @@ impl Handler {
             .get_stored(stored, about.namespace.as_deref(), name)
             .await;
         match found {
-            Err(error) if error.code == StatusCode::NOT_FOUND && part == Part::Main => {
+            Err(error) if error.code == StatusCode::NOT_FOUND && change.part == Part::Main => {
                 if !named {
                     // Only what is there can be meant without its name.
                     agreed["metadata"]["name"] = Value::Null;
@@ -250,14 +272,14 @@ impl Handler {
                 let object = apply::apply(None, &agreed, resource.type_id, options)
                     .map_err(|error| apply_error(&error))?;
                 let made = self
-                    .create_object(about, object, dry, None, warnings)
+                    .create_object(about, object, change.dry, None, warnings)
                     .await?;
                 return Ok((StatusCode::CREATED, made));
             }
             Err(error) => return Err(error),
             Ok(_) => {}
         }
-        let change = |old: &Object| {
+        let merge = |old: &Object| {
             let mut live = old.clone();
             convert::convert(&mut live, stored, resource);
             let mut new = apply::apply(Some(&live), &config, resource.type_id, options)
@@ -265,23 +287,10 @@ impl Handler {
             if config["metadata"]["resourceVersion"].is_null() {
                 new["metadata"]["resourceVersion"] = old["metadata"]["resourceVersion"].clone();
             }
-            defaults::set_defaults(resource, &mut new);
-            shape::complete(&mut new, resource.type_id);
-            convert::convert(&mut new, resource, stored);
+            to_stored(&mut new, resource);
             Ok(without_version(old, new))
         };
-        let written = self
-            .registry
-            .update(
-                resource,
-                about.namespace.as_deref(),
-                name,
-                part,
-                dry,
-                None,
-                change,
-            )
-            .await?;
+        let written = self.change_object(change, None, merge).await?;
         Ok((StatusCode::OK, written))
     }
 }

@@ -205,6 +205,35 @@ pub fn prepare_for_update(resource: &Resource, old: &Object, new: &mut Object) {
     }
 }
 
+/// Before a pod with other ephemeral containers replaces the stored one: everything else stays as it was.
+pub fn prepare_for_ephemeral_update(old: &Object, new: &mut Object) {
+    let ephemeral = new["spec"]["ephemeralContainers"].take();
+    new["spec"] = old["spec"].clone();
+    match old.get("status") {
+        Some(status) => new["status"] = status.clone(),
+        None => remove(new, "status"),
+    }
+    if let Some(spec) = new["spec"].as_object_mut() {
+        match ephemeral {
+            Value::Null => drop(spec.remove("ephemeralContainers")),
+            given => drop(spec.insert("ephemeralContainers".into(), given)),
+        }
+    }
+    for field in ["labels", "annotations", "ownerReferences", "finalizers"] {
+        if let Some(metadata) = new["metadata"].as_object_mut() {
+            match old["metadata"].get(field) {
+                Some(value) => drop(metadata.insert(field.to_owned(), value.clone())),
+                None => drop(metadata.remove(field)),
+            }
+        }
+    }
+    keep_generation(old, new);
+    if desired(old) != desired(new) {
+        let next = old["metadata"]["generation"].as_i64().unwrap_or(0) + 1;
+        new["metadata"]["generation"] = next.into();
+    }
+}
+
 /// Before a changed status replaces the stored one: everything else stays as it was.
 pub fn prepare_for_status_update(resource: &Resource, old: &Object, new: &mut Object) {
     let status = new.get("status").cloned();

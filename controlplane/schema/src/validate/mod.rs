@@ -87,6 +87,20 @@ pub fn validate_status_update(resource: &Resource, old: &Object, new: &Object) -
     errors
 }
 
+/// What is wrong with a pod whose ephemeral containers are changed.
+pub fn validate_ephemeral_update(
+    resource: &Resource,
+    old: &Object,
+    new: &Object,
+) -> Vec<FieldError> {
+    let mut errors = Errors::new();
+    metadata::validate_update(old, new, &mut errors);
+    metadata::validate(resource, new, &mut errors);
+    spec(resource, new, false, &mut errors);
+    pod::ephemeral_update(old, new, &mut errors);
+    errors
+}
+
 fn immutable(old: &Object, new: &Object, path: &[&str], errors: &mut Errors) {
     let find = |object: &Object| {
         path.iter()

@@ -14,7 +14,7 @@ const NOT_FOR_INIT: &str = "may not be set for init containers without restartPo
 /// Volumes that containers can mount, by name.
 pub(super) type Volumes<'v> = HashMap<&'v str, &'v Value>;
 
-/// All containers of a pod: those that run, then those that prepare.
+/// All containers of a pod: those that run, those that prepare, those that look on.
 pub(super) fn containers<'v>(spec: &At<'_, 'v>, volumes: &Volumes<'v>, errors: &mut Errors) {
     let containers = spec.field("containers");
     if containers.len() == 0 {
@@ -47,6 +47,49 @@ pub(super) fn containers<'v>(spec: &At<'_, 'v>, volumes: &Volumes<'v>, errors: &
             let field = container.field(name);
             if field.is_set() {
                 field.forbidden(NOT_FOR_INIT, errors);
+            }
+        }
+    }
+    ephemeral(spec, volumes, &mut names, errors);
+}
+
+/// Containers that are added to a running pod to look into it.
+fn ephemeral<'v>(
+    spec: &At<'_, 'v>,
+    volumes: &Volumes<'v>,
+    names: &mut HashSet<&'v str>,
+    errors: &mut Errors,
+) {
+    const NOT_HERE: &str = "cannot be set for an Ephemeral Container";
+    let others = names.clone();
+    for container in spec.field("ephemeralContainers").items() {
+        common(&container, spec, volumes, errors);
+        unique_name(&container, names, errors);
+        let target = container.field("targetContainerName");
+        if !target.text().is_empty() && !others.contains(target.text()) {
+            target.not_found("", errors);
+        }
+        for name in [
+            "ports",
+            "resources",
+            "resizePolicy",
+            "livenessProbe",
+            "readinessProbe",
+            "startupProbe",
+            "lifecycle",
+        ] {
+            let field = container.field(name);
+            let is_empty = matches!(field.value, Value::Object(map) if map.is_empty());
+            if field.is_set() && !is_empty {
+                field.forbidden(NOT_HERE, errors);
+            }
+        }
+        for mount in container.field("volumeMounts").items() {
+            for name in ["subPath", "subPathExpr"] {
+                let sub = mount.field(name);
+                if !sub.text().is_empty() {
+                    sub.forbidden(NOT_HERE, errors);
+                }
             }
         }
     }

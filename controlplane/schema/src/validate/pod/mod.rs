@@ -16,7 +16,7 @@ use serde_json::json;
 use super::at::{At, Errors};
 use super::{metadata, names};
 
-pub(super) use update::{status_update, update};
+pub(super) use update::{ephemeral_update, status_update, update};
 
 const EFFECTS: &[&str] = &["NoSchedule", "PreferNoSchedule", "NoExecute"];
 

@@ -110,6 +110,27 @@ fn fixed(spec: &Value, old: &Value) -> Value {
     spec
 }
 
+/// Ephemeral containers can be added; those that are there stay as they are.
+pub(in super::super) fn ephemeral_update(old: &Object, new: &Object, errors: &mut Errors) {
+    let (old, new) = (At::object(old), At::object(new));
+    let (old, new) = (old.field("spec"), new.field("spec"));
+    let containers = new.field("ephemeralContainers");
+    for before in old.field("ephemeralContainers").items() {
+        let name = before.field("name");
+        let now = containers
+            .items()
+            .find(|one| one.field("name").text() == name.text());
+        let why = match now {
+            None => "removed\n",
+            Some(now) if now.value != before.value => "changed",
+            Some(_) => continue,
+        };
+        let shown = name.value;
+        let detail = format!("existing ephemeral containers {shown} may not be {why}");
+        containers.forbidden(&detail, errors);
+    }
+}
+
 /// What is wrong with a status that a kubelet reports.
 pub(in super::super) fn status_update(old: &Object, new: &Object, errors: &mut Errors) {
     let new = At::object(new);
