@@ -170,7 +170,6 @@ async fn answer(request: Request<Incoming>, tables: &Tables) -> Response<Body> {
             ]),
         ),
         (&Method::GET, "/tables/services") => reply(StatusCode::OK, &tables.services.rows().into()),
-        (&Method::GET, "/tables/devices") => reply(StatusCode::OK, &tables.served.rows().into()),
         (&Method::GET, "/tables/maps") => match crate::bpf_maps::rows() {
             Ok(rows) => reply(StatusCode::OK, &rows.into()),
             Err(error) => reply(
@@ -201,7 +200,7 @@ async fn answer(request: Request<Incoming>, tables: &Tables) -> Response<Body> {
                 &json!({
                     "healthy": true,
                     "endpoints": endpoints.list().await.len(),
-                    "devices": tables.served.summary(),
+                    "devices": tables.served.words(),
                     "packets": {"forwarded": counters.forwarded, "dropped": counters.dropped},
                     "translated": {"tc": counters.translated, "xdp": counters.translated_early},
                     "flow_events": {"produced": counters.produced, "lost": counters.lost},

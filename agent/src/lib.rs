@@ -83,6 +83,7 @@ pub async fn run(client: kube::Client, config: Config, shutdown: CancellationTok
         shutdown.clone(),
     );
     let devices = network::devices(&config.devices, config.node_ip).await?;
+    programs.prove_express(&devices, config.xdp).await?;
     let dataplane = Arc::new(Dataplane {
         engine: engine.clone(),
         programs: Mutex::new(programs),

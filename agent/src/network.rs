@@ -12,7 +12,6 @@ use rtnetlink::RouteMessageBuilder;
 use rtnetlink::packet_route::address::AddressAttribute;
 use rtnetlink::packet_route::link::{LinkAttribute, LinkMessage};
 use rtnetlink::packet_route::route::RouteAttribute;
-use serde_json::{Value, json};
 use tokio::sync::watch::Receiver;
 use tokio_util::sync::CancellationToken;
 use xebec_dataplane_common::nat::Settings;
@@ -114,45 +113,25 @@ pub(crate) async fn devices(named: &[String], node_ip: IpAddr) -> Result<Vec<Dev
     Ok(devices)
 }
 
-/// Which hooks serve which devices, for the command line.
+/// Which hooks serve which devices, in a few words for the command line.
 #[derive(Clone, Default)]
-pub struct Served(Arc<OnceLock<Vec<Row>>>);
-
-/// A device, who translates there, and why not XDP.
-type Row = (String, String, String);
+pub struct Served(Arc<OnceLock<String>>);
 
 impl Served {
     /// Tells it, once.
     pub(crate) fn set(&self, devices: &[Device], by: &[By]) {
-        let rows = devices.iter().zip(by).map(|(device, by)| {
-            let why = match by {
-                By::Tc(why) => why.clone(),
-                By::Native | By::Generic => String::new(),
-            };
-            (device.name.clone(), by.to_string(), why)
-        });
-        // The devices are asked for once, when the agent starts.
-        let _ = self.0.set(rows.collect());
-    }
-
-    fn each(&self) -> impl Iterator<Item = &Row> {
-        self.0.get().into_iter().flatten()
-    }
-
-    /// One row a device.
-    pub fn rows(&self) -> Vec<Value> {
-        self.each()
-            .map(|(device, by, why)| json!({"device": device, "translated_by": by, "why_not_xdp": why}))
-            .collect()
-    }
-
-    /// All in a few words.
-    pub fn summary(&self) -> String {
-        let words: Vec<String> = self
-            .each()
-            .map(|(device, by, _)| format!("{device} by {by}"))
+        let words: Vec<String> = devices
+            .iter()
+            .zip(by)
+            .map(|(device, by)| format!("{} by {by}", device.name))
             .collect();
-        words.join(" and ")
+        // The devices are asked for once, when the agent starts.
+        let _ = self.0.set(words.join(" and "));
+    }
+
+    /// The words; none before the devices have their hooks.
+    pub fn words(&self) -> &str {
+        self.0.get().map_or("", String::as_str)
     }
 }
 

@@ -98,6 +98,22 @@ fn pin(device: &Device, mode: XdpMode) -> String {
 }
 
 impl Loaded {
+    /// Attaches the XDP hook where it was asked for by name and none is yet, so that a device which can't have it is
+    /// told of at once. Before the maps are filled, the hook does nothing but what is known already.
+    pub(crate) async fn prove_express(&mut self, devices: &[Device], xdp: Xdp) -> Result<()> {
+        if !matches!(xdp, Xdp::Native | Xdp::Generic) {
+            return Ok(());
+        }
+        let links = self.dir.join(NETWORK_LINKS);
+        for device in devices {
+            let pinned = [XdpMode::Driver, XdpMode::Skb].map(|mode| links.join(pin(device, mode)));
+            if !pinned.iter().any(|pin| pin.exists()) {
+                self.attach_express(device, xdp, false).await?;
+            }
+        }
+        Ok(())
+    }
+
     /// Attaches the XDP hook to a device as far as it is wanted and can be; `let_go` if links were let go just now.
     pub(super) async fn attach_express(
         &mut self,
