@@ -280,6 +280,34 @@ fn node_port_to_a_pod_of_this_node() {
     }
 }
 
+/// The backend is a pod on the host's network: it sees the client, and its answers bear the node port.
+#[test]
+fn node_port_to_this_nodes_own_network() {
+    if packets::left_out() {
+        return;
+    }
+    let mut kernel = Kernel::new();
+    kernel.node_port(30_080, node(), 8080);
+    for flags in ["S", "A"] {
+        let sent = tcp(client(), node(), 4000, 30_080, flags);
+        let mut expected = sent.clone();
+        expected.destination_port = 8080;
+        assert_eq!(
+            kernel.run("xebec_from_network", &sent.bytes()),
+            (OK, expected.bytes())
+        );
+        let answer = tcp(node(), client(), 8080, 4000, "SA");
+        let mut expected = answer.clone();
+        expected.source_port = 30_080;
+        assert_eq!(
+            kernel.run("xebec_to_network", &answer.bytes()),
+            (OK, expected.bytes())
+        );
+    }
+    let other = tcp(node(), client(), 8080, 4001, "SA").bytes();
+    assert_eq!(kernel.run("xebec_to_network", &other), (OK, other.clone()));
+}
+
 /// The backend is on another node: the packet goes on at once, in this node's name.
 #[test]
 fn node_port_to_a_pod_of_another_node() {

@@ -57,14 +57,17 @@ fn forward(ctx: &TcContext, packet: &Packet, to: &Tuple) -> i32 {
     unsafe { bpf_redirect_neigh((*ctx.skb.skb).ifindex, core::ptr::null_mut(), 0, 0) as i32 }
 }
 
-/// What goes out: pods' packets to whoever has no route to pods bear the node's address.
+/// What goes out: pods' packets to whoever has no route to pods bear the node's address, and what answers a node port
+/// from this node bears the port's.
 #[classifier]
 pub fn xebec_to_network(ctx: TcContext) -> i32 {
     let Read::Ipv4(packet) = packet::read(&ctx) else {
         return TC_ACT_OK as i32;
     };
+    // A pod on the host's network may be behind a node port.
+    let own = packet.source == nat::settings().node;
     // SAFETY: only whether it is there counts.
-    if unsafe { ENDPOINTS.get(&packet.source) }.is_none() {
+    if !own && unsafe { ENDPOINTS.get(&packet.source) }.is_none() {
         return TC_ACT_OK as i32;
     }
     let from = nat::tuple(&packet);
@@ -76,6 +79,9 @@ pub fn xebec_to_network(ctx: TcContext) -> i32 {
         };
     }
     if !nat::find(&from, packet.tcp_flags, &mut to) {
+        if own {
+            return TC_ACT_OK as i32;
+        }
         // Who came to the pod by its own address is answered from it.
         if is_native(packet.destination) || nat::settings().ports == 0 || flow::answers(&packet) {
             return TC_ACT_OK as i32;

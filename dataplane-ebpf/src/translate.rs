@@ -83,8 +83,8 @@ fn choose(from: &Tuple, to: &mut Tuple) -> bool {
 #[inline(never)]
 pub fn begin(from: &Tuple, to: &mut Tuple) -> bool {
     nat::forget(from);
-    if is_endpoint(to.destination) {
-        // The pod of this node sees the client itself; its answers come back through here anyway.
+    if stays(to) {
+        // Who answers from this node sees the client itself; the answers leave through here anyway.
         nat::enter(from, to)
     } else {
         nat::enter_masqueraded(from, to)

@@ -168,7 +168,7 @@ fn node_ports_from_outside_and_pods_to_the_outside() -> Result<()> {
     let before = Machine::now()?;
     let node_ip = NODE.to_string();
     let mut cluster = Cluster::up("outside", &["--node-ip", &node_ip])?;
-    cluster.k(&["apply", "-f", &shop().to_string_lossy()])?;
+    cluster.k(&["apply", "-f", &shop::manifest().to_string_lossy()])?;
     eventually("the web pods are Ready", MINUTE, || {
         Ok(cluster.ready_pods("shop", "app=web")?.len() == 3)
     })?;
@@ -261,7 +261,7 @@ fn node_ports_by_xdp() -> Result<()> {
     // What XDP sends out of a veth device, the other end takes by the queue that GRO has.
     ethtool::set(None, "xebec0-n1", Offload::Gro, true)?;
     ip("link set xbtest0 master xebec0")?;
-    cluster.k(&["apply", "-f", &shop().to_string_lossy()])?;
+    cluster.k(&["apply", "-f", &shop::manifest().to_string_lossy()])?;
     eventually("the web pods are Ready", MINUTE, || {
         Ok(cluster.ready_pods("shop", "app=web")?.len() == 3)
     })?;
