@@ -280,6 +280,40 @@ fn node_port_to_a_pod_of_this_node() {
     }
 }
 
+/// A client that used a node port comes from the same port of its own to the backend itself: that is answered as itself.
+#[test]
+fn an_ended_node_port_connection_does_not_bend_a_direct_one() {
+    if packets::left_out() {
+        return;
+    }
+    let mut kernel = Kernel::new();
+    kernel.node_port(30_080, web(), 8080);
+    kernel.as_web();
+    kernel.received_on(1);
+    let begin = tcp(client(), web(), 4000, 8080, "S").bytes();
+    let answer = tcp(web(), client(), 8080, 4000, "SA");
+    let mut as_node_port = answer.clone();
+    (as_node_port.source, as_node_port.source_port) = (node(), 30_080);
+    let through = tcp(client(), node(), 4000, 30_080, "S").bytes();
+    assert_eq!(kernel.run("xebec_from_network", &through).0, OK);
+    // As long as it lives, the pod can't have another between the same ends.
+    assert_eq!(
+        kernel.run("xebec_from_network", &begin),
+        (OK, begin.clone())
+    );
+    let translated = (OK, as_node_port.bytes());
+    assert_eq!(kernel.run("xebec_to_network", &answer.bytes()), translated);
+    let end = tcp(client(), node(), 4000, 30_080, "FA").bytes();
+    assert_eq!(kernel.run("xebec_from_network", &end).0, OK);
+    assert_eq!(
+        kernel.run("xebec_from_network", &begin),
+        (OK, begin.clone())
+    );
+    assert_eq!(kernel.run("xebec_to_pod", &begin).0, OK);
+    let itself = (OK, answer.bytes());
+    assert_eq!(kernel.run("xebec_to_network", &answer.bytes()), itself);
+}
+
 /// The backend is a pod on the host's network: it sees the client, and its answers bear the node port.
 #[test]
 fn node_port_to_this_nodes_own_network() {

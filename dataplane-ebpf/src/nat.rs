@@ -131,6 +131,20 @@ pub fn enter(from: &Tuple, to: &Tuple) -> bool {
     NATS.insert(from, &forward, 0).is_ok()
 }
 
+/// For a connection that begins without translation: what answers it must not be taken for the answer of one between
+/// the same ends that came through a node port and has ended. While that one lives, the backend can't have both.
+#[inline(never)]
+pub fn make_way(from: &Tuple) {
+    let back = from.reversed();
+    // SAFETY: as in `find`.
+    let ended = NATS
+        .get_ptr_mut(&back)
+        .is_some_and(|nat| unsafe { (*nat).closed != 0 });
+    if ended {
+        forget(&back);
+    }
+}
+
 /// Forgets the translation of a tuple and its counterpart.
 #[inline(never)]
 pub fn forget(from: &Tuple) {

@@ -27,12 +27,18 @@ pub enum Plan {
 #[inline(always)]
 pub fn plan(packet: &Packet, from: &Tuple, to: &mut Tuple) -> Plan {
     let settings = nat::settings();
+    let begins = packet.protocol == TCP && packet.tcp_flags & (SYN | ACK) == SYN;
     // All that is translated here was sent to the node's address. So what one hook translated for a pod of this node
     // is not translated again by the next. Before the agent has told of the address, what is known holds on.
-    if packet.error || settings.node != 0 && from.destination != settings.node {
+    if packet.error {
         return Plan::Leave;
     }
-    let begins = packet.protocol == TCP && packet.tcp_flags & (SYN | ACK) == SYN;
+    if settings.node != 0 && from.destination != settings.node {
+        if begins {
+            nat::make_way(from);
+        }
+        return Plan::Leave;
+    }
     // A connection that begins has its backend chosen anew, even from a port that was used before.
     if !begins && nat::find(from, packet.tcp_flags, to) {
         return Plan::Known;
