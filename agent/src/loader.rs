@@ -101,14 +101,12 @@ impl Loaded {
             .load(object()?)
             .context("the kernel refused the eBPF maps (is this root?)")?;
         for name in SOCKET_HOOKS {
-            hook::<CgroupSockAddr>(&mut ebpf, name)?
-                .load()
-                .with_context(|| format!("the kernel refused the eBPF program {name}"))?;
+            let program = hook::<CgroupSockAddr>(&mut ebpf, name)?;
+            checked(name, || program.load())?;
         }
         for (_, name) in POD_HOOKS.iter().chain(NETWORK_HOOKS) {
-            hook::<SchedClassifier>(&mut ebpf, name)?
-                .load()
-                .with_context(|| format!("the kernel refused the eBPF program {name}"))?;
+            let program = hook::<SchedClassifier>(&mut ebpf, name)?;
+            checked(name, || program.load())?;
         }
         Self::load_express(&mut ebpf)?;
         Ok(Self {
@@ -265,6 +263,22 @@ where
     program
         .try_into()
         .with_context(|| format!("the eBPF program {name} is of another kind"))
+}
+
+/// Has the kernel check and take a program. A signal to this process interrupts the check with EAGAIN: it is made again.
+fn checked(name: &str, mut load: impl FnMut() -> Result<(), ProgramError>) -> Result<()> {
+    const TRIES: usize = 10;
+    let mut tries = 1..TRIES;
+    loop {
+        match load() {
+            Err(ProgramError::LoadError { io_error, .. })
+                if io_error.kind() == std::io::ErrorKind::WouldBlock && tries.next().is_some() => {}
+            outcome => {
+                return outcome
+                    .with_context(|| format!("the kernel refused the eBPF program {name}"));
+            }
+        }
+    }
 }
 
 fn pin_name(device: &str, hook: &str) -> String {

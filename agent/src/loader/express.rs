@@ -11,7 +11,7 @@ use aya::programs::{ProgramError, Xdp as Program};
 use serde::{Deserialize, Serialize};
 use xebec_dataplane_common::nat::{BACK_BY_QUEUE, BACK_BY_REDIRECT};
 
-use super::{Loaded, NETWORK_LINKS, hook, pin_name};
+use super::{Loaded, NETWORK_LINKS, checked, hook, pin_name};
 use crate::network::Device;
 
 const HOOK: &str = "xebec_express";
@@ -214,9 +214,8 @@ impl Loaded {
 
     /// Loads the program; the kernel checks it.
     pub(super) fn load_express(ebpf: &mut aya::Ebpf) -> Result<()> {
-        hook::<Program>(ebpf, HOOK)?
-            .load()
-            .with_context(|| format!("the kernel refused the eBPF program {HOOK}"))
+        let program = hook::<Program>(ebpf, HOOK)?;
+        checked(HOOK, || program.load())
     }
 }
 
