@@ -149,6 +149,7 @@ impl Up {
             address: machine.address,
             bpf_dir: layout.gateway_bpf(),
         };
+        let before = node::versions(control_plane.admin()).await?;
         let mut parts = Nodes::start(&nodes, &authority, &control_plane, &outside).await?;
         let ready = async {
             if !self.no_demo_image {
@@ -159,7 +160,7 @@ impl Up {
             }
             let names: Vec<&str> = nodes.iter().map(|node| node.name.as_str()).collect();
             let patience = Duration::from_secs(self.timeout);
-            node::wait_ready(control_plane.admin(), &names, since, patience).await?;
+            node::wait_ready(control_plane.admin(), &names, since, &before, patience).await?;
             print_next_steps(&layout, &state.node_names(), started.elapsed());
             UpState::mark_ready(&layout)?;
             // From here on only a failure or a signal ends it.

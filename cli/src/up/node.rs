@@ -1,5 +1,6 @@
 //! A node: agent, container runtime and kubelet, as tasks of the process that this runs in.
 
+use std::collections::BTreeMap;
 use std::net::IpAddr;
 use std::path::PathBuf;
 use std::sync::Arc;
@@ -8,6 +9,7 @@ use std::time::Duration;
 use anyhow::{Context, Result, bail};
 use ipnet::IpNet;
 use k8s_openapi::api::core::v1::Node as NodeObject;
+use k8s_openapi::apimachinery::pkg::apis::meta::v1::ObjectMeta;
 use kube::runtime::{WatchStreamExt, watcher};
 use serde::{Deserialize, Serialize};
 use tokio::task::{JoinHandle, JoinSet};
@@ -240,12 +242,27 @@ impl Running {
     }
 }
 
-/// Waits until all these nodes report Ready. What a node said before `since` (seconds of the epoch) was said by a
-/// cluster that has ended.
+/// The versions of the nodes as an earlier cluster left them; to be asked for before any node is started.
+pub async fn versions(client: kube::Client) -> Result<BTreeMap<String, String>> {
+    let nodes = kube::Api::<NodeObject>::all(client)
+        .list_metadata(&kube::api::ListParams::default())
+        .await
+        .context("could not list the nodes")?;
+    let version = |metadata: ObjectMeta| Some((metadata.name?, metadata.resource_version?));
+    Ok(nodes
+        .items
+        .into_iter()
+        .filter_map(|node| version(node.metadata))
+        .collect())
+}
+
+/// Waits until all these nodes report Ready. What a node said before `since` (seconds of the epoch), or in one of the
+/// versions of `before`, was said by an earlier cluster: its last second may be the first of this one.
 pub async fn wait_ready(
     client: kube::Client,
     nodes: &[&str],
     since: i64,
+    before: &BTreeMap<String, String>,
     timeout: Duration,
 ) -> Result<()> {
     use futures::TryStreamExt;
@@ -263,7 +280,7 @@ pub async fn wait_ready(
             match changes.try_next().await {
                 Ok(Some(found)) => {
                     let name = found.metadata.name.as_deref().unwrap_or_default();
-                    if is_ready(&found, since) && waiting.contains(&name) {
+                    if is_ready(&found, since, before) && waiting.contains(&name) {
                         info!(node = name, "ready");
                         waiting.retain(|waiting| *waiting != name);
                     }
@@ -284,7 +301,12 @@ pub async fn wait_ready(
     }
 }
 
-fn is_ready(node: &NodeObject, since: i64) -> bool {
+fn is_ready(node: &NodeObject, since: i64, before: &BTreeMap<String, String>) -> bool {
+    let metadata = &node.metadata;
+    let was = metadata.name.as_ref().and_then(|name| before.get(name));
+    if was.is_some() && was == metadata.resource_version.as_ref() {
+        return false;
+    }
     node.status
         .iter()
         .flat_map(|status| status.conditions.iter().flatten())
@@ -300,13 +322,19 @@ mod tests {
     #[test]
     fn what_an_ended_cluster_said_does_not_count() {
         let node = |status: &str| -> NodeObject {
-            serde_json::from_value(serde_json::json!({"status": {"conditions": [
-                {"type": "Ready", "status": status, "lastHeartbeatTime": "1970-01-01T00:01:40Z"},
-            ]}}))
+            serde_json::from_value(serde_json::json!({
+                "metadata": {"name": "one", "resourceVersion": "7"},
+                "status": {"conditions": [
+                    {"type": "Ready", "status": status, "lastHeartbeatTime": "1970-01-01T00:01:40Z"},
+                ]},
+            }))
             .unwrap()
         };
-        assert!(is_ready(&node("True"), 100));
-        assert!(!is_ready(&node("True"), 101));
-        assert!(!is_ready(&node("False"), 100));
+        let before = |version: &str| BTreeMap::from([("one".to_owned(), version.to_owned())]);
+        assert!(is_ready(&node("True"), 100, &BTreeMap::new()));
+        assert!(is_ready(&node("True"), 100, &before("6")));
+        assert!(!is_ready(&node("True"), 100, &before("7")));
+        assert!(!is_ready(&node("True"), 101, &before("6")));
+        assert!(!is_ready(&node("False"), 100, &before("6")));
     }
 }
