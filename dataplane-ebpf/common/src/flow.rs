@@ -2,14 +2,17 @@
 
 use bytemuck::{Pod, Zeroable};
 
-/// Both ends of a flow, the one with the lower address (then port) first: both directions have the same key.
+use crate::ip::Ip;
+use crate::nat::Tuple;
+
+/// Both ends of a flow, the one with the lower port (then address) first: both directions have the same key.
 #[repr(C)]
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, Pod, Zeroable)]
 pub struct FlowKey {
-    /// IPv4 address of the lower end.
-    pub low: u32,
-    /// IPv4 address of the higher end.
-    pub high: u32,
+    /// Address of the lower end.
+    pub low: Ip,
+    /// Address of the higher end.
+    pub high: Ip,
     /// Port of the lower end.
     pub low_port: u16,
     /// Port of the higher end.
@@ -23,21 +26,24 @@ pub struct FlowKey {
 impl FlowKey {
     /// The key of a packet, and whether it goes from the lower end to the higher.
     #[inline(always)]
-    pub fn new(source: (u32, u16), destination: (u32, u16), protocol: u8) -> (Self, bool) {
-        let up = source.0 < destination.0 || source.0 == destination.0 && source.1 <= destination.1;
-        let (low, high) = if up {
-            (source, destination)
-        } else {
-            (destination, source)
-        };
-        let key = Self {
-            low: low.0,
-            high: high.0,
-            low_port: low.1,
-            high_port: high.1,
-            protocol,
+    pub fn new(tuple: &Tuple) -> (Self, bool) {
+        // Ports alone decide nearly always.
+        let up = tuple.source_port < tuple.destination_port
+            || tuple.source_port == tuple.destination_port && tuple.source <= tuple.destination;
+        let mut key = Self {
+            low: tuple.source,
+            high: tuple.destination,
+            low_port: tuple.source_port,
+            high_port: tuple.destination_port,
+            protocol: tuple.protocol,
             pad: [0; 3],
         };
+        if !up {
+            key.low = tuple.destination;
+            key.high = tuple.source;
+            key.low_port = tuple.destination_port;
+            key.high_port = tuple.source_port;
+        }
         (key, up)
     }
 }
@@ -45,32 +51,84 @@ impl FlowKey {
 /// One second, in ns.
 pub const SECOND: u64 = 1_000_000_000;
 
-/// How long a flow of this protocol may be silent before it is forgotten, ns: 6 hours of TCP, a minute of others.
+/// ns of the monotonic clock, in the ticks that flows are dated with: 2^30 ns, a little more than a second. They
+/// last for 146 years.
 #[inline(always)]
-pub fn longest_idle(protocol: u8) -> u64 {
-    if protocol == crate::TCP {
-        6 * 3_600 * SECOND
+pub const fn ticks(ns: u64) -> u32 {
+    (ns >> 30) as u32
+}
+
+/// How long a flow of this protocol may be silent before it is forgotten, in ticks: 6 hours of TCP and SCTP, a minute
+/// of others.
+#[inline(always)]
+pub const fn longest_idle(protocol: u8) -> u32 {
+    if protocol == crate::TCP || protocol == crate::SCTP {
+        ticks(6 * 3_600 * SECOND)
     } else {
-        60 * SECOND
+        ticks(61 * SECOND)
     }
 }
 
-/// A flow that was allowed.
+/// An end that has closed may still wait for the other, as long as Linux's connection tracking lets it
+/// (`nf_conntrack_tcp_timeout_fin_wait`); after that another flow may have the port.
+const CLOSED_IDLE: u32 = ticks(121 * SECOND);
+
+/// A flow: what was decided for it, and what its packets become. One that is translated has two entries: one for its
+/// tuple before, one for its tuple after. Each says what the packets of one direction become, and the key of each is
+/// made of what the other's packets become.
 #[repr(C)]
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Pod, Zeroable)]
 pub struct Flow {
-    /// When a packet was last seen, in ns of the monotonic clock (`bpf_ktime_get_coarse_ns`).
-    pub seen: u64,
-    /// The rules' generation by which it was judged.
+    /// What the packets of the direction [`Flow::turn`] become; unused without a turn.
+    pub to: Tuple,
+    /// When a packet was last seen, in [`ticks`].
+    pub seen: u32,
+    /// When its counterpart was last seen to be there, in [`ticks`].
+    pub paired: u32,
+    /// The rules' generation by which it was judged; 0 where it was not.
     pub generation: u32,
     /// The rule that allowed it, or 0 where none was needed.
     pub rule: u32,
+    /// The backend that was chosen, 0 for none.
+    pub backend: u32,
+    /// The backend's generation.
+    pub backend_generation: u32,
+    /// Number of the Service's port, 0 for none.
+    pub service: u32,
     /// 1 where the lower end began it.
     pub from_low: u8,
+    /// [`TURN_NONE`] and the others.
+    pub turn: u8,
     /// TCP flags that were told of, of the beginner's packets and of the replies.
     pub told: [u8; 2],
+    /// 1 once an end of a TCP connection has closed it.
+    pub closed: u8,
     /// Always 0.
-    pub pad: [u8; 5],
+    pub pad: [u8; 3],
+}
+
+/// Nothing is translated.
+pub const TURN_NONE: u8 = 0;
+/// The beginner's packets are translated.
+pub const TURN_FORTH: u8 = 1;
+/// The replies are translated.
+pub const TURN_BACK: u8 = 2;
+/// Set where packets are translated when they leave, by routes chosen before; else when they come in.
+pub const TURN_LATE: u8 = 4;
+
+impl Flow {
+    /// Whether it was silent for so long that it holds no more.
+    #[inline(always)]
+    pub const fn is_forgotten(&self, protocol: u8, now: u32) -> bool {
+        now.wrapping_sub(self.seen) > longest_idle(protocol)
+    }
+
+    /// Whether another flow may take its place.
+    #[inline(always)]
+    pub const fn is_replaceable(&self, protocol: u8, now: u32) -> bool {
+        self.is_forgotten(protocol, now)
+            || self.closed != 0 && now.wrapping_sub(self.seen) > CLOSED_IDLE
+    }
 }
 
 /// What happened to a packet.
@@ -79,10 +137,10 @@ pub struct Flow {
 pub struct Event {
     /// ns of the monotonic clock (`bpf_ktime_get_ns`).
     pub time: u64,
-    /// IPv4 source address.
-    pub source: u32,
-    /// IPv4 destination address.
-    pub destination: u32,
+    /// Source address.
+    pub source: Ip,
+    /// Destination address.
+    pub destination: Ip,
     /// Source port; of ICMP, its type and code.
     pub source_port: u16,
     /// Destination port.
@@ -105,8 +163,8 @@ pub struct Event {
     pub set: u32,
     /// The rule that allowed, 0 for none.
     pub rule: u32,
-    /// Always 0.
-    pub pad: u32,
+    /// Number of the Service's port that the packet was sent to, 0 for none.
+    pub service: u32,
 }
 
 /// The packet went on its way.
@@ -161,28 +219,56 @@ mod tests {
                 size_of::<Event>(),
                 size_of::<Counters>()
             ],
-            [16, 24, 40, 48]
+            [40, 76, 64, 48]
         );
         assert_eq!(
-            [offset_of!(Flow, from_low), offset_of!(Flow, told)],
-            [16, 17]
+            [
+                offset_of!(Flow, seen),
+                offset_of!(Flow, service),
+                offset_of!(Flow, from_low),
+                offset_of!(Flow, told)
+            ],
+            [40, 64, 68, 70]
         );
         assert_eq!(
             [offset_of!(Event, verdict), offset_of!(Event, set)],
-            [22, 28]
+            [46, 52]
         );
-        assert_eq!(crate::LAYOUT, 5, "raise it with every change of a layout");
+        assert_eq!(crate::LAYOUT, 6, "raise it with every change of a layout");
+    }
+
+    fn tuple(source: (u32, u16), destination: (u32, u16)) -> Tuple {
+        Tuple {
+            source: Ip::v4(source.0),
+            destination: Ip::v4(destination.0),
+            source_port: source.1,
+            destination_port: destination.1,
+            protocol: crate::TCP,
+            pad: [0; 3],
+        }
     }
 
     #[test]
     fn both_directions_have_one_key() {
-        let (a, b) = ((5, 80), (9, 4000));
-        let ((one, up), (other, down)) = (FlowKey::new(a, b, 6), FlowKey::new(b, a, 6));
-        assert_eq!((one, up), (other, !down));
-        let ((one, up), (other, down)) = (
-            FlowKey::new((5, 1), (5, 2), 6),
-            FlowKey::new((5, 2), (5, 1), 6),
-        );
-        assert_eq!((one, up), (other, !down));
+        for (a, b) in [((5, 80), (9, 4000)), ((5, 1), (5, 2)), ((9, 7), (5, 7))] {
+            let (one, up) = FlowKey::new(&tuple(a, b));
+            let (other, down) = FlowKey::new(&tuple(b, a));
+            assert_eq!((one, up), (other, !down));
+        }
+    }
+
+    #[test]
+    fn a_half_closed_connection_holds_but_its_port_may_be_taken() {
+        let mut flow = Flow::zeroed();
+        flow.closed = 1;
+        let after = |seconds: u64| ticks(seconds * SECOND);
+        assert!(!flow.is_replaceable(crate::TCP, after(120)));
+        assert!(flow.is_replaceable(crate::TCP, after(123)));
+        assert!(!flow.is_forgotten(crate::TCP, after(123)));
+        flow.closed = 0;
+        assert!(!flow.is_replaceable(crate::TCP, after(6 * 3_600)));
+        assert!(flow.is_replaceable(crate::TCP, after(6 * 3_600 + 2)));
+        assert!(!flow.is_forgotten(crate::UDP, after(60)));
+        assert!(flow.is_forgotten(crate::UDP, after(63)));
     }
 }

@@ -2,7 +2,9 @@
 
 use bytemuck::{Pod, Zeroable};
 
-/// A pod of this node, by its IPv4 address (the key).
+use crate::ip::Ip;
+
+/// A pod of this node, by its address (the key).
 #[repr(C)]
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Pod, Zeroable)]
 pub struct Endpoint {
@@ -76,8 +78,8 @@ pub struct RuleKey {
 pub struct CidrKey {
     /// The set.
     pub set: u32,
-    /// IPv4 address.
-    pub address: u32,
+    /// Address.
+    pub address: Ip,
 }
 
 /// The bits of a port that a prefix of it fixes.
@@ -104,7 +106,7 @@ mod tests {
                 size_of::<RuleKey>(),
                 size_of::<CidrKey>()
             ],
-            [24, 32, 12, 8]
+            [24, 32, 12, 20]
         );
         assert_eq!(
             [offset_of!(Endpoint, identity), offset_of!(Endpoint, mac)],

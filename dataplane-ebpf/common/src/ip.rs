@@ -1,0 +1,108 @@
+//! Addresses of both families in one form.
+
+use bytemuck::{Pod, Zeroable};
+
+/// An IPv6 address, or an IPv4 address as the IPv6 address that stands for it (`::ffff:a.b.c.d`, RFC 4291, 2.5.5.2).
+/// One form means one set of maps and one path through the programs for both families.
+#[repr(C)]
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Hash, PartialOrd, Ord, Pod, Zeroable)]
+pub struct Ip(pub [u32; 4]);
+
+/// The third word of an IPv4 address.
+const MAPPED: u32 = 0x0000_ffff_u32.to_be();
+
+impl Ip {
+    /// `::`, which is no address of anything.
+    pub const NONE: Self = Self([0; 4]);
+    /// Stands for all node addresses of IPv4: the address of a node port's frontend.
+    pub const EVERY_V4: Self = Self::v4(0);
+    /// Stands for all node addresses of IPv6.
+    pub const EVERY_V6: Self = Self::NONE;
+
+    /// An IPv4 address.
+    #[inline(always)]
+    pub const fn v4(address: u32) -> Self {
+        Self([0, 0, MAPPED, address])
+    }
+
+    /// Whether it is an IPv4 address.
+    #[inline(always)]
+    pub const fn is_v4(&self) -> bool {
+        self.0[0] == 0 && self.0[1] == 0 && self.0[2] == MAPPED
+    }
+
+    /// The IPv4 address, if it is one; otherwise the last word.
+    #[inline(always)]
+    pub const fn as_v4(&self) -> u32 {
+        self.0[3]
+    }
+
+    /// Whether there is an address.
+    #[inline(always)]
+    pub const fn is_some(&self) -> bool {
+        self.0[0] | self.0[1] | self.0[2] | self.0[3] != 0
+    }
+
+    /// The address that stands for all node addresses of its family.
+    #[inline(always)]
+    pub const fn every(&self) -> Self {
+        if self.is_v4() {
+            Self::EVERY_V4
+        } else {
+            Self::EVERY_V6
+        }
+    }
+
+    /// The bits of a prefix of this length in its own family, counted in 128 bits.
+    pub const fn prefix_bits(&self, length: u8) -> u32 {
+        if self.is_v4() {
+            96 + length as u32
+        } else {
+            length as u32
+        }
+    }
+}
+
+impl From<core::net::IpAddr> for Ip {
+    fn from(address: core::net::IpAddr) -> Self {
+        let octets = match address {
+            core::net::IpAddr::V4(address) => address.to_ipv6_mapped().octets(),
+            core::net::IpAddr::V6(address) => address.octets(),
+        };
+        Self(bytemuck::cast(octets))
+    }
+}
+
+impl From<core::net::Ipv4Addr> for Ip {
+    fn from(address: core::net::Ipv4Addr) -> Self {
+        core::net::IpAddr::V4(address).into()
+    }
+}
+
+impl From<Ip> for core::net::IpAddr {
+    fn from(address: Ip) -> Self {
+        let octets: [u8; 16] = bytemuck::cast(address.0);
+        core::net::Ipv6Addr::from(octets).to_canonical()
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use core::net::{IpAddr, Ipv4Addr};
+
+    #[test]
+    fn both_families_come_back_as_they_were() {
+        for text in ["10.0.0.1", "0.0.0.0", "fd00::1", "::1"] {
+            let address: IpAddr = text.parse().unwrap();
+            let ip = Ip::from(address);
+            assert_eq!(IpAddr::from(ip), address);
+            assert_eq!(ip.is_v4(), address.is_ipv4());
+        }
+        let ip = Ip::from(Ipv4Addr::new(10, 0, 0, 1));
+        assert_eq!(ip, Ip::v4(u32::from_ne_bytes([10, 0, 0, 1])));
+        assert_eq!(ip.as_v4().to_ne_bytes(), [10, 0, 0, 1]);
+        assert_eq!((ip.prefix_bits(24), ip.every()), (120, Ip::EVERY_V4));
+        assert!(!Ip::NONE.is_some() && ip.is_some() && Ip::EVERY_V4.is_some());
+    }
+}
