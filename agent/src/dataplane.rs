@@ -66,14 +66,14 @@ impl Dataplane {
         self.engine
             .lock()
             .await
-            .connect(pod, address, wires.ifindex, wires.mac)?;
+            .connect(pod, address.into(), wires.ifindex, wires.mac)?;
         self.programs.lock().await.attach_pod(device)
     }
 
     /// Forgets a pod whose device is gone.
     pub async fn disconnect(&self, address: Option<Ipv4Addr>, device: &str) -> Result<()> {
         if let Some(address) = address {
-            self.engine.lock().await.disconnect(address)?;
+            self.engine.lock().await.disconnect(address.into())?;
         }
         loader::forget_pod(&self.dir, device)
     }

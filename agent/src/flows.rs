@@ -1,6 +1,7 @@
 //! Flows: events of the kernel, named and kept, for those who ask who talked to whom.
 
 use std::collections::VecDeque;
+use std::net::IpAddr;
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
 
@@ -15,9 +16,10 @@ use xebec_dataplane_common::flow::{
     Counters, DROPPED, EGRESS, Event, REASON_INVALID, REASON_NO_MAPPING, REASON_POLICY,
     REASON_SOURCE,
 };
-use xebec_dataplane_common::{ICMP, SCTP, TCP, UDP};
+use xebec_dataplane_common::ip::Ip;
+use xebec_dataplane_common::{ICMP, ICMP6, SCTP, TCP, UDP};
 
-use crate::maps::{FlowMaps, from_be, next_event};
+use crate::maps::{FlowMaps, next_event};
 use crate::names::{Names, Peer};
 use crate::policy::compile::{Name, RuleId};
 
@@ -105,9 +107,9 @@ impl Flows {
     }
 
     fn take(&self, event: Event, offset: i128, world: &Arc<Peer>) {
-        let peer = |address: u32| {
+        let peer = |address: Ip| {
             self.names
-                .peer(from_be(address))
+                .peer(address.into())
                 .unwrap_or_else(|| world.clone())
         };
         let seen = Arc::new(Seen {
@@ -163,9 +165,9 @@ impl Flows {
             "time": time,
             "verdict": if event.verdict == DROPPED { "DROPPED" } else { "FORWARDED" },
             "IP": {
-                "source": from_be(event.source),
-                "destination": from_be(event.destination),
-                "ipVersion": "IPv4",
+                "source": IpAddr::from(event.source),
+                "destination": IpAddr::from(event.destination),
+                "ipVersion": if event.source.is_v4() { "IPv4" } else { "IPv6" },
             },
             "l4": l4(event),
             "source": endpoint(&seen.source),
@@ -244,8 +246,17 @@ fn l4(event: &Event) -> Value {
             let [kind, code] = event.source_port.to_ne_bytes();
             json!({"ICMPv4": {"type": kind, "code": code}})
         }
+        ICMP6 => {
+            let [kind, code] = event.source_port.to_ne_bytes();
+            json!({"ICMPv6": {"type": kind, "code": code}})
+        }
         _ => json!({}),
     }
+}
+
+/// Whether there are no ports.
+fn is_icmp(seen: &Seen) -> bool {
+    matches!(seen.event.protocol, ICMP | ICMP6)
 }
 
 /// The protocol's name in flows and filters.
@@ -255,6 +266,7 @@ fn protocol(number: u8) -> &'static str {
         UDP => "UDP",
         SCTP => "SCTP",
         ICMP => "ICMPv4",
+        ICMP6 => "ICMPv6",
         _ => "UNKNOWN",
     }
 }
@@ -392,11 +404,11 @@ impl Filter {
             && self.verdict.as_ref().is_none_or(|wanted| wanted == verdict)
             && self.protocol.as_ref().is_none_or(|wanted| {
                 let name = protocol(seen.event.protocol).to_ascii_lowercase();
-                name == *wanted || wanted == "icmp" && seen.event.protocol == ICMP
+                name == *wanted || wanted == "icmp" && is_icmp(seen)
             })
             && self
                 .port
-                .is_none_or(|wanted| seen.event.protocol != ICMP && ports.contains(&wanted))
+                .is_none_or(|wanted| !is_icmp(seen) && ports.contains(&wanted))
             && self.since.is_none_or(|since| seen.time >= since)
     }
 }

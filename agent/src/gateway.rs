@@ -1,10 +1,10 @@
 //! The way out for nodes whose network ends at this machine: what they send to the outside bears its address.
 
-use std::net::{IpAddr, Ipv4Addr};
+use std::net::IpAddr;
 use std::path::PathBuf;
 
-use anyhow::{Context, Result, bail};
-use ipnet::Ipv4Net;
+use anyhow::{Context, Result};
+use ipnet::IpNet;
 use xebec_dataplane_common::policy::Endpoint;
 
 use crate::loader::{self, Xdp};
@@ -17,18 +17,15 @@ pub struct Config {
     /// This machine's address towards the outside.
     pub address: IpAddr,
     /// The nodes behind it, which have translated their pods' addresses to theirs already.
-    pub nodes: Vec<Ipv4Addr>,
+    pub nodes: Vec<IpAddr>,
     /// Addresses that know the way to nodes and pods.
-    pub native: Vec<Ipv4Net>,
+    pub native: Vec<IpNet>,
     /// Where a BPF filesystem for pinned links is mounted: unmounted, the way out is closed.
     pub bpf_dir: PathBuf,
 }
 
 /// Opens the way out; it stays open without a process. One that was left open is taken over with its connections.
 pub async fn open(config: &Config) -> Result<()> {
-    let IpAddr::V4(address) = config.address else {
-        bail!("this machine's address {} is not IPv4", config.address);
-    };
     crate::forward()?;
     let mut programs = loader::Loaded::new(&config.bpf_dir)?;
     let mut maps = programs.maps()?;
@@ -47,7 +44,8 @@ pub async fn open(config: &Config) -> Result<()> {
         };
         maps.policy.set_endpoint(*node, endpoint)?;
     }
-    maps.network.set_settings(network::settings_of(address)?)?;
+    maps.network
+        .set_settings(network::settings_of(&[config.address])?)?;
     let devices = network::devices(&[], config.address).await?;
     // What comes back here goes on through the stack, for which XDP is of no use.
     programs

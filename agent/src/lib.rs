@@ -56,7 +56,7 @@ pub struct Config {
     /// How XDP is used on them.
     pub xdp: loader::Xdp,
     /// Addresses that have routes to pods, besides the nodes and the pods themselves.
-    pub native: Vec<ipnet::Ipv4Net>,
+    pub native: Vec<IpNet>,
 }
 
 /// Runs until `shutdown`; pods stay connected, Services translated and policy enforced as they were.

@@ -1,7 +1,7 @@
 //! What addresses, rules and sets are called, for those who read flows.
 
 use std::collections::HashMap;
-use std::net::Ipv4Addr;
+use std::net::IpAddr;
 use std::sync::{Arc, PoisonError, RwLock};
 
 use crate::policy::compile::{Name, RuleId};
@@ -67,7 +67,7 @@ impl Peer {
 
 #[derive(Default)]
 struct Inner {
-    peers: HashMap<Ipv4Addr, Arc<Peer>>,
+    peers: HashMap<IpAddr, Arc<Peer>>,
     rules: HashMap<u32, Arc<RuleId>>,
     sets: HashMap<u32, Arc<Vec<Name>>>,
 }
@@ -86,7 +86,7 @@ impl Names {
     }
 
     /// Who has an address, if it is known.
-    pub fn peer(&self, address: Ipv4Addr) -> Option<Arc<Peer>> {
+    pub fn peer(&self, address: IpAddr) -> Option<Arc<Peer>> {
         self.read(|inner| inner.peers.get(&address).cloned())
     }
 
@@ -100,11 +100,11 @@ impl Names {
         self.read(|inner| inner.sets.get(&set).cloned())
     }
 
-    pub(crate) fn set(&self, address: Ipv4Addr, peer: Peer) {
+    pub(crate) fn set(&self, address: IpAddr, peer: Peer) {
         self.write(|inner| drop(inner.peers.insert(address, Arc::new(peer))));
     }
 
-    pub(crate) fn remove(&self, address: Ipv4Addr) {
+    pub(crate) fn remove(&self, address: IpAddr) {
         self.write(|inner| drop(inner.peers.remove(&address)));
     }
 

@@ -7,18 +7,19 @@ use std::sync::{Arc, OnceLock};
 
 use anyhow::{Context, Result, bail};
 use futures::TryStreamExt;
-use ipnet::Ipv4Net;
+use ipnet::IpNet;
 use rtnetlink::RouteMessageBuilder;
 use rtnetlink::packet_route::address::AddressAttribute;
 use rtnetlink::packet_route::link::{LinkAttribute, LinkMessage};
 use rtnetlink::packet_route::route::RouteAttribute;
 use tokio::sync::watch::Receiver;
 use tokio_util::sync::CancellationToken;
+use xebec_dataplane_common::ip::Ip;
 use xebec_dataplane_common::nat::Settings;
 
 use crate::link;
 use crate::loader::By;
-use crate::maps::{NetworkMaps, be};
+use crate::maps::NetworkMaps;
 use crate::nodes::{NodeView, Nodes};
 
 /// A device that leads to other nodes or the outside.
@@ -136,7 +137,7 @@ impl Served {
 }
 
 /// The ports that no socket of the node gets by itself: those beyond the range that the kernel gives out.
-fn settings(node: Ipv4Addr, local_range: &str) -> Result<Settings> {
+fn settings(node: &[IpAddr], local_range: &str) -> Result<Settings> {
     let mut words = local_range.split_whitespace().map(str::parse::<u16>);
     let (Some(Ok(first)), Some(Ok(last))) = (words.next(), words.next()) else {
         bail!("net.ipv4.ip_local_port_range is {local_range:?}, which are no two ports");
@@ -158,15 +159,25 @@ fn settings(node: Ipv4Addr, local_range: &str) -> Result<Settings> {
             "net.ipv4.ip_local_port_range is {local_range:?} and leaves no {LEAST} ports above {FLOOR} for pods' traffic to the outside; set it to \"32768 60999\", for example"
         );
     }
+    let of = |v4: bool| {
+        let first = node.iter().find(|address| address.is_ipv4() == v4);
+        first.map_or(Ip::NONE, |address| Ip::from(*address))
+    };
     Ok(Settings {
-        node: be(node),
+        node4: of(true),
+        node6: of(false),
         first_port,
         ports,
+        first_node_port: NODE_PORTS.0,
+        last_node_port: NODE_PORTS.1,
     })
 }
 
-/// The settings of a node with this address and this machine's ports.
-pub(crate) fn settings_of(node: Ipv4Addr) -> Result<Settings> {
+/// The first and the last port that Services may have at nodes (`--service-node-port-range`).
+const NODE_PORTS: (u16, u16) = (30_000, 32_767);
+
+/// The settings of a node with these addresses, at most one of a family, and this machine's ports.
+pub(crate) fn settings_of(node: &[IpAddr]) -> Result<Settings> {
     let range = "/proc/sys/net/ipv4/ip_local_port_range";
     let range =
         std::fs::read_to_string(range).with_context(|| format!("could not read {range}"))?;
@@ -178,14 +189,11 @@ pub(crate) fn settings_of(node: Ipv4Addr) -> Result<Settings> {
 pub(crate) async fn run(
     mut maps: NetworkMaps,
     node_ip: IpAddr,
-    native: Vec<Ipv4Net>,
+    native: Vec<IpNet>,
     mut nodes: Receiver<Nodes>,
     shutdown: CancellationToken,
 ) -> Result<()> {
-    let IpAddr::V4(node) = node_ip else {
-        bail!("the node's address {node_ip} is not IPv4");
-    };
-    let settings = settings_of(node)?;
+    let settings = settings_of(&[node_ip])?;
     let mut installed = BTreeSet::new();
     let mut begun = false;
     loop {
@@ -197,7 +205,7 @@ pub(crate) async fn run(
             continue;
         };
         let blocks = told.values().flat_map(blocks);
-        let wanted: BTreeSet<Ipv4Net> = blocks.chain(native.iter().copied()).collect();
+        let wanted: BTreeSet<IpNet> = blocks.chain(native.iter().copied()).collect();
         for block in wanted.difference(&installed) {
             maps.set_native(*block)?;
         }
@@ -214,21 +222,21 @@ pub(crate) async fn run(
 }
 
 /// The addresses of a node and of its pods.
-fn blocks(node: &NodeView) -> impl Iterator<Item = Ipv4Net> {
-    let addresses = node.addresses.iter().copied().map(Ipv4Net::from);
-    addresses.chain(node.pod_ranges.iter().map(Ipv4Net::trunc))
+fn blocks(node: &NodeView) -> impl Iterator<Item = IpNet> {
+    let addresses = node.addresses.iter().copied().map(IpNet::from);
+    addresses.chain(node.pod_ranges.iter().map(IpNet::trunc))
 }
 
 #[cfg(test)]
 mod tests {
     use super::*;
 
-    const NODE: Ipv4Addr = Ipv4Addr::new(192, 0, 2, 1);
+    const NODE: IpAddr = IpAddr::V4(Ipv4Addr::new(192, 0, 2, 1));
 
     #[test]
     fn translated_flows_use_ports_that_no_socket_gets_by_itself() {
         let ports =
-            |range: &str| settings(NODE, range).map(|found| (found.first_port, found.ports));
+            |range: &str| settings(&[NODE], range).map(|found| (found.first_port, found.ports));
         assert_eq!(ports("32768\t60999").unwrap(), (61_000, 4_536));
         assert_eq!(ports("50000 65535").unwrap(), (32_768, 17_232));
         assert_eq!(ports("1024 30000").unwrap(), (32_768, 32_768));

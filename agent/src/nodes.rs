@@ -1,11 +1,11 @@
 //! The cluster's Nodes, as far as the network depends on them.
 
 use std::collections::{BTreeMap, BTreeSet};
-use std::net::Ipv4Addr;
+use std::net::IpAddr;
 
 use anyhow::Result;
 use futures::{StreamExt, TryStreamExt};
-use ipnet::Ipv4Net;
+use ipnet::IpNet;
 use k8s_openapi::api::core::v1::Node;
 use kube::Api;
 use kube::runtime::watcher::{self, Event};
@@ -18,9 +18,9 @@ use tracing::warn;
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct NodeView {
     /// Its own addresses: internal, then external ones.
-    pub addresses: Vec<Ipv4Addr>,
+    pub addresses: Vec<IpAddr>,
     /// Its ranges of pod addresses.
-    pub pod_ranges: Vec<Ipv4Net>,
+    pub pod_ranges: Vec<IpNet>,
 }
 
 /// All nodes by name; none until the API has told of all of them once.
@@ -120,8 +120,11 @@ mod tests {
         let view = NodeView::from(&node);
         assert_eq!(
             view.addresses,
-            [Ipv4Addr::new(10, 0, 0, 1), Ipv4Addr::new(203, 0, 113, 5)]
+            ["10.0.0.1", "fd00::1", "203.0.113.5"].map(|text| text.parse::<IpAddr>().unwrap())
         );
-        assert_eq!(view.pod_ranges, ["10.244.1.0/24".parse().unwrap()]);
+        assert_eq!(
+            view.pod_ranges,
+            ["10.244.1.0/24", "fd00::/64"].map(|text| text.parse().unwrap())
+        );
     }
 }

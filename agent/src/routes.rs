@@ -1,11 +1,11 @@
 //! Routes to the pods of other nodes: each range goes to its node's own address, with no overlay between.
 
 use std::collections::BTreeMap;
-use std::net::Ipv4Addr;
+use std::net::{IpAddr, Ipv4Addr};
 
 use anyhow::{Context, Result};
 use futures::TryStreamExt;
-use ipnet::Ipv4Net;
+use ipnet::{IpNet, Ipv4Net};
 use rtnetlink::packet_route::route::{
     RouteAddress, RouteAttribute, RouteMessage, RouteProtocol, RouteType,
 };
@@ -80,10 +80,18 @@ fn wanted(nodes: &Nodes, own: &str, own_range: Ipv4Net) -> Option<Table> {
     let nodes = nodes.as_ref()?;
     let mut table = Table::new();
     for (name, view) in nodes.iter().filter(|(name, _)| *name != own) {
-        let Some(gateway) = view.addresses.first() else {
+        let gateway = view.addresses.iter().find_map(|one| match one {
+            IpAddr::V4(address) => Some(address),
+            IpAddr::V6(_) => None,
+        });
+        let Some(gateway) = gateway else {
             continue;
         };
-        for range in &view.pod_ranges {
+        let ranges = view.pod_ranges.iter().filter_map(|one| match one {
+            IpNet::V4(range) => Some(range),
+            IpNet::V6(_) => None,
+        });
+        for range in ranges {
             // Nobody may take this node's pods or the node itself away by claiming their addresses.
             let taken = range.contains(&own_range) || own_range.contains(range);
             if taken || range.contains(gateway) || table.contains_key(&range.trunc()) {

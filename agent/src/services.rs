@@ -15,7 +15,8 @@ use serde_json::{Value, json};
 use tokio::sync::{oneshot, watch as signal};
 use tokio_util::sync::CancellationToken;
 use tracing::warn;
-use xebec_dataplane_common::service::{Address, FrontendKey, FrontendValue};
+use xebec_dataplane_common::ip::Ip;
+use xebec_dataplane_common::service::{Backend, CHUNK, EXTERNAL, Frontend, FrontendKey, OWN, Run};
 
 use crate::maps::ServiceMaps;
 use crate::nodes::Nodes;
@@ -23,12 +24,12 @@ use crate::nodes::Nodes;
 /// A Service's or slice's namespace and name.
 type Name = (String, String);
 /// Addresses and ports of backends, in order.
-type Backends = Vec<(Ipv4Addr, u16)>;
+type Backends = Vec<(IpAddr, u16)>;
 
 /// What of a Service the dataplane needs.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 struct ServiceView {
-    cluster_ip: Option<Ipv4Addr>,
+    cluster_ip: Option<IpAddr>,
     ports: Vec<PortView>,
     publish_not_ready: bool,
 }
@@ -46,7 +47,7 @@ struct PortView {
 struct SliceView {
     service: Name,
     /// Address, ready, and still serving while it ends.
-    endpoints: Vec<(Ipv4Addr, bool, bool)>,
+    endpoints: Vec<(IpAddr, bool, bool)>,
     /// Name, port, protocol.
     ports: Vec<(String, u16, u8)>,
 }
@@ -137,63 +138,33 @@ impl From<&EndpointSlice> for SliceView {
 /// A frontend as it is in the kernel.
 #[derive(Clone, Debug)]
 struct Installed {
-    set: u32,
     keys: Vec<FrontendKey>,
     backends: Backends,
 }
 
-/// The kernel's side of Services; tests put a plain map in its place.
-trait Kernel {
-    fn add_set(&mut self, set: u32, backends: &[Address]) -> Result<()>;
-    fn set_frontend(&mut self, key: FrontendKey, value: FrontendValue) -> Result<()>;
-    fn remove_frontend(&mut self, key: FrontendKey) -> Result<()>;
-    fn remove_set(&mut self, set: u32, count: u32) -> Result<()>;
-}
-
-impl Kernel for ServiceMaps {
-    fn add_set(&mut self, set: u32, backends: &[Address]) -> Result<()> {
-        self.add_set(set, backends)
-    }
-    fn set_frontend(&mut self, key: FrontendKey, value: FrontendValue) -> Result<()> {
-        self.set_frontend(key, value)
-    }
-    fn remove_frontend(&mut self, key: FrontendKey) -> Result<()> {
-        self.remove_frontend(key)
-    }
-    fn remove_set(&mut self, set: u32, count: u32) -> Result<()> {
-        self.remove_set(set, count)
-    }
-}
-
 /// Tables of the API's state, and what of it is in the kernel.
-struct Reconciler<K> {
-    kernel: K,
+struct Reconciler {
+    kernel: ServiceMaps,
     /// Addresses that node ports are reached at.
-    node_addresses: Vec<Ipv4Addr>,
+    node_addresses: Vec<IpAddr>,
     services: HashMap<Name, ServiceView>,
     slices: BTreeMap<Name, SliceView>,
     /// By Service and port.
     installed: BTreeMap<(Name, u16, u8), Installed>,
-    next_set: u32,
+    next_chunk: u32,
+    next_backend: u32,
 }
 
-fn address(ip: Ipv4Addr, port: u16) -> Address {
-    Address {
-        address: u32::from_ne_bytes(ip.octets()),
-        port: port.to_be(),
-        pad: 0,
-    }
-}
-
-impl<K: Kernel> Reconciler<K> {
-    fn new(kernel: K, node_addresses: Vec<Ipv4Addr>) -> Self {
+impl Reconciler {
+    fn new(kernel: ServiceMaps, node_addresses: Vec<IpAddr>) -> Self {
         Self {
             kernel,
             node_addresses,
             services: HashMap::new(),
             slices: BTreeMap::new(),
             installed: BTreeMap::new(),
-            next_set: 0,
+            next_chunk: 0,
+            next_backend: 0,
         }
     }
 
@@ -235,22 +206,15 @@ impl<K: Kernel> Reconciler<K> {
             let Some(cluster_ip) = service.cluster_ip else {
                 continue;
             };
-            let key = |ip: Ipv4Addr, port_number: u16| {
-                let to = address(ip, port_number);
-                FrontendKey {
-                    address: to.address,
-                    port: to.port,
-                    protocol: port.protocol,
-                    pad: 0,
-                }
+            let key = |ip: Ip, number: u16| FrontendKey {
+                address: ip,
+                port: number.to_be(),
+                protocol: port.protocol,
+                pad: 0,
             };
-            let mut keys = vec![key(cluster_ip, port.port)];
+            let mut keys = vec![key(cluster_ip.into(), port.port)];
             if port.node_port > 0 {
-                keys.extend(
-                    self.node_addresses
-                        .iter()
-                        .map(|ip| key(*ip, port.node_port)),
-                );
+                keys.push(key(Ip::EVERY_V4, port.node_port));
             }
             wanted.insert(
                 (port.port, port.protocol),
@@ -266,28 +230,47 @@ impl<K: Kernel> Reconciler<K> {
             {
                 continue;
             }
-            self.next_set = self.next_set.wrapping_add(1);
-            let (set, count) = (self.next_set, backends.len() as u32);
-            let addresses: Vec<Address> = backends
-                .iter()
-                .map(|(ip, port)| address(*ip, *port))
-                .collect();
-            self.kernel.add_set(set, &addresses)?;
+            let first = self.next_chunk;
+            for some in backends.chunks(CHUNK) {
+                let mut chunk = [0; CHUNK];
+                for (slot, (ip, port)) in chunk.iter_mut().zip(some) {
+                    self.next_backend += 1;
+                    *slot = self.next_backend;
+                    self.kernel.set_backend(
+                        self.next_backend,
+                        Backend {
+                            address: (*ip).into(),
+                            port: port.to_be(),
+                            flags: 0,
+                            generation: 1,
+                        },
+                    )?;
+                }
+                self.kernel.set_chunk(self.next_chunk, chunk)?;
+                self.next_chunk += 1;
+            }
+            let run = Run {
+                first,
+                count: backends.len() as u32,
+            };
             for key in keys {
-                self.kernel
-                    .set_frontend(*key, FrontendValue { set, count })?;
+                let value = Frontend {
+                    service: 1,
+                    flags: EXTERNAL,
+                    affinity: 0,
+                    inside: run,
+                    outside: run,
+                };
+                self.kernel.set_frontend(*key, value)?;
             }
             if let Some(before) = before {
                 for gone in before.keys.iter().filter(|key| !keys.contains(key)) {
                     self.kernel.remove_frontend(*gone)?;
                 }
-                self.kernel
-                    .remove_set(before.set, before.backends.len() as u32)?;
             }
             self.installed.insert(
                 id,
                 Installed {
-                    set,
                     keys: keys.clone(),
                     backends: backends.clone(),
                 },
@@ -306,8 +289,6 @@ impl<K: Kernel> Reconciler<K> {
             for key in &before.keys {
                 self.kernel.remove_frontend(*key)?;
             }
-            self.kernel
-                .remove_set(before.set, before.backends.len() as u32)?;
         }
         Ok(())
     }
@@ -321,7 +302,7 @@ impl<K: Kernel> Reconciler<K> {
                 .map(|(ip, port)| format!("{ip}:{port}"))
                 .collect();
             for key in &installed.keys {
-                let ip = Ipv4Addr::from(key.address.to_ne_bytes());
+                let ip = IpAddr::from(key.address);
                 rows.push(json!({
                     "service": format!("{}/{}", name.0, name.1),
                     "frontend": format!("{ip}:{}/{}", u16::from_be(key.port), protocol_name(*protocol)),
@@ -352,17 +333,10 @@ impl Shown {
 }
 
 /// Where node ports are reached: at this node, and at every other one, whose backends are the same.
-fn node_addresses(own: IpAddr, nodes: &Nodes) -> Vec<Ipv4Addr> {
-    let mut all = vec![Ipv4Addr::LOCALHOST];
+fn node_addresses(own: IpAddr, nodes: &Nodes) -> Vec<IpAddr> {
+    let mut all = vec![IpAddr::V4(Ipv4Addr::LOCALHOST)];
     let others = nodes.iter().flat_map(|nodes| nodes.values());
-    let own = match own {
-        IpAddr::V4(ip) => Some(ip),
-        IpAddr::V6(_) => None,
-    };
-    for address in own
-        .into_iter()
-        .chain(others.flat_map(|view| view.addresses.clone()))
-    {
+    for address in std::iter::once(own).chain(others.flat_map(|view| view.addresses.clone())) {
         if !all.contains(&address) {
             all.push(address);
         }
@@ -412,10 +386,10 @@ pub(crate) async fn run(
                 }
                 listed.2 = true;
                 let addresses = node_addresses(node_ip, &nodes.borrow_and_update());
-                if addresses != reconciler.node_addresses {
-                    reconciler.node_addresses = addresses;
-                    changed = reconciler.services.keys().cloned().collect();
+                for address in &addresses {
+                    reconciler.kernel.set_node_address(*address, OWN)?;
                 }
+                reconciler.node_addresses = addresses;
             }
             event = services.try_next() => match event {
                 Ok(Some(Event::Init)) => seen_services.clear(),
@@ -476,133 +450,5 @@ pub(crate) async fn run(
                 let _ = ready.send(());
             }
         }
-    }
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    /// The maps as plain ones, and a check that no frontend ever points at what is not there.
-    #[derive(Default)]
-    struct Plain {
-        frontends: HashMap<FrontendKey, FrontendValue>,
-        backends: BTreeMap<(u32, u32), Address>,
-    }
-
-    impl Plain {
-        fn check(&self) {
-            for value in self.frontends.values() {
-                for slot in 0..value.count {
-                    assert!(
-                        self.backends.contains_key(&(value.set, slot)),
-                        "a frontend points at a backend that is not there"
-                    );
-                }
-            }
-        }
-    }
-
-    impl Kernel for Plain {
-        fn add_set(&mut self, set: u32, backends: &[Address]) -> Result<()> {
-            self.backends.extend(
-                backends
-                    .iter()
-                    .enumerate()
-                    .map(|(slot, backend)| ((set, slot as u32), *backend)),
-            );
-            self.check();
-            Ok(())
-        }
-        fn set_frontend(&mut self, key: FrontendKey, value: FrontendValue) -> Result<()> {
-            self.frontends.insert(key, value);
-            self.check();
-            Ok(())
-        }
-        fn remove_frontend(&mut self, key: FrontendKey) -> Result<()> {
-            self.frontends.remove(&key);
-            Ok(())
-        }
-        fn remove_set(&mut self, set: u32, count: u32) -> Result<()> {
-            self.backends
-                .retain(|(of, slot), _| *of != set || *slot >= count);
-            self.check();
-            Ok(())
-        }
-    }
-
-    fn service(node_port: u16) -> ServiceView {
-        let port = PortView {
-            name: "http".into(),
-            port: 80,
-            node_port,
-            protocol: 6,
-        };
-        ServiceView {
-            cluster_ip: Some(Ipv4Addr::new(10, 96, 0, 9)),
-            ports: vec![port],
-            publish_not_ready: false,
-        }
-    }
-
-    fn slice(name: &Name, endpoints: &[(u8, bool, bool)]) -> SliceView {
-        SliceView {
-            service: name.clone(),
-            endpoints: endpoints
-                .iter()
-                .map(|(last, ready, ending)| (Ipv4Addr::new(10, 244, 0, *last), *ready, *ending))
-                .collect(),
-            ports: vec![("http".into(), 8080, 6)],
-        }
-    }
-
-    #[test]
-    fn a_service_comes_changes_and_goes_without_a_gap() {
-        let name: Name = ("shop".into(), "web".into());
-        let mut reconciler = Reconciler::new(Plain::default(), vec![Ipv4Addr::new(192, 0, 2, 1)]);
-        let counts = |reconciler: &Reconciler<Plain>| {
-            (
-                reconciler.kernel.frontends.len(),
-                reconciler.kernel.backends.len(),
-            )
-        };
-        reconciler.services.insert(name.clone(), service(30080));
-        reconciler.reconcile(&name).unwrap();
-        assert_eq!(
-            counts(&reconciler),
-            (2, 0),
-            "without endpoints it is there and refuses"
-        );
-        reconciler.slices.insert(
-            name.clone(),
-            slice(
-                &name,
-                &[(1, true, false), (2, true, false), (3, false, false)],
-            ),
-        );
-        reconciler.reconcile(&name).unwrap();
-        assert_eq!(counts(&reconciler), (2, 2), "only ready endpoints");
-        let sets = reconciler.next_set;
-        reconciler.reconcile(&name).unwrap();
-        assert_eq!(
-            reconciler.next_set, sets,
-            "nothing changed, nothing is written"
-        );
-        reconciler.slices.insert(
-            name.clone(),
-            slice(&name, &[(1, false, true), (2, false, false)]),
-        );
-        reconciler.reconcile(&name).unwrap();
-        assert_eq!(
-            counts(&reconciler),
-            (2, 1),
-            "where none is ready, the one that still serves"
-        );
-        reconciler.services.insert(name.clone(), service(0));
-        reconciler.reconcile(&name).unwrap();
-        assert_eq!(counts(&reconciler), (1, 1), "the node port is gone");
-        reconciler.services.remove(&name);
-        reconciler.reconcile(&name).unwrap();
-        assert_eq!(counts(&reconciler), (0, 0));
     }
 }

@@ -1,7 +1,6 @@
 //! Flows as they are kept, filtered and written.
 
 use super::*;
-use crate::maps::be;
 use crate::policy::compile::Direction;
 use xebec_dataplane_common::flow::{FORWARDED, INGRESS};
 
@@ -33,8 +32,8 @@ fn flows() -> Flows {
 fn event(source: [u8; 4], destination: [u8; 4]) -> Event {
     Event {
         time: 5_000_000_000,
-        source: be(source.into()),
-        destination: be(destination.into()),
+        source: std::net::Ipv4Addr::from(source).into(),
+        destination: std::net::Ipv4Addr::from(destination).into(),
         source_port: 4000_u16.to_be(),
         destination_port: 8080_u16.to_be(),
         protocol: TCP,
@@ -46,7 +45,7 @@ fn event(source: [u8; 4], destination: [u8; 4]) -> Event {
         length: 60,
         set: 7,
         rule: 42,
-        pad: 0,
+        service: 0,
     }
 }
 

@@ -1,9 +1,9 @@
 //! From policies to the set of rules of one pod and direction: exact entries that the kernel finds by lookups.
 
 use std::collections::{BTreeMap, BTreeSet};
-use std::net::Ipv4Addr;
+use std::net::IpAddr;
 
-use ipnet::Ipv4Net;
+use ipnet::IpNet;
 use k8s_openapi::api::networking::v1::{
     NetworkPolicy, NetworkPolicyPeer, NetworkPolicyPort, NetworkPolicySpec,
 };
@@ -65,7 +65,7 @@ pub struct Compiled {
     /// Entries (their `set` is 0) and the rule of each.
     pub rules: BTreeMap<RuleKey, RuleId>,
     /// Address blocks and their classes.
-    pub cidrs: BTreeMap<Ipv4Net, u32>,
+    pub cidrs: BTreeMap<IpNet, u32>,
     /// The policies that isolate the pod: what no rule allows is denied by them.
     pub policies: Vec<Name>,
 }
@@ -169,27 +169,22 @@ fn ports(list: Option<&Vec<NetworkPolicyPort>>, kind: Option<&Kind>) -> Result<P
 
 /// An address block with its exceptions.
 struct Block {
-    cidr: Ipv4Net,
-    except: Vec<Ipv4Net>,
+    cidr: IpNet,
+    except: Vec<IpNet>,
     rule: RuleId,
     ports: Ports,
 }
 
 impl Block {
-    fn holds(&self, prefix: Ipv4Net) -> bool {
+    fn holds(&self, prefix: IpNet) -> bool {
         self.cidr.contains(&prefix) && !self.except.iter().any(|hole| hole.contains(&prefix))
     }
 }
 
-fn parse_block(text: &str) -> Result<Option<Ipv4Net>, String> {
-    match text.parse::<ipnet::IpNet>() {
-        Ok(ipnet::IpNet::V4(block)) => Ok(Some(block.trunc())),
-        // IPv6 blocks match no IPv4 packet.
-        Ok(ipnet::IpNet::V6(_)) => Ok(None),
-        Err(_) => Err(format!(
-            "{text:?} is no address block (such as 192.0.2.0/24)"
-        )),
-    }
+fn parse_block(text: &str) -> Result<IpNet, String> {
+    text.parse::<IpNet>()
+        .map(|block| block.trunc())
+        .map_err(|_| format!("{text:?} is no address block (such as 192.0.2.0/24)"))
 }
 
 /// Compiles the set of a pod in one direction; none where no policy isolates it.
@@ -265,19 +260,12 @@ pub fn compile(
                         .iter()
                         .flatten()
                         .map(|hole| parse_block(hole).map_err(refused));
-                    let except: Vec<Ipv4Net> = except
-                        .collect::<Result<Vec<_>, _>>()?
-                        .into_iter()
-                        .flatten()
-                        .collect();
-                    if let Some(cidr) = cidr {
-                        blocks.push(Block {
-                            cidr,
-                            except,
-                            rule: rule.clone(),
-                            ports: of(None)?,
-                        });
-                    }
+                    blocks.push(Block {
+                        cidr,
+                        except: except.collect::<Result<Vec<_>, _>>()?,
+                        rule: rule.clone(),
+                        ports: of(None)?,
+                    });
                     continue;
                 }
                 for (kind, identity) in view.identities {
@@ -341,11 +329,15 @@ fn add(set: &mut Compiled, peer: u32, shape: u8, ports: &Ports, rule: &RuleId) {
 /// Each prefix that a block or an exception names gets the class of the blocks that hold it, so that the longest
 /// prefix of an address tells all of them at once.
 fn add_blocks(set: &mut Compiled, blocks: &[Block]) {
-    let prefixes: BTreeSet<Ipv4Net> = blocks
+    let mut prefixes: BTreeSet<IpNet> = blocks
         .iter()
         .flat_map(|block| block.except.iter().chain([&block.cidr]))
         .copied()
         .collect();
+    // In the kernel's table IPv4 is a part of IPv6: a wide block of IPv6 must not hold it.
+    if prefixes.iter().any(|prefix| matches!(prefix, IpNet::V6(_))) {
+        prefixes.insert(IpNet::V4(ipnet::Ipv4Net::default()));
+    }
     let mut classes = BTreeMap::<Vec<usize>, u32>::new();
     for prefix in prefixes {
         let holding: Vec<usize> = blocks
@@ -381,7 +373,7 @@ impl Compiled {
     }
 
     /// The rule that allows, found as the kernel finds it.
-    pub fn judge(&self, peer: Ipv4Addr, identity: u32, protocol: u8, port: u16) -> Option<&RuleId> {
+    pub fn judge(&self, peer: IpAddr, identity: u32, protocol: u8, port: u16) -> Option<&RuleId> {
         let class = self
             .cidrs
             .iter()

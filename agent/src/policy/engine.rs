@@ -1,7 +1,7 @@
 //! What the API says of pods, namespaces, nodes and policies, and what of it is in the kernel.
 
 use std::collections::{BTreeMap, HashMap};
-use std::net::Ipv4Addr;
+use std::net::IpAddr;
 
 use anyhow::{Context, Result};
 use k8s_openapi::api::core::v1::Pod;
@@ -21,7 +21,7 @@ use crate::names::{Names, Peer};
 #[derive(Clone, Debug, PartialEq, Eq)]
 struct PodView {
     kind: Kind,
-    addresses: Vec<Ipv4Addr>,
+    addresses: Vec<IpAddr>,
     workload: Option<(String, String)>,
 }
 
@@ -47,14 +47,14 @@ pub struct Engine<K> {
     node_name: String,
     pods: HashMap<Name, PodView>,
     namespaces: BTreeMap<String, Labels>,
-    nodes: BTreeMap<String, Vec<Ipv4Addr>>,
+    nodes: BTreeMap<String, Vec<IpAddr>>,
     policies: BTreeMap<Name, NetworkPolicySpec>,
     identities: BTreeMap<Kind, u32>,
     /// How many pods are of each kind.
     counts: HashMap<Kind, usize>,
     /// Whose an address is (no pod's name for a node's), and its identity.
-    addresses: HashMap<Ipv4Addr, (Option<Name>, u32)>,
-    endpoints: BTreeMap<Ipv4Addr, Connected>,
+    addresses: HashMap<IpAddr, (Option<Name>, u32)>,
+    endpoints: BTreeMap<IpAddr, Connected>,
     sets: BTreeMap<Compiled, Installed>,
     /// Numbers of rules, as long as their policy is there.
     rules: BTreeMap<RuleId, u32>,
@@ -142,7 +142,7 @@ impl<K: PolicyKernel> Engine<K> {
         Ok(())
     }
 
-    fn take_address(&mut self, address: Ipv4Addr, name: &Name, view: &PodView) -> Result<()> {
+    fn take_address(&mut self, address: IpAddr, name: &Name, view: &PodView) -> Result<()> {
         let identity = self.identities.get(&view.kind).copied().unwrap_or_default();
         self.names.set(
             address,
@@ -157,7 +157,7 @@ impl<K: PolicyKernel> Engine<K> {
         self.kernel.set_identity(address, identity)
     }
 
-    fn drop_address(&mut self, address: Ipv4Addr, owner: &Name) -> Result<()> {
+    fn drop_address(&mut self, address: IpAddr, owner: &Name) -> Result<()> {
         // It may be another's by now; a connected pod's is known until it is disconnected.
         let own = self
             .addresses
@@ -212,7 +212,7 @@ impl<K: PolicyKernel> Engine<K> {
     }
 
     /// Takes a Node's addresses; none removes it.
-    pub fn set_node(&mut self, name: &str, addresses: Vec<Ipv4Addr>) -> Result<()> {
+    pub fn set_node(&mut self, name: &str, addresses: Vec<IpAddr>) -> Result<()> {
         let before = self
             .nodes
             .insert(name.to_owned(), addresses.clone())
@@ -266,7 +266,7 @@ impl<K: PolicyKernel> Engine<K> {
     pub fn connect(
         &mut self,
         pod: &Name,
-        address: Ipv4Addr,
+        address: IpAddr,
         ifindex: u32,
         mac: [u8; 6],
     ) -> Result<()> {
@@ -299,7 +299,7 @@ impl<K: PolicyKernel> Engine<K> {
     }
 
     /// Forgets a pod of this node.
-    pub fn disconnect(&mut self, address: Ipv4Addr) -> Result<()> {
+    pub fn disconnect(&mut self, address: IpAddr) -> Result<()> {
         let Some(gone) = self.endpoints.remove(&address) else {
             return Ok(());
         };
@@ -331,7 +331,7 @@ impl<K: PolicyKernel> Engine<K> {
         self.refused.clear();
         let mut outcome = Ok(());
         let mut changed = false;
-        let addresses: Vec<Ipv4Addr> = self.endpoints.keys().copied().collect();
+        let addresses: Vec<IpAddr> = self.endpoints.keys().copied().collect();
         for address in addresses {
             match self.refresh_endpoint(address) {
                 Ok(fresh) => changed |= fresh,
@@ -359,7 +359,7 @@ impl<K: PolicyKernel> Engine<K> {
         outcome
     }
 
-    fn refresh_endpoint(&mut self, address: Ipv4Addr) -> Result<bool> {
+    fn refresh_endpoint(&mut self, address: IpAddr) -> Result<bool> {
         let Some(connected) = self.endpoints.get(&address).cloned() else {
             return Ok(false);
         };

@@ -1,7 +1,7 @@
 //! What NetworkPolicy means, read off the objects rule by rule and as slowly as can be: the tests' judge.
 
 use std::collections::BTreeMap;
-use std::net::Ipv4Addr;
+use std::net::{IpAddr, Ipv4Addr};
 
 use k8s_openapi::api::networking::v1::{NetworkPolicyPeer, NetworkPolicyPort, NetworkPolicySpec};
 use k8s_openapi::apimachinery::pkg::apis::meta::v1::LabelSelector;
@@ -25,7 +25,7 @@ pub struct World {
 pub struct Other<'a> {
     /// None for who is no pod.
     pub kind: Option<&'a Kind>,
-    pub address: Ipv4Addr,
+    pub address: IpAddr,
 }
 
 /// The rules that allow; none if no policy isolates the pod in this direction.
@@ -126,7 +126,7 @@ fn has_port(one: &NetworkPolicyPort, named: Option<&Kind>, protocol: &str, port:
 fn is_peer(world: &World, one: &NetworkPolicyPeer, own: &str, other: Other<'_>) -> bool {
     if let Some(block) = &one.ip_block {
         let holds = |text: &str| {
-            text.parse::<ipnet::Ipv4Net>()
+            text.parse::<ipnet::IpNet>()
                 .is_ok_and(|block| block.contains(&other.address))
         };
         return holds(&block.cidr) && !block.except.iter().flatten().any(|hole| holds(hole));
@@ -288,13 +288,13 @@ pub fn named_ports(random: &mut StdRng) -> std::collections::BTreeSet<(String, u
 }
 
 /// Addresses near which blocks begin and end.
-pub const ADDRESSES: [Ipv4Addr; 8] = [
-    Ipv4Addr::new(9, 255, 255, 255),
-    Ipv4Addr::new(10, 0, 0, 0),
-    Ipv4Addr::new(10, 1, 1, 255),
-    Ipv4Addr::new(10, 1, 2, 3),
-    Ipv4Addr::new(10, 1, 2, 4),
-    Ipv4Addr::new(10, 1, 2, 128),
-    Ipv4Addr::new(10, 1, 3, 0),
-    Ipv4Addr::new(11, 0, 0, 0),
+pub const ADDRESSES: [IpAddr; 8] = [
+    IpAddr::V4(Ipv4Addr::new(9, 255, 255, 255)),
+    IpAddr::V4(Ipv4Addr::new(10, 0, 0, 0)),
+    IpAddr::V4(Ipv4Addr::new(10, 1, 1, 255)),
+    IpAddr::V4(Ipv4Addr::new(10, 1, 2, 3)),
+    IpAddr::V4(Ipv4Addr::new(10, 1, 2, 4)),
+    IpAddr::V4(Ipv4Addr::new(10, 1, 2, 128)),
+    IpAddr::V4(Ipv4Addr::new(10, 1, 3, 0)),
+    IpAddr::V4(Ipv4Addr::new(11, 0, 0, 0)),
 ];

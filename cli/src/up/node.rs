@@ -114,7 +114,11 @@ impl NodeConfig {
             devices: Vec::new(),
             xdp: self.xdp,
             // The host of several nodes is none of them, but has routes to their pods.
-            native: self.cable.iter().map(|cable| cable.host.into()).collect(),
+            native: self
+                .cable
+                .iter()
+                .map(|cable| IpAddr::V4(cable.host).into())
+                .collect(),
         }
     }
 

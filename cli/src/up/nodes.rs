@@ -108,11 +108,9 @@ async fn open_gateway(nodes: &[NodeConfig], outside: &Outside<'_>) -> Result<()>
         bpf_dir: outside.bpf_dir.clone(),
     };
     for node in nodes {
-        if let (IpAddr::V4(address), ipnet::IpNet::V4(pods), Some(cable)) =
-            (node.ip, node.pod_cidr, &node.cable)
-        {
-            config.nodes.push(address);
-            config.native.extend([pods, cable.range]);
+        if let Some(cable) = &node.cable {
+            config.nodes.push(node.ip);
+            config.native.extend([node.pod_cidr, cable.range.into()]);
         }
     }
     xebec_agent::gateway::open(&config).await

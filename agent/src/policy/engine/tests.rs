@@ -4,7 +4,7 @@ use std::collections::BTreeSet;
 use std::sync::{Arc, Mutex};
 
 use anyhow::ensure;
-use ipnet::Ipv4Net;
+use ipnet::IpNet;
 use rand::rngs::StdRng;
 use rand::{Rng, SeedableRng};
 use xebec_dataplane_common::policy::{
@@ -18,10 +18,10 @@ use crate::policy::naive::{self, NAMESPACES, Other, PORTS, PROTOCOLS, World, all
 /// The kernel's maps, and its way to look them up.
 #[derive(Default)]
 struct Plain {
-    endpoints: HashMap<Ipv4Addr, Endpoint>,
-    identities: HashMap<Ipv4Addr, u32>,
+    endpoints: HashMap<IpAddr, Endpoint>,
+    identities: HashMap<IpAddr, u32>,
     rules: HashMap<RuleKey, u32>,
-    cidrs: BTreeMap<(u32, Ipv4Net), u32>,
+    cidrs: BTreeMap<(u32, IpNet), u32>,
     sets: HashMap<u32, Set>,
     generation: u32,
     /// How many rules fit.
@@ -38,7 +38,7 @@ impl Kernel {
 }
 
 impl PolicyKernel for Kernel {
-    fn set_endpoint(&mut self, address: Ipv4Addr, endpoint: Endpoint) -> Result<()> {
+    fn set_endpoint(&mut self, address: IpAddr, endpoint: Endpoint) -> Result<()> {
         self.with(|plain| {
             for set in [endpoint.ingress_set, endpoint.egress_set] {
                 assert!(
@@ -51,17 +51,17 @@ impl PolicyKernel for Kernel {
         Ok(())
     }
 
-    fn remove_endpoint(&mut self, address: Ipv4Addr) -> Result<()> {
+    fn remove_endpoint(&mut self, address: IpAddr) -> Result<()> {
         self.with(|plain| plain.endpoints.remove(&address));
         Ok(())
     }
 
-    fn set_identity(&mut self, address: Ipv4Addr, identity: u32) -> Result<()> {
+    fn set_identity(&mut self, address: IpAddr, identity: u32) -> Result<()> {
         self.with(|plain| plain.identities.insert(address, identity));
         Ok(())
     }
 
-    fn remove_identity(&mut self, address: Ipv4Addr) -> Result<()> {
+    fn remove_identity(&mut self, address: IpAddr) -> Result<()> {
         self.with(|plain| plain.identities.remove(&address));
         Ok(())
     }
@@ -92,12 +92,12 @@ impl PolicyKernel for Kernel {
         Ok(())
     }
 
-    fn set_cidr(&mut self, set: u32, block: Ipv4Net, class: u32) -> Result<()> {
+    fn set_cidr(&mut self, set: u32, block: IpNet, class: u32) -> Result<()> {
         self.with(|plain| plain.cidrs.insert((set, block), class));
         Ok(())
     }
 
-    fn remove_cidr(&mut self, set: u32, block: Ipv4Net) -> Result<()> {
+    fn remove_cidr(&mut self, set: u32, block: IpNet) -> Result<()> {
         self.with(|plain| plain.cidrs.remove(&(set, block)));
         Ok(())
     }
@@ -127,7 +127,7 @@ impl PolicyKernel for Kernel {
 
 impl Plain {
     /// As `judge` of the tc programs.
-    fn judge(&self, number: u32, peer: Ipv4Addr, protocol: u8, port: u16) -> u32 {
+    fn judge(&self, number: u32, peer: IpAddr, protocol: u8, port: u16) -> u32 {
         let Some(set) = self.sets.get(&number) else {
             return 0;
         };
@@ -175,7 +175,7 @@ struct History {
     names: Names,
     engine: Engine<Kernel>,
     world: World,
-    pods: BTreeMap<Name, (Ipv4Addr, Pod)>,
+    pods: BTreeMap<Name, (IpAddr, Pod)>,
     connected: BTreeSet<Name>,
     next_address: u32,
 }
@@ -214,7 +214,7 @@ impl History {
         NAMESPACES[self.random.random_range(0..NAMESPACES.len())]
     }
 
-    fn put_pod(&mut self, name: Name, address: Ipv4Addr) {
+    fn put_pod(&mut self, name: Name, address: IpAddr) {
         let ports: Vec<Value> = naive::named_ports(&mut self.random)
             .into_iter()
             .map(|(name, protocol, port)| {
@@ -246,7 +246,10 @@ impl History {
                 } else {
                     0x0a63_0000
                 };
-                self.put_pod(name, Ipv4Addr::from(base + self.next_address));
+                self.put_pod(
+                    name,
+                    std::net::Ipv4Addr::from(base + self.next_address).into(),
+                );
             }
             3 => {
                 if let Some(name) = self.pick(self.pods.keys().cloned().collect()) {
@@ -322,7 +325,7 @@ impl History {
                     address: *address,
                 });
                 let world =
-                    [Ipv4Addr::new(11, 0, 0, 0), Ipv4Addr::new(10, 1, 2, 200)].map(|address| {
+                    [IpAddr::from([11, 0, 0, 0]), IpAddr::from([10, 1, 2, 200])].map(|address| {
                         Other {
                             kind: None,
                             address,
@@ -393,10 +396,10 @@ fn the_kernel_holds_what_the_objects_say_after_every_change() {
 fn one_pod() -> History {
     let mut history = History::new(1);
     let name = ("x".to_owned(), "one".to_owned());
-    history.put_pod(name.clone(), Ipv4Addr::new(10, 99, 0, 1));
+    history.put_pod(name.clone(), IpAddr::from([10, 99, 0, 1]));
     history
         .engine
-        .connect(&name, Ipv4Addr::new(10, 99, 0, 1), 5, [2; 6])
+        .connect(&name, IpAddr::from([10, 99, 0, 1]), 5, [2; 6])
         .unwrap();
     history.connected.insert(name);
     history
@@ -481,7 +484,7 @@ fn alike_pods_share_one_set_and_unlike_ones_with_the_same_hash_have_identities_o
     for number in 2..40_u8 {
         let (_, mut pod) = history.pods[&("x".to_owned(), "one".to_owned())].clone();
         pod.metadata.name = Some(format!("pod{number}"));
-        let address = Ipv4Addr::new(10, 99, 0, number);
+        let address = IpAddr::from([10, 99, 0, number]);
         pod.status = serde_json::from_value(json!({"podIPs": [{"ip": address}]})).unwrap();
         history.engine.set_pod(&pod).unwrap();
         let name = ("x".to_owned(), format!("pod{number}"));

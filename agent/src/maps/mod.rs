@@ -1,25 +1,20 @@
 //! The kernel's maps, as the agent writes and reads them.
 
-use std::net::Ipv4Addr;
+mod services;
+
+use std::net::IpAddr;
 
 use anyhow::{Context, Result};
 use aya::maps::lpm_trie::{Key, LpmTrie};
 use aya::maps::{Array, HashMap, Map, MapData, MapError, PerCpuArray, RingBuf};
 use bytemuck::must_cast;
+use ipnet::IpNet;
 use xebec_dataplane_common::flow::{Counters, Event};
+use xebec_dataplane_common::ip::Ip;
 use xebec_dataplane_common::nat::Settings;
 use xebec_dataplane_common::policy::{CidrKey, Endpoint, RuleKey, Set};
-use xebec_dataplane_common::service::{Address, BackendKey, FrontendKey, FrontendValue, Scope};
 
-/// An address as the maps hold it.
-pub fn be(address: Ipv4Addr) -> u32 {
-    u32::from_ne_bytes(address.octets())
-}
-
-/// The address that a map holds.
-pub fn from_be(address: u32) -> Ipv4Addr {
-    Ipv4Addr::from(address.to_ne_bytes())
-}
+pub use services::ServiceMaps;
 
 /// Takes a map out of the loaded object by its name.
 pub(crate) fn take<T: TryFrom<Map, Error = MapError>>(
@@ -33,7 +28,7 @@ pub(crate) fn take<T: TryFrom<Map, Error = MapError>>(
 }
 
 /// What is not there need not be removed.
-fn gone(outcome: Result<(), MapError>, what: &'static str) -> Result<()> {
+pub(crate) fn gone(outcome: Result<(), MapError>, what: &'static str) -> Result<()> {
     match outcome {
         Ok(()) | Err(MapError::KeyNotFound) => Ok(()),
         Err(MapError::SyscallError(error))
@@ -45,78 +40,13 @@ fn gone(outcome: Result<(), MapError>, what: &'static str) -> Result<()> {
     }
 }
 
-/// Frontends and backends of Services.
-pub struct ServiceMaps {
-    frontends: HashMap<MapData, [u8; 8], [u8; 8]>,
-    backends: HashMap<MapData, [u8; 8], [u8; 8]>,
-    scope: Array<MapData, [u8; 16]>,
-}
-
-impl ServiceMaps {
-    pub(crate) fn new(ebpf: &mut aya::Ebpf) -> Result<Self> {
-        Ok(Self {
-            frontends: take(ebpf, "FRONTENDS")?,
-            backends: take(ebpf, "BACKENDS")?,
-            scope: take(ebpf, "SCOPE")?,
-        })
-    }
-
-    /// Tells whose sockets are translated.
-    pub fn set_scope(&mut self, scope: Scope) -> Result<()> {
-        self.scope
-            .set(0, must_cast::<_, [u8; 16]>(scope), 0)
-            .context("could not write whose sockets are translated")
-    }
-
-    /// Writes a set of backends, which nothing refers to yet.
-    pub fn add_set(&mut self, set: u32, backends: &[Address]) -> Result<()> {
-        for (slot, backend) in (0..).zip(backends) {
-            self.backends
-                .insert(
-                    must_cast::<_, [u8; 8]>(BackendKey { set, slot }),
-                    must_cast::<_, [u8; 8]>(*backend),
-                    0,
-                )
-                .context("the map of backends is full")?;
-        }
-        Ok(())
-    }
-
-    /// Points a frontend at a set.
-    pub fn set_frontend(&mut self, key: FrontendKey, value: FrontendValue) -> Result<()> {
-        self.frontends
-            .insert(
-                must_cast::<_, [u8; 8]>(key),
-                must_cast::<_, [u8; 8]>(value),
-                0,
-            )
-            .context("the map of frontends is full")
-    }
-
-    /// Removes a frontend; one that is not there is no error.
-    pub fn remove_frontend(&mut self, key: FrontendKey) -> Result<()> {
-        gone(self.frontends.remove(&must_cast(key)), "a frontend")
-    }
-
-    /// Removes a set that nothing refers to any more.
-    pub fn remove_set(&mut self, set: u32, count: u32) -> Result<()> {
-        for slot in 0..count {
-            gone(
-                self.backends.remove(&must_cast(BackendKey { set, slot })),
-                "a backend",
-            )?;
-        }
-        Ok(())
-    }
-}
-
 /// Endpoints, identities and compiled policy.
 pub struct PolicyMaps {
-    endpoints: HashMap<MapData, u32, [u8; 24]>,
-    identities: HashMap<MapData, u32, u32>,
+    endpoints: HashMap<MapData, [u8; 16], [u8; 24]>,
+    identities: HashMap<MapData, [u8; 16], u32>,
     sets: HashMap<MapData, u32, [u8; 32]>,
     rules: HashMap<MapData, [u8; 12], u32>,
-    cidrs: LpmTrie<MapData, [u8; 8], u32>,
+    cidrs: LpmTrie<MapData, [u8; 20], u32>,
     generation: Array<MapData, u32>,
 }
 
@@ -136,21 +66,21 @@ impl PolicyMaps {
 /// The kernel's side of policy; tests put a plain model in its place.
 pub trait PolicyKernel: Send + 'static {
     /// Tells what a pod of this node is.
-    fn set_endpoint(&mut self, address: Ipv4Addr, endpoint: Endpoint) -> Result<()>;
+    fn set_endpoint(&mut self, address: IpAddr, endpoint: Endpoint) -> Result<()>;
     /// Forgets a pod of this node.
-    fn remove_endpoint(&mut self, address: Ipv4Addr) -> Result<()>;
+    fn remove_endpoint(&mut self, address: IpAddr) -> Result<()>;
     /// Gives an address its identity.
-    fn set_identity(&mut self, address: Ipv4Addr, identity: u32) -> Result<()>;
+    fn set_identity(&mut self, address: IpAddr, identity: u32) -> Result<()>;
     /// Makes an address part of the world again.
-    fn remove_identity(&mut self, address: Ipv4Addr) -> Result<()>;
+    fn remove_identity(&mut self, address: IpAddr) -> Result<()>;
     /// Writes an entry of a set.
     fn set_rule(&mut self, key: RuleKey, rule: u32) -> Result<()>;
     /// Removes an entry of a set.
     fn remove_rule(&mut self, key: RuleKey) -> Result<()>;
     /// Gives an address block of a set its class.
-    fn set_cidr(&mut self, set: u32, block: ipnet::Ipv4Net, class: u32) -> Result<()>;
+    fn set_cidr(&mut self, set: u32, block: IpNet, class: u32) -> Result<()>;
     /// Removes an address block of a set.
-    fn remove_cidr(&mut self, set: u32, block: ipnet::Ipv4Net) -> Result<()>;
+    fn remove_cidr(&mut self, set: u32, block: IpNet) -> Result<()>;
     /// Puts a set into force, whose entries are all written.
     fn set_set(&mut self, set: u32, value: Set) -> Result<()>;
     /// Takes a set out of force.
@@ -159,18 +89,27 @@ pub trait PolicyKernel: Send + 'static {
     fn set_generation(&mut self, generation: u32) -> Result<()>;
 }
 
-fn cidr_key(set: u32, block: ipnet::Ipv4Net) -> Key<[u8; 8]> {
-    let key = CidrKey {
-        set,
-        address: be(block.network()),
-    };
-    Key::new(32 + u32::from(block.prefix_len()), must_cast(key))
+/// An address as the maps hold it.
+fn key(address: IpAddr) -> [u8; 16] {
+    must_cast(Ip::from(address))
+}
+
+/// A block as the maps hold it.
+fn block_key(block: IpNet) -> Key<[u8; 16]> {
+    let address = Ip::from(block.network());
+    Key::new(address.prefix_bits(block.prefix_len()), must_cast(address))
+}
+
+fn cidr_key(set: u32, block: IpNet) -> Key<[u8; 20]> {
+    let address = Ip::from(block.network());
+    let bits = 32 + address.prefix_bits(block.prefix_len());
+    Key::new(bits, must_cast(CidrKey { set, address }))
 }
 
 impl PolicyMaps {
     /// What a pod of this node is to the programs.
-    pub fn endpoint(&self, address: Ipv4Addr) -> Result<Option<Endpoint>> {
-        match self.endpoints.get(&be(address), 0) {
+    pub fn endpoint(&self, address: IpAddr) -> Result<Option<Endpoint>> {
+        match self.endpoints.get(&key(address), 0) {
             Ok(bytes) => Ok(Some(must_cast(bytes))),
             Err(MapError::KeyNotFound) => Ok(None),
             Err(error) => Err(error).context("could not read the map of endpoints"),
@@ -179,24 +118,24 @@ impl PolicyMaps {
 }
 
 impl PolicyKernel for PolicyMaps {
-    fn set_endpoint(&mut self, address: Ipv4Addr, endpoint: Endpoint) -> Result<()> {
+    fn set_endpoint(&mut self, address: IpAddr, endpoint: Endpoint) -> Result<()> {
         self.endpoints
-            .insert(be(address), must_cast::<_, [u8; 24]>(endpoint), 0)
+            .insert(key(address), must_cast::<_, [u8; 24]>(endpoint), 0)
             .context("the map of endpoints is full")
     }
 
-    fn remove_endpoint(&mut self, address: Ipv4Addr) -> Result<()> {
-        gone(self.endpoints.remove(&be(address)), "an endpoint")
+    fn remove_endpoint(&mut self, address: IpAddr) -> Result<()> {
+        gone(self.endpoints.remove(&key(address)), "an endpoint")
     }
 
-    fn set_identity(&mut self, address: Ipv4Addr, identity: u32) -> Result<()> {
+    fn set_identity(&mut self, address: IpAddr, identity: u32) -> Result<()> {
         self.identities
-            .insert(be(address), identity, 0)
+            .insert(key(address), identity, 0)
             .context("the map of identities is full")
     }
 
-    fn remove_identity(&mut self, address: Ipv4Addr) -> Result<()> {
-        gone(self.identities.remove(&be(address)), "an identity")
+    fn remove_identity(&mut self, address: IpAddr) -> Result<()> {
+        gone(self.identities.remove(&key(address)), "an identity")
     }
 
     fn set_rule(&mut self, key: RuleKey, rule: u32) -> Result<()> {
@@ -209,13 +148,13 @@ impl PolicyKernel for PolicyMaps {
         gone(self.rules.remove(&must_cast(key)), "a rule")
     }
 
-    fn set_cidr(&mut self, set: u32, block: ipnet::Ipv4Net, class: u32) -> Result<()> {
+    fn set_cidr(&mut self, set: u32, block: IpNet, class: u32) -> Result<()> {
         self.cidrs
             .insert(&cidr_key(set, block), class, 0)
             .context("the map of address blocks is full")
     }
 
-    fn remove_cidr(&mut self, set: u32, block: ipnet::Ipv4Net) -> Result<()> {
+    fn remove_cidr(&mut self, set: u32, block: IpNet) -> Result<()> {
         gone(self.cidrs.remove(&cidr_key(set, block)), "an address block")
     }
 
@@ -238,8 +177,8 @@ impl PolicyKernel for PolicyMaps {
 
 /// Translation: settings, and who needs none.
 pub struct NetworkMaps {
-    settings: Array<MapData, [u8; 8]>,
-    native: LpmTrie<MapData, u32, u8>,
+    settings: Array<MapData, [u8; 40]>,
+    native: LpmTrie<MapData, [u8; 16], u8>,
 }
 
 impl NetworkMaps {
@@ -253,22 +192,23 @@ impl NetworkMaps {
     /// Tells the programs of the node.
     pub fn set_settings(&mut self, settings: Settings) -> Result<()> {
         self.settings
-            .set(0, must_cast::<_, [u8; 8]>(settings), 0)
+            .set(0, must_cast::<_, [u8; 40]>(settings), 0)
             .context("could not write the settings of translation")
     }
 
     /// From here on packets to this block keep their source.
-    pub fn set_native(&mut self, block: ipnet::Ipv4Net) -> Result<()> {
-        let key = Key::new(u32::from(block.prefix_len()), be(block.network()));
+    pub fn set_native(&mut self, block: IpNet) -> Result<()> {
         self.native
-            .insert(&key, 1, 0)
+            .insert(&block_key(block), 1, 0)
             .context("the map of native address blocks is full")
     }
 
     /// Packets to this block bear the node's address again.
-    pub fn remove_native(&mut self, block: ipnet::Ipv4Net) -> Result<()> {
-        let key = Key::new(u32::from(block.prefix_len()), be(block.network()));
-        gone(self.native.remove(&key), "a native address block")
+    pub fn remove_native(&mut self, block: IpNet) -> Result<()> {
+        gone(
+            self.native.remove(&block_key(block)),
+            "a native address block",
+        )
     }
 }
 
