@@ -45,9 +45,13 @@ fn object() -> Result<&'static [u8]> {
 /// The socket hooks, in the order in which they are attached: what shows translated addresses comes before what translates.
 const SOCKET_HOOKS: &[&str] = &[
     "xebec_getpeername4",
+    "xebec_getpeername6",
     "xebec_recvmsg4",
+    "xebec_recvmsg6",
     "xebec_sendmsg4",
+    "xebec_sendmsg6",
     "xebec_connect4",
+    "xebec_connect6",
 ];
 
 /// The hooks of a pod's device: where they are attached, and their names.

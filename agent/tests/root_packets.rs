@@ -6,12 +6,11 @@ mod packets;
 use std::net::Ipv4Addr;
 
 use packets::{Kernel, OK, POD_MAC, REDIRECT, SHOT, client, icmp, node, pod, tcp, udp, web};
-use xebec_agent::maps::{PolicyKernel, be};
+use xebec_agent::maps::PolicyKernel;
 use xebec_dataplane_common::flow::{
     DROPPED, EGRESS, FORWARDED, INGRESS, REASON_INVALID, REASON_NO_MAPPING, REASON_POLICY,
     REASON_SOURCE,
 };
-use xebec_dataplane_common::nat::Settings;
 
 /// From one pod of the node to another, to which it is handed directly.
 #[test]
@@ -31,7 +30,7 @@ fn between_pods_a_packet_is_routed_by_the_program() {
     let event = kernel.event().unwrap();
     assert_eq!(
         (event.verdict, event.source, event.destination),
-        (FORWARDED, be(pod()), be(web()))
+        (FORWARDED, pod().into(), web().into())
     );
     // A packet on its last hop goes to the stack, which answers for it.
     let mut last = tcp(pod(), web(), 4001, 80, "S");
@@ -512,11 +511,7 @@ fn without_a_free_port_the_packet_is_dropped_and_told_of() {
         return;
     }
     let mut kernel = Kernel::new();
-    kernel.settings(Settings {
-        node: be(node()),
-        first_port: 61_000,
-        ports: 1,
-    });
+    kernel.settings(packets::settings(61_000, 1));
     assert_eq!(
         kernel
             .run(

@@ -4,121 +4,111 @@
 
 use aya_ebpf::programs::TcContext;
 use xebec_dataplane_common::nat::Tuple;
-use xebec_dataplane_common::{ICMP, TCP, UDP};
+use xebec_dataplane_common::{ICMP, ICMP6, TCP, UDP};
 
-use crate::frame::{Field, Frame, mended};
-use crate::nat;
-use crate::packet::{ETHERNET, Packet};
-use crate::rewrite::{IP_CHECKSUM, IP_DESTINATION, IP_SOURCE};
+use crate::frame::{Change, Frame, differ, differ_ip, difference, mended};
+use crate::packet::{ETHERNET, Packet, Quote, quote};
+use crate::rewrite::{address, places};
 
-/// What is to be done with an error.
-#[derive(Clone, Copy, PartialEq, Eq)]
-pub enum Outcome {
-    /// It is about no flow that is translated.
-    Leave,
-    /// It was changed.
-    Changed,
-    /// It could not be changed wholly.
-    Broken,
+/// Translates an error about a flow that becomes `to`, and tells in it whom the error itself is for. False if it could
+/// not be changed wholly, and then it must be dropped.
+#[inline(never)]
+pub fn apply(ctx: &TcContext, packet: &Packet, to: &Tuple) -> bool {
+    change(ctx, packet, to).is_some()
 }
 
-/// Translates an error; `to` is the flow's translation.
-#[inline(never)]
-pub fn translate(ctx: &TcContext, packet: &Packet, to: &mut Tuple) -> Outcome {
-    if !nat::look(&nat::tuple(packet), to) {
-        return Outcome::Leave;
-    }
+#[inline(always)]
+fn change(ctx: &TcContext, packet: &Packet, to: &Tuple) -> Option<()> {
+    let (carrier, old) = (&packet.carrier, &packet.tuple);
     // Of a router on the way, too: who must not see the far end's address must not see the way to it.
-    let sender = if to.source == packet.source {
-        packet.carrier.0
+    let sender = if to.source == old.source {
+        carrier.0
     } else {
         to.source
     };
-    let carried = address(ctx, IP_SOURCE, IP_CHECKSUM, packet.carrier.0, sender).and_then(|()| {
-        let (old, new) = (packet.carrier.1, to.destination);
-        address(ctx, IP_DESTINATION, IP_CHECKSUM, old, new)
-    });
-    if carried.is_some() && quoted(ctx, packet, to).is_some() {
-        Outcome::Changed
-    } else {
-        Outcome::Broken
+    let at = places(packet.is_v6());
+    // What of the error's checksum changes: of IPv6 its own addresses, and all that is quoted.
+    if packet.is_v6() {
+        let sum = differ_ip(0, &carrier.0, &sender);
+        let sum = differ_ip(sum, &carrier.1, &to.destination);
+        mend(ctx, packet, sum, true)?;
     }
+    address(ctx, ETHERNET, at.source, &carrier.0, &sender)?;
+    address(ctx, ETHERNET, at.destination, &carrier.1, &to.destination)?;
+    let quote = quote(ctx, packet)?;
+    // It went the other way, so its source is the translation's destination. IPv4's header makes up for the change by
+    // its own checksum.
+    let (source, destination) = (&to.destination, &to.source);
+    if packet.is_v6() {
+        let sum = differ_ip(0, &old.destination, source);
+        let sum = differ_ip(sum, &old.source, destination);
+        mend(ctx, packet, sum, false)?;
+    }
+    let network = quote.network;
+    address(ctx, network, at.source, &old.destination, source)?;
+    address(ctx, network, at.destination, &old.source, destination)?;
+    quoted(ctx, packet, to, quote)
 }
 
-/// Changes an address and its header's checksum. The header's sum stays what it was, so the checksum of an error that
-/// quotes it holds on.
+/// Changes the transport header of the packet that the error quotes.
 #[inline(always)]
-fn address(ctx: &TcContext, at: usize, checksum: usize, old: u32, new: u32) -> Option<()> {
-    if old == new {
-        return Some(());
-    }
-    ctx.mend_ip(checksum, old, new)?;
-    Frame::store(ctx, at, &new)
-}
-
-/// Changes the packet that the error quotes. It went the other way, so its source is the translation's destination.
-#[inline(always)]
-fn quoted(ctx: &TcContext, packet: &Packet, to: &Tuple) -> Option<()> {
-    let error = ETHERNET + usize::from(packet.header);
-    let inner = error + 8;
-    let words: u8 = Frame::load(ctx, inner)?;
-    let transport = inner + usize::from(words & 0x0f) * 4;
-    let checksum = inner + IP_CHECKSUM - ETHERNET;
-    for (at, old, new) in [
-        (IP_SOURCE, packet.destination, to.destination),
-        (IP_DESTINATION, packet.source, to.source),
-    ] {
-        address(ctx, inner + at - ETHERNET, checksum, old, new)?;
-    }
-    let error = error + 2;
-    if packet.protocol == ICMP {
+fn quoted(ctx: &TcContext, packet: &Packet, to: &Tuple, quote: Quote) -> Option<()> {
+    let (at, old) = (quote.transport, &packet.tuple);
+    if old.protocol == ICMP || old.protocol == ICMP6 {
         // The identifier stands for both ports.
-        let (old, new) = (packet.source_port, to.source_port);
-        let sum: u16 = Frame::load(ctx, transport + 2)?;
-        let mended = mended(sum, u32::from(old), u32::from(new));
-        word(ctx, error, transport + 2, sum, mended)?;
-        return word(ctx, error, transport + 4, old, new);
+        let mut sum = differ(0, old.source_port.into(), to.source_port.into());
+        word(ctx, packet, at + 4, old.source_port, to.source_port)?;
+        if packet.is_v6() {
+            sum = differ_ip(sum, &old.source, &to.source);
+            sum = differ_ip(sum, &old.destination, &to.destination);
+        }
+        let checksum: u16 = ctx.read(at + 2)?;
+        let mended = mended(checksum, difference(sum));
+        return word(ctx, packet, at + 2, checksum, mended);
     }
-    let ports = [
-        (packet.destination_port, to.destination_port),
-        (packet.source_port, to.source_port),
-    ];
-    for (index, (old, new)) in ports.into_iter().enumerate() {
-        word(ctx, error, transport + 2 * index, old, new)?;
-    }
-    let at = match packet.protocol {
-        TCP => transport + 16,
-        UDP => transport + 6,
+    word(ctx, packet, at, old.destination_port, to.destination_port)?;
+    word(ctx, packet, at + 2, old.source_port, to.source_port)?;
+    let at = match old.protocol {
+        TCP => at + 16,
+        UDP => at + 6,
         _ => return Some(()),
     };
     // Eight bytes are quoted at least; TCP's checksum may be missing.
-    let Some(old) = Frame::load::<u16>(ctx, at) else {
+    let Some(checksum) = ctx.read::<u16>(at) else {
         return Some(());
     };
-    if packet.protocol == UDP && old == 0 {
+    if old.protocol == UDP && checksum == 0 {
         return Some(());
     }
-    let mut new = mended(old, packet.source, to.source);
-    new = mended(new, packet.destination, to.destination);
-    new = mended(new, ports[0].0.into(), ports[0].1.into());
-    new = mended(new, ports[1].0.into(), ports[1].1.into());
-    if packet.protocol == UDP && new == 0 {
+    let mut sum = differ_ip(0, &old.source, &to.source);
+    sum = differ_ip(sum, &old.destination, &to.destination);
+    sum = differ(sum, old.source_port.into(), to.source_port.into());
+    sum = differ(sum, old.destination_port.into(), to.destination_port.into());
+    let mut new = mended(checksum, difference(sum));
+    if old.protocol == UDP && new == 0 {
         new = 0xffff;
     }
-    word(ctx, error, at, old, new)
+    word(ctx, packet, at, checksum, new)
 }
 
 /// Changes two bytes that the error's checksum covers.
 #[inline(always)]
-fn word(ctx: &TcContext, checksum: usize, at: usize, old: u16, new: u16) -> Option<()> {
+fn word(ctx: &TcContext, packet: &Packet, at: usize, old: u16, new: u16) -> Option<()> {
     if old == new {
         return Some(());
     }
-    let field = Field {
-        size: 2,
-        pseudo: false,
+    mend(ctx, packet, differ(0, old.into(), new.into()), false)?;
+    ctx.write(at, &new)
+}
+
+/// Mends the error's own checksum.
+#[inline(always)]
+fn mend(ctx: &TcContext, packet: &Packet, sum: u64, pseudo: bool) -> Option<()> {
+    let change = Change {
+        by: difference(sum),
+        pseudo,
         udp: false,
+        v6: packet.is_v6(),
     };
-    ctx.mend_transport(checksum, old.into(), new.into(), field)?;
-    Frame::store(ctx, at, &new)
+    ctx.mend_transport(usize::from(packet.transport) + 2, change)
 }

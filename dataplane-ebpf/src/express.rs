@@ -12,16 +12,19 @@ use aya_ebpf::helpers::generated::{bpf_fib_lookup as ask_routes, bpf_redirect};
 use aya_ebpf::macros::xdp;
 use aya_ebpf::programs::XdpContext;
 use xebec_dataplane_common::nat::{BACK_BY_QUEUE, Tuple};
-use xebec_dataplane_common::{ICMP, TCP, UDP};
+use xebec_dataplane_common::{ICMP, ICMP6, TCP, UDP};
 
 use crate::frame::Frame;
 use crate::maps::EXPRESS;
 use crate::nat;
-use crate::packet::{self, ETHERNET, Packet};
+use crate::packet::{self, ETHERNET, IPV6, Packet};
 use crate::rewrite;
+use crate::scratch::{scratch, settle};
+use crate::tell::{self, As};
 use crate::translate::{self, Plan};
 
 const AF_INET: u8 = 2;
+const AF_INET6: u8 = 10;
 
 /// Where a frame goes that leaves the node.
 struct Way {
@@ -36,18 +39,20 @@ struct Way {
 /// What comes in: answers to translated flows, and connections to node ports.
 #[xdp]
 pub fn xebec_express(ctx: XdpContext) -> u32 {
-    let Some(packet) = packet::read_simple(&ctx) else {
+    let Some(all) = scratch() else {
         return XDP_PASS;
     };
-    if packet.ttl <= 1 || !is_simple(&ctx, &packet) {
+    if packet::read_simple(&ctx, &mut all.packet).is_none() {
         return XDP_PASS;
     }
-    let from = nat::tuple(&packet);
-    let mut to = from;
-    let plan = translate::plan(&packet, &from, &mut to);
-    if plan == Plan::Leave {
+    if all.packet.ttl <= 1 || !is_simple(&ctx, &all.packet) {
         return XDP_PASS;
     }
+    let plan = translate::plan(all);
+    if plan != Plan::Known && plan != Plan::Begins {
+        return XDP_PASS;
+    }
+    settle();
     let mut way = Way {
         device: 0,
         back: false,
@@ -55,20 +60,21 @@ pub fn xebec_express(ctx: XdpContext) -> u32 {
     };
     // The way is found before anything is entered or changed: a frame that tc must send, because the neighbour is
     // not known yet for example, is still the frame that came, of a flow that has not begun.
-    if !translate::stays(&to) && !find_way(&ctx, &to, &mut way) {
+    if !translate::stays(&all.to) && !find_way(&ctx, &all.packet, &all.to, &mut way) {
         return XDP_PASS;
     }
-    if plan == Plan::Begins && !translate::begin(&from, &mut to) {
+    if plan == Plan::Begins && !translate::begin(all) {
         return XDP_PASS;
     }
-    if !rewrite::apply_early(&ctx, &packet, &to) {
+    settle();
+    if !rewrite::apply_early(&ctx, &all.packet, &all.to) {
         return XDP_DROP;
     }
-    translate::count(true);
+    tell::count(As::TranslatedEarly);
     if way.device == 0 {
         return XDP_PASS;
     }
-    if !rewrite::hop(&ctx, &packet) || ctx.store(0, &way.hardware).is_none() {
+    if !rewrite::hop(&ctx, &all.packet) || ctx.write(0, &way.hardware).is_none() {
         return XDP_DROP;
     }
     if way.back {
@@ -81,35 +87,50 @@ pub fn xebec_express(ctx: XdpContext) -> u32 {
 /// Whether the packet is of a kind that is translated here, with all of its transport's header at hand.
 #[inline(always)]
 fn is_simple(ctx: &XdpContext, packet: &Packet) -> bool {
-    let header = match packet.protocol {
+    let header = match packet.tuple.protocol {
         TCP => 20,
         UDP => 8,
         // Echo and its reply.
         ICMP if matches!(packet.icmp.to_ne_bytes()[0], 0 | 8) => 8,
+        ICMP6 if matches!(packet.icmp.to_ne_bytes()[0], 128 | 129) => 8,
         _ => return false,
     };
-    let (start, end) = ctx.bounds();
-    start + ETHERNET + 20 + header <= end
+    ctx.place(usize::from(packet.transport), header).is_some()
 }
 
 /// Asks the routing table for the way to where a packet goes; false if it knows none that a frame can take from here.
 #[inline(always)]
-fn find_way(ctx: &XdpContext, to: &Tuple, way: &mut Way) -> bool {
-    let (Some(length), Some(service)) =
-        (ctx.load::<u16>(ETHERNET + 2), ctx.load::<u8>(ETHERNET + 1))
-    else {
-        return false;
-    };
+fn find_way(ctx: &XdpContext, packet: &Packet, to: &Tuple, way: &mut Way) -> bool {
     // SAFETY: the kernel's structure holds numbers alone, of which all may be 0.
     let mut route: bpf_fib_lookup = unsafe { zeroed() };
-    route.family = AF_INET;
     route.ifindex = ctx.ingress_ifindex() as u32;
-    // What does not fit the way's MTU is tc's: the stack answers for it.
-    route.__bindgen_anon_1.tot_len = u16::from_be(length);
-    route.__bindgen_anon_2.tos = service;
     // Whoever begins a flow to another node gets this node's address, which all others here have already.
-    route.__bindgen_anon_3.ipv4_src = nat::settings().node;
-    route.__bindgen_anon_4.ipv4_dst = to.destination;
+    let source = nat::settings().node(&to.destination);
+    // What does not fit the way's MTU is tc's: the stack answers for it.
+    if packet.is_v6() {
+        let (Some(length), Some(first)) =
+            (ctx.read::<u16>(ETHERNET + 4), ctx.read::<u32>(ETHERNET))
+        else {
+            return false;
+        };
+        route.family = AF_INET6;
+        route.__bindgen_anon_1.tot_len = u16::from_be(length).saturating_add(IPV6 as u16);
+        // Traffic class and flow label, without the version.
+        route.__bindgen_anon_2.flowinfo = first & 0x0fff_ffff_u32.to_be();
+        route.__bindgen_anon_3.ipv6_src = source.0;
+        route.__bindgen_anon_4.ipv6_dst = to.destination.0;
+    } else {
+        let (Some(length), Some(service)) =
+            (ctx.read::<u16>(ETHERNET + 2), ctx.read::<u8>(ETHERNET + 1))
+        else {
+            return false;
+        };
+        route.family = AF_INET;
+        route.__bindgen_anon_1.tot_len = u16::from_be(length);
+        route.__bindgen_anon_2.tos = service;
+        route.__bindgen_anon_3.ipv4_src = source.as_v4();
+        route.__bindgen_anon_4.ipv4_dst = to.destination.as_v4();
+    }
     // SAFETY: context and structure are valid, and the size is the structure's.
     let found = unsafe {
         ask_routes(

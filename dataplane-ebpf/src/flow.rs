@@ -1,12 +1,14 @@
-//! The table of flows, and telling of them.
+//! The table of flows: finding them, and entering those that were allowed. Translations are `nat`'s.
 
-use aya_ebpf::helpers::bpf_ktime_get_ns;
 use aya_ebpf::helpers::generated::bpf_ktime_get_coarse_ns;
 use xebec_dataplane_common::TCP;
-use xebec_dataplane_common::flow::{DROPPED, Event, FORWARDED, Flow, FlowKey, longest_idle};
+use xebec_dataplane_common::flow::{Flow, FlowKey, TURN_LATE, TURN_NONE, ticks};
+use xebec_dataplane_common::ip::Ip;
+use xebec_dataplane_common::nat::Tuple;
 
-use crate::maps::{COUNTERS, EVENTS, FLOWS, GENERATION};
+use crate::maps::{BACKENDS, FLOWS, GENERATION};
 use crate::packet::Packet;
+use crate::scratch::Scratch;
 
 /// TCP flags.
 pub const FIN: u8 = 0x01;
@@ -14,194 +16,196 @@ pub const SYN: u8 = 0x02;
 pub const RST: u8 = 0x04;
 pub const ACK: u8 = 0x10;
 
-/// What the table knows of a packet's flow. All fields always have a value: the compiler makes of an enum
-/// registers that are set on some paths alone, which the verifier refuses to copy.
-#[derive(Clone, Copy)]
-pub struct Known {
-    /// Whether it was allowed and that still holds; otherwise the packet is judged.
-    pub yes: bool,
-    /// Whether it is the other end's answer.
-    pub reply: bool,
-    /// Whether this packet has news.
-    pub tell: bool,
-    /// The rule that allowed it.
-    pub rule: u32,
-}
-
-const UNKNOWN: Known = Known {
-    yes: false,
-    reply: false,
-    tell: false,
-    rule: 0,
+/// No tuple: something to write the real one over.
+const NOWHERE: Tuple = Tuple {
+    source: Ip::NONE,
+    destination: Ip::NONE,
+    source_port: 0,
+    destination_port: 0,
+    protocol: 0,
+    pad: [0; 3],
 };
 
-/// The flow's key and whether the packet goes up.
+/// What the table knows of a packet's flow.
+pub struct Known {
+    /// 1 where it was allowed and that still holds; otherwise the packet is judged.
+    pub yes: u8,
+    /// 1 for the other end's answer.
+    pub reply: u8,
+    /// 1 where this packet has news.
+    pub tell: u8,
+    /// The rule that allowed it.
+    pub rule: u32,
+    /// Number of the Service's port.
+    pub service: u32,
+}
+
+/// Now, in ticks.
 #[inline(always)]
-pub fn key(packet: &Packet) -> (FlowKey, bool) {
-    FlowKey::new(
-        (packet.source, packet.source_port),
-        (packet.destination, packet.destination_port),
-        packet.protocol,
-    )
+pub fn now() -> u32 {
+    ticks(now_ns())
 }
 
 /// ns of the monotonic clock, exact to a few ms.
 #[inline(always)]
-pub fn now() -> u64 {
+pub fn now_ns() -> u64 {
     // SAFETY: the helper has no arguments.
     unsafe { bpf_ktime_get_coarse_ns() }
 }
 
-/// The rules' generation.
+/// The rules' generation; never 0, which is that of flows that were not judged.
 #[inline(always)]
 pub fn generation() -> u32 {
-    GENERATION.get(0).copied().unwrap_or(0)
+    match GENERATION.get(0) {
+        Some(generation) if *generation != 0 => *generation,
+        _ => 1,
+    }
 }
 
-/// Looks a packet's flow up, and notes that it was seen.
+/// Whether a packet begins a TCP connection.
 #[inline(always)]
-pub fn find(packet: &Packet, key: &FlowKey, up: bool) -> Known {
-    let Some(flow) = FLOWS.get_ptr_mut(key) else {
-        return UNKNOWN;
-    };
+pub fn begins(packet: &Packet) -> bool {
+    packet.tuple.protocol == TCP && packet.tcp_flags & (SYN | ACK) == SYN && !packet.is_error()
+}
+
+/// Whether a flow's backend is the one that it began with.
+#[inline(always)]
+pub fn has_backend(flow: &Flow) -> bool {
+    if flow.backend == 0 {
+        return true;
+    }
+    BACKENDS
+        .get(flow.backend)
+        .is_some_and(|backend| backend.is(flow.backend_generation))
+}
+
+/// A flow's entry; null if there is none. One lookup serves all that a hook asks of it.
+#[inline(always)]
+pub fn entry(key: &FlowKey) -> *mut Flow {
+    match FLOWS.get_ptr_mut(key) {
+        Some(flow) => flow,
+        None => core::ptr::null_mut(),
+    }
+}
+
+/// Asks whether a packet's flow was allowed, and notes that it was seen.
+#[inline(always)]
+pub fn find(flow: *mut Flow, packet: &Packet, up: bool, known: &mut Known) {
+    known.yes = 0;
+    known.tell = 0;
+    if flow.is_null() {
+        return;
+    }
     // SAFETY: entries of a map stay readable and writable until the program ends, even when they are replaced;
     // a field that two CPUs write at once holds one of the two values, and any of them will do.
     unsafe {
-        if packet.error {
-            return Known {
-                yes: true,
-                reply: true,
-                tell: false,
-                rule: (*flow).rule,
-            };
-        }
-        // A new connection over an old one's addresses is another flow.
-        if packet.protocol == TCP && packet.tcp_flags & (SYN | ACK) == SYN {
-            return UNKNOWN;
-        }
-        let now = now();
-        if now.saturating_sub((*flow).seen) > longest_idle(packet.protocol) {
-            return UNKNOWN;
-        }
         let reply = ((*flow).from_low != 0) != up;
-        // A reply belongs to what was allowed; the beginner's packets are judged by the rules of today.
-        if !reply && (*flow).generation != generation() {
-            return UNKNOWN;
+        known.reply = u8::from(reply);
+        known.rule = (*flow).rule;
+        known.service = (*flow).service;
+        // What a node port entered is judged by the pod's own hook, once.
+        let judged = (*flow).generation != 0;
+        if packet.is_error() {
+            known.yes = u8::from(judged);
+            known.reply = 1;
+            return;
         }
-        (*flow).seen = now;
-        let mut tell = false;
-        if packet.protocol == TCP {
-            let news = packet.tcp_flags & (SYN | FIN | RST);
-            let told = if reply {
-                &mut (*flow).told[1]
-            } else {
-                &mut (*flow).told[0]
-            };
-            if news & !*told != 0 {
-                *told |= news;
-                tell = true;
+        // A new connection over an old one's addresses is another flow. A reply belongs to what was allowed; the
+        // beginner's packets are judged by the rules of today.
+        let now = now();
+        if begins(packet)
+            || (*flow).is_forgotten(packet.tuple.protocol, now)
+            || !judged
+            || !reply && (*flow).generation != generation()
+        {
+            return;
+        }
+        known.yes = 1;
+        if (*flow).seen != now {
+            (*flow).seen = now;
+        }
+        let told = if reply {
+            &mut (*flow).told[1]
+        } else {
+            &mut (*flow).told[0]
+        };
+        // Of other protocols the first reply is news.
+        let news = match packet.tuple.protocol {
+            TCP => packet.tcp_flags & (SYN | FIN | RST),
+            _ => u8::from(reply),
+        };
+        if news & !*told != 0 {
+            *told |= news;
+            known.tell = 1;
+            if packet.tuple.protocol == TCP && news & (FIN | RST) != 0 {
+                (*flow).closed = 1;
             }
-        } else if reply && (*flow).told[1] == 0 {
-            (*flow).told[1] = 1;
-            tell = true;
-        }
-        Known {
-            yes: true,
-            reply,
-            tell,
-            rule: (*flow).rule,
         }
     }
 }
 
 /// Whether a packet answers a flow that the other end began.
 #[inline(always)]
-pub fn answers(packet: &Packet) -> bool {
-    let (key, up) = key(packet);
-    // SAFETY: the value is read once, here.
-    unsafe { FLOWS.get(&key) }.is_some_and(|flow| (flow.from_low != 0) != up)
+pub fn answers(flow: *mut Flow, up: bool) -> bool {
+    // SAFETY: as in `find`.
+    !flow.is_null() && unsafe { ((*flow).from_low != 0) != up }
 }
 
-/// Enters a flow that was allowed.
-#[inline(always)]
-pub fn enter(packet: &Packet, key: &FlowKey, up: bool, rule: u32) {
-    let flow = Flow {
-        seen: now(),
+/// Enters a flow that was allowed, by the rule that is told of, and is not translated here. One that a node port entered keeps its translation.
+#[inline(never)]
+pub fn enter(all: &mut Scratch, up: bool) {
+    let (packet, rule) = (&all.packet, all.told.rule);
+    let (now, protocol) = (now(), packet.tuple.protocol);
+    let told = packet.tcp_flags & (SYN | FIN | RST);
+    if let Some(flow) = FLOWS.get_ptr_mut(&all.key) {
+        // SAFETY: as in `find`.
+        unsafe {
+            let same = ((*flow).from_low != 0) == up;
+            let over = (*flow).closed != 0 && begins(packet);
+            if (*flow).turn != TURN_NONE && same && !over && !(*flow).is_forgotten(protocol, now) {
+                (*flow).seen = now;
+                (*flow).generation = generation();
+                (*flow).rule = rule;
+                (*flow).told = [told, 0];
+                return;
+            }
+        }
+    }
+    all.begun = Flow {
+        seen: now,
         generation: generation(),
         rule,
         from_low: u8::from(up),
-        told: [packet.tcp_flags & (SYN | FIN | RST), 0],
-        pad: [0; 5],
+        told: [told, 0],
+        ..plain()
     };
     // A full table forgets the flow that was idle longest; this can't fail for want of room.
-    let _ = FLOWS.insert(key, &flow, 0);
+    let _ = FLOWS.insert(&all.key, &all.begun, 0);
 }
 
-/// What is told of a packet besides its headers.
-pub struct Told {
-    /// INGRESS or EGRESS.
-    pub direction: u8,
-    /// The set that judged.
-    pub set: u32,
-    /// The rule that allowed.
-    pub rule: u32,
-    /// Why it was dropped; 0 for a packet that went on.
-    pub reason: u8,
-    /// Whether it is a reply.
-    pub reply: bool,
-    /// Bytes of the packet.
-    pub length: u16,
-}
-
-/// Writes an event and counts it.
-#[inline(never)]
-pub fn tell(packet: &Packet, told: &Told) {
-    let event = Event {
-        // SAFETY: the helper has no arguments.
-        time: unsafe { bpf_ktime_get_ns() },
-        source: packet.source,
-        destination: packet.destination,
-        source_port: if packet.icmp != 0 || packet.protocol == 1 {
-            packet.icmp
-        } else {
-            packet.source_port
-        },
-        destination_port: packet.destination_port,
-        protocol: packet.protocol,
-        tcp_flags: packet.tcp_flags,
-        verdict: if told.reason == 0 { FORWARDED } else { DROPPED },
-        direction: told.direction,
-        reason: told.reason,
-        reply: u8::from(told.reply),
-        length: told.length,
-        set: told.set,
-        rule: told.rule,
-        pad: 0,
-    };
-    let written = EVENTS.output::<Event>(&event, 0).is_ok();
-    if let Some(counters) = COUNTERS.get_ptr_mut(0) {
-        // SAFETY: the entry is this CPU's own, and programs of one CPU don't interrupt each other here.
-        unsafe {
-            if written {
-                (*counters).produced += 1;
-            } else {
-                (*counters).lost += 1;
-            }
-        }
-    }
-}
-
-/// Counts a packet.
+/// A flow of which nothing is known.
 #[inline(always)]
-pub fn count(dropped: bool) {
-    if let Some(counters) = COUNTERS.get_ptr_mut(0) {
-        // SAFETY: as in `tell`.
-        unsafe {
-            if dropped {
-                (*counters).dropped += 1;
-            } else {
-                (*counters).forwarded += 1;
-            }
-        }
+pub fn plain() -> Flow {
+    Flow {
+        to: NOWHERE,
+        seen: 0,
+        paired: 0,
+        generation: 0,
+        rule: 0,
+        backend: 0,
+        backend_generation: 0,
+        service: 0,
+        from_low: 0,
+        turn: TURN_NONE,
+        told: [0; 2],
+        closed: 0,
+        other: TURN_NONE,
+        pad: [0; 2],
     }
+}
+
+/// Whether packets of a turn are translated at a hook that they leave by.
+#[inline(always)]
+pub fn is_late(turn: u8) -> bool {
+    turn & TURN_LATE != 0
 }

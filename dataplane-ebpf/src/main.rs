@@ -2,6 +2,7 @@
 #![no_std]
 #![no_main]
 
+mod balance;
 mod errors;
 mod express;
 mod flow;
@@ -13,7 +14,9 @@ mod packet;
 mod pod;
 mod policy;
 mod rewrite;
+mod scratch;
 mod socket;
+mod tell;
 mod translate;
 
 #[cfg(not(test))]

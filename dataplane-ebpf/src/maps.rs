@@ -3,27 +3,53 @@
 use aya_ebpf::macros::map;
 use aya_ebpf::maps::{Array, HashMap, LpmTrie, LruHashMap, PerCpuArray, RingBuf};
 use xebec_dataplane_common::flow::{Counters, Flow, FlowKey};
-use xebec_dataplane_common::nat::{Nat, Settings, Tuple};
+use xebec_dataplane_common::ip::Ip;
+use xebec_dataplane_common::nat::Settings;
 use xebec_dataplane_common::policy::{CidrKey, Endpoint, RuleKey, Set};
 use xebec_dataplane_common::service::{
-    Address, BackendKey, FrontendKey, FrontendValue, ReverseKey, Scope,
+    Affinity, AffinityKey, Backend, Chunk, Frontend, FrontendKey, RangeKey, Scope, SocketKey,
+    SocketValue,
 };
+
+use crate::packet::Datagram;
 
 /// `BPF_F_NO_PREALLOC`: entries take memory only when they are there.
 const NO_PREALLOC: u32 = 1;
+/// `BPF_F_MMAPABLE`: the agent writes without a call of the kernel.
+const MMAPABLE: u32 = 1 << 10;
 
 /// Frontends of Services.
 #[map]
-pub static FRONTENDS: HashMap<FrontendKey, FrontendValue> =
+pub static FRONTENDS: HashMap<FrontendKey, Frontend> =
     HashMap::with_max_entries(65_536, NO_PREALLOC);
 
-/// Backends by set and slot.
+/// Runs of backends' numbers.
 #[map]
-pub static BACKENDS: HashMap<BackendKey, Address> = HashMap::with_max_entries(262_144, NO_PREALLOC);
+pub static SLOTS: Array<Chunk> = Array::with_max_entries(16_384, MMAPABLE);
 
-/// What a socket asked for, by what it was given.
+/// Backends by number.
 #[map]
-pub static REVERSE: LruHashMap<ReverseKey, Address> = LruHashMap::with_max_entries(65_536, 0);
+pub static BACKENDS: Array<Backend> = Array::with_max_entries(32_768, MMAPABLE);
+
+/// Sources that Services let in.
+#[map]
+pub static RANGES: LpmTrie<RangeKey, u8> = LpmTrie::with_max_entries(65_536, NO_PREALLOC);
+
+/// Addresses at which node ports are reached.
+#[map]
+pub static NODE_ADDRESSES: HashMap<Ip, u8> = HashMap::with_max_entries(65_536, NO_PREALLOC);
+
+/// Which backend a client has.
+#[map]
+pub static AFFINITIES: LruHashMap<AffinityKey, Affinity> = LruHashMap::with_max_entries(16_384, 0);
+
+/// How many flows each Service got, by its number.
+#[map]
+pub static HITS: PerCpuArray<u64> = PerCpuArray::with_max_entries(65_536, 0);
+
+/// Translations of sockets.
+#[map]
+pub static SOCKETS: LruHashMap<SocketKey, SocketValue> = LruHashMap::with_max_entries(65_536, 0);
 
 /// Whose sockets are translated.
 #[map]
@@ -31,11 +57,11 @@ pub static SCOPE: Array<Scope> = Array::with_max_entries(1, 0);
 
 /// The pods of this node, by address.
 #[map]
-pub static ENDPOINTS: HashMap<u32, Endpoint> = HashMap::with_max_entries(4_096, NO_PREALLOC);
+pub static ENDPOINTS: HashMap<Ip, Endpoint> = HashMap::with_max_entries(4_096, NO_PREALLOC);
 
 /// Identities of all pods and nodes, by address.
 #[map]
-pub static IDENTITIES: HashMap<u32, u32> = HashMap::with_max_entries(524_288, NO_PREALLOC);
+pub static IDENTITIES: HashMap<Ip, u32> = HashMap::with_max_entries(524_288, NO_PREALLOC);
 
 /// Compiled sets of rules.
 #[map]
@@ -51,7 +77,7 @@ pub static CIDRS: LpmTrie<CidrKey, u32> = LpmTrie::with_max_entries(131_072, NO_
 
 /// Address blocks that know the way to pods: nodes and pods' ranges.
 #[map]
-pub static NATIVE: LpmTrie<u32, u8> = LpmTrie::with_max_entries(16_384, NO_PREALLOC);
+pub static NATIVE: LpmTrie<Ip, u8> = LpmTrie::with_max_entries(16_384, NO_PREALLOC);
 
 /// Devices with the XDP hook, by index: they take frames that it sends on. The value is how they send back what they
 /// received.
@@ -62,18 +88,14 @@ pub static EXPRESS: HashMap<u32, u8> = HashMap::with_max_entries(256, NO_PREALLO
 #[map]
 pub static SETTINGS: Array<Settings> = Array::with_max_entries(1, 0);
 
-/// Translations, two for each flow. With flows, the one map that is adopted by the next agent: all others are
-/// rebuilt from the API.
+/// Flows: what was decided for them and what becomes of them. The one map that is adopted by the next agent: all
+/// others are rebuilt from the API.
 #[map]
-pub static NATS: LruHashMap<Tuple, Nat> = LruHashMap::pinned(131_072, 0);
-
-/// Flows that were allowed; adopted by the next agent.
-#[map]
-pub static FLOWS: LruHashMap<FlowKey, Flow> = LruHashMap::pinned(131_072, 0);
+pub static FLOWS: LruHashMap<FlowKey, Flow> = LruHashMap::pinned(196_608, 0);
 
 /// Ports of the first fragment, by addresses, protocol and identification.
 #[map]
-pub static FRAGMENTS: LruHashMap<[u32; 3], [u16; 2]> = LruHashMap::with_max_entries(4_096, 0);
+pub static FRAGMENTS: LruHashMap<Datagram, [u16; 2]> = LruHashMap::with_max_entries(4_096, 0);
 
 /// The generation of the rules: flows of an older one are judged anew.
 #[map]

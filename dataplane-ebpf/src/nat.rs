@@ -1,174 +1,203 @@
-//! The table of translations: finding, entering, choosing ports.
+//! Translations in the table of flows: what a packet becomes, and entering both sides of a flow that is translated.
 
 use aya_ebpf::helpers::bpf_get_prandom_u32;
-use xebec_dataplane_common::nat::{Nat, Settings, Tuple};
-use xebec_dataplane_common::{ICMP, TCP, UDP};
+use xebec_dataplane_common::flow::{Flow, FlowKey, TURN_BACK, TURN_FORTH, TURN_NONE};
+use xebec_dataplane_common::nat::Settings;
+use xebec_dataplane_common::{ICMP, ICMP6, TCP, UDP};
 
-use crate::flow::{FIN, RST, SYN, now};
-use crate::maps::{NATS, SETTINGS};
-use crate::packet::Packet;
+use crate::flow::{self, FIN, RST, begins, now};
+use crate::maps::{FLOWS, SETTINGS};
+use crate::scratch::{Scratch, settle};
 
 /// `BPF_NOEXIST`.
 const NEW_ONLY: u64 = 1;
 /// How many ports are tried before a packet is dropped.
 const TRIES: u32 = 16;
-/// The packet's tuple.
-#[inline(always)]
-pub fn tuple(packet: &Packet) -> Tuple {
-    Tuple {
-        source: packet.source,
-        destination: packet.destination,
-        source_port: packet.source_port,
-        destination_port: packet.destination_port,
-        protocol: packet.protocol,
-        pad: [0; 3],
-    }
-}
 
 /// The node's settings; without any, nothing is translated.
 #[inline(always)]
 pub fn settings() -> Settings {
     SETTINGS.get(0).copied().unwrap_or(Settings {
-        node: 0,
+        node4: xebec_dataplane_common::ip::Ip::NONE,
+        node6: xebec_dataplane_common::ip::Ip::NONE,
         first_port: 0,
         ports: 0,
+        first_node_port: 0,
+        last_node_port: 0,
     })
 }
 
-/// What a packet becomes, if it belongs to a translation that is known: false if not.
-#[inline(never)]
-pub fn find(tuple: &Tuple, tcp_flags: u8, to: &mut Tuple) -> bool {
-    let Some(nat) = NATS.get_ptr_mut(tuple) else {
-        return false;
-    };
-    let now = now();
+/// How a packet is translated.
+#[derive(Clone, Copy, PartialEq, Eq)]
+pub enum Turn {
+    /// Not, or not any more.
+    None,
+    /// Where it comes in.
+    Entry,
+    /// Where it leaves.
+    Exit,
+}
+
+/// What a packet becomes, if its flow is translated and that still holds, and where.
+#[inline(always)]
+pub fn find(flow: *mut Flow, all: &mut Scratch, up: bool) -> Turn {
+    if flow.is_null() {
+        return Turn::None;
+    }
+    let packet = &all.packet;
     // SAFETY: entries of a map stay readable and writable until the program ends, even when they are replaced;
     // a field that two CPUs write at once holds one of the two values, and any of them will do.
     unsafe {
-        if (*nat).is_forgotten(now) {
-            return false;
+        let turn = (*flow).turn;
+        let forth = ((*flow).from_low != 0) == up;
+        let mine = if forth { TURN_FORTH } else { TURN_BACK };
+        if turn & (TURN_FORTH | TURN_BACK) != mine {
+            return Turn::None;
         }
-        (*nat).seen = now;
-        if tuple.protocol == TCP && tcp_flags & (FIN | RST) != 0 {
-            (*nat).closed = 1;
-        } else if tuple.protocol == TCP && tcp_flags & SYN != 0 {
-            (*nat).closed = 0;
-        }
-        *to = (*nat).to;
-        // A full table may have forgotten the counterpart, or given its place to another.
-        let back = to.reversed();
-        match NATS.get_ptr_mut(&back) {
-            Some(other) if (*other).to == tuple.reversed() => {
-                (*other).seen = now;
-                (*other).closed = (*nat).closed;
-                true
-            }
-            Some(_) => {
-                let _ = NATS.remove(tuple);
-                false
-            }
-            None => {
-                let other = Nat {
-                    seen: now,
-                    to: tuple.reversed(),
-                    closed: (*nat).closed,
-                    pad: [0; 7],
-                };
-                NATS.insert(&back, &other, NEW_ONLY).is_ok()
-            }
-        }
-    }
-}
-
-/// What a flow's packets become, without noting that one was seen.
-#[inline(never)]
-pub fn look(tuple: &Tuple, to: &mut Tuple) -> bool {
-    let Some(nat) = NATS.get_ptr_mut(tuple) else {
-        return false;
-    };
-    // SAFETY: as in `find`.
-    unsafe {
-        *to = (*nat).to;
-        !(*nat).is_forgotten(now())
-    }
-}
-
-/// Enters a translation with its counterpart; false if the counterpart's tuple is in use.
-#[inline(never)]
-pub fn enter(from: &Tuple, to: &Tuple) -> bool {
-    let now = now();
-    let back = to.reversed();
-    let counterpart = Nat {
-        seen: now,
-        to: from.reversed(),
-        closed: 0,
-        pad: [0; 7],
-    };
-    if NATS.insert(&back, &counterpart, NEW_ONLY).is_err() {
-        let Some(old) = NATS.get_ptr_mut(&back) else {
-            return false;
+        let place = if flow::is_late(turn) {
+            Turn::Exit
+        } else {
+            Turn::Entry
         };
+        if packet.is_error() {
+            all.to = (*flow).to;
+            return place;
+        }
+        let now = now();
+        if (*flow).is_forgotten(packet.tuple.protocol, now) {
+            return Turn::None;
+        }
+        let tcp = packet.tuple.protocol == TCP;
+        if forth && (*flow).backend != 0 {
+            // A connection that begins keeps its backend until that has answered: what is sent again is no other.
+            if begins(packet) && ((*flow).told[1] != 0 || (*flow).closed != 0) {
+                return Turn::None;
+            }
+            // Who talks to a backend that is gone talks to another from here on. An open connection can't.
+            if (!tcp || (*flow).told[1] == 0) && !flow::has_backend(&*flow) {
+                return Turn::None;
+            }
+        }
+        if !forth && (*flow).told[1] == 0 {
+            (*flow).told[1] = 1;
+            (*flow).paired = 0;
+        }
+        if begins(packet) {
+            (*flow).closed = 0;
+        }
+        let ends = tcp && packet.tcp_flags & (FIN | RST) != 0;
+        if ends {
+            (*flow).closed = 1;
+        }
+        all.to = (*flow).to;
+        if ends || (*flow).paired != now {
+            (*flow).paired = now;
+            (*flow).seen = now;
+            if !pair(&*flow, all, forth) {
+                let _ = FLOWS.remove(&all.key);
+                return Turn::None;
+            }
+        }
+        place
+    }
+}
+
+/// Keeps a flow's other entry alive; a full table may have forgotten it. False if its place is another flow's.
+#[inline(never)]
+fn pair(flow: &Flow, all: &mut Scratch, forth: bool) -> bool {
+    let up = FlowKey::write(&all.to, &mut all.other);
+    all.back = all.packet.tuple.reversed();
+    if let Some(other) = FLOWS.get_ptr_mut(&all.other) {
         // SAFETY: as in `find`.
         unsafe {
-            if (*old).to != counterpart.to {
-                if !(*old).is_replaceable(now) {
+            if (*other).turn != flow.other || (*other).to != all.back {
+                return false;
+            }
+            (*other).seen = flow.seen;
+            (*other).closed = flow.closed;
+            (*other).told[1] |= flow.told[1];
+        }
+        return true;
+    }
+    all.begun = *flow;
+    all.begun.to = all.back;
+    all.begun.from_low = u8::from(up == forth);
+    all.begun.turn = flow.other;
+    all.begun.other = flow.turn;
+    FLOWS.insert(&all.other, &all.begun, NEW_ONLY).is_ok()
+}
+
+/// Enters a translated flow, of which `begun` tells all but the tuples: that of the packet which becomes `to`, and its
+/// counterpart. False if the counterpart's place is in use.
+#[inline(never)]
+fn enter(all: &mut Scratch) -> bool {
+    let now = now();
+    let (turn, other) = (all.begun.turn, all.begun.other);
+    let up = FlowKey::write(&all.to, &mut all.other);
+    all.back = all.packet.tuple.reversed();
+    let mut flags = NEW_ONLY;
+    if let Some(old) = FLOWS.get_ptr_mut(&all.other) {
+        // SAFETY: as in `find`.
+        unsafe {
+            if (*old).turn != other || (*old).to != all.back {
+                let over = (*old).closed != 0 && (*old).turn == TURN_NONE;
+                if !over && !(*old).is_replaceable(all.to.protocol, now) {
                     return false;
                 }
-                let old_from = (*old).to.reversed();
-                let _ = NATS.remove(&old_from);
+                if (*old).turn != TURN_NONE {
+                    FlowKey::write(&(*old).to, &mut all.other);
+                    let _ = FLOWS.remove(&all.other);
+                    FlowKey::write(&all.to, &mut all.other);
+                }
             }
         }
-        if NATS.insert(&back, &counterpart, 0).is_err() {
-            return false;
-        }
+        flags = 0;
     }
-    let forward = Nat {
-        seen: now,
-        to: *to,
-        closed: 0,
-        pad: [0; 7],
-    };
-    NATS.insert(from, &forward, 0).is_ok()
+    let begun = &mut all.begun;
+    begun.seen = now;
+    begun.paired = now;
+    begun.to = all.back;
+    begun.from_low = u8::from(up);
+    (begun.turn, begun.other) = (other, turn);
+    let entered = FLOWS.insert(&all.other, &*begun, flags).is_ok();
+    (begun.turn, begun.other) = (turn, other);
+    if !entered {
+        return false;
+    }
+    begun.to = all.to;
+    begun.from_low = u8::from(FlowKey::write(&all.packet.tuple, &mut all.key));
+    FLOWS.insert(&all.key, &*begun, 0).is_ok()
 }
 
-/// For a connection that begins without translation: what answers it must not be taken for the answer of one between
-/// the same ends that came through a node port and has ended. While that one lives, the backend can't have both.
+/// Forgets the counterpart of a packet's flow, which is about to be entered anew.
 #[inline(never)]
-pub fn make_way(from: &Tuple) {
-    let back = from.reversed();
-    // SAFETY: as in `find`.
-    let ended = NATS
-        .get_ptr_mut(&back)
-        .is_some_and(|nat| unsafe { (*nat).closed != 0 });
-    if ended {
-        forget(&back);
-    }
-}
-
-/// Forgets the translation of a tuple and its counterpart.
-#[inline(never)]
-pub fn forget(from: &Tuple) {
-    let Some(nat) = NATS.get_ptr_mut(from) else {
+pub fn forget(all: &mut Scratch) {
+    let Some(flow) = FLOWS.get_ptr_mut(&all.key) else {
         return;
     };
     // SAFETY: as in `find`.
-    let back = unsafe { (*nat).to.reversed() };
-    let _ = NATS.remove(&back);
-    let _ = NATS.remove(from);
+    unsafe {
+        if (*flow).turn != TURN_NONE {
+            FlowKey::write(&(*flow).to, &mut all.other);
+            let _ = FLOWS.remove(&all.other);
+        }
+    }
 }
 
-/// Enters a translation whose source becomes the node's address and a free port; `to` has the rest. False if no
-/// port was found.
+/// Enters a translated flow with a source port that is free; `to` has the rest. Its own port is kept if it can be and
+/// the source stays whose it was. False if no port was found.
 #[inline(never)]
-pub fn enter_masqueraded(from: &Tuple, to: &mut Tuple) -> bool {
-    let settings = settings();
-    if settings.ports == 0 {
-        return false;
-    }
-    to.source = settings.node;
+pub fn enter_with_port(all: &mut Scratch) -> bool {
+    let protocol = all.packet.tuple.protocol;
+    let echo = protocol == ICMP || protocol == ICMP6;
     // SCTP's checksum covers its ports, and others have none: their source port must stay.
-    if from.protocol != TCP && from.protocol != UDP && from.protocol != ICMP {
-        return enter(from, to);
+    let fixed = protocol != TCP && protocol != UDP && !echo;
+    if (fixed || all.to.source == all.packet.tuple.source) && enter(all) {
+        return true;
+    }
+    let settings = settings();
+    if fixed || settings.ports == 0 {
+        return false;
     }
     let ports = u32::from(settings.ports);
     // SAFETY: the helper has no arguments.
@@ -176,13 +205,14 @@ pub fn enter_masqueraded(from: &Tuple, to: &mut Tuple) -> bool {
     for try_number in 0..TRIES {
         // An odd step visits other ports each time.
         let offset = start.wrapping_add(try_number.wrapping_mul(7_919)) % ports;
-        to.source_port = (settings.first_port + offset as u16).to_be();
-        if from.protocol == ICMP {
-            to.destination_port = to.source_port;
+        all.to.source_port = (settings.first_port + offset as u16).to_be();
+        if echo {
+            all.to.destination_port = all.to.source_port;
         }
-        if enter(from, to) {
+        if enter(all) {
             return true;
         }
+        settle();
     }
     false
 }

@@ -1,45 +1,76 @@
-//! tc hooks at the devices that lead to other nodes and the outside: node ports, and pods' traffic to the outside.
+//! tc hooks at the devices that lead to other nodes and the outside: Services for outside clients, and pods' traffic
+//! to the outside.
 
-use aya_ebpf::bindings::{TC_ACT_OK, TC_ACT_SHOT};
+use aya_ebpf::bindings::{__sk_buff, TC_ACT_OK, TC_ACT_SHOT};
 use aya_ebpf::helpers::generated::bpf_redirect_neigh;
 use aya_ebpf::macros::classifier;
 use aya_ebpf::maps::lpm_trie::Key;
 use aya_ebpf::programs::TcContext;
-use xebec_dataplane_common::flow::{EGRESS, REASON_NO_MAPPING};
+use xebec_dataplane_common::flow::{
+    EGRESS, Flow, FlowKey, REASON_NO_MAPPING, TURN_BACK, TURN_FORTH, TURN_LATE,
+};
+use xebec_dataplane_common::ip::Ip;
 use xebec_dataplane_common::nat::Tuple;
 
-use crate::errors::{self, Outcome};
-use crate::flow::{self, Told};
-use crate::maps::{ENDPOINTS, NATIVE};
-use crate::nat;
+use crate::errors;
+use crate::flow;
+use crate::maps::NATIVE;
+use crate::nat::{self, Turn};
 use crate::packet::{self, Packet, Read};
 use crate::rewrite;
+use crate::scratch::{Scratch, scratch, settle};
+use crate::tell::{self, As};
 use crate::translate::{self, Plan};
 
-/// What comes in: answers to translated flows, and connections to node ports. All else is the stack's.
+/// What comes in: answers to translated flows, and flows to Services. All else is the stack's.
 #[classifier]
 pub fn xebec_from_network(ctx: TcContext) -> i32 {
-    let Read::Ipv4(packet) = packet::read(&ctx) else {
-        return TC_ACT_OK as i32;
+    let Some(all) = scratch() else {
+        return TC_ACT_SHOT as i32;
     };
-    let from = nat::tuple(&packet);
-    let mut to = from;
-    if packet.error {
-        return match errors::translate(&ctx, &packet, &mut to) {
-            Outcome::Leave => TC_ACT_OK as i32,
-            Outcome::Changed => forward(&ctx, &packet, &to),
-            Outcome::Broken => TC_ACT_SHOT as i32,
-        };
-    }
-    let plan = translate::plan(&packet, &from, &mut to);
-    if plan == Plan::Leave || plan == Plan::Begins && !translate::begin(&from, &mut to) {
+    // A tagged frame is another network's, with a device of its own.
+    if is_tagged(&ctx) || packet::read(&ctx, &mut all.packet) != Read::Ip {
         return TC_ACT_OK as i32;
     }
-    if !rewrite::apply(&ctx, &packet, &to) {
+    let plan = translate::plan(all);
+    settle();
+    match plan {
+        Plan::Leave => return TC_ACT_OK as i32,
+        Plan::Known => {}
+        Plan::Begins => {
+            if !translate::begin(all) {
+                return no_port(&ctx, all);
+            }
+        }
+        // The stack refuses what nobody listens for.
+        Plan::Refuse => return TC_ACT_OK as i32,
+        Plan::Drop => return TC_ACT_SHOT as i32,
+    }
+    settle();
+    if !changed(&ctx, all) {
         return TC_ACT_SHOT as i32;
     }
-    translate::count(false);
-    forward(&ctx, &packet, &to)
+    tell::count(As::Translated);
+    settle();
+    forward(&ctx, &all.packet, &all.to)
+}
+
+/// Gives the packet its new addresses and ports.
+#[inline(always)]
+fn changed(ctx: &TcContext, all: &Scratch) -> bool {
+    if all.packet.is_error() {
+        errors::apply(ctx, &all.packet, &all.to)
+    } else {
+        rewrite::apply(ctx, &all.packet, &all.to)
+    }
+}
+
+/// Whether the frame has a VLAN tag, which the kernel has taken out of it.
+#[inline(always)]
+fn is_tagged(ctx: &TcContext) -> bool {
+    let skb: *const __sk_buff = ctx.skb.skb;
+    // SAFETY: the kernel gives a valid context for the whole call.
+    unsafe { (*skb).vlan_present != 0 }
 }
 
 /// Sends on what was translated, if it does not stay.
@@ -57,63 +88,74 @@ fn forward(ctx: &TcContext, packet: &Packet, to: &Tuple) -> i32 {
     unsafe { bpf_redirect_neigh((*ctx.skb.skb).ifindex, core::ptr::null_mut(), 0, 0) as i32 }
 }
 
-/// What goes out: pods' packets to whoever has no route to pods bear the node's address, and what answers a node port
-/// from this node bears the port's.
+/// What goes out: pods' packets to whoever has no route to pods bear the node's address, and what answers a Service's
+/// client from this node bears the Service's.
 #[classifier]
 pub fn xebec_to_network(ctx: TcContext) -> i32 {
-    let Read::Ipv4(packet) = packet::read(&ctx) else {
-        return TC_ACT_OK as i32;
+    let Some(all) = scratch() else {
+        return TC_ACT_SHOT as i32;
     };
-    // A pod on the host's network may be behind a node port.
-    let own = packet.source == nat::settings().node;
-    // SAFETY: only whether it is there counts.
-    if !own && unsafe { ENDPOINTS.get(&packet.source) }.is_none() {
+    if is_tagged(&ctx) || packet::read(&ctx, &mut all.packet) != Read::Ip {
         return TC_ACT_OK as i32;
     }
-    let from = nat::tuple(&packet);
-    let mut to = from;
-    if packet.error {
-        return match errors::translate(&ctx, &packet, &mut to) {
-            Outcome::Leave | Outcome::Changed => TC_ACT_OK as i32,
-            Outcome::Broken => TC_ACT_SHOT as i32,
-        };
+    let pod = translate::is_endpoint(&all.packet.tuple.source);
+    // A pod on the host's network may be behind a node port.
+    if !pod && !translate::is_node(&all.packet.tuple.source) {
+        return TC_ACT_OK as i32;
     }
-    if !nat::find(&from, packet.tcp_flags, &mut to) {
-        if own {
-            return TC_ACT_OK as i32;
-        }
+    let up = FlowKey::write(&all.packet.tuple, &mut all.key);
+    let flow = flow::entry(&all.key);
+    if nat::find(flow, all, up) != Turn::Exit {
         // Who came to the pod by its own address is answered from it.
-        if is_native(packet.destination) || nat::settings().ports == 0 || flow::answers(&packet) {
+        if !pod || all.packet.is_error() || flow::answers(flow, up) {
             return TC_ACT_OK as i32;
         }
-        if !nat::enter_masqueraded(&from, &mut to) {
-            return no_port(&ctx, &packet);
+        if is_native(&all.packet.tuple.destination) || nat::settings().ports == 0 {
+            return TC_ACT_OK as i32;
+        }
+        if !masquerade(flow, all) {
+            return no_port(&ctx, all);
         }
     }
-    if rewrite::apply(&ctx, &packet, &to) {
+    settle();
+    if changed(&ctx, all) {
         TC_ACT_OK as i32
     } else {
         TC_ACT_SHOT as i32
     }
 }
 
+/// Gives a pod's flow to the outside the node's address and a port; `to` is what its packets become.
+#[inline(never)]
+fn masquerade(flow: *mut Flow, all: &mut Scratch) -> bool {
+    all.begun = flow::plain();
+    if !flow.is_null() {
+        // SAFETY: entries of a map stay readable until the program ends.
+        unsafe {
+            all.begun.generation = (*flow).generation;
+            all.begun.rule = (*flow).rule;
+            all.begun.told = (*flow).told;
+        }
+    }
+    all.begun.turn = TURN_FORTH | TURN_LATE;
+    all.begun.other = TURN_BACK;
+    all.to = all.packet.tuple;
+    all.to.source = nat::settings().node(&all.to.destination);
+    // Without an address of its family there is no way out.
+    all.to.source.is_some() && nat::enter_with_port(all)
+}
+
 /// Whether an address knows the way to pods.
 #[inline(always)]
-fn is_native(address: u32) -> bool {
-    NATIVE.get(&Key::new(32, address)).is_some()
+fn is_native(address: &Ip) -> bool {
+    NATIVE.get(&Key::new(128, *address)).is_some()
 }
 
 #[inline(always)]
-fn no_port(ctx: &TcContext, packet: &Packet) -> i32 {
-    let told = Told {
-        direction: EGRESS,
-        set: 0,
-        rule: 0,
-        reason: REASON_NO_MAPPING,
-        reply: false,
-        length: packet::length(ctx),
-    };
-    flow::tell(packet, &told);
-    flow::count(true);
+fn no_port(ctx: &TcContext, all: &mut Scratch) -> i32 {
+    all.told.begin(ctx, EGRESS);
+    all.told.reason = REASON_NO_MAPPING;
+    tell::tell(&all.packet, &all.told);
+    tell::count(As::Dropped);
     TC_ACT_SHOT as i32
 }

@@ -1,168 +1,380 @@
-//! Reading a packet: addresses, ports, flags; IPv4 with options and fragments.
+//! Reading a packet: addresses, ports, flags; IPv4 with options, IPv6 with extension headers, fragments of both.
 
 use aya_ebpf::bindings::__sk_buff;
 use aya_ebpf::programs::TcContext;
-use xebec_dataplane_common::{ICMP, SCTP, TCP, UDP};
+use xebec_dataplane_common::ip::Ip;
+use xebec_dataplane_common::nat::Tuple;
+use xebec_dataplane_common::{ICMP, ICMP6, SCTP, TCP, UDP};
 
-use crate::frame::Frame;
+use crate::frame::{FURTHEST, Frame};
 use crate::maps::FRAGMENTS;
+use crate::scratch::settle;
 
 /// Bytes of the Ethernet header.
 pub const ETHERNET: usize = 14;
-const ETHERTYPE_IPV4: u16 = 0x0800_u16.to_be();
+/// Bytes of an IPv6 header.
+pub const IPV6: usize = 40;
+pub const ETHERTYPE_IPV4: u16 = 0x0800_u16.to_be();
+pub const ETHERTYPE_IPV6: u16 = 0x86dd_u16.to_be();
 const ETHERTYPE_ARP: u16 = 0x0806_u16.to_be();
+
+/// Headers of an ordinary packet are at hand with this many bytes.
+const USUAL: u32 = (ETHERNET + 60 + 20) as u32;
+/// Those of an error, with the packet that it quotes.
+const WITH_QUOTE: u32 = (ETHERNET + 60 + 8 + 60 + 20) as u32;
+
+/// Extension headers of IPv6 that are read past.
+const EXTENSIONS: usize = 6;
+const HOP_BY_HOP: u8 = 0;
+const ROUTING: u8 = 43;
+const FRAGMENT: u8 = 44;
+const AUTHENTICATION: u8 = 51;
+const DESTINATION: u8 = 60;
 
 /// What of a packet is judged.
 pub struct Packet {
-    /// Source address.
-    pub source: u32,
-    /// Destination address.
-    pub destination: u32,
-    /// Source port, or of ICMP echo the identifier.
-    pub source_port: u16,
-    /// Destination port, or of ICMP echo the identifier.
-    pub destination_port: u16,
-    /// IP protocol number.
-    pub protocol: u8,
+    /// Addresses, ports and protocol. Of an ICMP error those of the flow that it is about, seen from the error's side.
+    pub tuple: Tuple,
+    /// The addresses of an error itself; its sender may be a router on the way.
+    pub carrier: (Ip, Ip),
+    /// Where the transport's header lies.
+    pub transport: u16,
+    /// Where the transport's header of the packet lies that an error quotes.
+    pub quoted: u16,
+    /// What fragments of a datagram have in common.
+    pub id: u32,
+    /// Type and code of ICMP, for events.
+    pub icmp: u16,
     /// TCP flags.
     pub tcp_flags: u8,
     /// Hops that are left.
     pub ttl: u8,
-    /// Bytes of the IPv4 header.
-    pub header: u8,
-    /// A fragment that is not the first: its ports are those of the first, and it has no transport header.
-    pub later: bool,
-    /// The packet is an ICMP error: addresses and ports are those of the flow that it is about, seen from the
-    /// error's side.
-    pub error: bool,
-    /// The addresses of the packet itself; an error's sender may be a router on the way.
-    pub carrier: (u32, u32),
-    /// Type and code of ICMP, for events.
-    pub icmp: u16,
+    /// 1 for IPv6.
+    pub v6: u8,
+    /// 1 for the first fragment of a datagram, 2 for a later one: its ports are those of the first, and it has no
+    /// transport header.
+    pub fragment: u8,
+    /// 1 for an ICMP error.
+    pub error: u8,
+    /// 1 for neighbour discovery and the like, which is the link's business.
+    pub link: u8,
 }
 
 /// What reading gave.
+#[derive(Clone, Copy, PartialEq, Eq)]
 pub enum Read {
-    /// An IPv4 packet.
-    Ipv4(Packet),
-    /// ARP, which is the stack's business.
-    Arp,
+    /// An IP packet.
+    Ip,
+    /// ARP or neighbour discovery, which is the stack's business.
+    Link,
     /// Another protocol of the network layer.
     Other,
     /// Cut short or contradictory.
     Invalid,
 }
 
+impl Packet {
+    /// Forgets the packet before. Addresses are always written.
+    #[inline(always)]
+    fn clear(&mut self) {
+        self.tuple.source_port = 0;
+        self.tuple.destination_port = 0;
+        self.tuple.pad = [0; 3];
+        self.icmp = 0;
+        self.tcp_flags = 0;
+        self.v6 = 0;
+        self.fragment = 0;
+        self.error = 0;
+        self.link = 0;
+    }
+
+    /// Whether it is IPv6.
+    #[inline(always)]
+    pub fn is_v6(&self) -> bool {
+        self.v6 != 0
+    }
+
+    /// Whether it is a fragment without a transport header.
+    #[inline(always)]
+    pub fn is_later(&self) -> bool {
+        self.fragment == 2
+    }
+
+    /// Whether it is an ICMP error.
+    #[inline(always)]
+    pub fn is_error(&self) -> bool {
+        self.error != 0
+    }
+
+    /// The sender of the packet itself.
+    #[inline(always)]
+    pub fn sender(&self) -> &Ip {
+        if self.is_error() {
+            &self.carrier.0
+        } else {
+            &self.tuple.source
+        }
+    }
+
+    /// Whether an error is about a flow of its own sender.
+    #[inline(always)]
+    pub fn is_of_sender(&self) -> bool {
+        !self.is_error() || self.tuple.source == self.carrier.0
+    }
+
+    /// Whether an error is for an end of the flow that it is about.
+    #[inline(always)]
+    pub fn is_for_receiver(&self) -> bool {
+        !self.is_error() || self.tuple.destination == self.carrier.1
+    }
+
+    /// Whom the packet itself is for.
+    #[inline(always)]
+    pub fn receiver(&self) -> &Ip {
+        if self.is_error() {
+            &self.carrier.1
+        } else {
+            &self.tuple.destination
+        }
+    }
+}
+
 /// Reads the packet's headers.
 #[inline(always)]
-pub fn read(ctx: &TcContext) -> Read {
-    let Some(ethertype) = Frame::load::<u16>(ctx, 12) else {
+pub fn read(ctx: &TcContext, packet: &mut Packet) -> Read {
+    packet.clear();
+    at_hand(ctx, USUAL);
+    let Some(ethertype) = ctx.read::<u16>(12) else {
         return Read::Invalid;
     };
-    if ethertype == ETHERTYPE_ARP {
-        return Read::Arp;
+    let whole = match ethertype {
+        ETHERTYPE_IPV4 => ipv4(ctx, packet),
+        ETHERTYPE_IPV6 => ipv6(ctx, packet),
+        ETHERTYPE_ARP => return Read::Link,
+        _ => return Read::Other,
+    };
+    if whole.is_none() {
+        return Read::Invalid;
     }
-    if ethertype != ETHERTYPE_IPV4 {
-        return Read::Other;
+    settle();
+    if !packet.is_later() && transport(ctx, packet).is_none() {
+        return Read::Invalid;
     }
-    match ipv4(ctx, ETHERNET) {
-        Some(packet) => Read::Ipv4(packet),
-        None => Read::Invalid,
+    settle();
+    if packet.fragment != 0 && !part(packet) {
+        return Read::Invalid;
     }
+    if packet.is_error() {
+        at_hand(ctx, WITH_QUOTE);
+        if quoted(ctx, packet).is_none() {
+            return Read::Invalid;
+        }
+        settle();
+        if quoted_ports(ctx, packet).is_none() {
+            return Read::Invalid;
+        }
+    }
+    settle();
+    if packet.link != 0 {
+        return Read::Link;
+    }
+    Read::Ip
 }
 
+/// Makes some first bytes readable in place; a shorter packet has all of its own.
 #[inline(always)]
-fn ipv4(ctx: &TcContext, at: usize) -> Option<Packet> {
-    let header: [u8; 20] = Frame::load(ctx, at)?;
-    let words = usize::from(header[0] & 0x0f);
-    if header[0] >> 4 != 4 || words < 5 {
-        return None;
-    }
-    let mut packet = addressed(&header);
-    let fragment = u16::from_be_bytes([header[6], header[7]]);
-    let (more, offset) = (fragment & 0x2000 != 0, fragment & 0x1fff);
-    let id = u32::from(u16::from_be_bytes([header[4], header[5]]));
-    let datagram = [
-        packet.source,
-        packet.destination,
-        id << 8 | u32::from(packet.protocol),
-    ];
-    if offset != 0 {
-        // Only the first fragment has ports; a fragment that comes before it can't be judged.
-        // SAFETY: the value is copied at once.
-        let ports = unsafe { FRAGMENTS.get(&datagram) }?;
-        (packet.source_port, packet.destination_port) = (ports[0], ports[1]);
-        packet.later = true;
-        return Some(packet);
-    }
-    transport(ctx, at + words * 4, &mut packet)?;
-    if more {
-        let _ = FRAGMENTS.insert(&datagram, &[packet.source_port, packet.destination_port], 0);
-    }
-    Some(packet)
-}
-
-/// What an IPv4 header says.
-#[inline(always)]
-fn addressed(header: &[u8; 20]) -> Packet {
-    let source = u32::from_ne_bytes([header[12], header[13], header[14], header[15]]);
-    let destination = u32::from_ne_bytes([header[16], header[17], header[18], header[19]]);
-    Packet {
-        source,
-        destination,
-        source_port: 0,
-        destination_port: 0,
-        protocol: header[9],
-        tcp_flags: 0,
-        ttl: header[8],
-        header: (header[0] & 0x0f) * 4,
-        later: false,
-        error: false,
-        carrier: (source, destination),
-        icmp: 0,
+fn at_hand(ctx: &TcContext, wanted: u32) {
+    let (start, end) = ctx.bounds();
+    if start + wanted as usize > end {
+        let skb: *const __sk_buff = ctx.skb.skb;
+        // SAFETY: the kernel gives a valid context for the whole call.
+        let length = unsafe { (*skb).len };
+        let wanted = if length < wanted { length } else { wanted };
+        // Where this fails, the bytes are missed when they are read.
+        let _ = ctx.pull_data(wanted);
     }
 }
 
 /// Reads a packet without options that is whole; none for all others.
 #[inline(always)]
-pub fn read_simple(ctx: &impl Frame) -> Option<Packet> {
-    let header: [u8; 20] = ctx.load(ETHERNET)?;
-    if ctx.load::<u16>(12)? != ETHERTYPE_IPV4 || header[0] != 0x45 {
+pub fn read_simple(ctx: &impl Frame, packet: &mut Packet) -> Option<()> {
+    packet.clear();
+    match ctx.read::<u16>(12)? {
+        ETHERTYPE_IPV4 => {
+            let (length, _, fragment) = addressed4(ctx, packet)?;
+            if length != 20 || fragment & 0x3fff != 0 {
+                return None;
+            }
+            packet.transport = (ETHERNET + 20) as u16;
+        }
+        ETHERTYPE_IPV6 => {
+            addressed6(ctx, packet)?;
+            packet.transport = (ETHERNET + IPV6) as u16;
+        }
+        _ => return None,
+    }
+    settle();
+    transport(ctx, packet)?;
+    settle();
+    if packet.is_error() || packet.link != 0 {
         return None;
     }
-    // More fragments, or an offset.
-    if u16::from_be_bytes([header[6], header[7]]) & 0x3fff != 0 {
+    Some(())
+}
+
+/// What an IPv4 header says: how long it is, its identification, and the word of fragments.
+#[inline(always)]
+fn addressed4(ctx: &impl Frame, packet: &mut Packet) -> Option<(usize, u16, u16)> {
+    let header = ctx.header(ETHERNET, 20)?;
+    let first: u8 = header.at(0);
+    let words = usize::from(first & 0x0f);
+    if first >> 4 != 4 || words < 5 {
         return None;
     }
-    let mut packet = addressed(&header);
-    transport(ctx, ETHERNET + 20, &mut packet)?;
-    Some(packet)
+    packet.ttl = header.at(8);
+    packet.tuple.protocol = header.at(9);
+    packet.tuple.source = Ip::v4(header.at(12));
+    packet.tuple.destination = Ip::v4(header.at(16));
+    Some((words * 4, header.at(4), u16::from_be(header.at(6))))
+}
+
+/// What an IPv6 header says.
+#[inline(always)]
+fn addressed6(ctx: &impl Frame, packet: &mut Packet) -> Option<()> {
+    let header = ctx.header(ETHERNET, IPV6)?;
+    if header.at::<u8>(0) >> 4 != 6 {
+        return None;
+    }
+    packet.v6 = 1;
+    packet.tuple.protocol = header.at(6);
+    packet.ttl = header.at(7);
+    packet.tuple.source = header.ip(8);
+    packet.tuple.destination = header.ip(24);
+    // Such a packet says that it is of IPv6, and would be taken for one of IPv4.
+    if packet.tuple.source.is_v4() || packet.tuple.destination.is_v4() {
+        return None;
+    }
+    Some(())
 }
 
 #[inline(always)]
-fn transport(ctx: &impl Frame, at: usize, packet: &mut Packet) -> Option<()> {
-    match packet.protocol {
+fn ipv4(ctx: &TcContext, packet: &mut Packet) -> Option<()> {
+    let (length, id, fragment) = addressed4(ctx, packet)?;
+    packet.transport = (ETHERNET + length) as u16;
+    if fragment & 0x3fff != 0 {
+        packet.fragment = 1 + u8::from(fragment & 0x1fff != 0);
+        packet.id = u32::from(id);
+    }
+    Some(())
+}
+
+#[inline(always)]
+fn ipv6(ctx: &TcContext, packet: &mut Packet) -> Option<()> {
+    addressed6(ctx, packet)?;
+    let mut at = ETHERNET + IPV6;
+    for _ in 0..EXTENSIONS {
+        let protocol = packet.tuple.protocol;
+        // What follows a later fragment's header is no header.
+        if !is_extension(protocol) || packet.is_later() {
+            break;
+        }
+        let header = ctx.header(at, 8)?;
+        packet.tuple.protocol = header.at(0);
+        let words = usize::from(header.at::<u8>(1));
+        at += match protocol {
+            FRAGMENT => {
+                let offset = u16::from_be(header.at(2));
+                // A lone fragment is a whole packet.
+                if offset & 0xfff9 != 0 {
+                    packet.fragment = 1 + u8::from(offset >> 3 != 0);
+                    packet.id = header.at(4);
+                }
+                8
+            }
+            AUTHENTICATION => 8 + words * 4,
+            _ => 8 + words * 8,
+        };
+        if at > FURTHEST {
+            return None;
+        }
+        packet.transport = at as u16;
+        settle();
+        at = usize::from(packet.transport);
+    }
+    packet.transport = at as u16;
+    Some(())
+}
+
+#[inline(always)]
+fn is_extension(protocol: u8) -> bool {
+    matches!(
+        protocol,
+        HOP_BY_HOP | ROUTING | DESTINATION | AUTHENTICATION | FRAGMENT
+    )
+}
+
+/// Who a fragment belongs with.
+#[repr(C)]
+#[derive(Clone, Copy)]
+pub struct Datagram {
+    source: Ip,
+    destination: Ip,
+    id: u32,
+    protocol: u32,
+}
+
+/// Takes a later fragment's ports from the first, or notes the first's for those to come; false for one that comes
+/// before it, which can't be judged.
+#[inline(always)]
+fn part(packet: &mut Packet) -> bool {
+    let datagram = Datagram {
+        source: packet.tuple.source,
+        destination: packet.tuple.destination,
+        id: packet.id,
+        protocol: u32::from(packet.tuple.protocol),
+    };
+    if packet.is_later() {
+        // SAFETY: the value is copied at once.
+        let Some(ports) = (unsafe { FRAGMENTS.get(&datagram) }) else {
+            return false;
+        };
+        packet.tuple.source_port = ports[0];
+        packet.tuple.destination_port = ports[1];
+        return true;
+    }
+    let ports = [packet.tuple.source_port, packet.tuple.destination_port];
+    let _ = FRAGMENTS.insert(&datagram, &ports, 0);
+    true
+}
+
+#[inline(always)]
+fn transport(ctx: &impl Frame, packet: &mut Packet) -> Option<()> {
+    let at = usize::from(packet.transport);
+    match packet.tuple.protocol {
         TCP => {
-            let header: [u8; 14] = ctx.load(at)?;
-            ports(&header, packet);
-            packet.tcp_flags = header[13];
+            let header = ctx.header(at, 14)?;
+            packet.tcp_flags = header.at(13);
+            packet.tuple.source_port = header.at(0);
+            packet.tuple.destination_port = header.at(2);
         }
         UDP | SCTP => {
-            let header: [u8; 4] = ctx.load(at)?;
-            ports(&header, packet);
+            let header = ctx.header(at, 4)?;
+            packet.tuple.source_port = header.at(0);
+            packet.tuple.destination_port = header.at(2);
         }
-        ICMP => {
-            let header: [u8; 8] = ctx.load(at)?;
-            packet.icmp = u16::from_ne_bytes([header[0], header[1]]);
-            match header[0] {
-                // Echo, timestamp, and their replies: the identifier stands for both ports.
-                0 | 8 | 13 | 14 => {
-                    let id = u16::from_ne_bytes([header[4], header[5]]);
-                    (packet.source_port, packet.destination_port) = (id, id);
+        ICMP | ICMP6 => {
+            let header = ctx.header(at, 8)?;
+            let kind = Kind::of(packet, header.at(0));
+            packet.icmp = header.at(0);
+            match kind {
+                // The identifier stands for both ports.
+                Kind::Query => {
+                    packet.tuple.source_port = header.at(4);
+                    packet.tuple.destination_port = packet.tuple.source_port;
                 }
-                // Unreachable, time exceeded, bad parameter: they belong to the flow of the packet that they quote.
-                3 | 11 | 12 => return quoted(ctx, at + 8, packet),
-                _ => {}
+                Kind::Error => packet.error = 1,
+                Kind::Link => packet.link = 1,
+                Kind::Other => {}
             }
         }
         // Protocols without ports are judged by addresses alone.
@@ -171,34 +383,107 @@ fn transport(ctx: &impl Frame, at: usize, packet: &mut Packet) -> Option<()> {
     Some(())
 }
 
-#[inline(always)]
-fn ports(header: &[u8], packet: &mut Packet) {
-    packet.source_port = u16::from_ne_bytes([header[0], header[1]]);
-    packet.destination_port = u16::from_ne_bytes([header[2], header[3]]);
+/// Kinds of ICMP messages.
+enum Kind {
+    /// Echo, timestamp, and their replies.
+    Query,
+    /// They belong to the flow of the packet that they quote.
+    Error,
+    /// Never beyond the link: neighbours, and listeners of groups.
+    Link,
+    Other,
 }
 
-/// Takes the flow from the packet that an ICMP error quotes; it went the other way.
+impl Kind {
+    #[inline(always)]
+    fn of(packet: &Packet, kind: u8) -> Self {
+        let v6 = packet.tuple.protocol == ICMP6;
+        if v6 != packet.is_v6() {
+            return Self::Other;
+        }
+        match kind {
+            128 | 129 if v6 => Self::Query,
+            0 | 8 | 13 | 14 if !v6 => Self::Query,
+            // Unreachable, too big, time exceeded, bad parameter.
+            1..=4 if v6 => Self::Error,
+            3 | 11 | 12 if !v6 => Self::Error,
+            130..=137 | 143 if v6 => Self::Link,
+            _ => Self::Other,
+        }
+    }
+}
+
+/// Where the quoted packet's headers lie: its network header, and its transport's.
+#[derive(Clone, Copy)]
+pub struct Quote {
+    pub network: usize,
+    pub transport: usize,
+}
+
+/// Finds the packet that an error quotes.
 #[inline(always)]
-fn quoted(ctx: &impl Frame, at: usize, packet: &mut Packet) -> Option<()> {
-    let header: [u8; 20] = ctx.load(at)?;
-    let words = usize::from(header[0] & 0x0f);
-    if header[0] >> 4 != 4 || words < 5 {
+pub fn quote(ctx: &impl Frame, packet: &Packet) -> Option<Quote> {
+    let network = usize::from(packet.transport) + 8;
+    let first: u8 = ctx.header(network, 20)?.at(0);
+    if packet.is_v6() {
+        return Some(Quote {
+            network,
+            transport: network + IPV6,
+        });
+    }
+    let words = usize::from(first & 0x0f);
+    if words < 5 {
         return None;
     }
-    packet.error = true;
-    packet.protocol = header[9];
-    if packet.protocol == TCP || packet.protocol == UDP || packet.protocol == SCTP {
-        let quoted: [u8; 4] = ctx.load(at + words * 4)?;
-        packet.destination_port = u16::from_ne_bytes([quoted[0], quoted[1]]);
-        packet.source_port = u16::from_ne_bytes([quoted[2], quoted[3]]);
-    } else if packet.protocol == ICMP {
-        let quoted: [u8; 8] = ctx.load(at + words * 4)?;
-        let id = u16::from_ne_bytes([quoted[4], quoted[5]]);
-        (packet.source_port, packet.destination_port) = (id, id);
+    Some(Quote {
+        network,
+        transport: network + words * 4,
+    })
+}
+
+/// Takes the flow from the packet that an ICMP error quotes; it went the other way. The error may come from a router
+/// on the way; the flow is between the quoted ends.
+#[inline(always)]
+fn quoted(ctx: &TcContext, packet: &mut Packet) -> Option<()> {
+    let quote = quote(ctx, packet)?;
+    packet.quoted = quote.transport as u16;
+    // The carrier's addresses are read again rather than copied: LLVM breaks over a copy within the structure.
+    if packet.is_v6() {
+        let header = ctx.header(ETHERNET, IPV6)?;
+        packet.carrier.0 = header.ip(8);
+        packet.carrier.1 = header.ip(24);
+        let header = ctx.header(quote.network, IPV6)?;
+        packet.tuple.protocol = header.at(6);
+        packet.tuple.destination = header.ip(8);
+        packet.tuple.source = header.ip(24);
+    } else {
+        let header = ctx.header(ETHERNET, 20)?;
+        packet.carrier.0 = Ip::v4(header.at(12));
+        packet.carrier.1 = Ip::v4(header.at(16));
+        let header = ctx.header(quote.network, 20)?;
+        packet.tuple.protocol = header.at(9);
+        packet.tuple.destination = Ip::v4(header.at(12));
+        packet.tuple.source = Ip::v4(header.at(16));
     }
-    // The error may come from a router on the way; the flow is between the quoted ends.
-    packet.destination = u32::from_ne_bytes([header[12], header[13], header[14], header[15]]);
-    packet.source = u32::from_ne_bytes([header[16], header[17], header[18], header[19]]);
+    Some(())
+}
+
+/// The ports of the packet that an error quotes.
+#[inline(always)]
+fn quoted_ports(ctx: &TcContext, packet: &mut Packet) -> Option<()> {
+    match packet.tuple.protocol {
+        TCP | UDP | SCTP => {
+            let header = ctx.header(usize::from(packet.quoted), 4)?;
+            packet.tuple.destination_port = header.at(0);
+            packet.tuple.source_port = header.at(2);
+        }
+        ICMP | ICMP6 => {
+            let header = ctx.header(usize::from(packet.quoted), 8)?;
+            packet.tuple.source_port = header.at(4);
+            packet.tuple.destination_port = packet.tuple.source_port;
+        }
+        _ => {}
+    }
     Some(())
 }
 

@@ -4,128 +4,245 @@ use aya_ebpf::bindings::{TC_ACT_OK, TC_ACT_SHOT};
 use aya_ebpf::helpers::generated::bpf_redirect_peer;
 use aya_ebpf::macros::classifier;
 use aya_ebpf::programs::TcContext;
-use xebec_dataplane_common::flow::{EGRESS, INGRESS, REASON_INVALID, REASON_POLICY, REASON_SOURCE};
+use xebec_dataplane_common::flow::{
+    EGRESS, Flow, FlowKey, INGRESS, REASON_INVALID, REASON_NO_MAPPING, REASON_NO_SERVICE,
+    REASON_POLICY, REASON_SOURCE, TURN_BACK, TURN_FORTH, TURN_LATE,
+};
+use xebec_dataplane_common::ip::Ip;
+use xebec_dataplane_common::nat::Tuple;
 use xebec_dataplane_common::policy::Endpoint;
 
-use crate::flow::{self, Known, Told};
+use crate::balance::{self, CHOSEN, Client};
+use crate::errors;
+use crate::flow::{self, SYN};
 use crate::maps::ENDPOINTS;
+use crate::nat::{self, Turn};
 use crate::packet::{self, Packet, Read};
 use crate::policy;
 use crate::rewrite;
+use crate::scratch::{Scratch, scratch, settle};
+use crate::tell::{self, As};
+use crate::translate;
 
-/// What comes out of a pod: its source is checked, then its egress rules, then the ingress rules of a pod of
-/// this node, to which the packet is then handed without going through the stack.
+/// What comes out of a pod: its source is checked, a Service's address becomes a backend's, then come the pod's egress
+/// rules, and the ingress rules of a pod of this node, to which the packet is then handed without going through the
+/// stack.
 #[classifier]
 pub fn xebec_from_pod(ctx: TcContext) -> i32 {
-    let packet = match packet::read(&ctx) {
-        Read::Ipv4(packet) => packet,
-        Read::Arp => return TC_ACT_OK as i32,
+    let Some(all) = scratch() else {
+        return dropped();
+    };
+    match packet::read(&ctx, &mut all.packet) {
+        Read::Ip => {}
+        Read::Link => return TC_ACT_OK as i32,
         // Nothing else is routed to or from pods, so nothing else may slip past the rules.
         Read::Other | Read::Invalid => return dropped(),
-    };
-    // SAFETY: the value is copied at once.
-    let Some(from) = (unsafe { ENDPOINTS.get(&packet.carrier.0) }).copied() else {
-        return refuse(&ctx, &packet, EGRESS, 0, REASON_SOURCE);
+    }
+    let Some(from) = endpoint(all.packet.sender()) else {
+        return refuse(&ctx, all, EGRESS, REASON_SOURCE);
     };
     // A pod speaks for itself alone, in its errors too.
-    if from.ifindex != ifindex(&ctx) || packet.source != packet.carrier.0 {
-        return refuse(&ctx, &packet, EGRESS, 0, REASON_SOURCE);
+    if from.ifindex != ifindex(&ctx) || !all.packet.is_of_sender() {
+        return refuse(&ctx, all, EGRESS, REASON_SOURCE);
     }
-    // SAFETY: the value is copied at once.
-    let to = unsafe { ENDPOINTS.get(&packet.carrier.1) }.copied();
-    let (key, up) = flow::key(&packet);
-    let known = flow::find(&packet, &key, up);
-    if known.yes {
-        tell_known(&ctx, &packet, &known, EGRESS);
+    let up = FlowKey::write(&all.packet.tuple, &mut all.key);
+    let flow = flow::entry(&all.key);
+    flow::find(flow, &all.packet, up, &mut all.known);
+    // A packet to a pod of this node meets no other hook. All others are translated where they leave, if so.
+    all.turned = match nat::find(flow, all, up) {
+        Turn::None => 0,
+        Turn::Entry => 1,
+        Turn::Exit => u8::from(translate::is_endpoint(&all.to.destination)),
+    };
+    settle();
+    let known = &all.known;
+    // A flow to a Service that has no backend any more gets another.
+    if known.yes != 0 && (all.turned != 0 || known.reply != 0 || known.service == 0) {
+        tell_known(&ctx, all, EGRESS);
     } else {
-        let mut told = Told {
-            direction: EGRESS,
-            set: from.egress_set,
-            rule: 0,
-            reason: 0,
-            reply: false,
-            length: packet::length(&ctx),
-        };
-        if from.egress_set != 0 {
-            let identity = match &to {
-                Some(to) => to.identity,
-                None => policy::identity(packet.destination),
-            };
-            told.rule = policy::ask(from.egress_set, packet.destination, identity, &packet);
-            if told.rule == 0 {
-                return refuse(&ctx, &packet, EGRESS, from.egress_set, REASON_POLICY);
-            }
+        let reason = decide(&ctx, all, &from, up);
+        if reason != 0 {
+            all.told.reason = reason;
+            tell::tell(&all.packet, &all.told);
+            return dropped();
         }
-        if let Some(to) = &to {
-            if to.ingress_set != 0 {
-                told.direction = INGRESS;
-                told.set = to.ingress_set;
-                told.rule = policy::ask(to.ingress_set, packet.source, from.identity, &packet);
-                if told.rule == 0 {
-                    return refuse(&ctx, &packet, INGRESS, to.ingress_set, REASON_POLICY);
-                }
-            }
-        }
-        // An error about a flow that is not known is let through by the rules, but begins no flow.
-        if !packet.error {
-            flow::enter(&packet, &key, up, told.rule);
-        }
-        flow::tell(&packet, &told);
+        tell::tell(&all.packet, &all.told);
     }
-    flow::count(false);
-    match &to {
-        Some(to) => hand_over(&ctx, &packet, to),
+    settle();
+    tell::count(As::Forwarded);
+    let receiver = if all.turned != 0 {
+        if !rewritten(&ctx, &all.packet, &all.to) {
+            return dropped();
+        }
+        &all.to.destination
+    } else {
+        all.packet.receiver()
+    };
+    settle();
+    match endpoint(receiver) {
+        Some(pod) => hand_over(&ctx, &all.packet, &pod),
         None => TC_ACT_OK as i32,
+    }
+}
+
+/// Decides on a flow that begins: chooses a backend if it is for a Service, judges it by the rules, and enters it. 0, or
+/// why not.
+#[inline(always)]
+fn decide(ctx: &TcContext, all: &mut Scratch, from: &Endpoint, up: bool) -> u8 {
+    all.told.begin(ctx, EGRESS);
+    all.choice.backend = 0;
+    if all.turned == 0 {
+        if translate::may_begin(&all.packet) {
+            let client = Client {
+                address: all.packet.tuple.source,
+                namespace: false,
+                inside: true,
+            };
+            let outcome = balance::choose(&all.packet.tuple, &client, &mut all.choice);
+            if outcome == balance::REFUSE || outcome == balance::DROP {
+                all.told.service = all.choice.service;
+                return REASON_NO_SERVICE;
+            }
+            if outcome == CHOSEN {
+                all.turned = 1;
+                all.told.service = all.choice.service;
+            } else {
+                all.choice.backend = 0;
+            }
+        }
+        all.to = all.packet.tuple;
+        if all.turned != 0 {
+            all.to.destination = all.choice.address;
+            all.to.destination_port = all.choice.port;
+        }
+    }
+    settle();
+    // Rules are about the backend, not about the Service's address.
+    if from.egress_set != 0 {
+        all.told.set = from.egress_set;
+        let peer = &all.to.destination;
+        all.told.rule = policy::ask(from.egress_set, peer, policy::identity(peer), &all.to);
+        if all.told.rule == 0 {
+            return REASON_POLICY;
+        }
+    }
+    settle();
+    if let Some(pod) = endpoint(&all.to.destination) {
+        if pod.ingress_set != 0 {
+            all.told.direction = INGRESS;
+            all.told.set = pod.ingress_set;
+            let peer = &all.packet.tuple.source;
+            all.told.rule = policy::ask(pod.ingress_set, peer, from.identity, &all.to);
+            if all.told.rule == 0 {
+                return REASON_POLICY;
+            }
+        }
+    }
+    settle();
+    if all.choice.backend != 0 {
+        if !begin(all) {
+            return REASON_NO_MAPPING;
+        }
+    } else if !all.packet.is_error() {
+        // An error about a flow that is not known is let through by the rules, but begins no flow.
+        flow::enter(all, up);
+    }
+    settle();
+    0
+}
+
+/// Enters a pod's flow to the backend that was chosen; `to` then has the rest.
+#[inline(never)]
+fn begin(all: &mut Scratch) -> bool {
+    nat::forget(all);
+    all.begun = Flow {
+        backend: all.choice.backend,
+        backend_generation: all.choice.generation,
+        service: all.choice.service,
+        generation: flow::generation(),
+        rule: all.told.rule,
+        turn: TURN_FORTH,
+        other: TURN_BACK | TURN_LATE,
+        told: [all.packet.tcp_flags & SYN, 0],
+        ..flow::plain()
+    };
+    if all.to.destination == all.packet.tuple.source {
+        // A pod that reaches itself must take the node for the other end: no stack accepts its own address from
+        // outside.
+        all.to.source = nat::settings().node(&all.to.destination);
+        all.begun.other = TURN_BACK;
+    }
+    nat::enter_with_port(all)
+}
+
+/// Gives the packet its new addresses and ports.
+#[inline(always)]
+fn rewritten(ctx: &TcContext, packet: &Packet, to: &Tuple) -> bool {
+    if packet.is_error() {
+        errors::apply(ctx, packet, to)
+    } else {
+        rewrite::apply(ctx, packet, to)
     }
 }
 
 /// What the stack is about to send to a pod: from other nodes, from outside, from this node's own processes.
 #[classifier]
 pub fn xebec_to_pod(ctx: TcContext) -> i32 {
-    let packet = match packet::read(&ctx) {
-        Read::Ipv4(packet) => packet,
-        Read::Arp => return TC_ACT_OK as i32,
+    let Some(all) = scratch() else {
+        return dropped();
+    };
+    match packet::read(&ctx, &mut all.packet) {
+        Read::Ip => {}
+        Read::Link => return TC_ACT_OK as i32,
         Read::Other | Read::Invalid => return dropped(),
-    };
-    // SAFETY: the value is copied at once.
-    let Some(to) = (unsafe { ENDPOINTS.get(&packet.carrier.1) }).copied() else {
-        return refuse(&ctx, &packet, INGRESS, 0, REASON_INVALID);
-    };
-    if to.ifindex != ifindex(&ctx) || packet.destination != packet.carrier.1 {
-        return refuse(&ctx, &packet, INGRESS, 0, REASON_INVALID);
     }
-    let (key, up) = flow::key(&packet);
-    let known = flow::find(&packet, &key, up);
-    if known.yes {
-        tell_known(&ctx, &packet, &known, INGRESS);
+    let Some(to) = endpoint(all.packet.receiver()) else {
+        return refuse(&ctx, all, INGRESS, REASON_INVALID);
+    };
+    if to.ifindex != ifindex(&ctx) || !all.packet.is_for_receiver() {
+        return refuse(&ctx, all, INGRESS, REASON_INVALID);
+    }
+    let up = FlowKey::write(&all.packet.tuple, &mut all.key);
+    let flow = flow::entry(&all.key);
+    flow::find(flow, &all.packet, up, &mut all.known);
+    let turn = nat::find(flow, all, up);
+    all.turned = u8::from(turn == Turn::Exit);
+    settle();
+    if all.known.yes != 0 {
+        tell_known(&ctx, all, INGRESS);
     } else {
-        let mut told = Told {
-            direction: INGRESS,
-            set: to.ingress_set,
-            rule: 0,
-            reason: 0,
-            reply: false,
-            length: packet::length(&ctx),
-        };
+        all.told.begin(&ctx, INGRESS);
+        all.told.set = to.ingress_set;
         // A node may always reach its own pods: its kubelet probes them.
         if to.ingress_set != 0 && !from_this_node(&ctx) {
-            told.rule = policy::ask(
-                to.ingress_set,
-                packet.source,
-                policy::identity(packet.source),
-                &packet,
-            );
-            if told.rule == 0 {
-                return refuse(&ctx, &packet, INGRESS, to.ingress_set, REASON_POLICY);
+            let tuple = &all.packet.tuple;
+            let identity = policy::identity(&tuple.source);
+            all.told.rule = policy::ask(to.ingress_set, &tuple.source, identity, tuple);
+            if all.told.rule == 0 {
+                all.told.reason = REASON_POLICY;
+                tell::tell(&all.packet, &all.told);
+                return dropped();
             }
         }
-        if !packet.error {
-            flow::enter(&packet, &key, up, told.rule);
+        settle();
+        if !all.packet.is_error() {
+            flow::enter(all, up);
         }
-        flow::tell(&packet, &told);
+        tell::tell(&all.packet, &all.told);
     }
-    flow::count(false);
+    settle();
+    if all.turned != 0 && !rewritten(&ctx, &all.packet, &all.to) {
+        return dropped();
+    }
+    tell::count(As::Forwarded);
     TC_ACT_OK as i32
+}
+
+/// A pod of this node.
+#[inline(always)]
+fn endpoint(address: &Ip) -> Option<Endpoint> {
+    // SAFETY: the value is copied at once.
+    unsafe { ENDPOINTS.get(address) }.copied()
 }
 
 /// The device that this program is attached to.
@@ -144,38 +261,28 @@ fn from_this_node(ctx: &TcContext) -> bool {
 
 #[inline(always)]
 fn dropped() -> i32 {
-    flow::count(true);
+    tell::count(As::Dropped);
     TC_ACT_SHOT as i32
 }
 
 /// Tells of a packet of a known flow, if it has news.
 #[inline(always)]
-fn tell_known(ctx: &TcContext, packet: &Packet, known: &Known, direction: u8) {
-    if known.tell {
-        let told = Told {
-            direction,
-            set: 0,
-            rule: known.rule,
-            reason: 0,
-            reply: known.reply,
-            length: packet::length(ctx),
-        };
-        flow::tell(packet, &told);
+fn tell_known(ctx: &TcContext, all: &mut Scratch, direction: u8) {
+    if all.known.tell != 0 {
+        all.told.begin(ctx, direction);
+        all.told.rule = all.known.rule;
+        all.told.reply = all.known.reply;
+        all.told.service = all.known.service;
+        tell::tell(&all.packet, &all.told);
     }
 }
 
 /// Drops a packet and tells why.
 #[inline(always)]
-fn refuse(ctx: &TcContext, packet: &Packet, direction: u8, set: u32, reason: u8) -> i32 {
-    let told = Told {
-        direction,
-        set,
-        rule: 0,
-        reason,
-        reply: false,
-        length: packet::length(ctx),
-    };
-    flow::tell(packet, &told);
+fn refuse(ctx: &TcContext, all: &mut Scratch, direction: u8, reason: u8) -> i32 {
+    all.told.begin(ctx, direction);
+    all.told.reason = reason;
+    tell::tell(&all.packet, &all.told);
     dropped()
 }
 

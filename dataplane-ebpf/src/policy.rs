@@ -1,20 +1,21 @@
 //! Judging by a compiled set of rules.
 
 use aya_ebpf::maps::lpm_trie::Key;
+use xebec_dataplane_common::ip::Ip;
+use xebec_dataplane_common::nat::Tuple;
 use xebec_dataplane_common::policy::{
     CidrKey, IDENTITY_WORLD, NO_SHAPE, RuleKey, SHAPE_CLASS, SHAPE_IDENTITY, SHAPE_PORT,
     SHAPE_PROTOCOL, SHAPES, port_bits,
 };
 
 use crate::maps::{CIDRS, IDENTITIES, RULES, SETS};
-use crate::packet::Packet;
 
 /// What is asked of a set.
 struct Question {
     /// The set.
     pub set: u32,
     /// The peer's address.
-    pub peer: u32,
+    pub peer: Ip,
     /// The peer's identity.
     pub identity: u32,
     /// Port of the destination.
@@ -25,23 +26,23 @@ struct Question {
 
 /// The identity of an address.
 #[inline(always)]
-pub fn identity(address: u32) -> u32 {
+pub fn identity(address: &Ip) -> u32 {
     // SAFETY: the value is copied at once.
-    match unsafe { IDENTITIES.get(&address) } {
+    match unsafe { IDENTITIES.get(address) } {
         Some(identity) => *identity,
         None => IDENTITY_WORLD,
     }
 }
 
-/// Judges a packet that begins a flow, by a set, for a peer with this address and identity.
+/// Judges what begins a flow, by a set, for a peer with this address and identity. `tuple` is what it is for.
 #[inline(always)]
-pub fn ask(set: u32, peer: u32, identity: u32, packet: &Packet) -> u32 {
+pub fn ask(set: u32, peer: &Ip, identity: u32, tuple: &Tuple) -> u32 {
     judge(&Question {
         set,
-        peer,
+        peer: *peer,
         identity,
-        port: packet.destination_port,
-        protocol: packet.protocol,
+        port: tuple.destination_port,
+        protocol: tuple.protocol,
     })
 }
 
@@ -67,7 +68,7 @@ fn judge(question: &Question) -> u32 {
         } else if shape & SHAPE_CLASS != 0 {
             if class == UNASKED {
                 let key = Key::new(
-                    64,
+                    160,
                     CidrKey {
                         set: question.set,
                         address: question.peer,

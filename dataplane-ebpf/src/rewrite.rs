@@ -1,21 +1,38 @@
 //! Changing a packet's addresses and ports, and keeping its checksums right.
 
 use aya_ebpf::programs::{TcContext, XdpContext};
+use xebec_dataplane_common::ip::Ip;
 use xebec_dataplane_common::nat::Tuple;
-use xebec_dataplane_common::{ICMP, TCP, UDP};
+use xebec_dataplane_common::{ICMP, ICMP6, TCP, UDP};
 
-use crate::frame::{Field, Frame};
+use crate::frame::{Change, Frame, differ, differ_ip, difference};
 use crate::packet::{ETHERNET, Packet};
 
-const IP_TTL: usize = ETHERNET + 8;
-/// Bytes of the headers that a hop changes.
-const HEADERS: usize = ETHERNET + 20;
-/// The IPv4 header's checksum.
-pub const IP_CHECKSUM: usize = ETHERNET + 10;
-/// Its source.
-pub const IP_SOURCE: usize = ETHERNET + 12;
-/// Its destination.
-pub const IP_DESTINATION: usize = ETHERNET + 16;
+/// Where a packet's addresses lie within its network header, and IPv4's checksum.
+#[derive(Clone, Copy)]
+pub struct Places {
+    pub source: usize,
+    pub destination: usize,
+}
+
+/// The places of a family.
+#[inline(always)]
+pub const fn places(v6: bool) -> Places {
+    if v6 {
+        Places {
+            source: 8,
+            destination: 24,
+        }
+    } else {
+        Places {
+            source: 12,
+            destination: 16,
+        }
+    }
+}
+
+/// Where IPv4's checksum lies within its header.
+pub const IP_CHECKSUM: usize = 10;
 
 /// Gives the packet the addresses and ports of `to`; false if it can't be changed, and then it must be dropped.
 #[inline(never)]
@@ -29,81 +46,97 @@ pub fn apply_early(ctx: &XdpContext, packet: &Packet, to: &Tuple) -> bool {
     change(ctx, packet, to).is_some()
 }
 
+/// Writes an address into the network header at `network`, and mends IPv4's checksum.
 #[inline(always)]
-fn change(ctx: &impl Frame, packet: &Packet, to: &Tuple) -> Option<()> {
-    let transport = ETHERNET + usize::from(packet.header);
-    // Where the transport's checksum lies; a later fragment has none.
-    let checksum = match packet.protocol {
-        _ if packet.later => 0,
-        TCP => transport + 16,
-        UDP => transport + 6,
-        _ => 0,
-    };
-    let udp = packet.protocol == UDP;
-    for (at, old, new) in [
-        (IP_SOURCE, packet.source, to.source),
-        (IP_DESTINATION, packet.destination, to.destination),
-    ] {
-        if old == new {
-            continue;
-        }
-        if checksum != 0 {
-            let address = Field {
-                size: 4,
-                pseudo: true,
-                udp,
-            };
-            ctx.mend_transport(checksum, old, new, address)?;
-        }
-        ctx.mend_ip(IP_CHECKSUM, old, new)?;
-        ctx.store(at, &new)?;
-    }
-    if packet.later {
-        return Some(());
-    }
-    if packet.protocol == ICMP {
-        // The identifier stands for both ports.
-        let (old, new) = (packet.source_port, to.source_port);
-        return port(ctx, transport + 2, false, transport + 4, old, new);
-    }
-    let (old, new) = (packet.source_port, to.source_port);
-    port(ctx, checksum, udp, transport, old, new)?;
-    let (old, new) = (packet.destination_port, to.destination_port);
-    port(ctx, checksum, udp, transport + 2, old, new)
-}
-
-/// Changes one port. Protocols whose checksum can't be mended (SCTP's is a CRC of everything) keep theirs.
-#[inline(always)]
-fn port(ctx: &impl Frame, checksum: usize, udp: bool, at: usize, old: u16, new: u16) -> Option<()> {
+pub fn address(ctx: &impl Frame, network: usize, at: usize, old: &Ip, new: &Ip) -> Option<()> {
     if old == new {
         return Some(());
     }
-    if checksum == 0 {
+    if new.is_v4() {
+        ctx.mend_ip(network + IP_CHECKSUM, old.as_v4(), new.as_v4())?;
+        ctx.write(network + at, &new.as_v4())
+    } else {
+        ctx.write(network + at, new)
+    }
+}
+
+#[inline(always)]
+fn change(ctx: &impl Frame, packet: &Packet, to: &Tuple) -> Option<()> {
+    let (transport, old) = (usize::from(packet.transport), &packet.tuple);
+    let echo = old.protocol == ICMP || old.protocol == ICMP6;
+    // Where the transport's checksum lies; a later fragment has none.
+    let checksum = match old.protocol {
+        _ if packet.is_later() => 0,
+        TCP => transport + 16,
+        UDP => transport + 6,
+        ICMP | ICMP6 => transport + 2,
+        _ => 0,
+    };
+    let ports = !packet.is_later()
+        && (old.source_port != to.source_port || old.destination_port != to.destination_port);
+    // Protocols whose checksum can't be mended (SCTP's is a CRC of everything) keep their ports.
+    if ports && checksum == 0 {
         return None;
     }
-    let port = Field {
-        size: 2,
-        pseudo: false,
-        udp,
-    };
-    ctx.mend_transport(checksum, u32::from(old), u32::from(new), port)?;
-    ctx.store(at, &new)
+    let udp = old.protocol == UDP;
+    let mut sum = differ_ip(0, &old.source, &to.source);
+    sum = differ_ip(sum, &old.destination, &to.destination);
+    // ICMP of IPv4 alone has no pseudo header.
+    let moved = old.source != to.source || old.destination != to.destination;
+    if moved && checksum != 0 && old.protocol != ICMP {
+        let addresses = Change {
+            by: difference(sum),
+            pseudo: true,
+            udp,
+            v6: packet.is_v6(),
+        };
+        ctx.mend_transport(checksum, addresses)?;
+    }
+    if ports {
+        let mut sum = differ(0, old.source_port.into(), to.source_port.into());
+        // An identifier stands for both.
+        if !echo {
+            sum = differ(sum, old.destination_port.into(), to.destination_port.into());
+        }
+        let change = Change {
+            by: difference(sum),
+            pseudo: false,
+            udp,
+            v6: packet.is_v6(),
+        };
+        ctx.mend_transport(checksum, change)?;
+        if echo {
+            ctx.write(transport + 4, &to.source_port)?;
+        } else {
+            ctx.write(transport, &[to.source_port, to.destination_port])?;
+        }
+    }
+    let places = places(packet.is_v6());
+    address(ctx, ETHERNET, places.source, &old.source, &to.source)?;
+    let (old, new) = (&old.destination, &to.destination);
+    address(ctx, ETHERNET, places.destination, old, new)
 }
 
 /// Takes one hop off the packet's time to live, as a router does; false, and nothing changed, if none is left or the
 /// headers are not at hand.
 #[inline(always)]
 pub fn hop(ctx: &impl Frame, packet: &Packet) -> bool {
-    let (start, end) = ctx.bounds();
-    if packet.ttl <= 1 || start + HEADERS > end {
+    if packet.ttl <= 1 {
         return false;
     }
-    let bytes = start as *mut u8;
-    // SAFETY: the bounds of both headers were checked against the end of the packet just above.
+    let Some(place) = ctx.place(ETHERNET, 20) else {
+        return false;
+    };
+    let header = place as *mut u8;
+    // SAFETY: the bounds of the header were checked against the end of the packet just above.
     unsafe {
-        *bytes.add(IP_TTL) -= 1;
+        if packet.is_v6() {
+            *header.add(7) -= 1;
+            return true;
+        }
+        *header.add(8) -= 1;
         // RFC 1624: the high byte of the word fell by one, so the sum of the others rises by 0x100.
-        let checksum = bytes.add(IP_CHECKSUM) as *mut u16;
+        let checksum = header.add(IP_CHECKSUM) as *mut u16;
         let sum = u32::from(u16::from_be(core::ptr::read_unaligned(checksum))) + 0x100;
         core::ptr::write_unaligned(checksum, ((sum + (sum >> 16)) as u16).to_be());
     }

@@ -1,151 +1,240 @@
 //! cgroup socket hooks: a Service's address becomes a backend's once, when a socket connects or sends.
 
 use aya_ebpf::helpers::generated::{bpf_get_current_ancestor_cgroup_id, bpf_get_netns_cookie};
-use aya_ebpf::helpers::{bpf_get_prandom_u32, bpf_get_socket_cookie, bpf_set_retval};
+use aya_ebpf::helpers::{bpf_get_socket_cookie, bpf_set_retval};
 use aya_ebpf::macros::cgroup_sock_addr;
 use aya_ebpf::programs::SockAddrContext;
-use xebec_dataplane_common::service::{Address, BackendKey, FrontendKey, ReverseKey};
+use xebec_dataplane_common::ip::Ip;
+use xebec_dataplane_common::nat::Tuple;
+use xebec_dataplane_common::service::{ASKED, GIVEN, SocketKey, SocketValue};
 
-use crate::maps::{BACKENDS, FRONTENDS, REVERSE, SCOPE};
+use crate::balance::{self, CHOSEN, Choice, Client};
+use crate::maps::{BACKENDS, SCOPE, SOCKETS};
 
 /// Go on with the call.
 const ALLOW: i32 = 1;
 /// Refuse it; the error is EPERM unless another was set.
 const REFUSE: i32 = 0;
 const ECONNREFUSED: i32 = 111;
+const EHOSTUNREACH: i32 = 113;
 
 #[cgroup_sock_addr(connect4)]
 pub fn xebec_connect4(ctx: SockAddrContext) -> i32 {
-    translate(&ctx)
+    translate(&ctx, Family::V4, false)
+}
+
+#[cgroup_sock_addr(connect6)]
+pub fn xebec_connect6(ctx: SockAddrContext) -> i32 {
+    translate(&ctx, Family::V6, false)
 }
 
 #[cgroup_sock_addr(sendmsg4)]
 pub fn xebec_sendmsg4(ctx: SockAddrContext) -> i32 {
-    translate(&ctx)
+    translate(&ctx, Family::V4, true)
+}
+
+#[cgroup_sock_addr(sendmsg6)]
+pub fn xebec_sendmsg6(ctx: SockAddrContext) -> i32 {
+    translate(&ctx, Family::V6, true)
 }
 
 #[cgroup_sock_addr(recvmsg4)]
 pub fn xebec_recvmsg4(ctx: SockAddrContext) -> i32 {
-    restore(&ctx)
+    restore(&ctx, Family::V4)
+}
+
+#[cgroup_sock_addr(recvmsg6)]
+pub fn xebec_recvmsg6(ctx: SockAddrContext) -> i32 {
+    restore(&ctx, Family::V6)
 }
 
 #[cgroup_sock_addr(getpeername4)]
 pub fn xebec_getpeername4(ctx: SockAddrContext) -> i32 {
-    restore(&ctx)
+    restore(&ctx, Family::V4)
+}
+
+#[cgroup_sock_addr(getpeername6)]
+pub fn xebec_getpeername6(ctx: SockAddrContext) -> i32 {
+    restore(&ctx, Family::V6)
+}
+
+/// Which family a socket is of. One of IPv6 may talk IPv4, by the addresses that stand for it.
+#[derive(Clone, Copy, PartialEq, Eq)]
+enum Family {
+    V4,
+    V6,
+}
+
+/// The address and port that a call names.
+#[inline(always)]
+fn named(ctx: &SockAddrContext, family: Family) -> (Ip, u16) {
+    // SAFETY: the kernel gives a valid context for the whole call, and the hooks of a family may read its fields.
+    unsafe {
+        let call = ctx.sock_addr;
+        let address = match family {
+            Family::V4 => Ip::v4((*call).user_ip4),
+            Family::V6 => Ip([
+                (*call).user_ip6[0],
+                (*call).user_ip6[1],
+                (*call).user_ip6[2],
+                (*call).user_ip6[3],
+            ]),
+        };
+        (address, (*call).user_port as u16)
+    }
+}
+
+/// Puts another in its place.
+#[inline(always)]
+fn name(ctx: &SockAddrContext, family: Family, address: &Ip, port: u16) {
+    // SAFETY: as in `named`; they may be written, too.
+    unsafe {
+        let call = ctx.sock_addr;
+        match family {
+            Family::V4 => (*call).user_ip4 = address.as_v4(),
+            Family::V6 => {
+                core::ptr::write_volatile(&raw mut (*call).user_ip6[0], address.0[0]);
+                core::ptr::write_volatile(&raw mut (*call).user_ip6[1], address.0[1]);
+                core::ptr::write_volatile(&raw mut (*call).user_ip6[2], address.0[2]);
+                core::ptr::write_volatile(&raw mut (*call).user_ip6[3], address.0[3]);
+            }
+        }
+        (*call).user_port = u32::from(port);
+    }
 }
 
 /// cgroups are looked through to this depth.
 const DEPTH: i32 = 16;
 
-/// Whether the socket is the node's own or a pod's.
+/// The cookie of the socket's network namespace, if it is the node's own or a pod's.
 #[inline(always)]
-fn in_scope(ctx: &SockAddrContext) -> bool {
-    let Some(scope) = SCOPE.get(0) else {
-        return false;
-    };
+fn scope(ctx: &SockAddrContext) -> Option<u64> {
+    let scope = SCOPE.get(0)?;
     // SAFETY: the context is the one that the kernel gave.
-    if unsafe { bpf_get_netns_cookie(ctx.sock_addr.cast()) } == scope.netns {
-        return true;
+    let cookie = unsafe { bpf_get_netns_cookie(ctx.sock_addr.cast()) };
+    if cookie == scope.netns {
+        return Some(cookie);
     }
     for level in 1..DEPTH {
         // SAFETY: the helper takes a number.
         let ancestor = unsafe { bpf_get_current_ancestor_cgroup_id(level) };
         if ancestor == scope.pods {
-            return true;
+            return Some(cookie);
         }
         if ancestor == 0 {
-            return false;
+            return None;
         }
     }
-    false
+    None
 }
 
-/// The frontend that was asked for becomes one of its backends, at random.
+/// The frontend that was asked for becomes one of its backends. Who sends without connecting keeps the backend as long
+/// as it is there.
 #[inline(always)]
-fn translate(ctx: &SockAddrContext) -> i32 {
-    // SAFETY: the kernel gives a valid context for the whole call, and these fields may be read by this hook.
-    let (address, port, protocol) = unsafe {
-        (
-            (*ctx.sock_addr).user_ip4,
-            (*ctx.sock_addr).user_port as u16,
-            (*ctx.sock_addr).protocol as u8,
-        )
-    };
-    let key = FrontendKey {
-        address,
-        port,
+fn translate(ctx: &SockAddrContext, family: Family, sends: bool) -> i32 {
+    let (address, port) = named(ctx, family);
+    // SAFETY: the kernel gives a valid context for the whole call, and these hooks may read the field.
+    let protocol = unsafe { (*ctx.sock_addr).protocol as u8 };
+    let mut tuple = Tuple {
+        source: Ip::NONE,
+        destination: address,
+        source_port: 0,
+        destination_port: port,
         protocol,
-        pad: 0,
+        pad: [0; 3],
     };
-    // SAFETY: values are replaced whole by userspace and read once here.
-    let Some(frontend) = (unsafe { FRONTENDS.get(&key) }) else {
-        return ALLOW;
-    };
-    if !in_scope(ctx) {
+    if !balance::is_frontend(&tuple) {
         return ALLOW;
     }
-    let (set, count) = (frontend.set, frontend.count);
-    if count == 0 {
-        // As kube-proxy does, a Service without endpoints answers at once.
-        // SAFETY: the helper takes a number and touches no memory of ours.
-        unsafe { bpf_set_retval(-ECONNREFUSED) };
-        return REFUSE;
-    }
-    // SAFETY: the helper has no arguments.
-    let slot = unsafe { bpf_get_prandom_u32() } % count;
-    // SAFETY: as above.
-    let Some(backend) = (unsafe { BACKENDS.get(&BackendKey { set, slot }) }) else {
+    let Some(namespace) = scope(ctx) else {
         return ALLOW;
     };
-    let (to, to_port) = (backend.address, backend.port);
     // SAFETY: the context is the one that the kernel gave.
     let cookie = unsafe { bpf_get_socket_cookie(ctx.sock_addr.cast()) };
-    let reverse = ReverseKey {
+    let mut key = SocketKey {
         cookie,
-        address: to,
-        port: to_port,
+        address,
+        port,
+        side: ASKED,
         pad: 0,
     };
-    // A full table forgets the oldest; only what getpeername says would differ then.
-    let _ = REVERSE.insert(
-        &reverse,
-        &Address {
-            address,
-            port,
-            pad: 0,
-        },
-        0,
-    );
-    // SAFETY: both fields may be written by this hook.
-    unsafe {
-        (*ctx.sock_addr).user_ip4 = to;
-        (*ctx.sock_addr).user_port = u32::from(to_port);
+    let mut choice = Choice::new();
+    if sends && kept(&key, &mut choice) {
+        name(ctx, family, &choice.address, choice.port);
+        return ALLOW;
     }
+    // What stands for a hash where one is asked for: the socket.
+    tuple.source.0[3] = cookie as u32;
+    let client = Client {
+        address: Ip([namespace as u32, (namespace >> 32) as u32, 0, 0]),
+        namespace: true,
+        inside: true,
+    };
+    match balance::choose(&tuple, &client, &mut choice) {
+        CHOSEN => {}
+        balance::NONE => return ALLOW,
+        // As kube-proxy does, a Service without endpoints answers at once.
+        balance::REFUSE => return fail(ECONNREFUSED),
+        _ => return fail(EHOSTUNREACH),
+    }
+    let mut value = SocketValue {
+        address,
+        port,
+        protocol: u16::from(protocol),
+        backend: choice.backend,
+        generation: choice.generation,
+    };
+    // A full table forgets the oldest; only what getpeername says would differ then.
+    if sends {
+        let _ = SOCKETS.insert(&key, &value, 0);
+    }
+    key.address = choice.address;
+    key.port = choice.port;
+    key.side = GIVEN;
+    value.address = address;
+    let _ = SOCKETS.insert(&key, &value, 0);
+    name(ctx, family, &choice.address, choice.port);
     ALLOW
+}
+
+/// The backend that a socket sent to before, if it is still there.
+#[inline(always)]
+fn kept(key: &SocketKey, choice: &mut Choice) -> bool {
+    // SAFETY: the value is read once, here.
+    let Some(value) = (unsafe { SOCKETS.get(key) }) else {
+        return false;
+    };
+    let Some(backend) = BACKENDS.get(value.backend) else {
+        return false;
+    };
+    choice.address = backend.address;
+    choice.port = backend.port;
+    backend.is(value.generation)
+}
+
+#[inline(always)]
+fn fail(error: i32) -> i32 {
+    // SAFETY: the helper takes a number and touches no memory of ours.
+    unsafe { bpf_set_retval(-error) };
+    REFUSE
 }
 
 /// What a socket was given is shown as what it asked for.
 #[inline(always)]
-fn restore(ctx: &SockAddrContext) -> i32 {
-    // SAFETY: as in `translate`.
-    let (address, port) = unsafe { ((*ctx.sock_addr).user_ip4, (*ctx.sock_addr).user_port as u16) };
-    // SAFETY: as in `translate`.
+fn restore(ctx: &SockAddrContext, family: Family) -> i32 {
+    let (address, port) = named(ctx, family);
+    // SAFETY: the context is the one that the kernel gave.
     let cookie = unsafe { bpf_get_socket_cookie(ctx.sock_addr.cast()) };
-    // SAFETY: as in `translate`.
-    if let Some(asked) = unsafe {
-        REVERSE.get(&ReverseKey {
-            cookie,
-            address,
-            port,
-            pad: 0,
-        })
-    } {
-        let (address, port) = (asked.address, asked.port);
-        // SAFETY: both fields may be written by this hook.
-        unsafe {
-            (*ctx.sock_addr).user_ip4 = address;
-            (*ctx.sock_addr).user_port = u32::from(port);
-        }
+    let key = SocketKey {
+        cookie,
+        address,
+        port,
+        side: GIVEN,
+        pad: 0,
+    };
+    // SAFETY: the value is read once, here.
+    if let Some(asked) = unsafe { SOCKETS.get(&key) } {
+        name(ctx, family, &asked.address, asked.port);
     }
     ALLOW
 }

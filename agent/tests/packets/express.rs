@@ -5,8 +5,6 @@ use std::net::Ipv4Addr;
 use rand::rngs::StdRng;
 use rand::{Rng, SeedableRng};
 use xebec_agent::loader::{By, Xdp};
-use xebec_agent::maps::be;
-use xebec_dataplane_common::nat::Settings;
 
 use super::wires::{OTHER_NODE, OWN, ROUTER, Wires, ip, neighbour};
 use super::{
@@ -202,11 +200,7 @@ fn random_packets_become_what_tc_makes_of_them() {
         let mut kernel = Kernel::new();
         kernel.attach(&wires.devices, Xdp::Native).unwrap();
         // With one port alone, tc's choice is the same as XDP's. Each node port has one backend.
-        kernel.settings(Settings {
-            node: be(node()),
-            first_port: 61_000,
-            ports: 1,
-        });
+        kernel.settings(super::settings(61_000, 1));
         for port in 0..PORTS {
             let backend = match port % 3 {
                 0 => web(),

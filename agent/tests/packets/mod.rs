@@ -14,15 +14,18 @@ use etherparse::{
     TcpHeader, TransportHeader, UdpHeader,
 };
 use xebec_agent::loader::{By, Loaded, Maps, Xdp};
-use xebec_agent::maps::{PolicyKernel, PolicyMaps, be};
+use xebec_agent::maps::{PolicyKernel, PolicyMaps};
 use xebec_agent::network::Device;
 use xebec_dataplane_common::LAYOUT;
-use xebec_dataplane_common::flow::Event;
+use xebec_dataplane_common::flow::{Event, Flow, TURN_NONE};
+use xebec_dataplane_common::ip::Ip;
 use xebec_dataplane_common::nat::Settings;
 use xebec_dataplane_common::policy::{
     Endpoint, NO_SHAPE, RuleKey, SHAPE_PROTOCOL, SHAPES, Set, port_bits,
 };
-use xebec_dataplane_common::service::{Address, FrontendKey, FrontendValue};
+use xebec_dataplane_common::service::{
+    Backend, CHUNK, EXTERNAL, Frontend, FrontendKey, OWN as OWN_ADDRESS, Run,
+};
 
 /// Whether to leave a test out: `cargo xtask test` builds the programs and runs these tests as root.
 pub fn left_out() -> bool {
@@ -293,6 +296,18 @@ pub fn source_port(frame: &[u8]) -> u16 {
     }
 }
 
+/// The node's settings with these ports.
+pub fn settings(first_port: u16, ports: u16) -> Settings {
+    Settings {
+        node4: node().into(),
+        first_port,
+        ports,
+        first_node_port: 30_000,
+        last_node_port: 32_767,
+        ..Settings::default()
+    }
+}
+
 /// Loaded programs with two pods, a node, and a folder that goes with them.
 pub struct Kernel {
     loaded: Loaded,
@@ -300,6 +315,8 @@ pub struct Kernel {
     dir: tempfile::TempDir,
     ifindex: u32,
     ingress_ifindex: u32,
+    /// Numbers of Services, of which each has a chunk and a backend.
+    services: u32,
 }
 
 /// The loopback device stands for the pod's, and this for the web pod's.
@@ -317,10 +334,19 @@ impl Kernel {
             dir,
             ifindex: 1,
             ingress_ifindex: 0,
+            services: 0,
         };
+        kernel
+            .maps
+            .services
+            .set_node_address(node().into(), OWN_ADDRESS)
+            .unwrap();
         kernel.endpoints(1, WEB_IFINDEX, [0, 0], [0, 0]);
         for (address, identity) in [(pod(), 1000), (web(), 1001), (node(), 1)] {
-            kernel.policy().set_identity(address, identity).unwrap();
+            kernel
+                .policy()
+                .set_identity(address.into(), identity)
+                .unwrap();
         }
         for block in [
             "10.244.0.0/24",
@@ -334,11 +360,7 @@ impl Kernel {
                 .set_native(block.parse().unwrap())
                 .unwrap();
         }
-        kernel.settings(Settings {
-            node: be(node()),
-            first_port: 61_000,
-            ports: 4_536,
-        });
+        kernel.settings(settings(61_000, 4_536));
         kernel
     }
 
@@ -359,7 +381,9 @@ impl Kernel {
             mac: POD_MAC,
             pad: 0,
         };
-        self.policy().set_endpoint(address, endpoint).unwrap();
+        self.policy()
+            .set_endpoint(address.into(), endpoint)
+            .unwrap();
     }
 
     fn endpoints(
@@ -378,7 +402,7 @@ impl Kernel {
     }
 
     fn sets_of(&self, address: Ipv4Addr) -> [u32; 2] {
-        let endpoint = self.maps.policy.endpoint(address).unwrap().unwrap();
+        let endpoint = self.maps.policy.endpoint(address.into()).unwrap().unwrap();
         [endpoint.ingress_set, endpoint.egress_set]
     }
 
@@ -434,7 +458,13 @@ impl Kernel {
         }
         self.set(7, protocol, Some(port));
         let egress = self.sets_of(web())[1];
-        let device = self.maps.policy.endpoint(web()).unwrap().unwrap().ifindex;
+        let device = self
+            .maps
+            .policy
+            .endpoint(web().into())
+            .unwrap()
+            .unwrap()
+            .ifindex;
         self.endpoint(web(), device, 1001, [7, egress]);
     }
 
@@ -452,40 +482,79 @@ impl Kernel {
     pub fn isolate_web_egress(&mut self) {
         self.set(8, 6, None);
         let sets = [self.sets_of(web())[0], 8];
-        let device = self.maps.policy.endpoint(web()).unwrap().unwrap().ifindex;
+        let device = self
+            .maps
+            .policy
+            .endpoint(web().into())
+            .unwrap()
+            .unwrap()
+            .ifindex;
         self.endpoint(web(), device, 1001, sets);
     }
 
     /// The pod lets nothing in.
     pub fn isolate_pod(&mut self) {
         self.set(9, 6, None);
-        let device = self.maps.policy.endpoint(pod()).unwrap().unwrap().ifindex;
+        let device = self
+            .maps
+            .policy
+            .endpoint(pod().into())
+            .unwrap()
+            .unwrap()
+            .ifindex;
         self.endpoint(pod(), device, 1000, [9, 0]);
     }
 
     /// The pod is under no rules.
     pub fn open_pod(&mut self) {
-        let device = self.maps.policy.endpoint(pod()).unwrap().unwrap().ifindex;
+        let device = self
+            .maps
+            .policy
+            .endpoint(pod().into())
+            .unwrap()
+            .unwrap()
+            .ifindex;
         self.endpoint(pod(), device, 1000, [0, 0]);
     }
 
     /// A node port with one backend.
     pub fn node_port(&mut self, port: u16, backend: Ipv4Addr, backend_port: u16) {
-        let set = u32::from(port);
-        let address = Address {
-            address: be(backend),
+        self.services += 1;
+        let mut chunk = [0; CHUNK];
+        chunk[0] = self.services;
+        let backend = Backend {
+            address: backend.into(),
             port: backend_port.to_be(),
-            pad: 0,
+            flags: 0,
+            generation: 1,
         };
-        self.maps.services.add_set(set, &[address]).unwrap();
+        let services = &mut self.maps.services;
+        services.set_backend(self.services, backend).unwrap();
+        services.set_chunk(self.services, chunk).unwrap();
+        self.frontends(port, self.services, 1);
+    }
+
+    /// A node port without backends.
+    pub fn no_backends(&mut self, port: u16) {
+        self.frontends(port, 0, 0);
+    }
+
+    fn frontends(&mut self, port: u16, first: u32, count: u32) {
+        let run = Run { first, count };
         for protocol in [6, 17] {
             let key = FrontendKey {
-                address: be(node()),
+                address: Ip::EVERY_V4,
                 port: port.to_be(),
                 protocol,
                 pad: 0,
             };
-            let value = FrontendValue { set, count: 1 };
+            let value = Frontend {
+                service: first + 1,
+                flags: EXTERNAL,
+                affinity: 0,
+                inside: run,
+                outside: run,
+            };
             self.maps.services.set_frontend(key, value).unwrap();
         }
     }
@@ -507,24 +576,13 @@ impl Kernel {
 
     /// How many translations are known, of both directions.
     pub fn translations(&self) -> usize {
-        let path = self.dir.path().join(format!("maps-{LAYOUT}/NATS"));
+        let path = self.dir.path().join(format!("maps-{LAYOUT}/FLOWS"));
         let map = aya::maps::Map::LruHashMap(MapData::from_pin(path).unwrap());
-        let map = aya::maps::HashMap::<_, [u8; 16], [u8; 32]>::try_from(map).unwrap();
-        map.keys().count()
-    }
-
-    /// A node port without backends.
-    pub fn no_backends(&mut self, port: u16) {
-        for protocol in [6, 17] {
-            let key = FrontendKey {
-                address: be(node()),
-                port: port.to_be(),
-                protocol,
-                pad: 0,
-            };
-            let value = FrontendValue { set: 1, count: 0 };
-            self.maps.services.set_frontend(key, value).unwrap();
-        }
+        let map = aya::maps::HashMap::<_, [u8; 40], [u8; 76]>::try_from(map).unwrap();
+        map.iter()
+            .map(|entry| bytemuck::cast::<_, Flow>(entry.unwrap().1))
+            .filter(|flow| flow.turn != TURN_NONE)
+            .count()
     }
 
     /// Runs a program on a frame: its verdict and the frame as it is then.

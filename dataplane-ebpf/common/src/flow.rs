@@ -27,24 +27,31 @@ impl FlowKey {
     /// The key of a packet, and whether it goes from the lower end to the higher.
     #[inline(always)]
     pub fn new(tuple: &Tuple) -> (Self, bool) {
+        let mut key = Self::zeroed();
+        let up = Self::write(tuple, &mut key);
+        (key, up)
+    }
+
+    /// Writes the key of a packet, and tells whether it goes from the lower end to the higher.
+    #[inline(always)]
+    pub fn write(tuple: &Tuple, key: &mut Self) -> bool {
         // Ports alone decide nearly always.
         let up = tuple.source_port < tuple.destination_port
             || tuple.source_port == tuple.destination_port && tuple.source <= tuple.destination;
-        let mut key = Self {
-            low: tuple.source,
-            high: tuple.destination,
-            low_port: tuple.source_port,
-            high_port: tuple.destination_port,
-            protocol: tuple.protocol,
-            pad: [0; 3],
-        };
-        if !up {
+        if up {
+            key.low = tuple.source;
+            key.high = tuple.destination;
+            key.low_port = tuple.source_port;
+            key.high_port = tuple.destination_port;
+        } else {
             key.low = tuple.destination;
             key.high = tuple.source;
             key.low_port = tuple.destination_port;
             key.high_port = tuple.source_port;
         }
-        (key, up)
+        key.protocol = tuple.protocol;
+        key.pad = [0; 3];
+        up
     }
 }
 
@@ -103,8 +110,10 @@ pub struct Flow {
     pub told: [u8; 2],
     /// 1 once an end of a TCP connection has closed it.
     pub closed: u8,
+    /// The turn of its counterpart.
+    pub other: u8,
     /// Always 0.
-    pub pad: [u8; 3],
+    pub pad: [u8; 2],
 }
 
 /// Nothing is translated.
@@ -184,6 +193,8 @@ pub const REASON_POLICY: u8 = 133;
 /// `INVALID_PACKET_DROPPED`.
 pub const REASON_INVALID: u8 = 134;
 
+/// `SERVICE_BACKEND_NOT_FOUND`.
+pub const REASON_NO_SERVICE: u8 = 158;
 /// `NO_MAPPING_FOR_NAT_MASQUERADE`.
 pub const REASON_NO_MAPPING: u8 = 161;
 

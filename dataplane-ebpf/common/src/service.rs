@@ -80,7 +80,7 @@ pub struct Backend {
     pub address: Ip,
     /// Port.
     pub port: u16,
-    /// [`ON_THIS_NODE`].
+    /// [`ON_THIS_NODE`], [`ENDING`].
     pub flags: u16,
     /// Raised when the backend goes: a flow that has another number chooses anew. Odd while the backend is there.
     pub generation: u32,
@@ -88,6 +88,8 @@ pub struct Backend {
 
 /// The backend is a pod of this node, or on its network.
 pub const ON_THIS_NODE: u16 = 1;
+/// The backend is about to go: what it has goes on, and affinity gives it nothing new.
+pub const ENDING: u16 = 1 << 1;
 
 impl Backend {
     /// Whether a flow that was sent to it when it had this generation may go on.

@@ -1,0 +1,238 @@
+//! Which backend a new flow to a Service goes to.
+
+use aya_ebpf::helpers::bpf_get_prandom_u32;
+use aya_ebpf::maps::lpm_trie::Key;
+use xebec_dataplane_common::ip::Ip;
+use xebec_dataplane_common::nat::Tuple;
+use xebec_dataplane_common::service::{
+    Affinity, AffinityKey, Backend, CHUNK, DROP_INSIDE, DROP_OUTSIDE, ENDING, EXTERNAL, Frontend,
+    FrontendKey, HASH_INSIDE, HASH_OUTSIDE, OWN, RangeKey, Run, SOURCE_RANGES,
+};
+
+use crate::flow::now_ns;
+use crate::maps::{AFFINITIES, BACKENDS, FRONTENDS, HITS, NODE_ADDRESSES, RANGES, SLOTS};
+
+/// The address is no Service's.
+pub const NONE: u32 = 0;
+/// A backend was chosen.
+pub const CHOSEN: u32 = 1;
+/// The Service has no endpoints: the sender is told at once.
+pub const REFUSE: u32 = 2;
+/// The packet must not be let in, or there are endpoints but none that may be used from here.
+pub const DROP: u32 = 3;
+
+/// Who asks.
+#[derive(Clone, Copy)]
+pub struct Client {
+    /// The address, or the cookie of the network namespace, for affinity.
+    pub address: Ip,
+    /// Whether it is a namespace.
+    pub namespace: bool,
+    /// A pod or a node of the cluster.
+    pub inside: bool,
+}
+
+/// What was chosen.
+pub struct Choice {
+    /// The backend's number.
+    pub backend: u32,
+    /// The backend's generation.
+    pub generation: u32,
+    /// Number of the Service's port.
+    pub service: u32,
+    /// The frontend's flags.
+    pub flags: u32,
+    /// The backend's address.
+    pub address: Ip,
+    /// The backend's port.
+    pub port: u16,
+}
+
+impl Choice {
+    /// None yet.
+    #[inline(always)]
+    pub const fn new() -> Self {
+        Self {
+            backend: 0,
+            generation: 0,
+            service: 0,
+            flags: 0,
+            address: Ip::NONE,
+            port: 0,
+        }
+    }
+}
+
+/// The frontend of a destination.
+#[inline(always)]
+fn frontend(tuple: &Tuple, inside: bool) -> Option<&'static Frontend> {
+    let mut key = FrontendKey {
+        address: tuple.destination,
+        port: tuple.destination_port,
+        protocol: tuple.protocol,
+        pad: 0,
+    };
+    // SAFETY: values are replaced whole by userspace, and a program sees the one it got until it ends.
+    if let Some(found) = unsafe { FRONTENDS.get(&key) } {
+        return Some(found);
+    }
+    // SAFETY: the value is read once, here.
+    let whose = *(unsafe { NODE_ADDRESSES.get(&tuple.destination) }?);
+    if !inside && whose != OWN {
+        return None;
+    }
+    key.address = tuple.destination.every();
+    // SAFETY: as above.
+    unsafe { FRONTENDS.get(&key) }
+}
+
+/// Whether a destination inside the cluster is a Service's.
+#[inline(always)]
+pub fn is_frontend(tuple: &Tuple) -> bool {
+    frontend(tuple, true).is_some()
+}
+
+/// Chooses a backend for a new flow.
+#[inline(never)]
+pub fn choose(tuple: &Tuple, client: &Client, choice: &mut Choice) -> u32 {
+    choice.service = 0;
+    let Some(frontend) = frontend(tuple, client.inside) else {
+        return NONE;
+    };
+    let (service, flags) = (frontend.service, frontend.flags);
+    choice.service = service;
+    choice.flags = flags;
+    if flags & SOURCE_RANGES != 0 && !client.namespace && !lets_in(service, &tuple.source) {
+        return DROP;
+    }
+    // An address that is not meant for the outside serves it as it serves the cluster.
+    let inside = client.inside || flags & EXTERNAL == 0;
+    let (run, hashed, drops) = if inside {
+        (frontend.inside, flags & HASH_INSIDE, flags & DROP_INSIDE)
+    } else {
+        (frontend.outside, flags & HASH_OUTSIDE, flags & DROP_OUTSIDE)
+    };
+    if run.count == 0 {
+        return if drops != 0 { DROP } else { REFUSE };
+    }
+    let key = AffinityKey {
+        client: client.address,
+        service,
+        namespace: u32::from(client.namespace),
+    };
+    let lasts = frontend.affinity;
+    if lasts != 0 && remembered(&key, lasts, choice) {
+        hit(service);
+        return CHOSEN;
+    }
+    let place = if hashed != 0 {
+        hash(tuple, lasts != 0)
+    } else {
+        // SAFETY: the helper has no arguments.
+        unsafe { bpf_get_prandom_u32() }
+    };
+    if !slot(&run, place, choice) {
+        return NONE;
+    }
+    if lasts != 0 {
+        let value = Affinity {
+            seen: now_ns(),
+            backend: choice.backend,
+            generation: choice.generation,
+        };
+        let _ = AFFINITIES.insert(&key, &value, 0);
+    }
+    hit(service);
+    CHOSEN
+}
+
+/// Whether a Service lets a source in.
+#[inline(always)]
+fn lets_in(service: u32, source: &Ip) -> bool {
+    let key = RangeKey {
+        service,
+        address: *source,
+    };
+    RANGES.get(&Key::new(160, key)).is_some()
+}
+
+/// The backend in a place of a run.
+#[inline(always)]
+fn slot(run: &Run, place: u32, choice: &mut Choice) -> bool {
+    let slot = place % run.count;
+    let Some(chunk) = SLOTS.get(run.first + slot / CHUNK as u32) else {
+        return false;
+    };
+    let number = chunk[slot as usize % CHUNK];
+    let Some(backend) = BACKENDS.get(number) else {
+        return false;
+    };
+    take(number, backend, choice)
+}
+
+#[inline(always)]
+fn take(number: u32, backend: &Backend, choice: &mut Choice) -> bool {
+    choice.backend = number;
+    choice.generation = backend.generation;
+    choice.address = backend.address;
+    choice.port = backend.port;
+    choice.generation & 1 == 1
+}
+
+/// The backend that a client had before, if it may still have it.
+#[inline(always)]
+fn remembered(key: &AffinityKey, lasts: u32, choice: &mut Choice) -> bool {
+    let Some(affinity) = AFFINITIES.get_ptr_mut(key) else {
+        return false;
+    };
+    // SAFETY: entries of a map stay readable and writable until the program ends, even when they are replaced.
+    unsafe {
+        let now = now_ns();
+        let idle = now.saturating_sub((*affinity).seen);
+        if idle > u64::from(lasts) * xebec_dataplane_common::flow::SECOND {
+            return false;
+        }
+        let number = (*affinity).backend;
+        let Some(backend) = BACKENDS.get(number) else {
+            return false;
+        };
+        // One that is about to go gets nothing new.
+        if !backend.is((*affinity).generation) || backend.flags & ENDING != 0 {
+            return false;
+        }
+        (*affinity).seen = now;
+        take(number, backend, choice)
+    }
+}
+
+/// A hash of a flow that all nodes agree on; with affinity, of its source alone.
+#[inline(always)]
+fn hash(tuple: &Tuple, source_alone: bool) -> u32 {
+    let mut hash = mix(0x9e37_79b9, tuple.source.0[0]);
+    hash = mix(hash, tuple.source.0[1]);
+    hash = mix(hash, tuple.source.0[2]);
+    hash = mix(hash, tuple.source.0[3]);
+    if !source_alone {
+        let ports = u32::from(tuple.source_port) << 16 | u32::from(tuple.destination_port);
+        hash = mix(hash, ports);
+    }
+    hash = mix(hash, tuple.destination.0[3] ^ u32::from(tuple.protocol));
+    // Murmur's last step: every bit counts for every other.
+    hash = (hash ^ hash >> 16).wrapping_mul(0x85eb_ca6b);
+    hash = (hash ^ hash >> 13).wrapping_mul(0xc2b2_ae35);
+    hash ^ hash >> 16
+}
+
+#[inline(always)]
+fn mix(hash: u32, word: u32) -> u32 {
+    (hash ^ word).wrapping_mul(0x0100_0193).rotate_left(13)
+}
+
+/// Counts a flow that a Service got.
+#[inline(always)]
+fn hit(service: u32) {
+    if let Some(hits) = HITS.get_ptr_mut(service) {
+        // SAFETY: the entry is this CPU's own.
+        unsafe { *hits += 1 };
+    }
+}

@@ -1,0 +1,57 @@
+//! Memory of a CPU in which a program works on a packet.
+//!
+//! It is no more than the stack would hold, but what is read back from it is anything to the verifier: the many ways
+//! to read a packet meet again behind [`settle`], where each would otherwise be followed to the program's end.
+
+use core::sync::atomic::{Ordering, compiler_fence};
+
+use aya_ebpf::macros::map;
+use aya_ebpf::maps::PerCpuArray;
+use xebec_dataplane_common::flow::{Flow, FlowKey};
+use xebec_dataplane_common::nat::Tuple;
+
+use crate::balance::Choice;
+use crate::flow::Known;
+use crate::packet::Packet;
+use crate::tell::Told;
+
+/// What is known of a packet.
+pub struct Scratch {
+    /// Its headers.
+    pub packet: Packet,
+    /// Its flow.
+    pub key: FlowKey,
+    /// What it becomes.
+    pub to: Tuple,
+    /// The key of its flow's other entry.
+    pub other: FlowKey,
+    /// What packets of the other entry become.
+    pub back: Tuple,
+    /// The backend that was chosen for it.
+    pub choice: Choice,
+    /// The flow that it begins.
+    pub begun: Flow,
+    /// What the table knew of its flow.
+    pub known: Known,
+    /// What is told of it.
+    pub told: Told,
+    /// 1 where it becomes `to`.
+    pub turned: u8,
+}
+
+#[map]
+static SCRATCH: PerCpuArray<Scratch> = PerCpuArray::with_max_entries(1, 0);
+
+/// This CPU's. Programs of tc and XDP never interrupt one another on a CPU, and none keeps it beyond its end.
+#[inline(always)]
+pub fn scratch() -> Option<&'static mut Scratch> {
+    let scratch = SCRATCH.get_ptr_mut(0)?;
+    // SAFETY: see above; of its fields, all bytes are a value.
+    Some(unsafe { &mut *scratch })
+}
+
+/// What was written before is read again from memory behind this.
+#[inline(always)]
+pub fn settle() {
+    compiler_fence(Ordering::SeqCst);
+}
