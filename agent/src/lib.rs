@@ -11,6 +11,7 @@ mod ipam;
 pub mod link;
 pub mod loader;
 pub mod maps;
+pub mod masquerade;
 pub mod names;
 pub mod network;
 pub mod nodes;
