@@ -19,6 +19,7 @@ pub mod policy;
 mod routes;
 mod scope;
 pub mod services;
+pub mod sockets;
 
 use std::net::IpAddr;
 use std::path::{Path, PathBuf};
