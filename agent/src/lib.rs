@@ -1,6 +1,7 @@
 //! The node agent: connects the pods of one node, translates Services to their endpoints, enforces policy and
 //! tells of flows, by eBPF.
 
+pub mod announce;
 mod api;
 mod bpf_maps;
 mod dataplane;
