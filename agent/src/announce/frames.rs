@@ -166,7 +166,8 @@ pub(super) fn group(address: Ipv6Addr) -> (Ipv6Addr, Mac) {
 }
 
 /// A filter for a socket of ARP or of IPv6, which passes questions for these addresses; of IPv6 addresses it looks
-/// at the end alone. Frames of other networks that share the device (VLANs) are none of ours.
+/// at the end alone. Frames for others are none of ours, nor are those of other networks that share the device
+/// (VLANs), which the kernel marks as such.
 pub(super) fn filter(v4: bool, addresses: &BTreeSet<IpAddr>) -> Vec<libc::sock_filter> {
     let load = |size: u32, at: u32| step(libc::BPF_LD | size | libc::BPF_ABS, at, 0, 0);
     let is = |value: u32| step(libc::BPF_JMP | libc::BPF_JEQ | libc::BPF_K, value, 1, 0);
@@ -174,8 +175,14 @@ pub(super) fn filter(v4: bool, addresses: &BTreeSet<IpAddr>) -> Vec<libc::sock_f
         step(libc::BPF_RET, 0x4_0000, 0, 0),
         step(libc::BPF_RET, 0, 0, 0),
     );
-    let vlan = (libc::SKF_AD_OFF + libc::SKF_AD_VLAN_TAG_PRESENT) as u32;
-    let mut steps = vec![load(libc::BPF_B, vlan), is(0), drop];
+    let kind = (libc::SKF_AD_OFF + libc::SKF_AD_PKTTYPE) as u32;
+    let others = step(
+        libc::BPF_JMP | libc::BPF_JGE | libc::BPF_K,
+        libc::PACKET_OTHERHOST.into(),
+        0,
+        1,
+    );
+    let mut steps = vec![load(libc::BPF_B, kind), others, drop];
     let ends: BTreeSet<u32> = addresses
         .iter()
         .filter(|address| address.is_ipv4() == v4)
