@@ -195,3 +195,20 @@ fn a_node_without_devices_leaves_it_to_others() {
     std::thread::sleep(SECOND);
     assert_eq!(table.names(), Vec::<String>::new());
 }
+
+#[test]
+fn a_service_that_goes_and_comes_again_is_elected_for_again() {
+    let table = Table::new();
+    let node = start(&table, "a", web(true));
+    for _ in 0..20 {
+        table.wait(LEASE, SECOND, held);
+        node.wanted.send_replace(Vec::new());
+        std::thread::sleep(Duration::from_millis(3));
+        node.wanted.send_replace(web(true));
+    }
+    // Whoever was still taking the lease away is done by then.
+    std::thread::sleep(SECOND);
+    let first = table.spec(LEASE).unwrap().renew_time;
+    std::thread::sleep(SECOND);
+    assert!(table.spec(LEASE).unwrap().renew_time > first);
+}

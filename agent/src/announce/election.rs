@@ -157,8 +157,6 @@ impl<L: Leases, H: Fn(bool)> Candidate<L, H> {
                 info!("this node announces for the Lease {}", self.name);
                 (self.holds)(true);
                 self.hold(lease, since).await;
-                // In every case of loss it was told already.
-                (self.holds)(false);
                 info!("this node announces for the Lease {} no longer", self.name);
             }
         }
@@ -259,7 +257,7 @@ impl<L: Leases, H: Fn(bool)> Candidate<L, H> {
         lease
     }
 
-    /// Renews the lease until it is lost or given up; `since` is when it was last surely held.
+    /// Renews the lease until it is lost or given up, and tells that first; `since` is when it was last surely held.
     async fn hold(&mut self, mut lease: Lease, mut since: Instant) {
         let timing = self.timing;
         let mut next = since + timing.renew;
@@ -281,6 +279,7 @@ impl<L: Leases, H: Fn(bool)> Candidate<L, H> {
             }
             let now = Instant::now();
             if now >= end {
+                (self.holds)(false);
                 warn!("the Lease {} could not be renewed in time", self.name);
                 return;
             }

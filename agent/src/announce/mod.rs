@@ -70,6 +70,7 @@ pub async fn run<L: Leases>(
         known: Arc::default(),
         orders: BTreeMap::new(),
         tasks: JoinSet::new(),
+        added: 0,
         watch: None,
     };
     loop {
@@ -102,7 +103,8 @@ struct Board {
 struct Holdings {
     /// By name of the lease.
     addresses: BTreeMap<String, Vec<IpAddr>>,
-    held: BTreeSet<String>,
+    /// By which candidate: one that ends may still be there when the next for the same lease holds it.
+    held: BTreeMap<String, u64>,
 }
 
 impl Board {
@@ -110,7 +112,7 @@ impl Board {
         let mut state = self.state.lock().unwrap_or_else(PoisonError::into_inner);
         change(&mut state);
         let state = &*state;
-        let names = state.held.iter();
+        let names = state.held.keys();
         let addresses = names.filter_map(|name| state.addresses.get(name)).flatten();
         let addresses: BTreeSet<IpAddr> = addresses.copied().collect();
         self.held.send_if_modified(|held| {
@@ -129,6 +131,8 @@ struct Candidates<L> {
     known: Known,
     orders: BTreeMap<String, watch::Sender<Order>>,
     tasks: JoinSet<()>,
+    /// How many there ever were.
+    added: u64,
     watch: Option<DropGuard>,
 }
 
@@ -176,6 +180,8 @@ impl<L: Leases> Candidates<L> {
         lock(&self.known).insert(name.clone(), seen.clone());
         self.orders.insert(name.clone(), orders);
         let (board, lease) = (self.board.clone(), name.clone());
+        self.added += 1;
+        let number = self.added;
         let candidate = Candidate {
             leases: self.leases.clone(),
             name,
@@ -186,8 +192,8 @@ impl<L: Leases> Candidates<L> {
             holds: move |held| {
                 board.change(|state| {
                     if held {
-                        state.held.insert(lease.clone());
-                    } else {
+                        state.held.insert(lease.clone(), number);
+                    } else if state.held.get(&lease) == Some(&number) {
                         state.held.remove(&lease);
                     }
                 });
