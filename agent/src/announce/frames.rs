@@ -246,8 +246,8 @@ mod tests {
         [V4.into(), v6().into()].into()
     }
 
-    /// Operation, sender and target of a frame of ARP, as another parser reads it.
-    fn read_arp(frame: &[u8]) -> (Vec<u8>, ArpOperation, Vec<u8>, Vec<u8>, Vec<u8>, Vec<u8>) {
+    /// Receiver, operation, sender and target of a frame of ARP, as another parser reads it.
+    fn read_arp(frame: &[u8]) -> (Vec<u8>, ArpOperation, [Vec<u8>; 4]) {
         let packet = SlicedPacket::from_ethernet(frame).unwrap();
         let Some(NetSlice::Arp(arp)) = packet.net else {
             panic!("no ARP");
@@ -256,23 +256,25 @@ mod tests {
         (
             frame[..6].to_vec(),
             arp.operation(),
-            arp.sender_hw_addr().to_vec(),
-            arp.sender_protocol_addr().to_vec(),
-            arp.target_hw_addr().to_vec(),
-            arp.target_protocol_addr().to_vec(),
+            [
+                arp.sender_hw_addr().to_vec(),
+                arp.sender_protocol_addr().to_vec(),
+                arp.target_hw_addr().to_vec(),
+                arp.target_protocol_addr().to_vec(),
+            ],
         )
     }
 
     #[test]
     fn arp_is_announced_and_answered() {
-        let (to, operation, mac, sender, _, target) = read_arp(&announcement(V4.into(), OWN));
+        let (to, operation, [mac, sender, _, target]) = read_arp(&announcement(V4.into(), OWN));
         assert_eq!((to, operation), (vec![0xff; 6], ArpOperation::REQUEST));
         assert_eq!(
             (mac, sender, target),
             (OWN.to_vec(), V4.octets().to_vec(), V4.octets().to_vec())
         );
         let request = arp(1, ASKER, (EVERYBODY, [0; 6]), CLIENT4, V4);
-        let (to, operation, mac, sender, asker, target) =
+        let (to, operation, [mac, sender, asker, target]) =
             read_arp(&answer(&request, OWN, &held()).unwrap());
         assert_eq!((to, operation), (ASKER.to_vec(), ArpOperation::REPLY));
         assert_eq!((mac, sender), (OWN.to_vec(), V4.octets().to_vec()));
