@@ -1,6 +1,7 @@
 //! The node agent: connects the pods of one node, translates Services to their endpoints, enforces policy and
 //! tells of flows, by eBPF.
 
+pub mod announce;
 mod api;
 mod bpf_maps;
 mod dataplane;
@@ -11,6 +12,7 @@ mod ipam;
 pub mod link;
 pub mod loader;
 pub mod maps;
+pub mod masquerade;
 pub mod names;
 pub mod network;
 pub mod nodes;
@@ -18,6 +20,7 @@ pub mod policy;
 mod routes;
 mod scope;
 pub mod services;
+pub mod sockets;
 
 use std::net::IpAddr;
 use std::path::{Path, PathBuf};
