@@ -1,6 +1,7 @@
 //! Loads the eBPF programs, attaches them, and keeps them attached beyond the agent's life by pinned links.
 
 mod express;
+pub mod measure;
 
 use std::path::{Path, PathBuf};
 
@@ -267,18 +268,25 @@ where
 
 /// Has the kernel check and take a program. A signal to this process interrupts the check with EAGAIN: it is made again.
 fn checked(name: &str, mut load: impl FnMut() -> Result<(), ProgramError>) -> Result<()> {
-    const TRIES: usize = 10;
     let mut tries = 1..TRIES;
     loop {
         match load() {
-            Err(ProgramError::LoadError { io_error, .. })
-                if io_error.kind() == std::io::ErrorKind::WouldBlock && tries.next().is_some() => {}
+            Err(error) if interrupted(&error) && tries.next().is_some() => {}
             outcome => {
                 return outcome
                     .with_context(|| format!("the kernel refused the eBPF program {name}"));
             }
         }
     }
+}
+
+/// How often a check is made that signals interrupt.
+const TRIES: usize = 10;
+
+/// Whether a signal interrupted the kernel's check.
+fn interrupted(error: &ProgramError) -> bool {
+    matches!(error, ProgramError::LoadError { io_error, .. }
+        if io_error.kind() == std::io::ErrorKind::WouldBlock)
 }
 
 fn pin_name(device: &str, hook: &str) -> String {

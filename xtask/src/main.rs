@@ -49,6 +49,12 @@ enum Command {
         #[arg(trailing_var_arg = true, allow_hyphen_values = true)]
         args: Vec<String>,
     },
+    /// Compare what the kernel's check of each program costs with dataplane-ebpf/verifier.txt (needs root)
+    Verifier {
+        /// Write what this kernel says instead
+        #[arg(long)]
+        record: bool,
+    },
     /// Write the type table of the Kubernetes API anew; `--check` only compares
     Codegen {
         /// Fail when the committed table differs, and change nothing
@@ -92,6 +98,7 @@ fn run(command: Command) -> Result<()> {
                 .args(args)
                 .run()
         }
+        Command::Verifier { record } => verifier(record),
         Command::Codegen { check } => codegen(check),
     }
 }
@@ -135,6 +142,26 @@ fn codegen(check: bool) -> Result<()> {
         cmd = cmd.arg("--check");
     }
     cmd.run()
+}
+
+/// The budget of the kernel's check, compared or written anew.
+fn verifier(record: bool) -> Result<()> {
+    setup::for_build()?;
+    let test = "no_program_costs_more_than_is_recorded";
+    for binary in shell::test_binaries(cargo([])?, "xebec-agent")? {
+        if binary.name != "root_verifier" {
+            continue;
+        }
+        let folder = root().join(&binary.package_dir);
+        let mut cmd = Cmd::as_root(&binary.path)
+            .dir(folder)
+            .args(["--exact", "--nocapture", test]);
+        if record {
+            cmd = cmd.env("XEBEC_VERIFIER_RECORD", "1");
+        }
+        return cmd.run();
+    }
+    anyhow::bail!("xebec-agent has no test root_verifier")
 }
 
 /// Unit tests as the calling user, then the root tests one package after the other.
