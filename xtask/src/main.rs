@@ -1,6 +1,8 @@
 //! What a developer types: `cargo xtask up | test | bench | build | codegen | setup`.
 
 mod ebpf;
+mod initramfs;
+mod kernels;
 mod setup;
 mod shell;
 
@@ -55,6 +57,15 @@ enum Command {
         #[arg(long)]
         record: bool,
     },
+    /// Try every eBPF program on Debian's kernels, each booted under qemu (takes minutes)
+    VerifyKernels {
+        /// Versions of kernels that apt knows
+        #[arg(default_values = kernels::DEFAULT)]
+        kernels: Vec<String>,
+        /// Run all tests of packets there, not only a few (takes half an hour)
+        #[arg(long)]
+        all: bool,
+    },
     /// Write the type table of the Kubernetes API anew; `--check` only compares
     Codegen {
         /// Fail when the committed table differs, and change nothing
@@ -99,6 +110,7 @@ fn run(command: Command) -> Result<()> {
                 .run()
         }
         Command::Verifier { record } => verifier(record),
+        Command::VerifyKernels { kernels, all } => verify_kernels(&kernels, all),
         Command::Codegen { check } => codegen(check),
     }
 }
@@ -162,6 +174,22 @@ fn verifier(record: bool) -> Result<()> {
         return cmd.run();
     }
     anyhow::bail!("xebec-agent has no test root_verifier")
+}
+
+/// The programs, and the tests that need nothing but them, on other kernels.
+fn verify_kernels(kernels: &[String], all: bool) -> Result<()> {
+    setup::for_build()?;
+    cargo(["build", "-p", "xebec-agent", "--example", "this_kernel"])?.run()?;
+    let contents = kernels::Contents {
+        init: artifact(false, "examples/this_kernel")?,
+        tests: shell::test_binaries(cargo([])?, "xebec-agent")?
+            .into_iter()
+            .filter(|test| kernels::TESTS.iter().any(|(name, _)| *name == test.name))
+            .map(|test| (test.name, test.path))
+            .collect(),
+        all,
+    };
+    kernels::verify(kernels, &contents)
 }
 
 /// Unit tests as the calling user, then the root tests one package after the other.

@@ -31,23 +31,21 @@ pub struct Figures {
 /// Has the kernel check every program of the object, each by itself: one that is refused does not hide the others.
 /// The maps are pinned in a BPF filesystem that is mounted on `dir`, and that the caller unmounts.
 ///
-/// The process should have no other thread that opens files meanwhile.
-pub fn measure(dir: &Path) -> Result<Vec<Measured>> {
+/// Each is told of as soon as it is known. The process should have no other thread that opens files meanwhile.
+pub fn measure(dir: &Path, mut tell: impl FnMut(Measured)) -> Result<()> {
     mount(dir)?;
     let mut ebpf = EbpfLoader::new()
         .default_map_pin_directory(dir)
         .verifier_log_level(VerifierLogLevel::STATS)
         .load(object()?)
         .context("the kernel refused the eBPF maps (is this root?)")?;
-    let mut measured: Vec<Measured> = ebpf
-        .programs_mut()
-        .map(|(name, program)| Measured {
+    for (name, program) in ebpf.programs_mut() {
+        tell(Measured {
             name: name.to_owned(),
             outcome: figures(program),
-        })
-        .collect();
-    measured.sort_by(|a, b| a.name.cmp(&b.name));
-    Ok(measured)
+        });
+    }
+    Ok(())
 }
 
 fn figures(program: &mut Program) -> Result<Figures> {
