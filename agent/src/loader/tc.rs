@@ -2,6 +2,7 @@
 
 use std::collections::BTreeSet;
 use std::os::unix::ffi::OsStrExt;
+use std::os::unix::fs::MetadataExt;
 use std::path::{Path, PathBuf};
 
 use anyhow::{Context, Result};
@@ -17,7 +18,7 @@ use super::{Loaded, NETWORK_HOOKS, POD_HOOKS, hook, pin_name, pinned};
 
 /// Set to `clsact`, links are not tried.
 const CHOICE: &str = "XEBEC_TC";
-/// Folder of folders that are named by the devices whose qdisc is ours, as numbers.
+/// Folder of folders whose names are the numbers of a network namespace and of a device of it whose qdisc is ours.
 const QDISCS: &str = "qdiscs";
 /// Our filters are the first to see a packet.
 const PRIORITY: u16 = 1;
@@ -212,7 +213,7 @@ fn add_qdisc(dir: &Path, device: &str) -> Result<()> {
         Ok(()) => {
             let index = nix::net::if_::if_nametoindex(device)
                 .with_context(|| format!("there is no device {device}"))?;
-            let note = dir.join(QDISCS).join(index.to_string());
+            let note = dir.join(QDISCS).join(format!("{}-{index}", namespace()?));
             std::fs::create_dir_all(&note)
                 .with_context(|| format!("could not make {}", note.display()))
         }
@@ -264,11 +265,15 @@ pub fn detach(dir: &Path) -> Result<()> {
     if !notes.exists() {
         return Ok(());
     }
-    let ours: Vec<PathBuf> = pinned(&notes)?;
-    let indices: Vec<i32> = ours
-        .iter()
-        .filter_map(|note| note.file_name()?.to_str()?.parse().ok())
-        .collect();
+    let here = namespace()?.to_string();
+    let (ours, indices): (Vec<PathBuf>, Vec<i32>) = pinned(&notes)?
+        .into_iter()
+        .filter_map(|note| {
+            let (namespace, index) = note.file_name()?.to_str()?.split_once('-')?;
+            let index: i32 = index.parse().ok()?;
+            (namespace == here).then_some((note.clone(), index))
+        })
+        .unzip();
     if indices.is_empty() {
         return Ok(());
     }
@@ -312,6 +317,13 @@ async fn remove_qdiscs(devices: &[i32]) -> Result<()> {
         }
     }
     Ok(())
+}
+
+/// The number of this thread's network namespace.
+fn namespace() -> Result<u64> {
+    let path = "/proc/thread-self/ns/net";
+    let file = std::fs::metadata(path).with_context(|| format!("could not look at {path}"))?;
+    Ok(file.ino())
 }
 
 fn all_devices() -> Result<Vec<String>> {
