@@ -1,13 +1,14 @@
 //! Loads the eBPF programs, attaches them, and keeps them attached beyond the agent's life by pinned links.
 
 mod express;
+pub mod measure;
+mod tc;
 
 use std::path::{Path, PathBuf};
 
 use anyhow::{Context, Result};
 use aya::maps::{HashMap, MapData};
-use aya::programs::links::{FdLink, LinkOrder, PinnedLink};
-use aya::programs::tc::{SchedClassifierLink, TcAttachOptions};
+use aya::programs::links::FdLink;
 use aya::programs::{
     CgroupAttachMode, CgroupSockAddr, Program, ProgramError, SchedClassifier, TcAttachType,
 };
@@ -17,6 +18,7 @@ use xebec_dataplane_common::LAYOUT;
 use crate::maps::{FlowMaps, NetworkMaps, PolicyMaps, ServiceMaps, take};
 use crate::network::Device;
 pub use express::{By, Xdp};
+pub use tc::detach;
 
 /// Folder of the pinned links of socket hooks.
 const CGROUP_LINKS: &str = "links";
@@ -73,6 +75,9 @@ pub struct Loaded {
     express: HashMap<MapData, u32, u8>,
     /// A BPF filesystem of our own.
     dir: PathBuf,
+    attaching: tc::Attaching,
+    /// Why this kernel refuses the XDP program, if it does.
+    without_express: Option<String>,
 }
 
 /// All maps, each for the part that writes it.
@@ -112,11 +117,13 @@ impl Loaded {
             let program = hook::<SchedClassifier>(&mut ebpf, name)?;
             checked(name, || program.load())?;
         }
-        Self::load_express(&mut ebpf)?;
+        let without_express = Self::load_express(&mut ebpf)?;
         Ok(Self {
+            without_express,
             express: take(&mut ebpf, "EXPRESS")?,
             ebpf,
             dir: dir.to_path_buf(),
+            attaching: tc::Attaching::new(dir)?,
         })
     }
 
@@ -156,6 +163,7 @@ impl Loaded {
                 let_go = true;
             }
         }
+        self.keep_filters(&devices.iter().map(|device| device.name.as_str()).collect())?;
         let mut served = Vec::new();
         for device in devices {
             // tc first: it also has what XDP leaves.
@@ -168,50 +176,6 @@ impl Loaded {
             served.push(by);
         }
         Ok(served)
-    }
-
-    fn attach(&mut self, links: &str, hooks: &[(TcAttachType, &str)], device: &str) -> Result<()> {
-        for (place, name) in hooks {
-            let pin = self.dir.join(links).join(pin_name(device, name));
-            let program = hook::<SchedClassifier>(&mut self.ebpf, name)?;
-            if pin.exists() {
-                let link = PinnedLink::from_pin(&pin)
-                    .with_context(|| format!("could not open {}", pin.display()))?;
-                let link = SchedClassifierLink::try_from(FdLink::from(link))
-                    .with_context(|| format!("{} is another kind of link", pin.display()))?;
-                let replaced = program.attach_to_link(link);
-                match replaced {
-                    Ok(link) => {
-                        // The pin keeps the link; ours may go.
-                        drop(program.take_link(link));
-                        continue;
-                    }
-                    // Its device went with its namespace meanwhile.
-                    Err(error) => {
-                        tracing::debug!(%error, device, "a pinned link is of no use any more");
-                        std::fs::remove_file(&pin)
-                            .with_context(|| format!("could not remove {}", pin.display()))?;
-                    }
-                }
-            }
-            let link = program
-                .attach_with_options(
-                    device,
-                    *place,
-                    TcAttachOptions::TcxOrder(LinkOrder::default()),
-                )
-                .with_context(|| {
-                    format!("could not attach {name} to {device} (tcx needs Linux 6.6)")
-                })?;
-            let link = program
-                .take_link(link)
-                .with_context(|| format!("could not keep the link of {name}"))?;
-            let link = FdLink::try_from(link)
-                .with_context(|| format!("this kernel attaches {name} without a link"))?;
-            link.pin(&pin)
-                .with_context(|| format!("could not pin the link of {name} on {device}"))?;
-        }
-        Ok(())
     }
 
     /// Attaches the socket hooks to a cgroup, then lets go of those of an agent before this one: at no moment is none attached.
@@ -271,18 +235,25 @@ where
 
 /// Has the kernel check and take a program. A signal to this process interrupts the check with EAGAIN: it is made again.
 fn checked(name: &str, mut load: impl FnMut() -> Result<(), ProgramError>) -> Result<()> {
-    const TRIES: usize = 10;
     let mut tries = 1..TRIES;
     loop {
         match load() {
-            Err(ProgramError::LoadError { io_error, .. })
-                if io_error.kind() == std::io::ErrorKind::WouldBlock && tries.next().is_some() => {}
+            Err(error) if interrupted(&error) && tries.next().is_some() => {}
             outcome => {
                 return outcome
                     .with_context(|| format!("the kernel refused the eBPF program {name}"));
             }
         }
     }
+}
+
+/// How often a check is made that signals interrupt.
+const TRIES: usize = 10;
+
+/// Whether a signal interrupted the kernel's check.
+fn interrupted(error: &ProgramError) -> bool {
+    matches!(error, ProgramError::LoadError { io_error, .. }
+        if io_error.kind() == std::io::ErrorKind::WouldBlock)
 }
 
 fn pin_name(device: &str, hook: &str) -> String {
@@ -301,7 +272,7 @@ pub fn forget_pod(dir: &Path, device: &str) -> Result<()> {
             _ => {}
         }
     }
-    Ok(())
+    tc::forget_pod_filters(dir, device)
 }
 
 /// What is pinned in a folder.

@@ -1,6 +1,8 @@
 //! What a developer types: `cargo xtask up | test | bench | build | codegen | setup`.
 
 mod ebpf;
+mod initramfs;
+mod kernels;
 mod setup;
 mod shell;
 
@@ -49,6 +51,21 @@ enum Command {
         #[arg(trailing_var_arg = true, allow_hyphen_values = true)]
         args: Vec<String>,
     },
+    /// Compare what the kernel's check of each program costs with dataplane-ebpf/verifier.txt (needs root)
+    Verifier {
+        /// Write what this kernel says instead
+        #[arg(long)]
+        record: bool,
+    },
+    /// Try every eBPF program on Debian's kernels, each booted under qemu (takes minutes)
+    VerifyKernels {
+        /// Versions of kernels that apt knows
+        #[arg(default_values = kernels::DEFAULT)]
+        kernels: Vec<String>,
+        /// Run all tests of packets there, not only a few (takes half an hour)
+        #[arg(long)]
+        all: bool,
+    },
     /// Write the type table of the Kubernetes API anew; `--check` only compares
     Codegen {
         /// Fail when the committed table differs, and change nothing
@@ -92,6 +109,8 @@ fn run(command: Command) -> Result<()> {
                 .args(args)
                 .run()
         }
+        Command::Verifier { record } => verifier(record),
+        Command::VerifyKernels { kernels, all } => verify_kernels(&kernels, all),
         Command::Codegen { check } => codegen(check),
     }
 }
@@ -135,6 +154,42 @@ fn codegen(check: bool) -> Result<()> {
         cmd = cmd.arg("--check");
     }
     cmd.run()
+}
+
+/// The budget of the kernel's check, compared or written anew.
+fn verifier(record: bool) -> Result<()> {
+    setup::for_build()?;
+    let test = "no_program_costs_more_than_is_recorded";
+    for binary in shell::test_binaries(cargo([])?, "xebec-agent")? {
+        if binary.name != "root_verifier" {
+            continue;
+        }
+        let folder = root().join(&binary.package_dir);
+        let mut cmd = Cmd::as_root(&binary.path)
+            .dir(folder)
+            .args(["--exact", "--nocapture", test]);
+        if record {
+            cmd = cmd.env("XEBEC_VERIFIER_RECORD", "1");
+        }
+        return cmd.run();
+    }
+    anyhow::bail!("xebec-agent has no test root_verifier")
+}
+
+/// The programs, and the tests that need nothing but them, on other kernels.
+fn verify_kernels(kernels: &[String], all: bool) -> Result<()> {
+    setup::for_build()?;
+    cargo(["build", "-p", "xebec-agent", "--example", "this_kernel"])?.run()?;
+    let contents = kernels::Contents {
+        init: artifact(false, "examples/this_kernel")?,
+        tests: shell::test_binaries(cargo([])?, "xebec-agent")?
+            .into_iter()
+            .filter(|test| kernels::TESTS.iter().any(|(name, _)| *name == test.name))
+            .map(|test| (test.name, test.path))
+            .collect(),
+        all,
+    };
+    kernels::verify(kernels, &contents)
 }
 
 /// Unit tests as the calling user, then the root tests one package after the other.

@@ -17,10 +17,11 @@ pub const ROOT_TEST_PACKAGES: &[&str] = &[
 ];
 
 /// What is looked for, and the Debian package that brings it.
-struct Need {
+pub struct Need {
     /// A program on the PATH, or an absolute file.
-    what: &'static str,
-    package: &'static str,
+    pub what: &'static str,
+    /// The package.
+    pub package: &'static str,
 }
 
 const BUILD: &[Need] = &[
@@ -130,7 +131,8 @@ pub fn apt(packages: &[&str]) -> Result<()> {
     Ok(())
 }
 
-fn install(needs: &[Need]) -> Result<()> {
+/// Installs the packages of what is not here.
+pub fn install(needs: &[Need]) -> Result<()> {
     let missing: Vec<&str> = needs
         .iter()
         .filter(|need| match need.what.strip_prefix('/') {

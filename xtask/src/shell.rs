@@ -155,6 +155,8 @@ pub fn host_triple() -> Result<String> {
 
 /// A built test executable.
 pub struct TestBinary {
+    /// The test's name.
+    pub name: String,
     /// Where it lies.
     pub path: PathBuf,
     /// Its package's folder, relative to the workspace.
@@ -188,6 +190,7 @@ pub fn test_binaries(cargo: Cmd, package: &str) -> Result<Vec<TestBinary>> {
         if is_test && name.starts_with("root_") {
             let dir = Path::new(manifest).parent().unwrap_or(Path::new("."));
             found.push(TestBinary {
+                name: name.to_owned(),
                 path: path.into(),
                 package_dir: dir.into(),
             });

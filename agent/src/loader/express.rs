@@ -125,6 +125,11 @@ impl Loaded {
             Wish::Attach(mode) => mode,
             Wish::Leave(why) => return Ok(By::Tc(why.into())),
         };
+        match &self.without_express {
+            Some(why) if xdp == Xdp::Auto => return Ok(By::Tc(why.clone())),
+            Some(why) => anyhow::bail!("XDP was asked for: {why}"),
+            None => {}
+        }
         let pin = self.dir.join(NETWORK_LINKS).join(pin(device, mode));
         // A link that was let go ends a moment later.
         let tries = if let_go { TRIES } else { 0 };
@@ -212,10 +217,19 @@ impl Loaded {
         hook(&mut self.ebpf, HOOK)
     }
 
-    /// Loads the program; the kernel checks it.
-    pub(super) fn load_express(ebpf: &mut aya::Ebpf) -> Result<()> {
+    /// Loads the program; the kernel checks it. Says why an older kernel refuses it: tc does all that it would do.
+    pub(super) fn load_express(ebpf: &mut aya::Ebpf) -> Result<Option<String>> {
         let program = hook::<Program>(ebpf, HOOK)?;
-        checked(HOOK, || program.load())
+        match checked(HOOK, || program.load()) {
+            Err(error) if is_refusal(&error) => {
+                let why = format!("{error:#}");
+                // The reason is on the first line; the rest is the program's text.
+                let why = why.lines().next().unwrap_or_default().to_owned();
+                tracing::warn!(why, "there will be no XDP");
+                Ok(Some(why))
+            }
+            outcome => outcome.map(|()| None),
+        }
     }
 }
 
@@ -223,6 +237,12 @@ impl Loaded {
 fn is_busy(error: &ProgramError) -> bool {
     matches!(error, ProgramError::SyscallError(error)
         if matches!(error.io_error.raw_os_error(), Some(libc::EBUSY | libc::EEXIST)))
+}
+
+/// Whether the kernel found the program itself wanting.
+fn is_refusal(error: &anyhow::Error) -> bool {
+    matches!(error.downcast_ref(), Some(ProgramError::LoadError { io_error, .. })
+        if matches!(io_error.raw_os_error(), Some(libc::EACCES | libc::EINVAL | libc::E2BIG)))
 }
 
 fn words(mode: XdpMode) -> &'static str {

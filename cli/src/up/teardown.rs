@@ -160,12 +160,24 @@ pub fn run_dir(layout: &Layout) -> Result<()> {
         std::fs::read_to_string("/proc/self/mounts").context("could not read /proc/self/mounts")?;
     let prefix = format!("{}/", layout.run.display());
     // Later mounts lie on earlier ones: undo them from the last to the first.
-    for point in mounts
-        .lines()
-        .rev()
-        .filter_map(|line| line.split(' ').nth(1))
-        .filter(|p| p.starts_with(&prefix))
-    {
+    for line in mounts.lines().rev() {
+        let mut words = line.split(' ').skip(1);
+        let (Some(point), Some(kind)) = (words.next(), words.next()) else {
+            continue;
+        };
+        if !point.starts_with(&prefix) {
+            continue;
+        }
+        // Links end with their filesystem; what kernels without such links have does not.
+        if kind == "bpf" {
+            if let Err(error) = xebec_agent::loader::detach(Path::new(point)) {
+                warn!(
+                    point,
+                    error = format!("{error:#}"),
+                    "could not detach programs"
+                );
+            }
+        }
         if let Err(error) = nix::mount::umount2(point, nix::mount::MntFlags::MNT_DETACH) {
             warn!(point, %error, "could not unmount");
         }
