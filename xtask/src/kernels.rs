@@ -44,7 +44,6 @@ pub const TESTS: &[(&str, &[&str])] = &[
         &[
             "node_port_to_a_pod_of_another_node",
             "to_a_pod_of_another_node_and_back",
-            "the_hook_is_attached",
         ],
     ),
 ];

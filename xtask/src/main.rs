@@ -62,7 +62,7 @@ enum Command {
         /// Versions of kernels that apt knows
         #[arg(default_values = kernels::DEFAULT)]
         kernels: Vec<String>,
-        /// Run all tests of packets there, not only a few (takes half an hour)
+        /// Run all tests of packets there, not only a few (takes long, and one of them needs the module bridge)
         #[arg(long)]
         all: bool,
     },
