@@ -1,18 +1,19 @@
 //! Endpoints: the pods of this node, made and unmade by CNI requests and remembered across restarts.
 
 use std::collections::BTreeMap;
-use std::net::Ipv4Addr;
+use std::net::IpAddr;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
 use anyhow::{Context, Result};
-use ipnet::Ipv4Net;
+use ipnet::IpNet;
 use rtnetlink::Handle;
-use serde::{Deserialize, Serialize};
+use serde::{Deserialize, Deserializer, Serialize};
 use serde_json::{Value, json};
-use tokio::sync::Mutex;
+use tokio::sync::{Mutex, watch};
 
 use crate::dataplane::{Dataplane, Known};
+use crate::host_ports::{HostPort, Mapping};
 use crate::ipam::Ipam;
 use crate::link::{self, Wires};
 use crate::policy::compile::Name;
@@ -26,8 +27,9 @@ pub struct Endpoint {
     pub ifname: String,
     /// Name of the host's end.
     pub device: String,
-    /// The pod's address.
-    pub address: Ipv4Addr,
+    /// The pod's addresses, one of each family that the node has a range of, the primary one first.
+    #[serde(alias = "address", deserialize_with = "one_or_many")]
+    pub addresses: Vec<IpAddr>,
     /// Network namespace, as the runtime named it.
     pub netns: PathBuf,
     /// Namespace of the pod.
@@ -37,6 +39,25 @@ pub struct Endpoint {
     /// Hardware address of the pod's end.
     #[serde(default)]
     pub mac: [u8; 6],
+    /// Ports of the node that lead to it.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub ports: Vec<Mapping>,
+}
+
+/// A list, or the one thing that records had before there could be several.
+pub fn one_or_many<'de, D: Deserializer<'de>, T: Deserialize<'de>>(
+    deserializer: D,
+) -> Result<Vec<T>, D::Error> {
+    #[derive(Deserialize)]
+    #[serde(untagged)]
+    enum Either<T> {
+        One(T),
+        Many(Vec<T>),
+    }
+    Ok(match Either::deserialize(deserializer)? {
+        Either::One(one) => vec![one],
+        Either::Many(many) => many,
+    })
 }
 
 impl Endpoint {
@@ -71,6 +92,7 @@ pub struct Endpoints {
     netlink: Handle,
     /// None where pods are only taken away.
     dataplane: Option<Arc<Dataplane>>,
+    host_ports: watch::Sender<Vec<HostPort>>,
 }
 
 struct State {
@@ -80,8 +102,8 @@ struct State {
 
 impl Endpoints {
     /// Reads what the last agent of this node left.
-    pub fn open(dir: &Path, range: Ipv4Net, dataplane: Option<Arc<Dataplane>>) -> Result<Self> {
-        let ipam = Ipam::open(dir, range)?;
+    pub fn open(dir: &Path, ranges: &[IpNet], dataplane: Option<Arc<Dataplane>>) -> Result<Self> {
+        let ipam = Ipam::open(dir, ranges)?;
         let path = dir.join("endpoints.json");
         let endpoints = match std::fs::read(&path) {
             Ok(text) => serde_json::from_slice(&text)
@@ -91,12 +113,19 @@ impl Endpoints {
                 return Err(error).with_context(|| format!("could not read {}", path.display()));
             }
         };
+        let host_ports = watch::Sender::new(host_ports(&endpoints));
         Ok(Self {
             state: Mutex::new(State { ipam, endpoints }),
             path,
             netlink: link::handle()?,
             dataplane,
+            host_ports,
         })
+    }
+
+    /// The ports of the node that lead to its pods, in order; told of whenever they change.
+    pub fn host_ports(&self) -> watch::Receiver<Vec<HostPort>> {
+        self.host_ports.subscribe()
     }
 
     /// Puts the pods that were connected before this agent started under it.
@@ -114,7 +143,7 @@ impl Endpoints {
                 dataplane
                     .connect(
                         &endpoint.name(),
-                        endpoint.address,
+                        &endpoint.addresses,
                         wires,
                         &endpoint.device,
                         Known::IfPresent,
@@ -181,9 +210,13 @@ impl Endpoints {
                 .unwrap_or_default()
                 .to_owned()
         };
+        let ports = Mapping::all_of(&request["config"]).map_err(|error| CniError {
+            code: 7,
+            message: format!("{error:#}"),
+        })?;
         let key = key_of(&container_id, &ifname);
         let mut state = self.state.lock().await;
-        let address = state.ipam.allocate(&key)?;
+        let addresses = state.ipam.allocate(&key)?;
         let mut endpoint = Endpoint {
             device: device_name(&key),
             netns: netns.into(),
@@ -191,15 +224,16 @@ impl Endpoints {
             pod: arg("K8S_POD_NAME"),
             container_id,
             ifname,
-            address,
+            addresses,
             mac: [0; 6],
+            ports,
         };
         // Others need not wait while this pod's policy is looked up.
         drop(state);
         let outcome = self.wire(&mut endpoint).await;
         let mut state = self.state.lock().await;
         if let Err(error) = outcome {
-            self.unwire(&endpoint.device, Some(address)).await?;
+            self.unwire(&endpoint.device, &endpoint.addresses).await?;
             state.ipam.release(&key)?;
             return Err(error.into());
         }
@@ -216,7 +250,7 @@ impl Endpoints {
             &endpoint.device,
             &endpoint.netns,
             &endpoint.ifname,
-            endpoint.address,
+            &endpoint.addresses,
         )
         .await?;
         endpoint.mac = wires.mac;
@@ -225,7 +259,7 @@ impl Endpoints {
                 dataplane
                     .connect(
                         &endpoint.name(),
-                        endpoint.address,
+                        &endpoint.addresses,
                         wires,
                         &endpoint.device,
                         Known::Must,
@@ -236,18 +270,19 @@ impl Endpoints {
         }
     }
 
-    async fn unwire(&self, device: &str, address: Option<Ipv4Addr>) -> Result<()> {
+    async fn unwire(&self, device: &str, addresses: &[IpAddr]) -> Result<()> {
         link::remove(&self.netlink, device).await?;
         if let Some(dataplane) = &self.dataplane {
-            dataplane.disconnect(address, device).await?;
+            dataplane.disconnect(addresses, device).await?;
         }
         Ok(())
     }
 
     async fn remove(&self, key: &str) -> Result<()> {
         let mut state = self.state.lock().await;
-        let address = state.endpoints.get(key).map(|endpoint| endpoint.address);
-        self.unwire(&device_name(key), address).await?;
+        let endpoint = state.endpoints.get(key);
+        let addresses = endpoint.map_or(&[][..], |endpoint| &endpoint.addresses);
+        self.unwire(&device_name(key), addresses).await?;
         state.ipam.release(key)?;
         if state.endpoints.remove(key).is_some() {
             self.save(&state)?;
@@ -291,7 +326,7 @@ impl Endpoints {
             .await
             .ipam
             .owners()
-            .map(|(owner, _)| owner.to_owned())
+            .map(str::to_owned)
             .collect();
         for key in known.iter().filter(|key| !valid.contains(key)) {
             self.remove(key).await?;
@@ -299,7 +334,16 @@ impl Endpoints {
         Ok(Value::Null)
     }
 
+    /// Writes the records, and tells what follows from them.
     fn save(&self, state: &State) -> Result<()> {
+        let now = host_ports(&state.endpoints);
+        self.host_ports.send_if_modified(|told| {
+            let news = *told != now;
+            if news {
+                *told = now;
+            }
+            news
+        });
         let write = || -> std::io::Result<()> {
             let temporary = self.path.with_extension("tmp");
             std::fs::write(&temporary, serde_json::to_vec(&state.endpoints)?)?;
@@ -325,20 +369,41 @@ pub fn device_name(key: &str) -> String {
 /// The CNI result of an ADD.
 fn result_of(endpoint: &Endpoint, request: &Value) -> Value {
     let version = request["config"]["cniVersion"].as_str().unwrap_or("1.0.0");
-    let mut address = json!({"address": format!("{}/32", endpoint.address), "interface": 1});
-    if version.starts_with("0.") {
-        address["version"] = "4".into();
-    }
+    let of_address = |address: &IpAddr| {
+        let whole = IpNet::from(*address);
+        let mut ip = json!({"address": whole.to_string(), "interface": 1});
+        if version.starts_with("0.") {
+            ip["version"] = if address.is_ipv4() { "4" } else { "6" }.into();
+        }
+        ip
+    };
+    let route =
+        |address: &IpAddr| json!({"dst": if address.is_ipv4() { "0.0.0.0/0" } else { "::/0" }});
+    let addresses = &endpoint.addresses;
     json!({
         "cniVersion": version,
         "interfaces": [
             {"name": endpoint.device},
             {"name": endpoint.ifname, "sandbox": endpoint.netns},
         ],
-        "ips": [address],
-        "routes": [{"dst": "0.0.0.0/0"}],
+        "ips": addresses.iter().map(of_address).collect::<Vec<_>>(),
+        "routes": addresses.iter().map(route).collect::<Vec<_>>(),
         "dns": {},
     })
+}
+
+/// The ports of all endpoints, in order.
+fn host_ports(endpoints: &BTreeMap<String, Endpoint>) -> Vec<HostPort> {
+    let mut all: Vec<HostPort> = endpoints
+        .values()
+        .flat_map(|endpoint| {
+            let ports = endpoint.ports.iter();
+            ports.flat_map(|port| port.to(&endpoint.addresses))
+        })
+        .collect();
+    all.sort();
+    all.dedup();
+    all
 }
 
 #[cfg(test)]
