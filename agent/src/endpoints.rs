@@ -420,4 +420,41 @@ mod tests {
             "room for the temporary name of the other end: {a}"
         );
     }
+
+    #[test]
+    fn what_an_agent_of_one_family_wrote_is_read() {
+        let old = r#"{"a/eth0": {"container_id": "a", "ifname": "eth0", "device": "xbc1", "address": "10.1.2.3",
+            "netns": "/ns", "namespace": "n", "pod": "p", "mac": [2, 0, 0, 0, 0, 1]}}"#;
+        let read: BTreeMap<String, Endpoint> = serde_json::from_str(old).unwrap();
+        let endpoint = &read["a/eth0"];
+        assert_eq!(endpoint.addresses, ["10.1.2.3".parse::<IpAddr>().unwrap()]);
+        assert!(endpoint.ports.is_empty());
+        let written = serde_json::to_string(&read).unwrap();
+        assert!(written.contains(r#""addresses":["10.1.2.3"]"#), "{written}");
+        let again: BTreeMap<String, Endpoint> = serde_json::from_str(&written).unwrap();
+        assert_eq!(again["a/eth0"].addresses, endpoint.addresses);
+    }
+
+    #[test]
+    fn a_result_tells_of_every_address() {
+        let endpoint: Endpoint = serde_json::from_value(json!({
+            "container_id": "a", "ifname": "eth0", "device": "xbc1", "netns": "/ns", "namespace": "n", "pod": "p",
+            "addresses": ["fd00:1::3", "10.1.2.3"],
+        }))
+        .unwrap();
+        let new = result_of(&endpoint, &json!({"config": {"cniVersion": "1.1.0"}}));
+        assert_eq!(
+            new["ips"],
+            json!([{"address": "fd00:1::3/128", "interface": 1}, {"address": "10.1.2.3/32", "interface": 1}])
+        );
+        assert_eq!(
+            new["routes"],
+            json!([{"dst": "::/0"}, {"dst": "0.0.0.0/0"}])
+        );
+        let old = result_of(&endpoint, &json!({"config": {"cniVersion": "0.3.1"}}));
+        assert_eq!(
+            (&old["ips"][0]["version"], &old["ips"][1]["version"]),
+            (&json!("6"), &json!("4"))
+        );
+    }
 }

@@ -8,7 +8,7 @@ use anyhow::{Context, Result};
 const V6: &str = "/proc/sys/net/ipv6/conf";
 
 /// Turns forwarding on for the families that are in use.
-pub(crate) fn turn_on(v4: bool, v6: bool) -> Result<()> {
+pub fn turn_on(v4: bool, v6: bool) -> Result<()> {
     if v4 {
         write(Path::new("/proc/sys/net/ipv4/ip_forward"), "1")?;
     }

@@ -6,7 +6,7 @@ mod bpf_maps;
 mod dataplane;
 pub mod endpoints;
 pub mod flows;
-mod forwarding;
+pub mod forwarding;
 pub mod gateway;
 pub mod host_ports;
 mod ipam;
