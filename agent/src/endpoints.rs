@@ -1,7 +1,7 @@
 //! Endpoints: the pods of this node, made and unmade by CNI requests and remembered across restarts.
 
 use std::collections::BTreeMap;
-use std::net::IpAddr;
+use std::net::{IpAddr, Ipv6Addr};
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
@@ -93,6 +93,8 @@ pub struct Endpoints {
     /// None where pods are only taken away.
     dataplane: Option<Arc<Dataplane>>,
     host_ports: watch::Sender<Vec<HostPort>>,
+    /// The node's address of IPv6.
+    source6: Option<Ipv6Addr>,
 }
 
 struct State {
@@ -101,8 +103,13 @@ struct State {
 }
 
 impl Endpoints {
-    /// Reads what the last agent of this node left.
-    pub fn open(dir: &Path, ranges: &[IpNet], dataplane: Option<Arc<Dataplane>>) -> Result<Self> {
+    /// Reads what the last agent of this node, which has these addresses, left.
+    pub fn open(
+        dir: &Path,
+        ranges: &[IpNet],
+        node_ips: &[IpAddr],
+        dataplane: Option<Arc<Dataplane>>,
+    ) -> Result<Self> {
         let ipam = Ipam::open(dir, ranges)?;
         let path = dir.join("endpoints.json");
         let endpoints = match std::fs::read(&path) {
@@ -120,6 +127,10 @@ impl Endpoints {
             netlink: link::handle()?,
             dataplane,
             host_ports,
+            source6: node_ips.iter().find_map(|ip| match ip {
+                IpAddr::V6(ip) => Some(*ip),
+                IpAddr::V4(_) => None,
+            }),
         })
     }
 
@@ -251,6 +262,7 @@ impl Endpoints {
             &endpoint.netns,
             &endpoint.ifname,
             &endpoint.addresses,
+            self.source6,
         )
         .await?;
         endpoint.mac = wires.mac;

@@ -173,6 +173,7 @@ fn connect(config: &Config, dataplane: Option<Arc<Dataplane>>) -> Result<Arc<End
     Ok(Arc::new(Endpoints::open(
         &config.state_dir,
         &config.pod_cidrs,
+        &config.node_ips,
         dataplane,
     )?))
 }
@@ -192,7 +193,7 @@ fn check_addresses(addresses: &[IpAddr]) -> Result<IpAddr> {
 /// Removes the devices of all endpoints that are on record, and the records.
 pub async fn cleanup(state_dir: &Path) -> Result<()> {
     let handle = link::handle()?;
-    for endpoint in Endpoints::open(state_dir, &[], None)?.list().await {
+    for endpoint in Endpoints::open(state_dir, &[], &[], None)?.list().await {
         link::remove(&handle, &endpoint.device).await?;
     }
     match std::fs::remove_dir_all(state_dir) {

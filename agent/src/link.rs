@@ -60,13 +60,15 @@ pub struct Wires {
     pub mac: [u8; 6],
 }
 
-/// Connects a pod: `host` is the name of this end, `inner` that of the pod's end in `netns`.
+/// Connects a pod: `host` is the name of this end, `inner` that of the pod's end in `netns`. The node speaks to it
+/// from `source6`, if it has that.
 pub async fn connect(
     handle: &Handle,
     host: &str,
     netns: &Path,
     inner: &str,
     addresses: &[IpAddr],
+    source6: Option<Ipv6Addr>,
 ) -> Result<Wires> {
     // What a failed try left is of no use: the pair is made anew.
     remove(handle, host).await?;
@@ -111,7 +113,7 @@ pub async fn connect(
     })
     .await?;
     for address in addresses {
-        add_route(handle, host_route(*address, index))
+        add_route(handle, host_route(*address, index, source6))
             .await
             .with_context(|| format!("could not route {address} to {host}"))?;
         add_neighbour(handle, index, *address, &pod_mac)
@@ -164,7 +166,7 @@ async fn configure_inside(
             .context("could not name the pod's gateway")?;
         if gateway.is_ipv4() {
             // IPv6's is on the link by its kind.
-            add_route(handle, host_route(gateway, index))
+            add_route(handle, host_route(gateway, index, None))
                 .await
                 .context("could not route the pod's gateway")?;
         }
@@ -235,18 +237,25 @@ async fn add_route(handle: &Handle, route: RouteMessage) -> Result<(), rtnetlink
     handle.route().add(route).replace().execute().await
 }
 
-/// The route to one address that is on the device's link.
-fn host_route(address: IpAddr, index: u32) -> RouteMessage {
+/// The route to one address that is on the device's link. With IPv6 a machine often has several addresses and would
+/// choose the one that is most like the pod's, which need not be the one that it is known by. (With IPv4 the kernel
+/// takes such a route away with the address.)
+fn host_route(address: IpAddr, index: u32, source6: Option<Ipv6Addr>) -> RouteMessage {
     match address {
         IpAddr::V4(address) => RouteMessageBuilder::<Ipv4Addr>::new()
             .destination_prefix(address, 32)
             .output_interface(index)
             .scope(RouteScope::Link)
             .build(),
-        IpAddr::V6(address) => RouteMessageBuilder::<Ipv6Addr>::new()
-            .destination_prefix(address, 128)
-            .output_interface(index)
-            .build(),
+        IpAddr::V6(address) => {
+            let route = RouteMessageBuilder::<Ipv6Addr>::new()
+                .destination_prefix(address, 128)
+                .output_interface(index);
+            match source6 {
+                Some(source) => route.pref_source(source).build(),
+                None => route.build(),
+            }
+        }
     }
 }
 

@@ -40,7 +40,11 @@ fn advertise(router: &Namespace, device: &str) {
         let index = nix::net::if_::if_nametoindex(device).unwrap();
         let all_nodes = std::net::SocketAddrV6::new("ff02::1".parse().unwrap(), 0, 0, index);
         let to = SockaddrIn6::from(all_nodes);
-        sendto(socket.as_raw_fd(), &message, &to, MsgFlags::empty()).unwrap();
+        match sendto(socket.as_raw_fd(), &message, &to, MsgFlags::empty()) {
+            // Its device has no address of its own yet.
+            Ok(_) | Err(nix::errno::Errno::EADDRNOTAVAIL) => {}
+            Err(error) => panic!("{error}"),
+        }
     });
 }
 

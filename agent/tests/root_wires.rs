@@ -13,6 +13,8 @@ use xebec_agent::endpoints::Endpoints;
 use xebec_agent::{forwarding, link};
 
 const PATIENCE: Duration = Duration::from_secs(10);
+/// The node's addresses.
+const NODE: [&str; 2] = ["192.0.2.9", "fd00:98::9"];
 /// The first device of every namespace.
 const LOOPBACK: u32 = 1;
 
@@ -33,8 +35,10 @@ impl Node {
             let handle = link::handle().unwrap();
             let up = rtnetlink::LinkUnspec::new_with_index(LOOPBACK).up().build();
             handle.link().set(up).execute().await.unwrap();
-            for (address, length) in [("192.0.2.9", 32), ("fd00:98::9", 128)] {
-                let add = handle.address().add(LOOPBACK, address.parse().unwrap(), length);
+            // One that is more like the pods' than the node's own is no reason to speak from it.
+            for address in NODE.into_iter().chain(["fd00:99:0:1::9"]) {
+                let net = ipnet::IpNet::from(address.parse::<IpAddr>().unwrap());
+                let add = handle.address().add(LOOPBACK, net.addr(), net.prefix_len());
                 add.execute().await.unwrap();
             }
         });
@@ -48,7 +52,8 @@ impl Node {
     /// What a fresh agent of this node does.
     fn with<T: Send>(&self, work: impl AsyncFnOnce(&Endpoints) -> T + Send) -> T {
         self.namespace.block_on(async || {
-            let endpoints = Endpoints::open(self.records.path(), &self.ranges, None).unwrap();
+            let own = NODE.map(|ip| ip.parse::<IpAddr>().unwrap());
+            let endpoints = Endpoints::open(self.records.path(), &self.ranges, &own, None).unwrap();
             work(&endpoints).await
         })
     }
@@ -125,7 +130,11 @@ fn wire_speak_and_remove(ranges: &[&str]) {
         assert!(range.contains(ip) && range.contains(other) && ip != other);
         assert_eq!(speak(&one, &two, *other), *ip);
         assert_eq!(speak(&two, &one, *ip), *other);
-        speak(&node.namespace, &one, *ip);
+        let source = speak(&node.namespace, &one, *ip).to_string();
+        assert!(
+            NODE.contains(&source.as_str()),
+            "the node spoke from {source}"
+        );
     }
     // What an agent finds after its start is what the one before it has made.
     let again = node.ask("CHECK", "one", &one, json!({}));

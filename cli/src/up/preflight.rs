@@ -1,6 +1,6 @@
 //! Before anything is started: what `up` needs from the machine, each lack with what to do about it.
 
-use std::net::{IpAddr, SocketAddr, TcpListener, UdpSocket};
+use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr, TcpListener, UdpSocket};
 use std::path::PathBuf;
 
 use anyhow::{Context, Result, bail};
@@ -114,7 +114,8 @@ fn cgroup2() -> Result<PathBuf> {
         .context("cgroup v2 is not mounted: mount -t cgroup2 none /sys/fs/cgroup/unified")
 }
 
-/// The source addresses towards the default routes; the loopback's where there is none.
+/// The source addresses towards the default routes. Without one of IPv4 it is the loopback's, and without any those
+/// of both.
 fn own_addresses() -> Vec<IpAddr> {
     let probe = |any: &str, outside: &str| -> std::io::Result<IpAddr> {
         let socket = UdpSocket::bind(any)?;
@@ -122,15 +123,12 @@ fn own_addresses() -> Vec<IpAddr> {
         socket.connect(outside)?;
         Ok(socket.local_addr()?.ip())
     };
-    let found = [
-        probe("0.0.0.0:0", "198.51.100.1:9"),
-        probe("[::]:0", "[2001:db8::1]:9"),
-    ];
-    let found: Vec<IpAddr> = found.into_iter().flatten().collect();
-    if found.is_empty() {
-        return vec![[127, 0, 0, 1].into(), std::net::Ipv6Addr::LOCALHOST.into()];
-    }
-    found
+    let v4 = probe("0.0.0.0:0", "198.51.100.1:9").ok();
+    let v6 = probe("[::]:0", "[2001:db8::1]:9").ok();
+    let alone = v4.is_none() && v6.is_none();
+    let loopback6 = alone.then_some(IpAddr::V6(Ipv6Addr::LOCALHOST));
+    let v4 = v4.unwrap_or(IpAddr::V4(Ipv4Addr::LOCALHOST));
+    std::iter::once(v4).chain(v6.or(loopback6)).collect()
 }
 
 /// The address must be one of this machine's.
