@@ -17,7 +17,7 @@ pub mod names;
 pub mod network;
 pub mod nodes;
 pub mod policy;
-mod routes;
+pub mod routes;
 mod scope;
 pub mod services;
 

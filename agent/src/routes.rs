@@ -25,7 +25,7 @@ const PROTOCOL: RouteProtocol = RouteProtocol::Other(88);
 type Table = BTreeMap<IpNet, IpAddr>;
 
 /// Keeps the routes in step with the nodes until `shutdown`; then they stay, as the pods do.
-pub(crate) async fn run(
+pub async fn run(
     node: String,
     own_ranges: Vec<IpNet>,
     mut nodes: Receiver<Nodes>,

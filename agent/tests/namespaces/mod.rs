@@ -1,4 +1,5 @@
 //! Network namespaces of tests: they go with the test, however it ends.
+#![allow(dead_code, reason = "not every test needs all of it")]
 
 use std::fs::File;
 use std::os::fd::AsRawFd;
