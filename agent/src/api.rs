@@ -190,7 +190,7 @@ async fn answer(request: Request<Incoming>, tables: &Tables) -> Response<Body> {
                 .list()
                 .await
                 .into_iter()
-                .map(|one| json!({"namespace": one.namespace, "pod": one.pod, "address": one.address, "device": one.device, "container": one.container_id}))
+                .map(|one| json!({"namespace": one.namespace, "pod": one.pod, "address": one.addresses.first(), "addresses": one.addresses, "device": one.device, "container": one.container_id}))
                 .collect();
             reply(StatusCode::OK, &rows.into())
         }

@@ -1,6 +1,6 @@
 //! The pods' side of the dataplane: policy and hooks of each pod's device.
 
-use std::net::Ipv4Addr;
+use std::net::IpAddr;
 use std::path::PathBuf;
 use std::time::Duration;
 
@@ -42,7 +42,7 @@ impl Dataplane {
     pub async fn connect(
         &self,
         pod: &Name,
-        address: Ipv4Addr,
+        addresses: &[IpAddr],
         wires: Wires,
         device: &str,
         known: Known,
@@ -63,18 +63,21 @@ impl Dataplane {
                 format!("the API has not told of the pod {}/{} within {PATIENCE:?}, so its policies are not known", pod.0, pod.1)
             })??;
         }
-        self.engine
-            .lock()
-            .await
-            .connect(pod, address.into(), wires.ifindex, wires.mac)?;
+        let mut engine = self.engine.lock().await;
+        for address in addresses {
+            engine.connect(pod, *address, wires.ifindex, wires.mac)?;
+        }
+        drop(engine);
         self.programs.lock().await.attach_pod(device)
     }
 
     /// Forgets a pod whose device is gone.
-    pub async fn disconnect(&self, address: Option<Ipv4Addr>, device: &str) -> Result<()> {
-        if let Some(address) = address {
-            self.engine.lock().await.disconnect(address.into())?;
+    pub async fn disconnect(&self, addresses: &[IpAddr], device: &str) -> Result<()> {
+        let mut engine = self.engine.lock().await;
+        for address in addresses {
+            engine.disconnect(*address)?;
         }
+        drop(engine);
         loader::forget_pod(&self.dir, device)
     }
 }

@@ -1,18 +1,19 @@
 //! Endpoints: the pods of this node, made and unmade by CNI requests and remembered across restarts.
 
 use std::collections::BTreeMap;
-use std::net::Ipv4Addr;
+use std::net::{IpAddr, Ipv6Addr};
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
 use anyhow::{Context, Result};
-use ipnet::Ipv4Net;
+use ipnet::IpNet;
 use rtnetlink::Handle;
-use serde::{Deserialize, Serialize};
+use serde::{Deserialize, Deserializer, Serialize};
 use serde_json::{Value, json};
-use tokio::sync::Mutex;
+use tokio::sync::{Mutex, watch};
 
 use crate::dataplane::{Dataplane, Known};
+use crate::host_ports::{HostPort, Mapping};
 use crate::ipam::Ipam;
 use crate::link::{self, Wires};
 use crate::policy::compile::Name;
@@ -26,8 +27,9 @@ pub struct Endpoint {
     pub ifname: String,
     /// Name of the host's end.
     pub device: String,
-    /// The pod's address.
-    pub address: Ipv4Addr,
+    /// The pod's addresses, one of each family that the node has a range of, the primary one first.
+    #[serde(alias = "address", deserialize_with = "one_or_many")]
+    pub addresses: Vec<IpAddr>,
     /// Network namespace, as the runtime named it.
     pub netns: PathBuf,
     /// Namespace of the pod.
@@ -37,6 +39,25 @@ pub struct Endpoint {
     /// Hardware address of the pod's end.
     #[serde(default)]
     pub mac: [u8; 6],
+    /// Ports of the node that lead to it.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub ports: Vec<Mapping>,
+}
+
+/// A list, or the one thing that records had before there could be several.
+pub fn one_or_many<'de, D: Deserializer<'de>, T: Deserialize<'de>>(
+    deserializer: D,
+) -> Result<Vec<T>, D::Error> {
+    #[derive(Deserialize)]
+    #[serde(untagged)]
+    enum Either<T> {
+        One(T),
+        Many(Vec<T>),
+    }
+    Ok(match Either::deserialize(deserializer)? {
+        Either::One(one) => vec![one],
+        Either::Many(many) => many,
+    })
 }
 
 impl Endpoint {
@@ -71,6 +92,9 @@ pub struct Endpoints {
     netlink: Handle,
     /// None where pods are only taken away.
     dataplane: Option<Arc<Dataplane>>,
+    host_ports: watch::Sender<Vec<HostPort>>,
+    /// The node's address of IPv6.
+    source6: Option<Ipv6Addr>,
 }
 
 struct State {
@@ -79,9 +103,14 @@ struct State {
 }
 
 impl Endpoints {
-    /// Reads what the last agent of this node left.
-    pub fn open(dir: &Path, range: Ipv4Net, dataplane: Option<Arc<Dataplane>>) -> Result<Self> {
-        let ipam = Ipam::open(dir, range)?;
+    /// Reads what the last agent of this node, which has these addresses, left.
+    pub fn open(
+        dir: &Path,
+        ranges: &[IpNet],
+        node_ips: &[IpAddr],
+        dataplane: Option<Arc<Dataplane>>,
+    ) -> Result<Self> {
+        let ipam = Ipam::open(dir, ranges)?;
         let path = dir.join("endpoints.json");
         let endpoints = match std::fs::read(&path) {
             Ok(text) => serde_json::from_slice(&text)
@@ -91,12 +120,23 @@ impl Endpoints {
                 return Err(error).with_context(|| format!("could not read {}", path.display()));
             }
         };
+        let host_ports = watch::Sender::new(host_ports(&endpoints));
         Ok(Self {
             state: Mutex::new(State { ipam, endpoints }),
             path,
             netlink: link::handle()?,
             dataplane,
+            host_ports,
+            source6: node_ips.iter().find_map(|ip| match ip {
+                IpAddr::V6(ip) => Some(*ip),
+                IpAddr::V4(_) => None,
+            }),
         })
+    }
+
+    /// The ports of the node that lead to its pods, in order; told of whenever they change.
+    pub fn host_ports(&self) -> watch::Receiver<Vec<HostPort>> {
+        self.host_ports.subscribe()
     }
 
     /// Puts the pods that were connected before this agent started under it.
@@ -114,7 +154,7 @@ impl Endpoints {
                 dataplane
                     .connect(
                         &endpoint.name(),
-                        endpoint.address,
+                        &endpoint.addresses,
                         wires,
                         &endpoint.device,
                         Known::IfPresent,
@@ -181,9 +221,13 @@ impl Endpoints {
                 .unwrap_or_default()
                 .to_owned()
         };
+        let ports = Mapping::all_of(&request["config"]).map_err(|error| CniError {
+            code: 7,
+            message: format!("{error:#}"),
+        })?;
         let key = key_of(&container_id, &ifname);
         let mut state = self.state.lock().await;
-        let address = state.ipam.allocate(&key)?;
+        let addresses = state.ipam.allocate(&key)?;
         let mut endpoint = Endpoint {
             device: device_name(&key),
             netns: netns.into(),
@@ -191,15 +235,16 @@ impl Endpoints {
             pod: arg("K8S_POD_NAME"),
             container_id,
             ifname,
-            address,
+            addresses,
             mac: [0; 6],
+            ports,
         };
         // Others need not wait while this pod's policy is looked up.
         drop(state);
         let outcome = self.wire(&mut endpoint).await;
         let mut state = self.state.lock().await;
         if let Err(error) = outcome {
-            self.unwire(&endpoint.device, Some(address)).await?;
+            self.unwire(&endpoint.device, &endpoint.addresses).await?;
             state.ipam.release(&key)?;
             return Err(error.into());
         }
@@ -216,7 +261,8 @@ impl Endpoints {
             &endpoint.device,
             &endpoint.netns,
             &endpoint.ifname,
-            endpoint.address,
+            &endpoint.addresses,
+            self.source6,
         )
         .await?;
         endpoint.mac = wires.mac;
@@ -225,7 +271,7 @@ impl Endpoints {
                 dataplane
                     .connect(
                         &endpoint.name(),
-                        endpoint.address,
+                        &endpoint.addresses,
                         wires,
                         &endpoint.device,
                         Known::Must,
@@ -236,18 +282,19 @@ impl Endpoints {
         }
     }
 
-    async fn unwire(&self, device: &str, address: Option<Ipv4Addr>) -> Result<()> {
+    async fn unwire(&self, device: &str, addresses: &[IpAddr]) -> Result<()> {
         link::remove(&self.netlink, device).await?;
         if let Some(dataplane) = &self.dataplane {
-            dataplane.disconnect(address, device).await?;
+            dataplane.disconnect(addresses, device).await?;
         }
         Ok(())
     }
 
     async fn remove(&self, key: &str) -> Result<()> {
         let mut state = self.state.lock().await;
-        let address = state.endpoints.get(key).map(|endpoint| endpoint.address);
-        self.unwire(&device_name(key), address).await?;
+        let endpoint = state.endpoints.get(key);
+        let addresses = endpoint.map_or(&[][..], |endpoint| &endpoint.addresses);
+        self.unwire(&device_name(key), addresses).await?;
         state.ipam.release(key)?;
         if state.endpoints.remove(key).is_some() {
             self.save(&state)?;
@@ -291,7 +338,7 @@ impl Endpoints {
             .await
             .ipam
             .owners()
-            .map(|(owner, _)| owner.to_owned())
+            .map(str::to_owned)
             .collect();
         for key in known.iter().filter(|key| !valid.contains(key)) {
             self.remove(key).await?;
@@ -299,7 +346,16 @@ impl Endpoints {
         Ok(Value::Null)
     }
 
+    /// Writes the records, and tells what follows from them.
     fn save(&self, state: &State) -> Result<()> {
+        let now = host_ports(&state.endpoints);
+        self.host_ports.send_if_modified(|told| {
+            let news = *told != now;
+            if news {
+                *told = now;
+            }
+            news
+        });
         let write = || -> std::io::Result<()> {
             let temporary = self.path.with_extension("tmp");
             std::fs::write(&temporary, serde_json::to_vec(&state.endpoints)?)?;
@@ -325,20 +381,41 @@ pub fn device_name(key: &str) -> String {
 /// The CNI result of an ADD.
 fn result_of(endpoint: &Endpoint, request: &Value) -> Value {
     let version = request["config"]["cniVersion"].as_str().unwrap_or("1.0.0");
-    let mut address = json!({"address": format!("{}/32", endpoint.address), "interface": 1});
-    if version.starts_with("0.") {
-        address["version"] = "4".into();
-    }
+    let of_address = |address: &IpAddr| {
+        let whole = IpNet::from(*address);
+        let mut ip = json!({"address": whole.to_string(), "interface": 1});
+        if version.starts_with("0.") {
+            ip["version"] = if address.is_ipv4() { "4" } else { "6" }.into();
+        }
+        ip
+    };
+    let route =
+        |address: &IpAddr| json!({"dst": if address.is_ipv4() { "0.0.0.0/0" } else { "::/0" }});
+    let addresses = &endpoint.addresses;
     json!({
         "cniVersion": version,
         "interfaces": [
             {"name": endpoint.device},
             {"name": endpoint.ifname, "sandbox": endpoint.netns},
         ],
-        "ips": [address],
-        "routes": [{"dst": "0.0.0.0/0"}],
+        "ips": addresses.iter().map(of_address).collect::<Vec<_>>(),
+        "routes": addresses.iter().map(route).collect::<Vec<_>>(),
         "dns": {},
     })
+}
+
+/// The ports of all endpoints, in order.
+fn host_ports(endpoints: &BTreeMap<String, Endpoint>) -> Vec<HostPort> {
+    let mut all: Vec<HostPort> = endpoints
+        .values()
+        .flat_map(|endpoint| {
+            let ports = endpoint.ports.iter();
+            ports.flat_map(|port| port.to(&endpoint.addresses))
+        })
+        .collect();
+    all.sort();
+    all.dedup();
+    all
 }
 
 #[cfg(test)]
@@ -353,6 +430,43 @@ mod tests {
         assert!(
             a.len() <= 14,
             "room for the temporary name of the other end: {a}"
+        );
+    }
+
+    #[test]
+    fn what_an_agent_of_one_family_wrote_is_read() {
+        let old = r#"{"a/eth0": {"container_id": "a", "ifname": "eth0", "device": "xbc1", "address": "10.1.2.3",
+            "netns": "/ns", "namespace": "n", "pod": "p", "mac": [2, 0, 0, 0, 0, 1]}}"#;
+        let read: BTreeMap<String, Endpoint> = serde_json::from_str(old).unwrap();
+        let endpoint = &read["a/eth0"];
+        assert_eq!(endpoint.addresses, ["10.1.2.3".parse::<IpAddr>().unwrap()]);
+        assert!(endpoint.ports.is_empty());
+        let written = serde_json::to_string(&read).unwrap();
+        assert!(written.contains(r#""addresses":["10.1.2.3"]"#), "{written}");
+        let again: BTreeMap<String, Endpoint> = serde_json::from_str(&written).unwrap();
+        assert_eq!(again["a/eth0"].addresses, endpoint.addresses);
+    }
+
+    #[test]
+    fn a_result_tells_of_every_address() {
+        let endpoint: Endpoint = serde_json::from_value(json!({
+            "container_id": "a", "ifname": "eth0", "device": "xbc1", "netns": "/ns", "namespace": "n", "pod": "p",
+            "addresses": ["fd00:1::3", "10.1.2.3"],
+        }))
+        .unwrap();
+        let new = result_of(&endpoint, &json!({"config": {"cniVersion": "1.1.0"}}));
+        assert_eq!(
+            new["ips"],
+            json!([{"address": "fd00:1::3/128", "interface": 1}, {"address": "10.1.2.3/32", "interface": 1}])
+        );
+        assert_eq!(
+            new["routes"],
+            json!([{"dst": "::/0"}, {"dst": "0.0.0.0/0"}])
+        );
+        let old = result_of(&endpoint, &json!({"config": {"cniVersion": "0.3.1"}}));
+        assert_eq!(
+            (&old["ips"][0]["version"], &old["ips"][1]["version"]),
+            (&json!("6"), &json!("4"))
         );
     }
 }

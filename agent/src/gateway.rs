@@ -7,6 +7,7 @@ use anyhow::{Context, Result};
 use ipnet::IpNet;
 use xebec_dataplane_common::policy::Endpoint;
 
+use crate::forwarding;
 use crate::loader::{self, Xdp};
 use crate::maps::PolicyKernel;
 use crate::network;
@@ -14,8 +15,8 @@ use crate::network;
 /// What the way out needs to know.
 #[derive(Clone, Debug)]
 pub struct Config {
-    /// This machine's address towards the outside.
-    pub address: IpAddr,
+    /// This machine's addresses towards the outside, at most one of a family.
+    pub addresses: Vec<IpAddr>,
     /// The nodes behind it, which have translated their pods' addresses to theirs already.
     pub nodes: Vec<IpAddr>,
     /// Addresses that know the way to nodes and pods.
@@ -26,7 +27,8 @@ pub struct Config {
 
 /// Opens the way out; it stays open without a process. One that was left open is taken over with its connections.
 pub async fn open(config: &Config) -> Result<()> {
-    crate::forward()?;
+    let of = |v4: bool| config.addresses.iter().any(|ip| ip.is_ipv4() == v4);
+    forwarding::turn_on(of(true), of(false))?;
     let mut programs = loader::Loaded::new(&config.bpf_dir)?;
     let mut maps = programs.maps()?;
     for block in &config.native {
@@ -45,8 +47,8 @@ pub async fn open(config: &Config) -> Result<()> {
         maps.policy.set_endpoint(*node, endpoint)?;
     }
     maps.network
-        .set_settings(network::settings_of(&[config.address])?)?;
-    let devices = network::devices(&[], config.address).await?;
+        .set_settings(network::settings_of(&config.addresses)?)?;
+    let devices = network::devices(&[], &config.addresses).await?;
     // What comes back here goes on through the stack, for which XDP is of no use.
     programs
         .attach_network(&devices, Xdp::Off)

@@ -7,7 +7,9 @@ mod bpf_maps;
 mod dataplane;
 pub mod endpoints;
 pub mod flows;
+pub mod forwarding;
 pub mod gateway;
+pub mod host_ports;
 mod ipam;
 pub mod link;
 pub mod loader;
@@ -17,7 +19,7 @@ pub mod names;
 pub mod network;
 pub mod nodes;
 pub mod policy;
-mod routes;
+pub mod routes;
 mod scope;
 pub mod services;
 pub mod sockets;
@@ -40,10 +42,10 @@ use policy::engine::Engine;
 pub struct Config {
     /// Name of the node.
     pub node_name: String,
-    /// The node's address.
-    pub node_ip: IpAddr,
-    /// The node's range of pod addresses.
-    pub pod_cidr: IpNet,
+    /// The node's addresses, at most one of a family, the primary one first.
+    pub node_ips: Vec<IpAddr>,
+    /// The node's ranges of pod addresses, at most one of a family, the primary one first.
+    pub pod_cidrs: Vec<IpNet>,
     /// The agent's socket.
     pub socket: PathBuf,
     /// Records of addresses and endpoints.
@@ -78,14 +80,15 @@ pub async fn run(client: kube::Client, config: Config, shutdown: CancellationTok
     let engine = Arc::new(Mutex::new(engine));
     let (synced, mut is_synced) = watch::channel(false);
     let (nodes, nodes_told) = watch::channel(None);
+    let node_ip = check_addresses(&config.node_ips)?;
     let network = network::run(
         maps.network,
-        config.node_ip,
+        config.node_ips.clone(),
         config.native.clone(),
         nodes_told.clone(),
         shutdown.clone(),
     );
-    let devices = network::devices(&config.devices, config.node_ip).await?;
+    let devices = network::devices(&config.devices, &config.node_ips).await?;
     programs.prove_express(&devices, config.xdp).await?;
     let dataplane = Arc::new(Dataplane {
         engine: engine.clone(),
@@ -99,7 +102,7 @@ pub async fn run(client: kube::Client, config: Config, shutdown: CancellationTok
     let (services_ready, services_are_ready) = oneshot::channel();
     let routes = routes::run(
         config.node_name.clone(),
-        pod_range(&config)?,
+        config.pod_cidrs.clone(),
         nodes_told.clone(),
         shutdown.clone(),
     );
@@ -114,7 +117,7 @@ pub async fn run(client: kube::Client, config: Config, shutdown: CancellationTok
     let services = services::run(
         client,
         maps.services,
-        config.node_ip,
+        node_ip,
         nodes_told,
         shown.clone(),
         services_ready,
@@ -162,33 +165,38 @@ pub async fn run_detached(config: Config, shutdown: CancellationToken) -> Result
 }
 
 fn connect(config: &Config, dataplane: Option<Arc<Dataplane>>) -> Result<Arc<Endpoints>> {
-    let range = pod_range(config)?;
-    forward()?;
+    ipam::check_ranges(&config.pod_cidrs)?;
+    let of = |v4: bool| {
+        config
+            .pod_cidrs
+            .iter()
+            .any(|range| range.addr().is_ipv4() == v4)
+    };
+    forwarding::turn_on(of(true), of(false))?;
     Ok(Arc::new(Endpoints::open(
         &config.state_dir,
-        range,
+        &config.pod_cidrs,
+        &config.node_ips,
         dataplane,
     )?))
 }
 
-/// Lets this network namespace pass packets on.
-fn forward() -> Result<()> {
-    let forward = "/proc/sys/net/ipv4/ip_forward";
-    std::fs::write(forward, "1").with_context(|| format!("could not write {forward}"))
-}
-
-fn pod_range(config: &Config) -> Result<ipnet::Ipv4Net> {
-    match config.pod_cidr {
-        IpNet::V4(range) => Ok(range),
-        IpNet::V6(range) => bail!("the pod range {range} is not IPv4"),
+/// The primary one of a node's addresses, of which there is at most one of a family.
+fn check_addresses(addresses: &[IpAddr]) -> Result<IpAddr> {
+    let of = |v4: bool| addresses.iter().filter(move |ip| ip.is_ipv4() == v4);
+    if of(true).count() > 1 || of(false).count() > 1 {
+        bail!("the node has several addresses of one family: {addresses:?}; choose one");
     }
+    addresses
+        .first()
+        .copied()
+        .context("the node has no address")
 }
 
 /// Removes the devices of all endpoints that are on record, and the records.
 pub async fn cleanup(state_dir: &Path) -> Result<()> {
-    let range = ipnet::Ipv4Net::default();
     let handle = link::handle()?;
-    for endpoint in Endpoints::open(state_dir, range, None)?.list().await {
+    for endpoint in Endpoints::open(state_dir, &[], &[], None)?.list().await {
         link::remove(&handle, &endpoint.device).await?;
     }
     match std::fs::remove_dir_all(state_dir) {

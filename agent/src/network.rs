@@ -2,16 +2,16 @@
 //! translated flows use.
 
 use std::collections::BTreeSet;
-use std::net::{IpAddr, Ipv4Addr};
+use std::net::{IpAddr, Ipv4Addr, Ipv6Addr};
 use std::sync::{Arc, OnceLock};
 
 use anyhow::{Context, Result, bail};
 use futures::TryStreamExt;
 use ipnet::IpNet;
-use rtnetlink::RouteMessageBuilder;
 use rtnetlink::packet_route::address::AddressAttribute;
 use rtnetlink::packet_route::link::{LinkAttribute, LinkMessage};
-use rtnetlink::packet_route::route::RouteAttribute;
+use rtnetlink::packet_route::route::{RouteAttribute, RouteMessage, RouteType};
+use rtnetlink::{Handle, RouteMessageBuilder};
 use tokio::sync::watch::Receiver;
 use tokio_util::sync::CancellationToken;
 use xebec_dataplane_common::ip::Ip;
@@ -54,7 +54,7 @@ impl Device {
 }
 
 /// The devices that lead to other nodes and the outside.
-pub(crate) async fn devices(named: &[String], node_ip: IpAddr) -> Result<Vec<Device>> {
+pub(crate) async fn devices(named: &[String], node_ips: &[IpAddr]) -> Result<Vec<Device>> {
     let handle = link::handle()?;
     let mut devices = Vec::new();
     if !named.is_empty() {
@@ -69,39 +69,36 @@ pub(crate) async fn devices(named: &[String], node_ip: IpAddr) -> Result<Vec<Dev
         return Ok(devices);
     }
     let mut found = BTreeSet::new();
+    let mut missing: BTreeSet<IpAddr> = node_ips.iter().copied().collect();
     let mut addresses = handle.address().get().execute();
     while let Some(one) = addresses
         .try_next()
         .await
         .context("could not list addresses")?
     {
-        let own = one.attributes.iter().any(|attribute| {
-            matches!(attribute, AddressAttribute::Address(address) if *address == node_ip)
-        });
-        if own {
-            found.insert(one.header.index);
+        for attribute in &one.attributes {
+            if let AddressAttribute::Address(address) = attribute {
+                if node_ips.contains(address) {
+                    missing.remove(address);
+                    found.insert(one.header.index);
+                }
+            }
         }
     }
-    if found.is_empty() {
+    if let Some(address) = missing.first() {
         bail!(
-            "no device has the node's address {node_ip}: name the devices that lead to other nodes"
+            "no device has the node's address {address}: name the devices that lead to other nodes"
         );
     }
-    let request = RouteMessageBuilder::<Ipv4Addr>::new().build();
-    let mut routes = handle.route().get(request).execute();
-    while let Some(route) = routes.try_next().await.context("could not list routes")? {
-        if route.header.destination_prefix_length != 0 {
-            continue;
+    let families = [
+        RouteMessageBuilder::<Ipv4Addr>::new().build(),
+        RouteMessageBuilder::<Ipv6Addr>::new().build(),
+    ];
+    for (request, v4) in families.into_iter().zip([true, false]) {
+        // A family that the node has no address of has its ways out for itself.
+        if node_ips.iter().any(|address| address.is_ipv4() == v4) {
+            found.extend(ways_out(&handle, request).await?);
         }
-        found.extend(
-            route
-                .attributes
-                .iter()
-                .filter_map(|attribute| match attribute {
-                    RouteAttribute::Oif(index) => Some(*index),
-                    _ => None,
-                }),
-        );
     }
     for index in found {
         let mut links = handle.link().get().match_index(index).execute();
@@ -112,6 +109,27 @@ pub(crate) async fn devices(named: &[String], node_ip: IpAddr) -> Result<Vec<Dev
         devices.extend(told.and_then(Device::new));
     }
     Ok(devices)
+}
+
+/// The devices of the default routes of a family.
+async fn ways_out(handle: &Handle, request: RouteMessage) -> Result<BTreeSet<u32>> {
+    let mut found = BTreeSet::new();
+    let mut routes = handle.route().get(request).execute();
+    while let Some(route) = routes.try_next().await.context("could not list routes")? {
+        // One that leads nowhere has a device as well.
+        let header = &route.header;
+        if header.destination_prefix_length == 0 && header.kind == RouteType::Unicast {
+            let devices = route
+                .attributes
+                .iter()
+                .filter_map(|attribute| match attribute {
+                    RouteAttribute::Oif(index) => Some(*index),
+                    _ => None,
+                });
+            found.extend(devices);
+        }
+    }
+    Ok(found)
 }
 
 /// Which hooks serve which devices, in a few words for the command line.
@@ -188,12 +206,12 @@ pub(crate) fn settings_of(node: &[IpAddr]) -> Result<Settings> {
 /// to pods.
 pub(crate) async fn run(
     mut maps: NetworkMaps,
-    node_ip: IpAddr,
+    node_ips: Vec<IpAddr>,
     native: Vec<IpNet>,
     mut nodes: Receiver<Nodes>,
     shutdown: CancellationToken,
 ) -> Result<()> {
-    let settings = settings_of(&[node_ip])?;
+    let settings = settings_of(&node_ips)?;
     let mut installed = BTreeSet::new();
     let mut begun = false;
     loop {

@@ -222,6 +222,9 @@ mod tests {
                 let mut buffer = [0; 4096];
                 let read = stream.read(&mut buffer).unwrap();
                 assert!(buffer[..read].starts_with(b"POST /cni HTTP/1.1"));
+                // What the runtime says of the pod's ports is for the agent.
+                let asked = String::from_utf8_lossy(&buffer[..read]);
+                assert!(asked.contains(r#""portMappings":[{"#), "{asked}");
                 write!(
                     stream,
                     "HTTP/1.1 {status}\r\ncontent-length: {}\r\n\r\n{body}",
@@ -230,7 +233,12 @@ mod tests {
                 .unwrap();
             }
         });
-        let config = json!({"cniVersion": "1.1.0", "agentSocket": socket}).to_string();
+        let config = json!({
+            "cniVersion": "1.1.0",
+            "agentSocket": socket,
+            "runtimeConfig": {"portMappings": [{"hostPort": 80, "containerPort": 8080, "protocol": "tcp"}]},
+        });
+        let config = config.to_string();
         assert_eq!(
             run(&config, &command("ADD"))
                 .map_err(|e| e.message)

@@ -21,8 +21,8 @@ use crate::{node, pods, server};
 pub struct Config {
     /// Name of the Node object.
     pub node_name: String,
-    /// Its InternalIP.
-    pub node_ip: IpAddr,
+    /// Its InternalIPs, at most one of a family, the primary one first.
+    pub node_ips: Vec<IpAddr>,
     /// Port of the HTTPS server.
     pub port: u16,
     /// The container runtime's socket (CRI v1).
@@ -35,8 +35,8 @@ pub struct Config {
     pub cluster_dns: Vec<IpAddr>,
     /// DNS domain of the cluster.
     pub cluster_domain: String,
-    /// The node's range of pod addresses, written into the Node when it is registered.
-    pub pod_cidr: Option<IpNet>,
+    /// The node's ranges of pod addresses, written into the Node when it is registered.
+    pub pod_cidrs: Vec<IpNet>,
     /// Most pods at once.
     pub max_pods: u32,
     /// Parent of the pods' cgroups.
@@ -47,24 +47,29 @@ impl Config {
     /// The usual values, for this node with this runtime.
     pub fn new(
         node_name: String,
-        node_ip: IpAddr,
+        node_ips: Vec<IpAddr>,
         cri_socket: PathBuf,
         root: PathBuf,
         tls: Arc<rustls::ServerConfig>,
     ) -> Self {
         Self {
             node_name,
-            node_ip,
+            node_ips,
             port: 10250,
             cri_socket,
             root,
             tls,
             cluster_dns: Vec::new(),
             cluster_domain: "cluster.local".into(),
-            pod_cidr: None,
+            pod_cidrs: Vec::new(),
             max_pods: 110,
             cgroup_parent: "/kubepods".into(),
         }
+    }
+
+    /// The node's addresses in the order that pods have theirs in.
+    pub(crate) fn node_addresses(&self) -> Vec<String> {
+        self.node_ips.iter().map(IpAddr::to_string).collect()
     }
 
     /// Where a pod's logs lie: `<root>/logs/<namespace>_<name>_<uid>`.

@@ -260,7 +260,7 @@ pub(crate) struct Given<'a> {
     pub mounts: &'a Mounts,
     pub restarts: i32,
     pub pod_dir: &'a Path,
-    pub pod_ip: &'a str,
+    pub pod_ips: &'a [String],
 }
 
 /// One container; what is bound must stay so until the container has been started.
@@ -331,7 +331,7 @@ pub(crate) fn container(
     {
         mounts.push(v1::Mount {
             container_path: "/etc/hosts".into(),
-            host_path: hosts_file(pod, given.pod_dir, given.pod_ip)?,
+            host_path: hosts_file(pod, given.pod_dir, given.pod_ips)?,
             ..Default::default()
         });
     }
@@ -486,12 +486,12 @@ pub(crate) fn termination_file(pod_dir: &Path, container: &str, restarts: i32) -
 }
 
 /// The pod's own `/etc/hosts`.
-fn hosts_file(pod: &Pod, pod_dir: &Path, pod_ip: &str) -> Result<String> {
+fn hosts_file(pod: &Pod, pod_dir: &Path, pod_ips: &[String]) -> Result<String> {
     let name = pod.metadata.name.as_deref().unwrap_or_default();
     let mut text = String::from(
         "# Kubernetes-managed hosts file.\n127.0.0.1\tlocalhost\n::1\tlocalhost ip6-localhost ip6-loopback\n",
     );
-    if !pod_ip.is_empty() {
+    for pod_ip in pod_ips {
         text.push_str(&format!("{pod_ip}\t{name}\n"));
     }
     for alias in pod

@@ -13,8 +13,9 @@ pub(crate) struct Sources<'a> {
     pub client: &'a kube::Client,
     pub pod: &'a Pod,
     pub node_name: &'a str,
-    pub node_ip: IpAddr,
-    pub pod_ip: Option<&'a str>,
+    pub node_ips: &'a [IpAddr],
+    /// The primary one first.
+    pub pod_ips: &'a [String],
 }
 
 /// Replaces `$(NAME)` by its value; `$$` stands for one `$`, and unknown names stay as they are.
@@ -69,8 +70,13 @@ pub(crate) fn service_variables(services: &[Service]) -> BTreeMap<String, String
         };
         variables.insert(format!("{name}_SERVICE_HOST"), address.to_owned());
         variables.insert(format!("{name}_SERVICE_PORT"), first.port.to_string());
+        let host = if address.contains(':') {
+            format!("[{address}]")
+        } else {
+            address.to_owned()
+        };
         let url =
-            |port: i32, protocol: &str| format!("{}://{address}:{port}", protocol.to_lowercase());
+            |port: i32, protocol: &str| format!("{}://{host}:{port}", protocol.to_lowercase());
         for (index, port) in spec.ports.iter().flatten().enumerate() {
             let protocol = port.protocol.as_deref().unwrap_or("TCP");
             if let Some(port_name) = port.name.as_deref().filter(|name| !name.is_empty()) {
@@ -271,8 +277,17 @@ pub(crate) fn pod_field(sources: &Sources<'_>, path: &str) -> Result<String> {
         "spec.serviceAccountName" => spec
             .and_then(|spec| spec.service_account_name.clone())
             .unwrap_or_default(),
-        "status.hostIP" | "status.hostIPs" => sources.node_ip.to_string(),
-        "status.podIP" | "status.podIPs" => sources.pod_ip.unwrap_or_default().to_owned(),
+        "status.hostIP" => sources
+            .node_ips
+            .first()
+            .map(IpAddr::to_string)
+            .unwrap_or_default(),
+        "status.hostIPs" => {
+            let all: Vec<String> = sources.node_ips.iter().map(IpAddr::to_string).collect();
+            all.join(",")
+        }
+        "status.podIP" => sources.pod_ips.first().cloned().unwrap_or_default(),
+        "status.podIPs" => sources.pod_ips.join(","),
         other => subscript(&metadata.labels, "metadata.labels")
             .or_else(|| subscript(&metadata.annotations, "metadata.annotations"))
             .ok_or_else(|| anyhow::anyhow!("unsupported fieldPath: {other}"))?,
@@ -348,5 +363,12 @@ mod tests {
         assert_eq!(variables["MY_API_SERVICE_HOST"], "10.96.0.9");
         assert_eq!(variables["MY_API_SERVICE_PORT_HTTP"], "80");
         assert_eq!(variables["MY_API_PORT_80_TCP"], "tcp://10.96.0.9:80");
+        let service: Service = serde_json::from_value(serde_json::json!({
+            "metadata": {"name": "six"}, "spec": {"clusterIP": "fd00::9", "ports": [{"port": 80, "protocol": "TCP"}]},
+        })).unwrap();
+        let variables = service_variables(&[service]);
+        assert_eq!(variables["SIX_SERVICE_HOST"], "fd00::9");
+        assert_eq!(variables["SIX_PORT"], "tcp://[fd00::9]:80");
+        assert_eq!(variables["SIX_PORT_80_TCP_ADDR"], "fd00::9");
     }
 }

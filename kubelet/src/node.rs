@@ -228,7 +228,7 @@ async fn register(nodes: &Api<Node>, config: &Config, eyes: &mut Eyes) -> Result
     ]
     .map(|(key, value)| (key.to_owned(), value.to_owned()))
     .into();
-    let cidr = config.pod_cidr.map(|cidr| cidr.to_string());
+    let cidrs: Vec<String> = config.pod_cidrs.iter().map(ToString::to_string).collect();
     let node = Node {
         metadata: ObjectMeta {
             name: Some(config.node_name.clone()),
@@ -236,8 +236,8 @@ async fn register(nodes: &Api<Node>, config: &Config, eyes: &mut Eyes) -> Result
             ..ObjectMeta::default()
         },
         spec: Some(NodeSpec {
-            pod_cidr: cidr.clone(),
-            pod_cidrs: cidr.map(|cidr| vec![cidr]),
+            pod_cidr: cidrs.first().cloned(),
+            pod_cidrs: Some(cidrs).filter(|cidrs| !cidrs.is_empty()),
             ..NodeSpec::default()
         }),
         status: Some(status(config, &eyes.runtime, None, &facts)?),
@@ -246,6 +246,18 @@ async fn register(nodes: &Api<Node>, config: &Config, eyes: &mut Eyes) -> Result
         .create(&PostParams::default(), &node)
         .await
         .context("could not create the node")
+}
+
+/// The node's addresses, and its name.
+fn addresses(config: &Config) -> Vec<NodeAddress> {
+    let address = |type_: &str, address: String| NodeAddress {
+        type_: type_.into(),
+        address,
+    };
+    let own = config.node_addresses().into_iter();
+    own.map(|ip| address("InternalIP", ip))
+        .chain([address("Hostname", config.node_name.clone())])
+        .collect()
 }
 
 async fn write_status(
@@ -411,16 +423,7 @@ fn status(
             memory_kib.saturating_sub(64 * 1024),
             disk_bytes / 10 * 9,
         )),
-        addresses: Some(vec![
-            NodeAddress {
-                type_: "InternalIP".into(),
-                address: config.node_ip.to_string(),
-            },
-            NodeAddress {
-                type_: "Hostname".into(),
-                address: config.node_name.clone(),
-            },
-        ]),
+        addresses: Some(addresses(config)),
         conditions: Some(vec![
             memory,
             disk_pressure,

@@ -43,9 +43,11 @@ pub(crate) async fn run(
     pods: Pods,
     shutdown: CancellationToken,
 ) -> Result<()> {
-    let any = match config.node_ip {
-        IpAddr::V4(_) => IpAddr::from(Ipv4Addr::UNSPECIFIED),
-        IpAddr::V6(_) => IpAddr::from(std::net::Ipv6Addr::UNSPECIFIED),
+    // The kernel gives a socket of all addresses of IPv6 those of IPv4, too.
+    let any = if config.node_ips.iter().any(IpAddr::is_ipv6) {
+        IpAddr::from(std::net::Ipv6Addr::UNSPECIFIED)
+    } else {
+        IpAddr::from(Ipv4Addr::UNSPECIFIED)
     };
     let address = SocketAddr::new(any, config.port);
     let listener = TcpListener::bind(address)

@@ -134,7 +134,7 @@ pub(crate) fn is_sidecar(container: &Container) -> bool {
 pub(crate) struct Facts<'a> {
     pub pod: &'a Pod,
     pub state: &'a PodState,
-    pub node_ip: String,
+    pub node_ips: Vec<String>,
     pub runtime_name: &'a str,
     pub known: &'a dyn Fn(&str) -> Known,
     /// The pod as a whole is over: phase, reason, message.
@@ -313,16 +313,9 @@ pub(crate) fn pod_status(facts: &Facts<'_>) -> PodStatus {
         .first()
         .and_then(|sandbox| sandbox.network.as_ref());
     let ips: Vec<String> = if host_network {
-        vec![facts.node_ip.clone()]
+        facts.node_ips.clone()
     } else {
-        network
-            .map(|network| {
-                std::iter::once(network.ip.clone())
-                    .chain(network.additional_ips.iter().map(|ip| ip.ip.clone()))
-                    .filter(|ip| !ip.is_empty())
-                    .collect()
-            })
-            .unwrap_or_default()
+        sandbox_ips(network, &facts.node_ips)
     };
     // What an ended pod had for an address is worth knowing still.
     let ips = if ips.is_empty() {
@@ -339,10 +332,14 @@ pub(crate) fn pod_status(facts: &Facts<'_>) -> PodStatus {
         reason,
         message,
         conditions: Some(conditions),
-        host_ip: Some(facts.node_ip.clone()),
-        host_ips: Some(vec![HostIP {
-            ip: facts.node_ip.clone(),
-        }]),
+        host_ip: facts.node_ips.first().cloned(),
+        host_ips: Some(
+            facts
+                .node_ips
+                .iter()
+                .map(|ip| HostIP { ip: ip.clone() })
+                .collect(),
+        ),
         pod_ip: ips.first().cloned(),
         pod_ips: Some(ips.into_iter().map(|ip| PodIP { ip }).collect::<Vec<_>>())
             .filter(|ips| !ips.is_empty()),
@@ -352,6 +349,22 @@ pub(crate) fn pod_status(facts: &Facts<'_>) -> PodStatus {
         qos_class: old.qos_class,
         ..PodStatus::default()
     }
+}
+
+/// The addresses that a sandbox was given; the first is of the family of the node's first.
+pub(crate) fn sandbox_ips(
+    network: Option<&v1::PodSandboxNetworkStatus>,
+    node_ips: &[String],
+) -> Vec<String> {
+    let v6 = |ip: &String| ip.contains(':');
+    let primary = node_ips.first().is_some_and(v6);
+    let told = network.into_iter().flat_map(|network| {
+        let more = network.additional_ips.iter().map(|ip| &ip.ip);
+        std::iter::once(&network.ip).chain(more)
+    });
+    let mut ips: Vec<String> = told.filter(|ip| !ip.is_empty()).cloned().collect();
+    ips.sort_by_key(|ip| v6(ip) != primary);
+    ips
 }
 
 /// This second.
@@ -399,7 +412,7 @@ mod tests {
         let status = pod_status(&Facts {
             pod: &pod,
             state: &state,
-            node_ip: "1.2.3.4".into(),
+            node_ips: vec!["1.2.3.4".into()],
             runtime_name: "xebec",
             known: &known,
             over: None,
@@ -431,7 +444,7 @@ mod tests {
         let status = pod_status(&Facts {
             pod: &pod,
             state: &state,
-            node_ip: "1.2.3.4".into(),
+            node_ips: vec!["1.2.3.4".into()],
             runtime_name: "xebec",
             known: &known,
             over: None,
@@ -498,5 +511,57 @@ mod tests {
             ),
             is("Running", "False")
         );
+    }
+
+    #[test]
+    fn a_pod_has_its_addresses_in_the_nodes_order() {
+        let ips = |sandbox: &[&str], node: &[&str], host_network: bool| {
+            let mut pod = pod("Always");
+            pod.spec.as_mut().unwrap().host_network = Some(host_network);
+            let network = v1::PodSandboxNetworkStatus {
+                ip: sandbox[0].into(),
+                additional_ips: sandbox[1..]
+                    .iter()
+                    .map(|ip| v1::PodIp { ip: (*ip).into() })
+                    .collect(),
+            };
+            let state = PodState {
+                sandboxes: vec![v1::PodSandboxStatus {
+                    network: Some(network),
+                    ..Default::default()
+                }],
+                containers: vec![],
+            };
+            let status = pod_status(&Facts {
+                pod: &pod,
+                state: &state,
+                node_ips: node.iter().map(|ip| (*ip).to_owned()).collect(),
+                runtime_name: "xebec",
+                known: &|_: &str| Known::default(),
+                over: None,
+            });
+            let pods: Vec<String> = status
+                .pod_ips
+                .unwrap()
+                .into_iter()
+                .map(|one| one.ip)
+                .collect();
+            let hosts: Vec<String> = status
+                .host_ips
+                .unwrap()
+                .into_iter()
+                .map(|one| one.ip)
+                .collect();
+            assert_eq!(status.pod_ip.as_ref(), pods.first());
+            assert_eq!(status.host_ip.as_ref(), hosts.first());
+            assert_eq!(hosts, node);
+            pods
+        };
+        let (node4, node6) = ("192.0.2.1", "fd00::1");
+        let own = ["10.0.0.5", "fd00:1::5"];
+        assert_eq!(ips(&own, &[node4, node6], false), own);
+        assert_eq!(ips(&own, &[node6, node4], false), ["fd00:1::5", "10.0.0.5"]);
+        assert_eq!(ips(&["10.0.0.5"], &[node4], false), ["10.0.0.5"]);
+        assert_eq!(ips(&[""], &[node4, node6], true), [node4, node6]);
     }
 }

@@ -241,11 +241,11 @@ impl Worker {
         self.shared.config.pod_dir(self.uid())
     }
 
-    /// The pod's address; on the node's own network that is the node's.
-    fn pod_ip(&self, sandbox: &v1::PodSandboxStatus) -> String {
-        let ip = sandbox.network.as_ref().map(|network| network.ip.clone());
-        ip.filter(|ip| !ip.is_empty())
-            .unwrap_or_else(|| self.shared.config.node_ip.to_string())
+    /// The pod's addresses, the primary one first; on the node's own network they are the node's.
+    fn pod_ips(&self, sandbox: &v1::PodSandboxStatus) -> Vec<String> {
+        let node = self.shared.config.node_addresses();
+        let own = status::sandbox_ips(sandbox.network.as_ref(), &node);
+        if own.is_empty() { node } else { own }
     }
 
     fn wake_at(&mut self, at: Instant) {
@@ -503,14 +503,14 @@ impl Worker {
                 return Ok(());
             }
         }
-        let ip = self.pod_ip(sandbox);
+        let ips = self.pod_ips(sandbox);
         let pod_dir = self.pod_dir();
         let sources = Sources {
             client: &self.shared.client,
             pod: &self.pod,
             node_name: &self.shared.config.node_name,
-            node_ip: self.shared.config.node_ip,
-            pod_ip: Some(&ip),
+            node_ips: &self.shared.config.node_ips,
+            pod_ips: &ips,
         };
         let first = self.mounts.is_none();
         match volumes::prepare(&sources, &pod_dir, &mut self.tokens, first).await {

@@ -3,7 +3,8 @@
 use std::net::{IpAddr, SocketAddr};
 use std::sync::Arc;
 
-use anyhow::{Context, Result};
+use anyhow::{Context, Result, bail};
+use ipnet::IpNet;
 use tokio::sync::Mutex;
 use tokio::task::JoinSet;
 use tokio_util::sync::CancellationToken;
@@ -22,10 +23,10 @@ pub struct Config<'a> {
     pub listen: SocketAddr,
     /// The address that nodes and pods reach it by.
     pub advertise: IpAddr,
-    /// The address that other machines reach it by.
-    pub address: IpAddr,
-    /// The range of Services.
-    pub service_cidr: ipnet::Ipv4Net,
+    /// The addresses that other machines reach it by.
+    pub addresses: &'a [IpAddr],
+    /// The ranges of Services, the primary one first.
+    pub service_cidrs: &'a [IpNet],
 }
 
 /// The running control plane.
@@ -48,12 +49,21 @@ impl ControlPlane {
                         config.layout.store().display()
                     )
                 })?;
-        // The first address of the Service range is the API server's own Service.
-        let service = config
-            .service_cidr
-            .hosts()
-            .next()
-            .context("the Service range is empty")?;
+        let [service_cidr] = *config.service_cidrs else {
+            bail!("--service-cidr: the API server has one range of Services; give it one");
+        };
+        let mut addresses = vec![config.advertise, IpAddr::from([127, 0, 0, 1])];
+        addresses.extend(config.addresses);
+        if config.listen.is_ipv6() {
+            addresses.push(IpAddr::from(std::net::Ipv6Addr::LOCALHOST));
+        }
+        for range in config.service_cidrs {
+            // The first address of a Service range is the API server's own Service.
+            let service = range.hosts().find(|address| *address != range.network());
+            addresses.push(service.context("the Service range is empty")?);
+        }
+        addresses.sort();
+        addresses.dedup();
         let authority = config.authority;
         let leaf = authority.server(
             "kube-apiserver",
@@ -64,12 +74,7 @@ impl ControlPlane {
                 "kubernetes.default.svc",
                 "kubernetes.default.svc.cluster.local",
             ],
-            &[
-                config.advertise,
-                config.address,
-                IpAddr::from([127, 0, 0, 1]),
-                IpAddr::V4(service),
-            ],
+            &addresses,
         )?;
         let kubelet_client =
             authority.client("kube-apiserver-kubelet-client", &["system:masters"])?;
@@ -78,7 +83,7 @@ impl ControlPlane {
             xebec_apiserver::Config {
                 listen: vec![config.listen],
                 tls: pki::server_tls(&authority.ca_pem, &leaf, &[b"h2", b"http/1.1"])?,
-                service_cidr: config.service_cidr.into(),
+                service_cidr,
                 service_account_key_pem: authority.service_account_key.clone(),
                 kubelet_client_tls: pki::client_tls(&authority.ca_pem, &kubelet_client)?,
                 advertise_address: config.advertise,

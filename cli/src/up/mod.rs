@@ -8,18 +8,19 @@ pub mod nodes;
 mod plan;
 mod preflight;
 mod process;
+mod ranges;
 pub mod state;
 mod switch;
 pub mod teardown;
 
 pub use preflight::root as require_root;
 
-use std::net::{IpAddr, Ipv4Addr, SocketAddr};
+use std::net::{IpAddr, SocketAddr};
 use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result};
 use clap::{Args, ValueEnum};
-use ipnet::Ipv4Net;
+use ipnet::IpNet;
 use tracing::info;
 use xebec_agent::loader::Xdp;
 
@@ -41,24 +42,36 @@ pub struct Up {
     /// How many nodes: with more than one, each has a process and a network namespace of its own
     #[arg(long, default_value_t = 1, value_parser = clap::value_parser!(u8).range(1..=64))]
     nodes: u8,
-    /// Address of this machine, where the one of the default route will not do
-    #[arg(long)]
-    node_ip: Option<IpAddr>,
+    /// Addresses of this machine, where those of the default routes will not do: at most one of IPv4 and one of IPv6
+    #[arg(long, value_delimiter = ',')]
+    node_ip: Vec<IpAddr>,
     /// Name of the node; the host name by default. Several nodes are node1, node2, ...
     #[arg(long)]
     node_name: Option<String>,
     /// Port of the API server
     #[arg(long, default_value_t = 6443)]
     api_port: u16,
-    /// Range of pod addresses; each node takes a /24 of it
-    #[arg(long, default_value = "10.244.0.0/16")]
-    pod_cidr: Ipv4Net,
-    /// Range of Service addresses
-    #[arg(long, default_value = "10.96.0.0/16")]
-    service_cidr: Ipv4Net,
-    /// Range of the addresses of several nodes; with one node it is not used
-    #[arg(long, default_value = "10.245.0.0/24")]
-    node_cidr: Ipv4Net,
+    /// Ranges of pod addresses, one of a family or one of each ("10.244.0.0/16,fd00:10:244::/56"); each node takes
+    /// a /24 (IPv4) and a /64 (IPv6) of them. The first one's family is the primary one
+    #[arg(
+        long,
+        visible_alias = "cluster-cidr",
+        value_delimiter = ',',
+        default_value = "10.244.0.0/16"
+    )]
+    pod_cidr: Vec<IpNet>,
+    /// Ranges of Service addresses, the primary one first [default: 10.96.0.0/16, or fd00:10:96::/112 where pods
+    /// have IPv6 first]
+    #[arg(
+        long,
+        visible_alias = "service-cluster-ip-range",
+        value_delimiter = ','
+    )]
+    service_cidr: Vec<IpNet>,
+    /// Ranges of the addresses of several nodes, one of each family that pods have; with one node they are not used
+    /// [default: 10.245.0.0/24, fd00:10:245::/64]
+    #[arg(long, value_delimiter = ',')]
+    node_cidr: Vec<IpNet>,
     /// Node ports by XDP, on the devices that lead to other nodes and the outside; tc serves what XDP does not
     #[arg(long, value_enum, env = "XEBEC_XDP", default_value_t)]
     xdp: XdpMode,
@@ -106,12 +119,12 @@ impl Up {
             .duration_since(std::time::UNIX_EPOCH)
             .map_or(0, |since| since.as_secs() as i64);
         install_tls_provider()?;
-        let listen = SocketAddr::from((Ipv4Addr::UNSPECIFIED, self.api_port));
-        self.check_ranges()?;
+        let ranges = self.ranges()?;
+        let listen = SocketAddr::new(ranges.everywhere(), self.api_port);
         preflight::root()?;
         let running = preflight::lock(&layout)?;
-        let machine = preflight::check(self.node_ip, &[listen])?;
-        let nodes = self.plan(&layout, &machine)?;
+        let machine = preflight::check(&self.node_ip, &[listen])?;
+        let nodes = self.plan(&layout, &machine, &ranges)?;
         self.check_predecessor(&layout, &nodes).await?;
         for dir in [&layout.data, &layout.run] {
             private_dir(dir)?;
@@ -121,21 +134,27 @@ impl Up {
         let stop = stop_signal()?;
 
         // Several nodes reach the API server by the host's address on their switch.
+        let v4 = ranges.services_v4();
         let inside = match nodes.first().and_then(|node| node.cable.as_ref()) {
-            Some(cable) => IpAddr::V4(cable.host),
-            None => machine.address,
+            Some(cable) => cable.host(v4),
+            None => machine.address(v4),
         };
+        let inside = inside.with_context(|| {
+            let family = switch::family(v4);
+            format!("Services have {family} first, of which this machine has no address")
+        })?;
+        let address = machine.primary(v4);
         let control_plane = ControlPlane::start(control_plane::Config {
             layout: &layout,
             authority: &authority,
             listen,
             advertise: inside,
-            address: machine.address,
-            service_cidr: self.service_cidr,
+            addresses: &machine.addresses,
+            service_cidrs: &ranges.services,
         })
         .await?;
         let url = |address| format!("https://{}", SocketAddr::new(address, self.api_port));
-        let server = url(machine.address);
+        let server = url(address);
         let admin = authority.client("kubernetes-admin", &["system:masters"])?;
         let kubeconfig = crate::kubeconfig::render(&server, &authority.ca_pem, &admin)?;
         write_private(&layout.admin_kubeconfig(), kubeconfig.as_bytes())?;
@@ -146,7 +165,7 @@ impl Up {
         let outside = nodes::Outside {
             server: &url(inside),
             log,
-            address: machine.address,
+            addresses: &ranges.of_pods(&machine.addresses),
             bpf_dir: layout.gateway_bpf(),
         };
         let before = node::versions(control_plane.admin()).await?;

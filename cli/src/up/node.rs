@@ -15,6 +15,7 @@ use serde::{Deserialize, Serialize};
 use tokio::task::{JoinHandle, JoinSet};
 use tokio_util::sync::CancellationToken;
 use tracing::{info, warn};
+use xebec_agent::endpoints::one_or_many;
 
 use super::control_plane::ControlPlane;
 use super::switch::Cable;
@@ -26,10 +27,12 @@ use crate::pki::{self, Authority};
 pub struct NodeConfig {
     /// Name of the Node object.
     pub name: String,
-    /// Its address.
-    pub ip: IpAddr,
-    /// Its own range of pod addresses.
-    pub pod_cidr: IpNet,
+    /// Its addresses, at most one of a family, the primary one first.
+    #[serde(alias = "ip", deserialize_with = "one_or_many")]
+    pub ips: Vec<IpAddr>,
+    /// Its own ranges of pod addresses, of the same families in the same order.
+    #[serde(alias = "pod_cidr", deserialize_with = "one_or_many")]
+    pub pod_cidrs: Vec<IpNet>,
     /// DNS domain of the cluster.
     pub cluster_domain: String,
     /// Port of the kubelet's HTTPS server.
@@ -97,15 +100,15 @@ impl NodeConfig {
 
     /// A certificate for its kubelet's server.
     pub fn serving_leaf(&self, authority: &Authority) -> Result<pki::Leaf> {
-        authority.server(&self.user(), &[&self.name], &[self.ip])
+        authority.server(&self.user(), &[&self.name], &self.ips)
     }
 
     /// How its agent runs.
     pub fn agent(&self) -> xebec_agent::Config {
         xebec_agent::Config {
             node_name: self.name.clone(),
-            node_ip: self.ip,
-            pod_cidr: self.pod_cidr,
+            node_ips: self.ips.clone(),
+            pod_cidrs: self.pod_cidrs.clone(),
             socket: self.layout.agent_socket(),
             state_dir: self.layout.agent_state(),
             bpf_dir: self.layout.bpf(),
@@ -117,7 +120,7 @@ impl NodeConfig {
             native: self
                 .cable
                 .iter()
-                .map(|cable| IpAddr::V4(cable.host).into())
+                .flat_map(|cable| cable.hosts.iter().copied().map(IpNet::from))
                 .collect(),
         }
     }
@@ -165,14 +168,14 @@ pub fn start(config: &NodeConfig, access: Access) -> Result<Running> {
     let mut tasks = JoinSet::new();
     let mut node = xebec_kubelet::Config::new(
         config.name.clone(),
-        config.ip,
+        config.ips.clone(),
         layout.cri_socket(),
         layout.kubelet_root(),
         access.serving,
     );
     node.port = config.kubelet_port;
     node.cluster_domain = config.cluster_domain.clone();
-    node.pod_cidr = Some(config.pod_cidr);
+    node.pod_cidrs = config.pod_cidrs.clone();
     node.cgroup_parent = format!("{}/kubepods", config.cgroup_parent);
     let runtime = xebec_cri::run(config.runtime()?, rest.clone());
     let agent = xebec_agent::run(access.agent, config.agent(), rest.clone());
@@ -206,7 +209,11 @@ fn install_cni(layout: &NodeLayout) -> Result<()> {
     let conf = serde_json::json!({
         "cniVersion": "1.1.0",
         "name": "xebec",
-        "plugins": [{"type": "xebec-cni", "agentSocket": layout.agent_socket()}],
+        "plugins": [{
+            "type": "xebec-cni",
+            "agentSocket": layout.agent_socket(),
+            "capabilities": {"portMappings": true},
+        }],
     });
     write_private(
         &layout.cni_conf().join("10-xebec.conflist"),

@@ -90,27 +90,31 @@ pub struct Outside<'a> {
     pub server: &'a str,
     /// What they log.
     pub log: &'a str,
-    /// The machine's address.
-    pub address: IpAddr,
+    /// The machine's addresses, at most one of a family.
+    pub addresses: &'a [IpAddr],
     /// The BPF filesystem of their way out.
     pub bpf_dir: PathBuf,
 }
 
 /// Nodes behind the switch reach the outside with the machine's address; without a network there is none.
 async fn open_gateway(nodes: &[NodeConfig], outside: &Outside<'_>) -> Result<()> {
-    if outside.address.is_loopback() {
+    let addresses = outside.addresses.iter().copied();
+    let addresses: Vec<IpAddr> = addresses.filter(|one| !one.is_loopback()).collect();
+    if addresses.is_empty() {
         return Ok(());
     }
     let mut config = xebec_agent::gateway::Config {
-        address: outside.address,
+        addresses,
         nodes: Vec::new(),
         native: Vec::new(),
         bpf_dir: outside.bpf_dir.clone(),
     };
     for node in nodes {
         if let Some(cable) = &node.cable {
-            config.nodes.push(node.ip);
-            config.native.extend([node.pod_cidr, cable.range.into()]);
+            config.nodes.extend(&node.ips);
+            config
+                .native
+                .extend(node.pod_cidrs.iter().chain(&cable.ranges));
         }
     }
     xebec_agent::gateway::open(&config).await

@@ -1,49 +1,38 @@
 //! Which nodes `up` runs: names, addresses, ranges and folders of each, the same ones at each start.
 
-use anyhow::{Context, Result, bail};
-use ipnet::{IpNet, Ipv4Net};
+use anyhow::{Result, bail};
+use ipnet::IpNet;
 use k8s_openapi::api::core::v1::Node;
 use tracing::{info, warn};
 
 use super::node::NodeConfig;
 use super::preflight::Machine;
+use super::ranges::Ranges;
 use super::state::UpState;
 use super::teardown::CGROUPS;
 use super::{CLUSTER_DOMAIN, Up, switch};
 use crate::paths::Layout;
 
 impl Up {
-    /// Ranges must not overlap.
-    pub(super) fn check_ranges(&self) -> Result<()> {
-        let mut ranges = vec![
-            ("--pod-cidr", self.pod_cidr),
-            ("--service-cidr", self.service_cidr),
-        ];
-        if self.nodes > 1 {
-            ranges.push(("--node-cidr", self.node_cidr));
-            switch::check_free(self.node_cidr)?;
-            if self.node_name.is_some() {
-                bail!("--node-name names one node; several are node1, node2, ...");
-            }
-        }
-        for (index, (flag, range)) in ranges.iter().enumerate() {
-            for (other, taken) in &ranges[..index] {
-                if range.contains(taken) || taken.contains(range) {
-                    bail!("{other} {taken} and {flag} {range} overlap");
-                }
-            }
-        }
-        Ok(())
-    }
-
     /// The nodes.
-    pub(super) fn plan(&self, layout: &Layout, machine: &Machine) -> Result<Vec<NodeConfig>> {
+    pub(super) fn plan(
+        &self,
+        layout: &Layout,
+        machine: &Machine,
+        ranges: &Ranges,
+    ) -> Result<Vec<NodeConfig>> {
         (0..usize::from(self.nodes))
-            .map(|index| self.plan_node(layout, machine, index))
+            .map(|index| self.plan_node(layout, machine, ranges, index))
             .collect()
     }
 
-    fn plan_node(&self, layout: &Layout, machine: &Machine, index: usize) -> Result<NodeConfig> {
+    fn plan_node(
+        &self,
+        layout: &Layout,
+        machine: &Machine,
+        ranges: &Ranges,
+        index: usize,
+    ) -> Result<NodeConfig> {
         let several = self.nodes > 1;
         let name = match (&self.node_name, several) {
             (_, true) => format!("node{}", index + 1),
@@ -52,16 +41,21 @@ impl Up {
         };
         let layout = layout.node(&name);
         let pod_cgroup = machine.cgroup2.join(CGROUPS).join(&name);
-        let (ip, cable) = if several {
-            let (ip, cable) = switch::plan(self.node_cidr, index, layout.netns())?;
-            (ip, Some(cable))
+        let (ips, cable) = if several {
+            let (ips, cable) = switch::plan(&ranges.nodes, index, layout.netns())?;
+            (ips, Some(cable))
         } else {
-            (machine.address, None)
+            (ranges.of_pods(&machine.addresses), None)
         };
+        if ips.len() < ranges.pods.len() {
+            bail!(
+                "--pod-cidr has ranges of both families or of IPv6, but this machine has no address of each towards the outside; name one of each with --node-ip"
+            );
+        }
         Ok(NodeConfig {
-            ip,
+            ips,
             cable,
-            pod_cidr: IpNet::V4(self.pod_range(index)?),
+            pod_cidrs: ranges.of_node(index)?,
             cluster_domain: CLUSTER_DOMAIN.into(),
             kubelet_port: 10250,
             xdp: self.xdp.into(),
@@ -79,20 +73,6 @@ impl Up {
             pod_cgroup,
             layout,
             name,
-        })
-    }
-
-    /// A node's /24 of the pod range.
-    fn pod_range(&self, index: usize) -> Result<Ipv4Net> {
-        let mut subnets = self
-            .pod_cidr
-            .subnets(24)
-            .with_context(|| format!("--pod-cidr {} must be a /24 or larger", self.pod_cidr))?;
-        subnets.nth(index).with_context(|| {
-            format!(
-                "--pod-cidr {} has no /24 for each of {} nodes",
-                self.pod_cidr, self.nodes
-            )
         })
     }
 
@@ -137,9 +117,13 @@ pub(super) async fn forget_nodes(layout: &Layout, client: kube::Client, nodes: &
                 return Ok(());
             };
             let spec = found.spec.unwrap_or_default();
+            let had = spec.pod_cidrs.unwrap_or_default();
+            let has = |node: &NodeConfig| -> Vec<String> {
+                node.pod_cidrs.iter().map(IpNet::to_string).collect()
+            };
             let stays = nodes
                 .iter()
-                .any(|node| node.name == name && spec.pod_cidr == Some(node.pod_cidr.to_string()));
+                .any(|node| node.name == name && has(node) == had);
             if !stays {
                 api.delete(&name, &kube::api::DeleteParams::default())
                     .await?;
@@ -170,18 +154,23 @@ mod tests {
     }
 
     fn plan(args: &[&str]) -> Result<Vec<NodeConfig>> {
+        let addresses = &["192.0.2.1", "2001:db8::1"];
+        plan_at(addresses, args)
+    }
+
+    fn plan_at(addresses: &[&str], args: &[&str]) -> Result<Vec<NodeConfig>> {
         let up = Cli::try_parse_from([&["xebec"], args].concat())?.up;
-        up.check_ranges()?;
+        let ranges = up.ranges()?;
         let layout = Layout {
             data: PathBuf::from("/d"),
             run: PathBuf::from("/r"),
         };
         let machine = Machine {
             hostname: "machine".into(),
-            address: [192, 0, 2, 1].into(),
+            addresses: addresses.iter().map(|one| one.parse().unwrap()).collect(),
             cgroup2: PathBuf::from("/c"),
         };
-        up.plan(&layout, &machine)
+        up.plan(&layout, &machine, &ranges)
     }
 
     #[test]
@@ -194,7 +183,40 @@ mod tests {
         assert!(node.cable.is_none());
         assert_eq!(node.cgroup_root, PathBuf::from("/c"));
         assert_eq!(node.cgroup_parent, "/xebec");
-        assert_eq!(node.pod_cidr.to_string(), "10.244.0.0/24");
+        assert_eq!(texts(&node.pod_cidrs), ["10.244.0.0/24"]);
+        assert_eq!(texts(&node.ips), ["192.0.2.1"]);
+    }
+
+    fn texts<T: ToString>(all: &[T]) -> Vec<String> {
+        all.iter().map(ToString::to_string).collect()
+    }
+
+    #[test]
+    fn nodes_have_the_families_that_pods_have() {
+        let both = "10.1.0.0/16,fd00:1::/56";
+        let nodes = plan(&["--nodes", "2", "--cluster-cidr", both]).unwrap();
+        let [_, node] = nodes.as_slice() else {
+            panic!("{nodes:?}")
+        };
+        assert_eq!(texts(&node.pod_cidrs), ["10.1.1.0/24", "fd00:1:0:1::/64"]);
+        assert_eq!(texts(&node.ips), ["10.245.0.12", "fd00:10:245::c"]);
+        let six_first = ["--pod-cidr", "fd00:1::/56,10.1.0.0/16"];
+        let alone = &plan(&six_first).unwrap()[0];
+        assert_eq!(texts(&alone.ips), ["2001:db8::1", "192.0.2.1"]);
+        let own = ["--node-cidr", "10.9.0.0/24,fd00:9::/64", "--nodes", "2"];
+        let own = &plan(&[&six_first[..], &own].concat()).unwrap()[0];
+        assert_eq!(texts(&own.ips), ["fd00:9::b", "10.9.0.11"]);
+        let six = plan(&["--nodes", "2", "--cluster-cidr", "fd00:1::/56"]).unwrap();
+        assert_eq!(texts(&six[0].ips), ["fd00:10:245::b"]);
+    }
+
+    #[test]
+    fn a_machine_without_a_family_can_not_be_a_node_with_it() {
+        let both = ["--cluster-cidr", "10.1.0.0/16,fd00:1::/56"];
+        let error = plan_at(&["192.0.2.1"], &both).unwrap_err().to_string();
+        assert!(error.contains("--node-ip"), "{error}");
+        // Behind the switch they need none of its addresses.
+        plan_at(&["192.0.2.1"], &[&both[..], &["--nodes", "2"]].concat()).unwrap();
     }
 
     #[test]
@@ -205,7 +227,7 @@ mod tests {
         };
         assert_eq!(all(&|node| node.name.clone()), ["node1", "node2", "node3"]);
         assert_eq!(
-            all(&|node| node.pod_cidr.to_string()),
+            all(&|node| texts(&node.pod_cidrs).join(",")),
             ["10.244.0.0/24", "10.244.1.0/24", "10.244.2.0/24"]
         );
         assert_eq!(
@@ -225,6 +247,20 @@ mod tests {
             ),
             (&["--nodes", "2", "--pod-cidr", "10.1.0.0/24"], "--pod-cidr"),
             (&["--pod-cidr", "10.96.0.0/24"], "--service-cidr"),
+            (&["--pod-cidr", "10.1.0.0/16,10.2.0.0/16"], "--pod-cidr"),
+            (&["--pod-cidr", "fd00::/72"], "a /64 or larger"),
+            (&["--service-cidr", "fd00:1::/112"], "IPv6"),
+            (
+                &[
+                    "--nodes",
+                    "2",
+                    "--cluster-cidr",
+                    "10.1.0.0/16,fd00:1::/56",
+                    "--node-cidr",
+                    "10.3.0.0/24",
+                ],
+                "--node-cidr",
+            ),
         ] {
             let error = format!("{:#}", plan(args).unwrap_err());
             assert!(error.contains(says), "{args:?}: {error}");

@@ -1,6 +1,6 @@
 //! Before anything is started: what `up` needs from the machine, each lack with what to do about it.
 
-use std::net::{IpAddr, SocketAddr, TcpListener, UdpSocket};
+use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr, TcpListener, UdpSocket};
 use std::path::PathBuf;
 
 use anyhow::{Context, Result, bail};
@@ -16,10 +16,28 @@ pub struct Running(
 pub struct Machine {
     /// This machine's host name in lower case, as node names are.
     pub hostname: String,
-    /// The address that other machines reach it by.
-    pub address: IpAddr,
+    /// The addresses that other machines reach it by, at most one of a family.
+    pub addresses: Vec<IpAddr>,
     /// Where cgroup v2 is mounted (alone, or beside v1).
     pub cgroup2: PathBuf,
+}
+
+impl Machine {
+    /// The address of this family.
+    pub fn address(&self, v4: bool) -> Option<IpAddr> {
+        self.addresses
+            .iter()
+            .copied()
+            .find(|one| one.is_ipv4() == v4)
+    }
+
+    /// The address of this family, or else of the other.
+    pub fn primary(&self, v4: bool) -> IpAddr {
+        let other = || self.address(!v4);
+        self.address(v4)
+            .or_else(other)
+            .unwrap_or(IpAddr::from([127, 0, 0, 1]))
+    }
 }
 
 /// Takes the lock of these folders, or says who holds it.
@@ -38,14 +56,26 @@ pub fn lock(layout: &Layout) -> Result<Running> {
 }
 
 /// Checks rights, kernel and ports.
-pub fn check(node_ip: Option<IpAddr>, listen: &[SocketAddr]) -> Result<Machine> {
+pub fn check(node_ips: &[IpAddr], listen: &[SocketAddr]) -> Result<Machine> {
     root()?;
     let cgroup2 = cgroup2()?;
-    let address = match node_ip {
-        Some(address) => address,
-        None => own_address()?,
+    let addresses = if node_ips.is_empty() {
+        own_addresses()
+    } else {
+        node_ips.to_vec()
     };
-    check_own(address)?;
+    for address in &addresses {
+        check_own(*address)?;
+    }
+    let of = |v4: bool| {
+        addresses
+            .iter()
+            .filter(move |one| one.is_ipv4() == v4)
+            .count()
+    };
+    if of(true) > 1 || of(false) > 1 {
+        bail!("--node-ip has several addresses of one family; choose one");
+    }
     for address in listen {
         if let Err(error) = TcpListener::bind(address) {
             bail!(
@@ -56,7 +86,7 @@ pub fn check(node_ip: Option<IpAddr>, listen: &[SocketAddr]) -> Result<Machine> 
     let hostname = nix::unistd::gethostname().context("could not read the host name")?;
     Ok(Machine {
         hostname: hostname.to_string_lossy().to_lowercase(),
-        address,
+        addresses,
         cgroup2,
     })
 }
@@ -84,15 +114,21 @@ fn cgroup2() -> Result<PathBuf> {
         .context("cgroup v2 is not mounted: mount -t cgroup2 none /sys/fs/cgroup/unified")
 }
 
-/// The source address towards the default route; the loopback where there is none.
-fn own_address() -> Result<IpAddr> {
-    let probe = || -> std::io::Result<IpAddr> {
-        let socket = UdpSocket::bind("0.0.0.0:0")?;
+/// The source addresses towards the default routes. Without one of IPv4 it is the loopback's, and without any those
+/// of both.
+fn own_addresses() -> Vec<IpAddr> {
+    let probe = |any: &str, outside: &str| -> std::io::Result<IpAddr> {
+        let socket = UdpSocket::bind(any)?;
         // Nothing is sent: connecting a datagram socket only looks up the route.
-        socket.connect("198.51.100.1:9")?;
+        socket.connect(outside)?;
         Ok(socket.local_addr()?.ip())
     };
-    Ok(probe().unwrap_or(IpAddr::from([127, 0, 0, 1])))
+    let v4 = probe("0.0.0.0:0", "198.51.100.1:9").ok();
+    let v6 = probe("[::]:0", "[2001:db8::1]:9").ok();
+    let alone = v4.is_none() && v6.is_none();
+    let loopback6 = alone.then_some(IpAddr::V6(Ipv6Addr::LOCALHOST));
+    let v4 = v4.unwrap_or(IpAddr::V4(Ipv4Addr::LOCALHOST));
+    std::iter::once(v4).chain(v6.or(loopback6)).collect()
 }
 
 /// The address must be one of this machine's.

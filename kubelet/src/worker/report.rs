@@ -92,7 +92,8 @@ impl Worker {
             return;
         };
         let sandbox = state.ready_sandbox();
-        let pod_ip = sandbox.map(|s| self.pod_ip(s)).unwrap_or_default();
+        let pod_ip = sandbox.and_then(|s| self.pod_ips(s).into_iter().next());
+        let pod_ip = pod_ip.unwrap_or_default();
         let running: Vec<&v1::ContainerStatus> = state
             .containers
             .iter()
@@ -172,7 +173,7 @@ impl Worker {
             status::pod_status(&Facts {
                 pod: &self.pod,
                 state: &heard,
-                node_ip: self.shared.config.node_ip.to_string(),
+                node_ips: self.shared.config.node_addresses(),
                 runtime_name: &runtime_name,
                 known: &known,
                 // A pod has not failed before its last container has ended.

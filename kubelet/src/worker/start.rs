@@ -144,14 +144,14 @@ impl Worker {
         let Some(image) = self.ensure_image(spec).await? else {
             return Ok(());
         };
-        let ip = self.pod_ip(sandbox);
+        let ips = self.pod_ips(sandbox);
         let shared = self.shared.clone();
         let sources = Sources {
             client: &shared.client,
             pod: &self.pod,
             node_name: &shared.config.node_name,
-            node_ip: shared.config.node_ip,
-            pod_ip: Some(&ip),
+            node_ips: &shared.config.node_ips,
+            pod_ips: &ips,
         };
         let mounts = self
             .mounts
@@ -165,7 +165,7 @@ impl Worker {
                 mounts: &mounts,
                 restarts,
                 pod_dir: &self.pod_dir(),
-                pod_ip: &ip,
+                pod_ips: &ips,
             };
             container::container(&self.pod, spec, given)
         };
@@ -218,7 +218,8 @@ impl Worker {
                         format!("Container started: {}", spec.name),
                     )
                     .await;
-                self.post_start(spec, &id, &ip).await?;
+                let ip = ips.first().map_or("", String::as_str);
+                self.post_start(spec, &id, ip).await?;
                 Ok(())
             }
             Err((reason, error)) => {

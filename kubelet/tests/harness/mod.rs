@@ -144,7 +144,7 @@ impl Node {
         let client = Client::new(self.server.in_process(user), "default");
         let mut config = xebec_kubelet::Config::new(
             NODE.into(),
-            IpAddr::V4(Ipv4Addr::LOCALHOST),
+            vec![IpAddr::V4(Ipv4Addr::LOCALHOST)],
             self.path("run/cri.sock"),
             self.path("kubelet"),
             Arc::new(tls()),
