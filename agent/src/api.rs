@@ -20,7 +20,7 @@ use tokio_util::sync::CancellationToken;
 
 use crate::endpoints::Endpoints;
 use crate::flows::{Filter, Flows, Seen};
-use crate::maps::PolicyMaps;
+use crate::maps::{PolicyMaps, dump};
 use crate::network::Served;
 use crate::policy::watch::Shared;
 use crate::services::Shown;
@@ -134,6 +134,31 @@ fn flows(flows: &Flows, query: &str) -> Response<Body> {
     response
 }
 
+/// What maps of the kernel hold, as newline-delimited JSON.
+fn dumped(what: dump::What, query: &str) -> Response<Body> {
+    let filter = match dump::Filter::parse(query) {
+        Ok(filter) => filter,
+        Err(error) => {
+            return reply(
+                StatusCode::BAD_REQUEST,
+                &json!({"error": format!("{error:#}")}),
+            );
+        }
+    };
+    let (out, pieces) = tokio::sync::mpsc::channel(4);
+    tokio::task::spawn_blocking(move || dump::read(what, filter, out));
+    let pieces = futures::stream::unfold(pieces, |mut pieces| async move {
+        let piece = pieces.recv().await?;
+        Some((Ok(Frame::data(piece)), pieces))
+    });
+    let mut response = Response::new(StreamBody::new(pieces).boxed_unsync());
+    response.headers_mut().insert(
+        http::header::CONTENT_TYPE,
+        http::HeaderValue::from_static("application/x-ndjson"),
+    );
+    response
+}
+
 async fn answer(request: Request<Incoming>, tables: &Tables) -> Response<Body> {
     let endpoints = &tables.endpoints;
     let path = request.uri().path().to_owned();
@@ -211,6 +236,14 @@ async fn answer(request: Request<Incoming>, tables: &Tables) -> Response<Body> {
                 &json!({"healthy": false, "error": format!("{error:#}")}),
             ),
         },
+        (&Method::GET, "/bpf/lb" | "/bpf/flow" | "/bpf/nat") => {
+            let what = match path.as_str() {
+                "/bpf/lb" => dump::What::Services,
+                "/bpf/flow" => dump::What::Flows,
+                _ => dump::What::Translations,
+            };
+            dumped(what, request.uri().query().unwrap_or_default())
+        }
         _ => reply(
             StatusCode::NOT_FOUND,
             &json!({"error": format!("the agent has no {path}")}),
