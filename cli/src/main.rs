@@ -1,5 +1,6 @@
 //! The `xebec` executable: one binary that is the cluster, its parts and its command line.
 
+mod agent;
 mod demo;
 mod down;
 mod image;
@@ -69,6 +70,8 @@ enum Command {
     Down(down::Down),
     /// What runs, and whether it is healthy
     Status(status::Status),
+    /// The node agent alone, on any Kubernetes: in place of its kube-proxy and CNI plugin
+    Agent(Box<agent::Agent>),
     /// Endpoints: the pods that the node's agent has connected
     #[command(subcommand)]
     Endpoint(tables::Table),
@@ -149,7 +152,7 @@ fn run(cli: Cli) -> Result<()> {
         run: cli.run_dir,
     };
     let runtime = match &cli.command {
-        Command::Up(_) => tokio::runtime::Builder::new_multi_thread(),
+        Command::Up(_) | Command::Agent(_) => tokio::runtime::Builder::new_multi_thread(),
         // It makes its own once it has joined its cgroup.
         Command::Node { name } => return up::child::run(name),
         _ => tokio::runtime::Builder::new_current_thread(),
@@ -164,6 +167,7 @@ fn run(cli: Cli) -> Result<()> {
             }
             runtime.block_on(up.run(layout, &cli.log))
         }
+        Command::Agent(agent) => runtime.block_on(agent.run(layout)),
         Command::Down(down) => runtime.block_on(down.run(layout, &cli.log)),
         Command::Status(status) => runtime.block_on(status.run(&layout)),
         Command::Endpoint(table) => runtime.block_on(table.run(&layout, "endpoints")),
