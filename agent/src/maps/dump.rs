@@ -163,8 +163,8 @@ impl Balancer {
 fn flags(flags: u32) -> Vec<&'static str> {
     [
         (EXTERNAL, "external"),
-        (HASH_INSIDE, "maglev-inside"),
-        (HASH_OUTSIDE, "maglev-outside"),
+        (HASH_INSIDE, "hash-inside"),
+        (HASH_OUTSIDE, "hash-outside"),
         (SOURCE_RANGES, "source-ranges"),
         (KEEP_SOURCE, "keep-source"),
         (DROP_INSIDE, "drop-inside"),
@@ -477,7 +477,7 @@ mod tests {
             .unwrap()
             .unwrap();
         assert_eq!(row["frontend"], "10.96.0.10:53/UDP");
-        assert_eq!(row["flags"], json!(["external", "maglev-outside"]));
+        assert_eq!(row["flags"], json!(["external", "hash-outside"]));
         assert_eq!(
             row["inside"],
             json!([
