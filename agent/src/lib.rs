@@ -127,7 +127,7 @@ pub async fn run(client: kube::Client, config: Config, shutdown: CancellationTok
         client.clone(),
         config.node_name.clone(),
         config.serve,
-        metrics::Metrics::new(sources, &[]),
+        metrics::Metrics::new(sources, &[&health]),
         health.clone(),
         shutdown.clone(),
     );

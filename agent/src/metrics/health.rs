@@ -4,15 +4,32 @@ use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
 
 use k8s_openapi::jiff::{SignedDuration, Timestamp};
+use prometheus_client::metrics::counter::Counter;
+use prometheus_client::metrics::family::Family;
+use prometheus_client::registry::Registry;
 use serde_json::{Value, json};
+
+use super::Register;
 
 /// How long a change may wait for the kernel before the node counts as sick: twice the period in which kube-proxy
 /// writes everything anew.
 const PATIENCE: Duration = Duration::from_secs(60);
 
 /// The node's health; cheap to clone.
-#[derive(Clone, Debug)]
-pub struct Health(Arc<Mutex<State>>);
+#[derive(Clone, Debug, Default)]
+pub struct Health {
+    state: Arc<Mutex<State>>,
+    healthz: Answers,
+    livez: Answers,
+}
+
+/// How many answers had which status.
+type Answers = Family<[(&'static str, &'static str); 1], Counter>;
+
+fn count(answers: &Answers, well: bool) {
+    let code = if well { "200" } else { "503" };
+    answers.get_or_create(&[("code", code)]).inc();
+}
 
 #[derive(Clone, Copy, Debug)]
 struct State {
@@ -24,19 +41,29 @@ struct State {
     eligible: bool,
 }
 
-impl Default for Health {
+impl Default for State {
     fn default() -> Self {
-        Self(Arc::new(Mutex::new(State {
+        Self {
             updated: None,
             queued: None,
             eligible: true,
-        })))
+        }
+    }
+}
+
+impl Register for Health {
+    fn register(&self, registry: &mut Registry) {
+        let (healthz, livez) = (self.healthz.clone(), self.livez.clone());
+        let help = "Cumulative proxy healthz HTTP status";
+        registry.register("kubeproxy_proxy_healthz", help, healthz);
+        let help = "Cumulative proxy livez HTTP status";
+        registry.register("kubeproxy_proxy_livez", help, livez);
     }
 }
 
 impl Health {
     fn state<T>(&self, with: impl FnOnce(&mut State) -> T) -> T {
-        with(&mut self.0.lock().unwrap_or_else(PoisonError::into_inner))
+        with(&mut self.state.lock().unwrap_or_else(PoisonError::into_inner))
     }
 
     /// Something is to be written to the kernel.
@@ -61,16 +88,20 @@ impl Health {
 
     /// The answer of `/healthz`.
     pub(super) fn healthz(&self) -> (bool, Value) {
-        self.state(|state| {
+        let told = self.state(|state| {
             let (alive, mut answer) = state.at(Timestamp::now());
             answer["nodeEligible"] = state.eligible.into();
             (alive && state.eligible, answer)
-        })
+        });
+        count(&self.healthz, told.0);
+        told
     }
 
     /// The answer of `/livez`, which a node that is being deleted still gives.
     pub(super) fn livez(&self) -> (bool, Value) {
-        self.state(|state| state.at(Timestamp::now()))
+        let told = self.state(|state| state.at(Timestamp::now()));
+        count(&self.livez, told.0);
+        told
     }
 }
 
@@ -105,6 +136,16 @@ mod tests {
         let (healthy, answer) = health.healthz();
         assert!(healthy);
         assert_eq!(answer["lastUpdated"], answer["currentTime"]);
+        let mut registry = Registry::default();
+        health.register(&mut registry);
+        let text = super::super::encode(&registry).unwrap();
+        for line in [
+            "kubeproxy_proxy_healthz_total{code=\"200\"} 1\n",
+            "kubeproxy_proxy_healthz_total{code=\"503\"} 1\n",
+            "kubeproxy_proxy_livez_total{code=\"503\"} 1\n",
+        ] {
+            assert!(text.contains(line), "{text}");
+        }
         assert_eq!(answer["nodeEligible"], true);
     }
 

@@ -3,6 +3,8 @@
 mod cgroup;
 mod cleanup;
 mod cni;
+#[cfg(test)]
+mod manifests;
 mod node_object;
 mod ports;
 
@@ -241,12 +243,14 @@ impl Run {
     ) -> Result<xebec_agent::Config> {
         let missing =
             |what: &str| format!("the node has no IPv4 {what}, which the agent needs for now");
-        let node_ip = found.addresses.iter().find(|one| one.is_ipv4());
-        let ranges = &found.pod_ranges;
-        let pod_cidr = ranges.iter().find(|range| matches!(range, IpNet::V4(_)));
+        let is_v4 = |range: &IpNet| range.addr().is_ipv4();
+        let node_ips = of_each_family(&found.addresses, IpAddr::is_ipv4);
+        let pod_cidrs = of_each_family(&found.pod_ranges, is_v4);
+        let node_ip = node_ips.into_iter().find(IpAddr::is_ipv4);
+        let pod_cidr = pod_cidrs.into_iter().find(is_v4);
         Ok(xebec_agent::Config {
-            node_ip: *node_ip.with_context(|| missing("address"))?,
-            pod_cidr: *pod_cidr.with_context(|| missing("range of pods"))?,
+            node_ip: node_ip.with_context(|| missing("address"))?,
+            pod_cidr: pod_cidr.with_context(|| missing("range of pods"))?,
             socket: layout.agent_socket(),
             state_dir: layout.agent_state(),
             bpf_dir: self.place.bpf_dir(),
@@ -263,6 +267,17 @@ impl Run {
             node_name,
         })
     }
+}
+
+/// The first of each family, in their order: the primary one first.
+fn of_each_family<T: Copy>(all: &[T], is_v4: impl Fn(&T) -> bool) -> Vec<T> {
+    let mut firsts: Vec<T> = Vec::new();
+    for one in all {
+        if !firsts.iter().any(|first| is_v4(first) == is_v4(one)) {
+            firsts.push(*one);
+        }
+    }
+    firsts
 }
 
 /// Makes sysctls writable: container runtimes mount them read-only for pods that are not privileged.
@@ -310,4 +325,17 @@ fn mount_bpf(root: &Path) -> Result<()> {
         Some("mode=0700"),
     )
     .with_context(|| format!("could not mount the BPF filesystem on {}", root.display()))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn one_address_of_each_family() {
+        let all = ["fd00::1", "192.0.2.1", "192.0.2.2", "fd00::2"].map(|one| one.parse().unwrap());
+        let firsts = of_each_family::<IpAddr>(&all, IpAddr::is_ipv4);
+        assert_eq!(firsts, all[..2]);
+        assert!(of_each_family(&[], IpAddr::is_ipv4).is_empty());
+    }
 }
