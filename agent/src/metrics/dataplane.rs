@@ -1,14 +1,13 @@
 //! What the kernel counts: packets, events of flows, and its maps.
 
-use std::fmt::Error;
-
+use anyhow::Result;
 use prometheus_client::collector::Collector;
 use prometheus_client::encoding::{DescriptorEncoder, EncodeMetric};
 use prometheus_client::metrics::MetricType;
 use prometheus_client::metrics::counter::ConstCounter;
 use prometheus_client::metrics::gauge::ConstGauge;
 
-use crate::bpf_maps::{self, Held};
+use crate::bpf_maps::Held;
 use crate::flows::Flows;
 use crate::maps::batch;
 
@@ -22,7 +21,7 @@ impl std::fmt::Debug for Packets {
 }
 
 impl Collector for Packets {
-    fn encode(&self, mut encoder: DescriptorEncoder) -> Result<(), Error> {
+    fn encode(&self, mut encoder: DescriptorEncoder) -> std::fmt::Result {
         let counters = match self.0.counters() {
             Ok(counters) => counters,
             Err(error) => {
@@ -69,9 +68,9 @@ impl Collector for Packets {
     }
 }
 
-/// The maps that the agent holds, asked of the kernel when somebody asks.
+/// The maps that the agent holds, asked of the kernel (by this function) when somebody asks.
 #[derive(Debug)]
-pub(super) struct KernelMaps;
+pub(super) struct KernelMaps(pub fn() -> Result<Vec<Held>>);
 
 /// Larger maps are not counted: that would cost more than the number is worth.
 const CHEAP: u64 = 131_072;
@@ -85,8 +84,8 @@ fn entries(map: &Held) -> Option<usize> {
 }
 
 impl Collector for KernelMaps {
-    fn encode(&self, mut encoder: DescriptorEncoder) -> Result<(), Error> {
-        let mut maps = match bpf_maps::held() {
+    fn encode(&self, mut encoder: DescriptorEncoder) -> std::fmt::Result {
+        let mut maps = match (self.0)() {
             Ok(maps) => maps,
             Err(error) => {
                 tracing::warn!(error = format!("{error:#}"), "metrics lack the maps");
@@ -110,7 +109,7 @@ impl Collector for KernelMaps {
                     ConstGauge::new(value).encode(metric.encode_family(&labels)?)?;
                 }
             }
-            Ok::<(), Error>(())
+            std::fmt::Result::Ok(())
         };
         family(
             "xebec_bpf_map_capacity",
@@ -127,5 +126,90 @@ impl Collector for KernelMaps {
             "Memory of a map of the kernel",
             &|map| Some(map.bytes),
         )
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use aya::maps::{HashMap, MapData};
+    use prometheus_client::registry::Registry;
+
+    use super::*;
+    use crate::bpf_maps;
+    use crate::names::Names;
+
+    fn text(collector: impl Collector) -> String {
+        let mut registry = Registry::default();
+        registry.register_collector(Box::new(collector));
+        super::super::encode(&registry).unwrap()
+    }
+
+    #[test]
+    fn counters_have_the_names_that_dashboards_use() {
+        let told = text(Packets(Flows::new(Names::default(), "a")));
+        for line in [
+            "xebec_events_produced_total 0\n",
+            "xebec_events_lost_total 0\n",
+            "xebec_forwarded_packets_total 0\n",
+            "xebec_dropped_packets_total 0\n",
+            "xebec_translated_packets_total{hook=\"tc\"} 0\n",
+            "xebec_translated_packets_total{hook=\"xdp\"} 0\n",
+        ] {
+            assert!(told.contains(line), "{told}");
+        }
+    }
+
+    /// Room that no other test's map has.
+    const CAPACITY: u64 = 4_803;
+
+    /// This test's map as if it were the dataplane's, one before it of the same name, and one that is too large.
+    fn maps() -> Result<Vec<Held>> {
+        let mut all = bpf_maps::held()?;
+        all.retain(|map| map.capacity == CAPACITY);
+        let Some(map) = all.pop() else {
+            anyhow::bail!("the test's map is not there");
+        };
+        let as_if = |name: &str, capacity| Held {
+            name: name.into(),
+            capacity,
+            ..map.clone()
+        };
+        Ok(vec![
+            as_if("FRONTENDS", 1),
+            as_if("FRONTENDS", CAPACITY),
+            as_if("RULES", CHEAP + 1),
+            as_if("rodata", 1),
+        ])
+    }
+
+    #[test]
+    fn maps_are_told_once_and_counted_where_it_is_cheap() {
+        if !nix::unistd::geteuid().is_root() {
+            println!("skipped: it needs root");
+            return;
+        }
+        let mut map: HashMap<MapData, u32, u32> = HashMap::create(CAPACITY as u32, 1).unwrap();
+        for key in 0..3 {
+            map.insert(key, 0, 0).unwrap();
+        }
+        let told = text(KernelMaps(maps));
+        let of = |name: &str| -> Vec<&str> {
+            let lines = told
+                .lines()
+                .filter(|line| line.starts_with(&format!("{name}{{")));
+            lines.collect()
+        };
+        assert_eq!(
+            of("xebec_bpf_map_capacity"),
+            [
+                format!("xebec_bpf_map_capacity{{map=\"FRONTENDS\"}} {CAPACITY}"),
+                format!("xebec_bpf_map_capacity{{map=\"RULES\"}} {}", CHEAP + 1),
+            ]
+        );
+        assert_eq!(
+            of("xebec_bpf_map_entries"),
+            ["xebec_bpf_map_entries{map=\"FRONTENDS\"} 3"]
+        );
+        assert_eq!(of("xebec_bpf_map_bytes").len(), 2);
     }
 }

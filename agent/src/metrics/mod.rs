@@ -78,7 +78,7 @@ impl Metrics {
             policies.clone(),
         );
         registry.register_collector(Box::new(dataplane::Packets(sources.flows.clone())));
-        registry.register_collector(Box::new(dataplane::KernelMaps));
+        registry.register_collector(Box::new(dataplane::KernelMaps(crate::bpf_maps::held)));
         registry.register_collector(Box::new(process::Process));
         for part in parts {
             part.register(&mut registry);

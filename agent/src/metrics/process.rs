@@ -111,6 +111,16 @@ mod tests {
             }
         );
         assert_eq!(usage("no stat", 0.0, 100.0, 1), None);
+        let mut registry = prometheus_client::registry::Registry::default();
+        registry.register_collector(Box::new(Process));
+        let text = super::super::encode(&registry).unwrap();
+        for name in [
+            "process_cpu_seconds_total ",
+            "process_resident_memory_bytes ",
+            "process_open_fds ",
+        ] {
+            assert!(text.contains(&format!("\n{name}")), "{text}");
+        }
         assert!(read().unwrap().resident_bytes > 0 && max_fds().is_some());
     }
 }
