@@ -250,3 +250,27 @@ async fn answer(request: Request<Incoming>, tables: &Tables) -> Response<Body> {
         ),
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    async fn ask(query: &str) -> (StatusCode, String) {
+        let response = dumped(dump::What::Flows, query);
+        let status = response.status();
+        let body = response.into_body().collect().await.unwrap().to_bytes();
+        (status, String::from_utf8(body.to_vec()).unwrap())
+    }
+
+    #[tokio::test]
+    async fn what_can_not_be_read_is_the_last_line() {
+        let (status, text) = ask("port=80").await;
+        assert_eq!(status, StatusCode::OK);
+        let last: Value = serde_json::from_str(text.trim_end()).unwrap();
+        // This process holds none of the dataplane's maps.
+        assert!(last["error"].as_str().unwrap().contains("FLOWS"), "{text}");
+        let (status, text) = ask("pod=a").await;
+        assert_eq!(status, StatusCode::BAD_REQUEST);
+        assert!(text.contains("address and port"), "{text}");
+    }
+}
