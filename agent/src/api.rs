@@ -20,7 +20,7 @@ use tokio_util::sync::CancellationToken;
 
 use crate::endpoints::Endpoints;
 use crate::flows::{Filter, Flows, Seen};
-use crate::maps::PolicyMaps;
+use crate::maps::{PolicyMaps, dump};
 use crate::network::Served;
 use crate::policy::watch::Shared;
 use crate::services::Shown;
@@ -134,6 +134,31 @@ fn flows(flows: &Flows, query: &str) -> Response<Body> {
     response
 }
 
+/// What maps of the kernel hold, as newline-delimited JSON.
+fn dumped(what: dump::What, query: &str) -> Response<Body> {
+    let filter = match dump::Filter::parse(query) {
+        Ok(filter) => filter,
+        Err(error) => {
+            return reply(
+                StatusCode::BAD_REQUEST,
+                &json!({"error": format!("{error:#}")}),
+            );
+        }
+    };
+    let (out, pieces) = tokio::sync::mpsc::channel(4);
+    tokio::task::spawn_blocking(move || dump::read(what, filter, out));
+    let pieces = futures::stream::unfold(pieces, |mut pieces| async move {
+        let piece = pieces.recv().await?;
+        Some((Ok(Frame::data(piece)), pieces))
+    });
+    let mut response = Response::new(StreamBody::new(pieces).boxed_unsync());
+    response.headers_mut().insert(
+        http::header::CONTENT_TYPE,
+        http::HeaderValue::from_static("application/x-ndjson"),
+    );
+    response
+}
+
 async fn answer(request: Request<Incoming>, tables: &Tables) -> Response<Body> {
     let endpoints = &tables.endpoints;
     let path = request.uri().path().to_owned();
@@ -211,9 +236,41 @@ async fn answer(request: Request<Incoming>, tables: &Tables) -> Response<Body> {
                 &json!({"healthy": false, "error": format!("{error:#}")}),
             ),
         },
+        (&Method::GET, "/bpf/lb" | "/bpf/flow" | "/bpf/nat") => {
+            let what = match path.as_str() {
+                "/bpf/lb" => dump::What::Services,
+                "/bpf/flow" => dump::What::Flows,
+                _ => dump::What::Translations,
+            };
+            dumped(what, request.uri().query().unwrap_or_default())
+        }
         _ => reply(
             StatusCode::NOT_FOUND,
             &json!({"error": format!("the agent has no {path}")}),
         ),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    async fn ask(query: &str) -> (StatusCode, String) {
+        let response = dumped(dump::What::Flows, query);
+        let status = response.status();
+        let body = response.into_body().collect().await.unwrap().to_bytes();
+        (status, String::from_utf8(body.to_vec()).unwrap())
+    }
+
+    #[tokio::test]
+    async fn what_can_not_be_read_is_the_last_line() {
+        let (status, text) = ask("port=80").await;
+        assert_eq!(status, StatusCode::OK);
+        let last: Value = serde_json::from_str(text.trim_end()).unwrap();
+        // This process holds none of the dataplane's maps.
+        assert!(last["error"].as_str().unwrap().contains("FLOWS"), "{text}");
+        let (status, text) = ask("pod=a").await;
+        assert_eq!(status, StatusCode::BAD_REQUEST);
+        assert!(text.contains("address and port"), "{text}");
     }
 }

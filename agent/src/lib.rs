@@ -15,10 +15,12 @@ pub mod link;
 pub mod loader;
 pub mod maps;
 pub mod masquerade;
+pub mod metrics;
 pub mod names;
 pub mod network;
 pub mod nodes;
 pub mod policy;
+pub mod remove;
 pub mod routes;
 mod scope;
 pub mod services;
@@ -54,21 +56,27 @@ pub struct Config {
     pub bpf_dir: PathBuf,
     /// The cgroup v2 folder whose processes reach Services.
     pub cgroup_root: PathBuf,
-    /// The cgroup v2 folder that all pods of the node are in.
-    pub pod_cgroup: PathBuf,
+    /// The cgroup v2 folder that all pods of the node are in; where there is none, pods' connections to Services are
+    /// translated packet by packet.
+    pub pod_cgroup: Option<PathBuf>,
     /// Devices that lead to other nodes and the outside; none for those of the node's address and the default route.
     pub devices: Vec<String>,
     /// How XDP is used on them.
     pub xdp: loader::Xdp,
     /// Addresses that have routes to pods, besides the nodes and the pods themselves.
     pub native: Vec<IpNet>,
+    /// Of the node's addresses, those in these blocks are reached at node ports; with no block all are.
+    pub nodeport_addresses: Vec<IpNet>,
+    /// Where metrics and health are served.
+    pub serve: metrics::Addresses,
 }
 
 /// Runs until `shutdown`; pods stay connected, Services translated and policy enforced as they were.
 pub async fn run(client: kube::Client, config: Config, shutdown: CancellationToken) -> Result<()> {
     let mut programs = loader::Loaded::new(&config.bpf_dir)?;
     let mut maps = programs.maps()?;
-    maps.services.set_scope(scope::of(&config.pod_cgroup)?)?;
+    maps.services
+        .set_scope(scope::of(config.pod_cgroup.as_deref())?)?;
     let names = names::Names::default();
     let mut flows = flows::Flows::new(names.clone(), &config.node_name);
     let follow = flows.follow(maps.flows, shutdown.clone())?;
@@ -114,6 +122,21 @@ pub async fn run(client: kube::Client, config: Config, shutdown: CancellationTok
         synced,
         shutdown.clone(),
     );
+    let health = metrics::Health::default();
+    // Parts with metrics of their own are named here.
+    let sources = metrics::Sources {
+        endpoints: endpoints.clone(),
+        engine: engine.clone(),
+        flows: flows.clone(),
+    };
+    let metrics = metrics::run(
+        client.clone(),
+        config.node_name.clone(),
+        config.serve,
+        metrics::Metrics::new(sources, &[&health]),
+        health.clone(),
+        shutdown.clone(),
+    );
     let services = services::run(
         client,
         maps.services,
@@ -143,11 +166,13 @@ pub async fn run(client: kube::Client, config: Config, shutdown: CancellationTok
         let mut programs = dataplane.programs.lock().await;
         let by = programs.attach_network(&devices, config.xdp).await?;
         served.set(&devices, &by);
-        programs.attach_sockets(&config.cgroup_root)
+        programs.attach_sockets(&config.cgroup_root)?;
+        health.updated();
+        Ok(())
     };
     let api = api::run(config.socket.clone(), tables, shutdown.clone());
     tokio::try_join!(
-        policy, services, network, nodes, routes, follow, take_over, api
+        policy, services, network, nodes, routes, follow, take_over, api, metrics
     )
     .map(drop)
 }

@@ -19,7 +19,7 @@ use crate::nodes::Nodes;
 
 /// Marks our routes in the kernel's table (`ip route` shows `proto 88`): what an agent before this one left is
 /// known by it, and nobody else's route is touched.
-const PROTOCOL: RouteProtocol = RouteProtocol::Other(88);
+pub(crate) const PROTOCOL: RouteProtocol = RouteProtocol::Other(88);
 
 /// A range of pods, and the node that it is reached through.
 type Table = BTreeMap<IpNet, IpAddr>;

@@ -8,14 +8,23 @@ use std::path::Path;
 use anyhow::{Context, Result};
 use xebec_dataplane_common::service::Scope;
 
-/// The scope of the node that this process runs on, whose pods are in this cgroup v2 folder.
-pub(crate) fn of(pod_cgroup: &Path) -> Result<Scope> {
-    std::fs::create_dir_all(pod_cgroup)
-        .with_context(|| format!("could not make the cgroup {}", pod_cgroup.display()))?;
-    // The number of a cgroup is that of its folder's inode.
-    let pods = std::fs::metadata(pod_cgroup)
-        .with_context(|| format!("could not look at {}", pod_cgroup.display()))?
-        .ino();
+/// No cgroup's number. Zero won't do: it is what the programs get where there is no ancestor any more.
+const NO_CGROUP: u64 = u64::MAX;
+
+/// The scope of the node that this process runs on, whose pods are in this cgroup v2 folder. Without one, sockets of
+/// the node's own network namespace alone are in scope, and what pods send is translated at their devices.
+pub(crate) fn of(pod_cgroup: Option<&Path>) -> Result<Scope> {
+    let pods = match pod_cgroup {
+        None => NO_CGROUP,
+        Some(folder) => {
+            std::fs::create_dir_all(folder)
+                .with_context(|| format!("could not make the cgroup {}", folder.display()))?;
+            // The number of a cgroup is that of its folder's inode.
+            std::fs::metadata(folder)
+                .with_context(|| format!("could not look at {}", folder.display()))?
+                .ino()
+        }
+    };
     Ok(Scope {
         netns: netns_cookie()?,
         pods,
@@ -45,4 +54,19 @@ fn netns_cookie() -> Result<u64> {
         std::io::Error::last_os_error()
     );
     Ok(cookie)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn without_a_cgroup_of_pods_none_is_in_scope() {
+        let scope = of(None).unwrap();
+        assert_ne!(scope.pods, 0, "every process has an ancestor of number 0");
+        assert_eq!(scope.netns, netns_cookie().unwrap());
+        let folder = tempfile::tempdir().unwrap();
+        let scope = of(Some(folder.path())).unwrap();
+        assert_eq!(scope.pods, std::fs::metadata(folder.path()).unwrap().ino());
+    }
 }

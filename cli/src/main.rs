@@ -1,5 +1,7 @@
 //! The `xebec` executable: one binary that is the cluster, its parts and its command line.
 
+mod agent;
+mod bpf;
 mod demo;
 mod down;
 mod image;
@@ -7,6 +9,7 @@ mod kubeconfig;
 mod observe;
 mod paths;
 mod pki;
+mod service;
 mod status;
 mod tables;
 mod tcp_bench;
@@ -69,12 +72,14 @@ enum Command {
     Down(down::Down),
     /// What runs, and whether it is healthy
     Status(status::Status),
+    /// The node agent alone, on any Kubernetes: in place of its kube-proxy and CNI plugin
+    Agent(Box<agent::Agent>),
     /// Endpoints: the pods that the node's agent has connected
     #[command(subcommand)]
     Endpoint(tables::Table),
-    /// Services, as they are in the kernel
+    /// Services: frontends, backends, and who gets which
     #[command(subcommand)]
-    Service(tables::Table),
+    Service(service::Service),
     /// Network policies, as they are in the kernel
     #[command(subcommand)]
     Policy(tables::Table),
@@ -83,7 +88,7 @@ enum Command {
     Identity(tables::Table),
     /// The kernel's side of the dataplane
     #[command(subcommand)]
-    Bpf(tables::Bpf),
+    Bpf(bpf::Bpf),
     /// Who talked to whom, allowed or dropped, and by which rule
     Observe(observe::Observe),
     /// Images of the container runtime
@@ -149,7 +154,7 @@ fn run(cli: Cli) -> Result<()> {
         run: cli.run_dir,
     };
     let runtime = match &cli.command {
-        Command::Up(_) => tokio::runtime::Builder::new_multi_thread(),
+        Command::Up(_) | Command::Agent(_) => tokio::runtime::Builder::new_multi_thread(),
         // It makes its own once it has joined its cgroup.
         Command::Node { name } => return up::child::run(name),
         _ => tokio::runtime::Builder::new_current_thread(),
@@ -164,10 +169,11 @@ fn run(cli: Cli) -> Result<()> {
             }
             runtime.block_on(up.run(layout, &cli.log))
         }
+        Command::Agent(agent) => runtime.block_on(agent.run(layout)),
         Command::Down(down) => runtime.block_on(down.run(layout, &cli.log)),
         Command::Status(status) => runtime.block_on(status.run(&layout)),
         Command::Endpoint(table) => runtime.block_on(table.run(&layout, "endpoints")),
-        Command::Service(table) => runtime.block_on(table.run(&layout, "services")),
+        Command::Service(service) => runtime.block_on(service.run(&layout)),
         Command::Policy(table) => runtime.block_on(table.run(&layout, "policies")),
         Command::Identity(table) => runtime.block_on(table.run(&layout, "identities")),
         Command::Bpf(bpf) => runtime.block_on(bpf.run(&layout)),

@@ -63,6 +63,8 @@ impl Status {
                 detail: "its process has ended; `xebec up` starts it again, `xebec down` cleans up"
                     .into(),
             }),
+            // An agent alone belongs to a cluster that runs elsewhere.
+            None if unix_http::agents(layout, None).is_ok() => {}
             None => lines.push(Line {
                 what: "Cluster".into(),
                 healthy: false,

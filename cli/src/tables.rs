@@ -1,4 +1,4 @@
-//! `xebec endpoint list`, `xebec service list`, `xebec bpf maps`: the agent's tables, as it holds them.
+//! `xebec endpoint list`, `xebec policy list`, `xebec bpf maps` and others: the agent's tables, as it holds them.
 
 use anyhow::{Context, Result};
 use clap::{Args, Subcommand, ValueEnum};
@@ -32,21 +32,6 @@ pub enum Table {
     List(ListArgs),
 }
 
-/// `bpf <what>`.
-#[derive(Subcommand)]
-pub enum Bpf {
-    /// Maps, with their sizes
-    Maps(ListArgs),
-}
-
-impl Bpf {
-    /// Asks the agent and prints its answer.
-    pub async fn run(self, layout: &Layout) -> Result<()> {
-        let Self::Maps(args) = self;
-        list(layout, "/tables/maps", &args).await
-    }
-}
-
 impl Table {
     /// Asks the agent for this table and prints it.
     pub async fn run(self, layout: &Layout, name: &str) -> Result<()> {
@@ -55,7 +40,8 @@ impl Table {
     }
 }
 
-async fn list(layout: &Layout, path: &str, args: &ListArgs) -> Result<()> {
+/// Asks the agents for the table at this path and prints it.
+pub async fn list(layout: &Layout, path: &str, args: &ListArgs) -> Result<()> {
     let agents = unix_http::agents(layout, args.node.as_deref())?;
     let several = agents.len() > 1;
     let mut rows = Vec::new();

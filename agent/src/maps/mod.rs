@@ -1,5 +1,7 @@
 //! The kernel's maps, as the agent writes and reads them.
 
+pub(crate) mod batch;
+pub(crate) mod dump;
 mod services;
 
 use std::net::IpAddr;

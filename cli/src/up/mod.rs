@@ -13,7 +13,7 @@ pub mod state;
 mod switch;
 pub mod teardown;
 
-pub use preflight::root as require_root;
+pub use preflight::{lock, root as require_root};
 
 use std::net::{IpAddr, SocketAddr};
 use std::time::{Duration, Instant};
@@ -75,6 +75,8 @@ pub struct Up {
     /// Node ports by XDP, on the devices that lead to other nodes and the outside; tc serves what XDP does not
     #[arg(long, value_enum, env = "XEBEC_XDP", default_value_t)]
     xdp: XdpMode,
+    #[command(flatten)]
+    ports: crate::agent::Ports,
     /// Do not build the demo image
     #[arg(long)]
     no_demo_image: bool,
@@ -85,7 +87,7 @@ pub struct Up {
 
 /// How XDP is used.
 #[derive(Clone, Copy, Default, ValueEnum)]
-enum XdpMode {
+pub enum XdpMode {
     /// By the driver, where the device is hardware whose driver can
     #[default]
     Auto,
@@ -214,7 +216,7 @@ pub fn install_tls_provider() -> Result<()> {
 }
 
 /// Ends on SIGINT or SIGTERM.
-fn stop_signal() -> Result<impl Future<Output = ()>> {
+pub fn stop_signal() -> Result<impl Future<Output = ()>> {
     use tokio::signal::unix::{SignalKind, signal};
     let mut interrupt = signal(SignalKind::interrupt()).context("could not listen for SIGINT")?;
     let mut terminate = signal(SignalKind::terminate()).context("could not listen for SIGTERM")?;

@@ -1,7 +1,7 @@
 //! A node: agent, container runtime and kubelet, as tasks of the process that this runs in.
 
 use std::collections::BTreeMap;
-use std::net::IpAddr;
+use std::net::{IpAddr, SocketAddr};
 use std::path::PathBuf;
 use std::sync::Arc;
 use std::time::Duration;
@@ -40,6 +40,15 @@ pub struct NodeConfig {
     /// How XDP is used.
     #[serde(default)]
     pub xdp: xebec_agent::loader::Xdp,
+    /// Blocks of the node's addresses that are reached at node ports; none for all addresses.
+    #[serde(default)]
+    pub nodeport_addresses: Vec<IpNet>,
+    /// Where its agent serves metrics.
+    #[serde(default)]
+    pub metrics: Option<SocketAddr>,
+    /// Where its agent tells load balancers of its health.
+    #[serde(default)]
+    pub healthz: Option<SocketAddr>,
     /// The cgroup v2 folder whose processes reach Services: of a node that is the whole machine the root, since
     /// the machine's own processes do too.
     pub cgroup_root: PathBuf,
@@ -113,7 +122,7 @@ impl NodeConfig {
             state_dir: self.layout.agent_state(),
             bpf_dir: self.layout.bpf(),
             cgroup_root: self.cgroup_root.clone(),
-            pod_cgroup: self.pod_cgroup.clone(),
+            pod_cgroup: Some(self.pod_cgroup.clone()),
             devices: Vec::new(),
             xdp: self.xdp,
             // The host of several nodes is none of them, but has routes to their pods.
@@ -122,6 +131,11 @@ impl NodeConfig {
                 .iter()
                 .flat_map(|cable| cable.hosts.iter().copied().map(IpNet::from))
                 .collect(),
+            nodeport_addresses: self.nodeport_addresses.clone(),
+            serve: xebec_agent::metrics::Addresses {
+                metrics: self.metrics,
+                healthz: self.healthz,
+            },
         }
     }
 

@@ -49,7 +49,9 @@ pub fn lock(layout: &Layout) -> Result<Running> {
     match nix::fcntl::Flock::lock(file, nix::fcntl::FlockArg::LockExclusiveNonblock) {
         Ok(lock) => Ok(Running(lock)),
         Err((_, nix::errno::Errno::EWOULDBLOCK)) => {
-            bail!("a cluster runs here already (see `xebec status`, or stop it with `xebec down`)")
+            bail!(
+                "a cluster or an agent runs here already (see `xebec status`; `xebec down` stops a cluster)"
+            )
         }
         Err((_, error)) => Err(error).with_context(|| format!("could not lock {}", path.display())),
     }

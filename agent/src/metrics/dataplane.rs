@@ -1,0 +1,215 @@
+//! What the kernel counts: packets, events of flows, and its maps.
+
+use anyhow::Result;
+use prometheus_client::collector::Collector;
+use prometheus_client::encoding::{DescriptorEncoder, EncodeMetric};
+use prometheus_client::metrics::MetricType;
+use prometheus_client::metrics::counter::ConstCounter;
+use prometheus_client::metrics::gauge::ConstGauge;
+
+use crate::bpf_maps::Held;
+use crate::flows::Flows;
+use crate::maps::batch;
+
+/// Counters of packets and events, read when somebody asks.
+pub(super) struct Packets(pub Flows);
+
+impl std::fmt::Debug for Packets {
+    fn fmt(&self, formatter: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        formatter.write_str("Packets")
+    }
+}
+
+impl Collector for Packets {
+    fn encode(&self, mut encoder: DescriptorEncoder) -> std::fmt::Result {
+        let counters = match self.0.counters() {
+            Ok(counters) => counters,
+            Err(error) => {
+                tracing::warn!(error = format!("{error:#}"), "metrics lack the counters");
+                return Ok(());
+            }
+        };
+        for (name, help, value) in [
+            (
+                "xebec_events_produced",
+                "Events of flows that the kernel wrote",
+                counters.produced,
+            ),
+            (
+                "xebec_events_lost",
+                "Events of flows for which there was no room",
+                counters.lost,
+            ),
+            (
+                "xebec_forwarded_packets",
+                "Packets of pods that went on",
+                counters.forwarded,
+            ),
+            (
+                "xebec_dropped_packets",
+                "Packets that were dropped",
+                counters.dropped,
+            ),
+        ] {
+            let metric = encoder.encode_descriptor(name, help, None, MetricType::Counter)?;
+            ConstCounter::new(value).encode(metric)?;
+        }
+        let help = "Packets from the network that were translated, by the hook that did it";
+        let name = "xebec_translated_packets";
+        let mut metric = encoder.encode_descriptor(name, help, None, MetricType::Counter)?;
+        for (hook, value) in [
+            ("tc", counters.translated),
+            ("xdp", counters.translated_early),
+        ] {
+            let labels = [("hook", hook)];
+            ConstCounter::new(value).encode(metric.encode_family(&labels)?)?;
+        }
+        Ok(())
+    }
+}
+
+/// The maps that the agent holds, asked of the kernel (by this function) when somebody asks.
+#[derive(Debug)]
+pub(super) struct KernelMaps(pub fn() -> Result<Vec<Held>>);
+
+/// Larger maps are not counted: that would cost more than the number is worth.
+const CHEAP: u64 = 131_072;
+
+/// How many entries a map has, where that is cheap to find out.
+fn entries(map: &Held) -> Option<usize> {
+    if map.kind != "Hash" || map.capacity > CHEAP {
+        return None;
+    }
+    batch::count(&map.open().ok()?).ok()
+}
+
+impl Collector for KernelMaps {
+    fn encode(&self, mut encoder: DescriptorEncoder) -> std::fmt::Result {
+        let mut maps = match (self.0)() {
+            Ok(maps) => maps,
+            Err(error) => {
+                tracing::warn!(error = format!("{error:#}"), "metrics lack the maps");
+                return Ok(());
+            }
+        };
+        // What is not ours has no upper-case name: the loader's own for constants, for example. Of two with one name
+        // the newer one counts.
+        maps.retain(|map| {
+            map.name
+                .starts_with(|first: char| first.is_ascii_uppercase())
+        });
+        maps.reverse();
+        maps.dedup_by(|a, b| a.name == b.name);
+        maps.reverse();
+        let mut family = |name: &str, help: &str, value: &dyn Fn(&Held) -> Option<u64>| {
+            let mut metric = encoder.encode_descriptor(name, help, None, MetricType::Gauge)?;
+            for map in &maps {
+                if let Some(value) = value(map) {
+                    let labels = [("map", map.name.as_str())];
+                    ConstGauge::new(value).encode(metric.encode_family(&labels)?)?;
+                }
+            }
+            std::fmt::Result::Ok(())
+        };
+        family(
+            "xebec_bpf_map_capacity",
+            "Entries that a map of the kernel has room for",
+            &|map| Some(map.capacity),
+        )?;
+        family(
+            "xebec_bpf_map_entries",
+            "Entries of a map of the kernel, where they are cheap to count",
+            &|map| entries(map).map(|count| count as u64),
+        )?;
+        family(
+            "xebec_bpf_map_bytes",
+            "Memory of a map of the kernel",
+            &|map| Some(map.bytes),
+        )
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use aya::maps::{HashMap, MapData};
+    use prometheus_client::registry::Registry;
+
+    use super::*;
+    use crate::bpf_maps;
+    use crate::names::Names;
+
+    fn text(collector: impl Collector) -> String {
+        let mut registry = Registry::default();
+        registry.register_collector(Box::new(collector));
+        super::super::encode(&registry).unwrap()
+    }
+
+    #[test]
+    fn counters_have_the_names_that_dashboards_use() {
+        let told = text(Packets(Flows::new(Names::default(), "a")));
+        for line in [
+            "xebec_events_produced_total 0\n",
+            "xebec_events_lost_total 0\n",
+            "xebec_forwarded_packets_total 0\n",
+            "xebec_dropped_packets_total 0\n",
+            "xebec_translated_packets_total{hook=\"tc\"} 0\n",
+            "xebec_translated_packets_total{hook=\"xdp\"} 0\n",
+        ] {
+            assert!(told.contains(line), "{told}");
+        }
+    }
+
+    /// Room that no other test's map has.
+    const CAPACITY: u64 = 4_803;
+
+    /// This test's map as if it were the dataplane's, one before it of the same name, and one that is too large.
+    fn maps() -> Result<Vec<Held>> {
+        let mut all = bpf_maps::held()?;
+        all.retain(|map| map.capacity == CAPACITY);
+        let Some(map) = all.pop() else {
+            anyhow::bail!("the test's map is not there");
+        };
+        let as_if = |name: &str, capacity| Held {
+            name: name.into(),
+            capacity,
+            ..map.clone()
+        };
+        Ok(vec![
+            as_if("FRONTENDS", 1),
+            as_if("FRONTENDS", CAPACITY),
+            as_if("RULES", CHEAP + 1),
+            as_if("rodata", 1),
+        ])
+    }
+
+    #[test]
+    fn maps_are_told_once_and_counted_where_it_is_cheap() {
+        if !nix::unistd::geteuid().is_root() {
+            println!("skipped: it needs root");
+            return;
+        }
+        let mut map: HashMap<MapData, u32, u32> = HashMap::create(CAPACITY as u32, 1).unwrap();
+        for key in 0..3 {
+            map.insert(key, 0, 0).unwrap();
+        }
+        let told = text(KernelMaps(maps));
+        let of = |name: &str| -> Vec<&str> {
+            let lines = told
+                .lines()
+                .filter(|line| line.starts_with(&format!("{name}{{")));
+            lines.collect()
+        };
+        assert_eq!(
+            of("xebec_bpf_map_capacity"),
+            [
+                format!("xebec_bpf_map_capacity{{map=\"FRONTENDS\"}} {CAPACITY}"),
+                format!("xebec_bpf_map_capacity{{map=\"RULES\"}} {}", CHEAP + 1),
+            ]
+        );
+        assert_eq!(
+            of("xebec_bpf_map_entries"),
+            ["xebec_bpf_map_entries{map=\"FRONTENDS\"} 3"]
+        );
+        assert_eq!(of("xebec_bpf_map_bytes").len(), 2);
+    }
+}

@@ -1,0 +1,337 @@
+//! `xebec agent`: the node agent alone, on any Kubernetes, in place of its kube-proxy and CNI plugin.
+
+mod cgroup;
+mod cleanup;
+mod cni;
+#[cfg(test)]
+mod manifests;
+mod node_object;
+mod ports;
+
+use std::net::IpAddr;
+use std::path::{Path, PathBuf};
+use std::time::Duration;
+
+use anyhow::{Context, Result, bail};
+use clap::{Args, Subcommand};
+use ipnet::IpNet;
+use nix::mount::MsFlags;
+use tokio_util::sync::CancellationToken;
+use tracing::{info, warn};
+
+use crate::paths::{Layout, NodeLayout, private_dir};
+use crate::up::XdpMode;
+use node_object::Found;
+pub use ports::Ports;
+
+/// How the agent runs; nothing but root's rights and an API server is needed.
+#[derive(Args)]
+#[command(args_conflicts_with_subcommands = true)]
+pub struct Agent {
+    #[command(subcommand)]
+    action: Option<Action>,
+    #[command(flatten)]
+    run: Run,
+}
+
+#[derive(Subcommand)]
+enum Action {
+    /// Take away all that an agent left on this node: links, maps, routes, pods' devices, CNI plugin and configuration
+    Cleanup(cleanup::Cleanup),
+    /// Prepare a node: mount the BPF filesystem where there is none, so that it outlives the agent's pod
+    Init {
+        /// Where the BPF filesystem is
+        #[arg(long, default_value = "/sys/fs/bpf")]
+        bpf_root: PathBuf,
+    },
+}
+
+/// Where things are on the node: the same for running and for cleaning up.
+#[derive(Args, Clone, Debug)]
+struct Place {
+    /// Name of this node's Node object; the host name by default
+    #[arg(long, env = "NODE_NAME")]
+    node_name: Option<String>,
+    /// Where the BPF filesystem is; links and flows are kept in its folder `xebec`
+    #[arg(long, default_value = "/sys/fs/bpf")]
+    bpf_root: PathBuf,
+    #[command(flatten)]
+    cni: cni::Cni,
+}
+
+#[derive(Args)]
+struct Run {
+    #[command(flatten)]
+    place: Place,
+    /// How to reach the API server; without it, as a pod of the cluster does
+    #[arg(long)]
+    kubeconfig: Option<PathBuf>,
+    /// Addresses of this node, where those of its Node object will not do
+    #[arg(long, value_delimiter = ',')]
+    node_ip: Vec<IpAddr>,
+    /// Ranges of this node's pods, one for each family, where the Node object has none
+    #[arg(long, value_delimiter = ',')]
+    pod_cidr: Vec<IpNet>,
+    /// Blocks with routes to all pods, such as the cluster's range of pods: packets to them keep a pod's address
+    #[arg(long, alias = "native-routing-cidr", value_delimiter = ',')]
+    cluster_cidr: Vec<IpNet>,
+    /// Devices that lead to other nodes and the outside; by default those of the node's address and the default route
+    #[arg(long, value_delimiter = ',')]
+    devices: Vec<String>,
+    /// Node ports by XDP on these devices; tc serves what XDP does not
+    #[arg(long, value_enum, env = "XEBEC_XDP", default_value_t)]
+    xdp: XdpMode,
+    /// The host's cgroup v2 hierarchy, or the folder with all hierarchies; by default where it is mounted
+    #[arg(long)]
+    cgroup_root: Option<PathBuf>,
+    /// The cgroup v2 folder of all pods; by default the kubelet's `kubepods` is looked for
+    #[arg(long)]
+    pod_cgroup: Option<PathBuf>,
+    #[command(flatten)]
+    ports: Ports,
+}
+
+impl Agent {
+    /// Runs until SIGINT or SIGTERM; the dataplane goes on without the agent.
+    pub async fn run(self, layout: Layout) -> Result<()> {
+        match self.action {
+            None => self.run.run(layout).await,
+            Some(Action::Cleanup(cleanup)) => cleanup.run(layout).await,
+            Some(Action::Init { bpf_root }) => mount_bpf(&bpf_root),
+        }
+    }
+}
+
+impl Place {
+    /// This node's name: as the kubelet, in lower case.
+    fn name(&self) -> Result<String> {
+        match &self.node_name {
+            Some(name) if name.is_empty() => {
+                bail!("the node's name is empty (--node-name, NODE_NAME)")
+            }
+            Some(name) => Ok(name.clone()),
+            None => {
+                let name = nix::unistd::gethostname().context("could not read the host name")?;
+                Ok(name.to_string_lossy().trim().to_lowercase())
+            }
+        }
+    }
+
+    /// Pinned links and maps.
+    fn bpf_dir(&self) -> PathBuf {
+        self.bpf_root.join("xebec")
+    }
+}
+
+impl Run {
+    async fn run(self, layout: Layout) -> Result<()> {
+        crate::up::install_tls_provider()?;
+        crate::up::require_root()?;
+        let stop = crate::up::stop_signal()?;
+        let _held = crate::up::lock(&layout)?;
+        let name = self.place.name()?;
+        let node_layout = layout.node(&name);
+        let (cgroup_root, pod_cgroup) = self.cgroups()?;
+        sysctls()?;
+        if !is_bpf(&self.place.bpf_root) {
+            anyhow::ensure!(
+                std::env::var_os("KUBERNETES_SERVICE_HOST").is_none(),
+                "{} is no BPF filesystem, and one that is mounted in this pod would end with it: mount the node's there (`xebec agent init` in a privileged init container makes one)",
+                self.place.bpf_root.display()
+            );
+            mount_bpf(&self.place.bpf_root)?;
+        }
+        let client = self.client().await?;
+        let mut stop = std::pin::pin!(stop);
+        let found = tokio::select! {
+            found = node_object::wait(client.clone(), &name, &self.node_ip, &self.pod_cidr) => found?,
+            () = &mut stop => return Ok(()),
+        };
+        info!(
+            node = name,
+            addresses = ?found.addresses,
+            pod_ranges = ?found.pod_ranges,
+            cgroup = %cgroup_root.display(),
+            "found"
+        );
+        for dir in [
+            &layout.data,
+            &layout.run,
+            &node_layout.data,
+            &node_layout.run,
+            &node_layout.agent_state(),
+        ] {
+            private_dir(dir)?;
+        }
+        let socket = node_layout.agent_socket();
+        // One that a killed agent left answers nobody.
+        let _ = std::fs::remove_file(&socket);
+        let config = self.config(name, &found, &node_layout, cgroup_root, pod_cgroup)?;
+        let shutdown = CancellationToken::new();
+        let agent = xebec_agent::run(client, config, shutdown.clone());
+        let mut agent = std::pin::pin!(agent);
+        // Pods are sent here once the agent answers.
+        let installed = async {
+            while !socket.exists() {
+                tokio::time::sleep(Duration::from_millis(20)).await;
+            }
+            self.place.cni.install(Path::new("/proc/self/exe"), &socket)
+        };
+        tokio::select! {
+            outcome = &mut agent => return outcome.and_then(|()| bail!("the agent ended by itself")),
+            installed = installed => installed?,
+            () = &mut stop => {
+                shutdown.cancel();
+                return agent.await;
+            }
+        }
+        tokio::select! {
+            outcome = &mut agent => outcome.and_then(|()| bail!("the agent ended by itself")),
+            () = &mut stop => {
+                info!("stopping; pods, Services and policies stay as they are");
+                shutdown.cancel();
+                agent.await
+            }
+        }
+    }
+
+    /// The root of cgroup v2, and the cgroup of all pods.
+    fn cgroups(&self) -> Result<(PathBuf, Option<PathBuf>)> {
+        let root = cgroup::root(self.cgroup_root.as_deref())?;
+        let pods = match &self.pod_cgroup {
+            Some(named) => Some(named.clone()),
+            None => cgroup::pods(&root)?,
+        };
+        match (&pods, cgroup::is_whole(&root)) {
+            (Some(_), _) => {}
+            (None, false) => bail!(
+                "{} is this container's part of cgroup v2, and no pod is in it: mount the host's /sys/fs/cgroup, and name it with --cgroup-root",
+                root.display()
+            ),
+            (None, true) => warn!(
+                "no cgroup of a kubelet's pods is in {} (cgroup v1?): what pods send to Services is translated packet by packet; a kubelet that starts later needs --pod-cgroup",
+                root.display()
+            ),
+        }
+        Ok((root, pods))
+    }
+
+    async fn client(&self) -> Result<kube::Client> {
+        let config = match &self.kubeconfig {
+            Some(path) => {
+                let found = kube::config::Kubeconfig::read_from(path)
+                    .with_context(|| format!("could not read {}", path.display()))?;
+                let options = kube::config::KubeConfigOptions::default();
+                kube::Config::from_custom_kubeconfig(found, &options)
+                    .await
+                    .with_context(|| format!("{} names no cluster to use", path.display()))?
+            }
+            None => kube::Config::incluster()
+                .context("this is no pod of a cluster: name a kubeconfig with --kubeconfig")?,
+        };
+        kube::Client::try_from(config).context("could not make an API client")
+    }
+
+    /// The one place that knows how the agent is told of addresses and ranges.
+    fn config(
+        &self,
+        node_name: String,
+        found: &Found,
+        layout: &NodeLayout,
+        cgroup_root: PathBuf,
+        pod_cgroup: Option<PathBuf>,
+    ) -> Result<xebec_agent::Config> {
+        let is_v4 = |range: &IpNet| range.addr().is_ipv4();
+        let node_ips = of_each_family(&found.addresses, IpAddr::is_ipv4);
+        let pod_cidrs = of_each_family(&found.pod_ranges, is_v4);
+        Ok(xebec_agent::Config {
+            node_ips,
+            pod_cidrs,
+            socket: layout.agent_socket(),
+            state_dir: layout.agent_state(),
+            bpf_dir: self.place.bpf_dir(),
+            cgroup_root,
+            pod_cgroup,
+            devices: self.devices.clone(),
+            xdp: self.xdp.into(),
+            native: self.cluster_cidr.iter().map(IpNet::trunc).collect(),
+            nodeport_addresses: self.ports.nodeport_addresses(&found.addresses),
+            serve: xebec_agent::metrics::Addresses {
+                metrics: self.ports.metrics(),
+                healthz: self.ports.healthz(),
+            },
+            node_name,
+        })
+    }
+}
+
+/// The first of each family, in their order: the primary one first.
+fn of_each_family<T: Copy>(all: &[T], is_v4: impl Fn(&T) -> bool) -> Vec<T> {
+    let mut firsts: Vec<T> = Vec::new();
+    for one in all {
+        if !firsts.iter().any(|first| is_v4(first) == is_v4(one)) {
+            firsts.push(*one);
+        }
+    }
+    firsts
+}
+
+/// Makes sysctls writable: container runtimes mount them read-only for pods that are not privileged.
+fn sysctls() -> Result<()> {
+    const ROOT: &str = "/proc/sys";
+    let probe = std::fs::OpenOptions::new()
+        .write(true)
+        .open("/proc/sys/net/ipv4/ip_forward");
+    match probe {
+        Err(error) if error.raw_os_error() == Some(nix::libc::EROFS) => nix::mount::mount(
+            None::<&str>,
+            ROOT,
+            None::<&str>,
+            MsFlags::MS_REMOUNT
+                | MsFlags::MS_BIND
+                | MsFlags::MS_NOSUID
+                | MsFlags::MS_NODEV
+                | MsFlags::MS_NOEXEC,
+            None::<&str>,
+        )
+        .context(
+            "could not make /proc/sys writable (the pod needs SYS_ADMIN, and no AppArmor profile)",
+        ),
+        // Whatever else there is, is told by who writes there.
+        _ => Ok(()),
+    }
+}
+
+fn is_bpf(dir: &Path) -> bool {
+    nix::sys::statfs::statfs(dir)
+        .is_ok_and(|found| found.filesystem_type() == nix::sys::statfs::BPF_FS_MAGIC)
+}
+
+/// Mounts a BPF filesystem, unless it is there.
+fn mount_bpf(root: &Path) -> Result<()> {
+    if is_bpf(root) {
+        return Ok(());
+    }
+    crate::up::require_root()?;
+    nix::mount::mount(
+        Some("bpf"),
+        root,
+        Some("bpf"),
+        MsFlags::MS_NOSUID | MsFlags::MS_NODEV | MsFlags::MS_NOEXEC,
+        Some("mode=0700"),
+    )
+    .with_context(|| format!("could not mount the BPF filesystem on {}", root.display()))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn one_address_of_each_family() {
+        let all = ["fd00::1", "192.0.2.1", "192.0.2.2", "fd00::2"].map(|one| one.parse().unwrap());
+        let firsts = of_each_family::<IpAddr>(&all, IpAddr::is_ipv4);
+        assert_eq!(firsts, all[..2]);
+        assert!(of_each_family(&[], IpAddr::is_ipv4).is_empty());
+    }
+}
