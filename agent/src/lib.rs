@@ -7,6 +7,7 @@ mod dataplane;
 pub mod endpoints;
 pub mod flows;
 pub mod gateway;
+pub mod host_ports;
 mod ipam;
 pub mod link;
 pub mod loader;
@@ -57,6 +58,8 @@ pub struct Config {
     pub xdp: loader::Xdp,
     /// Addresses that have routes to pods, besides the nodes and the pods themselves.
     pub native: Vec<IpNet>,
+    /// Where node ports are reached.
+    pub node_ports: services::NodePortAddresses,
 }
 
 /// Runs until `shutdown`; pods stay connected, Services translated and policy enforced as they were.
@@ -91,7 +94,9 @@ pub async fn run(client: kube::Client, config: Config, shutdown: CancellationTok
         dir: config.bpf_dir.clone(),
     });
     let endpoints = connect(&config, Some(dataplane.clone()))?;
-    let shown = services::Shown::default();
+    // Nobody tells of host ports yet.
+    let (_host_ports, host_ports_told) = watch::channel(Vec::new());
+    let tables = services::Services::new(maps.services, &config.node_name, Vec::new());
     let served = network::Served::default();
     let (services_ready, services_are_ready) = oneshot::channel();
     let routes = routes::run(
@@ -110,16 +115,20 @@ pub async fn run(client: kube::Client, config: Config, shutdown: CancellationTok
     );
     let services = services::run(
         client,
-        maps.services,
-        config.node_ip,
+        tables.clone(),
+        services::Options {
+            node_name: config.node_name.clone(),
+            node_ip: config.node_ip,
+            node_ports: config.node_ports.clone(),
+        },
         nodes_told,
-        shown.clone(),
+        host_ports_told,
         services_ready,
         shutdown.clone(),
     );
     let tables = api::Tables {
         endpoints: endpoints.clone(),
-        services: shown,
+        services: Some(tables),
         engine: Some(engine),
         flows,
         served: served.clone(),
@@ -150,7 +159,7 @@ pub async fn run(client: kube::Client, config: Config, shutdown: CancellationTok
 pub async fn run_detached(config: Config, shutdown: CancellationToken) -> Result<()> {
     let tables = api::Tables {
         endpoints: connect(&config, None)?,
-        services: services::Shown::default(),
+        services: None,
         engine: None,
         flows: flows::Flows::new(names::Names::default(), &config.node_name),
         served: network::Served::default(),

@@ -169,6 +169,7 @@ mod tests {
         let view = |address: &str, range: &str| NodeView {
             addresses: vec![address.parse().unwrap()],
             pod_ranges: vec![range.parse().unwrap()],
+            ..NodeView::default()
         };
         Some(
             all.iter()

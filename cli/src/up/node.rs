@@ -119,6 +119,7 @@ impl NodeConfig {
                 .iter()
                 .map(|cable| IpAddr::V4(cable.host).into())
                 .collect(),
+            node_ports: xebec_agent::services::NodePortAddresses::All,
         }
     }
 
