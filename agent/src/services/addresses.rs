@@ -38,10 +38,14 @@ impl FromStr for NodePortAddresses {
             blocks => {
                 let block = |text: &str| {
                     text.trim().parse().with_context(|| {
-                        format!("{text:?} is neither a block of addresses nor the only word \"primary\"")
+                        format!(
+                            "{text:?} is neither a block of addresses nor the only word \"primary\""
+                        )
                     })
                 };
-                Ok(Self::Blocks(blocks.split(',').map(block).collect::<Result<_>>()?))
+                Ok(Self::Blocks(
+                    blocks.split(',').map(block).collect::<Result<_>>()?,
+                ))
             }
         }
     }
@@ -71,7 +75,9 @@ pub fn of(
 ) -> BTreeMap<IpAddr, u8> {
     let view = nodes.as_ref().and_then(|nodes| nodes.get(node));
     let told = view.map_or(&[][..], |view| &view.addresses);
-    let own: Vec<IpAddr> = std::iter::once(node_ip).chain(told.iter().copied()).collect();
+    let own: Vec<IpAddr> = std::iter::once(node_ip)
+        .chain(told.iter().copied())
+        .collect();
     let mut all: BTreeMap<IpAddr, u8> = BTreeMap::new();
     let others = nodes.iter().flatten().filter(|(name, _)| *name != node);
     let others = others.map(|(_, view): (_, &NodeView)| &view.addresses[..]);
@@ -93,7 +99,10 @@ pub fn of(
             let inside = |one: &&IpAddr| blocks.iter().any(|block| block.contains(*one));
             let others = others.flatten().filter(inside);
             others.for_each(|one| add(*one, OTHERS));
-            own.iter().chain(local).filter(inside).for_each(|one| add(*one, OWN));
+            own.iter()
+                .chain(local)
+                .filter(inside)
+                .for_each(|one| add(*one, OWN));
         }
     }
     // IPv6's loopback can't be translated: its packets may not leave the device.
@@ -146,7 +155,10 @@ pub async fn follow(
             });
         }
         Err(error) => {
-            warn!(error = format!("{error:#}"), "node ports may be missing at some address");
+            warn!(
+                error = format!("{error:#}"),
+                "node ports may be missing at some address"
+            );
             told.send_if_modified(|before| {
                 let news = before.is_none();
                 before.get_or_insert_default();
@@ -193,20 +205,42 @@ mod tests {
             ..NodeView::default()
         };
         let nodes = Some(BTreeMap::from([
-            ("a".to_owned(), view(&["10.0.0.1", "fd00::1", "203.0.113.1"])),
-            ("b".to_owned(), view(&["10.0.0.2", "203.0.113.2", "fd00::2"])),
+            (
+                "a".to_owned(),
+                view(&["10.0.0.1", "fd00::1", "203.0.113.1"]),
+            ),
+            (
+                "b".to_owned(),
+                view(&["10.0.0.2", "203.0.113.2", "fd00::2"]),
+            ),
         ]));
-        let local = ["127.0.0.1", "10.0.0.1", "192.168.7.1", "fe80::1", "::1", "fd00::1"].map(ip);
+        let local = [
+            "127.0.0.1",
+            "10.0.0.1",
+            "192.168.7.1",
+            "fe80::1",
+            "::1",
+            "fd00::1",
+        ]
+        .map(ip);
         let texts = |wanted: &str| -> Vec<String> {
             let wanted = wanted.parse().unwrap();
             let all = of(&wanted, "a", ip("10.0.0.1"), &local, &nodes);
-            all.iter().map(|(one, whose)| format!("{one} {whose}")).collect()
+            all.iter()
+                .map(|(one, whose)| format!("{one} {whose}"))
+                .collect()
         };
         assert_eq!(
             texts(""),
             [
-                "10.0.0.1 1", "10.0.0.2 2", "127.0.0.1 1", "192.168.7.1 1", "203.0.113.1 1",
-                "203.0.113.2 2", "fd00::1 1", "fd00::2 2",
+                "10.0.0.1 1",
+                "10.0.0.2 2",
+                "127.0.0.1 1",
+                "192.168.7.1 1",
+                "203.0.113.1 1",
+                "203.0.113.2 2",
+                "fd00::1 1",
+                "fd00::2 2",
             ]
         );
         assert_eq!(

@@ -73,10 +73,6 @@ impl Backends {
         self.capacity = self.capacity.max(capacity);
     }
 
-    pub fn capacity(&self) -> u32 {
-        self.capacity
-    }
-
     /// How many there are.
     pub fn used(&self) -> u32 {
         self.numbers.len() as u32
@@ -182,16 +178,6 @@ impl Backends {
         !self.resting.is_empty()
     }
 
-    /// What a number stands for.
-    pub fn target(&self, number: u32) -> Target {
-        self.held[number as usize].target
-    }
-
-    /// Whether a backend is there.
-    pub fn is_there(&self, number: u32) -> bool {
-        self.held[number as usize].holders > 0
-    }
-
     /// The entry as the kernel has it.
     pub fn entry(&self, number: u32) -> Backend {
         let held = &self.held[number as usize];
@@ -210,6 +196,11 @@ impl Backends {
         changed.sort_unstable();
         changed.dedup();
         changed
+    }
+
+    /// These could not be written.
+    pub fn change_again(&mut self, mut numbers: Vec<u32>) {
+        self.changed.append(&mut numbers);
     }
 
     /// All entries have to be written.
@@ -249,10 +240,8 @@ impl Backends {
                 self.numbers
                     .insert_unique(hasher.hash_one(target), number, rehash);
                 adopted.push(number);
+                self.changed.push(number);
             } else {
-                if there {
-                    self.changed.push(number);
-                }
                 unused.push(number);
             }
         }

@@ -18,8 +18,8 @@ pub struct Batch {
     pub chunks: Vec<(u32, Chunk)>,
     /// What frontends become; none for those that go.
     pub fronts: HashMap<FrontendKey, Option<Frontend>>,
-    pub new_ranges: Vec<(u32, IpNet)>,
-    pub old_ranges: Vec<(u32, IpNet)>,
+    /// Blocks of sources, and whether they are let in.
+    pub ranges: HashMap<(u32, IpNet), bool>,
     /// Runs that no frontend will name.
     pub freed: Vec<Run>,
     /// Backends that a port lets go of.
@@ -28,14 +28,18 @@ pub struct Batch {
 
 fn write_backends(kernel: &mut impl ServiceKernel, backends: &mut Backends) -> Result<()> {
     let changed = backends.take_changed();
-    let entries: Vec<(u32, Backend)> = changed
-        .into_iter()
-        .map(|number| (number, backends.entry(number)))
-        .collect();
+    let entries = changed
+        .iter()
+        .map(|number| (*number, backends.entry(*number)));
+    let entries: Vec<(u32, Backend)> = entries.collect();
     if entries.is_empty() {
         return Ok(());
     }
-    kernel.set_backends(&entries)
+    let outcome = kernel.set_backends(&entries);
+    if outcome.is_err() {
+        backends.change_again(changed);
+    }
+    outcome
 }
 
 impl Batch {
@@ -55,10 +59,13 @@ impl Batch {
         if !self.chunks.is_empty() {
             kernel.set_chunks(&self.chunks)?;
         }
-        for (service, block) in &self.new_ranges {
+        for ((service, block), _) in self.ranges.iter().filter(|(_, there)| **there) {
             kernel.set_range(*service, *block)?;
         }
-        let set = self.fronts.iter().filter_map(|(key, value)| Some((*key, (*value)?)));
+        let set = self
+            .fronts
+            .iter()
+            .filter_map(|(key, value)| Some((*key, (*value)?)));
         let set: Vec<(FrontendKey, Frontend)> = set.collect();
         if !set.is_empty() {
             kernel.set_frontends(&set)?;
@@ -66,27 +73,29 @@ impl Batch {
         for (key, _) in self.fronts.iter().filter(|(_, value)| value.is_none()) {
             kernel.remove_frontend(*key)?;
         }
-        for (service, block) in &self.old_ranges {
+        for ((service, block), _) in self.ranges.iter().filter(|(_, there)| !**there) {
             kernel.remove_range(*service, *block)?;
         }
         Ok(())
     }
 
-    /// Writes everything: what is named before what names it, and the other way round when it goes.
+    /// Writes everything: what is named before what names it, and the other way round when it goes. After an error
+    /// the batch is as it was, to be written again.
     pub fn flush(
-        self,
+        &mut self,
         kernel: &mut impl ServiceKernel,
         backends: &mut Backends,
         extents: &mut Extents,
         now: Instant,
     ) -> Result<()> {
-        let outcome = self.write(kernel, backends);
-        for number in self.released {
+        self.write(kernel, backends)?;
+        let done = std::mem::take(self);
+        for number in done.released {
             backends.release(number, now);
         }
-        for run in self.freed {
+        for run in done.freed {
             extents.give_back(run.first, chunk_count(run.count as usize), now);
         }
-        outcome.and_then(|()| write_backends(kernel, backends))
+        write_backends(kernel, backends)
     }
 }

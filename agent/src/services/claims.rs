@@ -67,7 +67,10 @@ impl Claims {
         if let Some(waiting) = self.waiting.get_mut(key) {
             waiting.retain(|one| *one != who);
             if self.owners.get(key) == Some(&who) {
-                next = waiting.iter().copied().reduce(|a, b| if before(b, a) { b } else { a });
+                next = waiting
+                    .iter()
+                    .copied()
+                    .reduce(|a, b| if before(b, a) { b } else { a });
                 waiting.retain(|one| Some(*one) != next);
             }
             if waiting.is_empty() {

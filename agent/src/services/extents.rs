@@ -41,11 +41,6 @@ impl Extents {
         }
     }
 
-    /// How many chunks there are.
-    pub fn capacity(&self) -> u32 {
-        self.capacity
-    }
-
     /// How many of them are given away, those at rest not counted.
     pub fn used(&self) -> u32 {
         self.used

@@ -99,7 +99,9 @@ async fn serve(
                 async move { Ok::<_, Infallible>(response) }
             });
             let mut server = hyper::server::conn::http1::Builder::new();
-            server.timer(TokioTimer::new()).header_read_timeout(PATIENCE);
+            server
+                .timer(TokioTimer::new())
+                .header_read_timeout(PATIENCE);
             // A client that goes away is no fault.
             tokio::select! {
                 () = stop.cancelled() => {}
@@ -131,7 +133,8 @@ impl Health {
     pub async fn apply(&mut self, changes: Vec<HealthChange>) -> Vec<(Box<str>, String)> {
         let mut failed = Vec::new();
         // Ports that are closed can be another's at once.
-        let (closed, kept): (Vec<_>, Vec<_>) = changes.into_iter().partition(|(_, told)| told.is_none());
+        let (closed, kept): (Vec<_>, Vec<_>) =
+            changes.into_iter().partition(|(_, told)| told.is_none());
         let closes = !closed.is_empty();
         for (name, _) in closed {
             if let Some(server) = self.servers.remove(&name) {
@@ -184,7 +187,12 @@ impl Health {
         let service: Arc<str> = name.into();
         let mut tasks = JoinSet::new();
         for listener in listeners {
-            tasks.spawn(serve(listener, service.clone(), count.clone(), stop.clone()));
+            tasks.spawn(serve(
+                listener,
+                service.clone(),
+                count.clone(),
+                stop.clone(),
+            ));
         }
         Ok(Server {
             port,
@@ -240,7 +248,12 @@ mod tests {
         let busy = taken.local_addr().unwrap().port();
         let failed = health.apply(vec![(other.clone(), Some((busy, 1)))]).await;
         assert_eq!(failed.len(), 1);
-        assert!(health.apply(vec![(other.clone(), Some((busy, 2)))]).await.is_empty());
+        assert!(
+            health
+                .apply(vec![(other.clone(), Some((busy, 2)))])
+                .await
+                .is_empty()
+        );
         health.apply(vec![(name, None)]).await;
         assert!(ask(port).await.is_err());
     }

@@ -52,8 +52,13 @@ impl<K: ServiceKernel> Tables<K> {
                     rows.push(self.row(entry, &wanted, unit, front));
                 }
             }
-            let slices = entry.slices.iter().filter_map(|(_, slice)| slice.problems.as_deref());
-            let own = entry.service().map_or(&[][..], |view| &view.extra().problems);
+            let slices = entry
+                .slices
+                .iter()
+                .filter_map(|(_, slice)| slice.problems.as_deref());
+            let own = entry
+                .service()
+                .map_or(&[][..], |view| &view.extra().problems);
             for problem in own.iter().chain(slices.flatten()) {
                 rows.push(json!({
                     "service": entry.name, "port": "", "type": "", "frontend": "", "number": 0,

@@ -101,7 +101,13 @@ impl Services {
     }
 
     /// Brings the kernel in step; what users are to be told.
-    fn sync(&self) -> (Vec<Notice>, Vec<super::tables::HealthChange>, Option<Duration>) {
+    fn sync(
+        &self,
+    ) -> (
+        Vec<Notice>,
+        Vec<super::tables::HealthChange>,
+        Option<Duration>,
+    ) {
         let began = Instant::now();
         let mut tables = self.tables();
         let outcome = tables.sync(began);
@@ -122,8 +128,12 @@ impl Services {
             }
         }
         let take = |count: &mut u64| std::mem::take(count);
-        metrics.service_changes.inc_by(take(&mut tables.service_changes));
-        metrics.endpoint_changes.inc_by(take(&mut tables.endpoint_changes));
+        metrics
+            .service_changes
+            .inc_by(take(&mut tables.service_changes));
+        metrics
+            .endpoint_changes
+            .inc_by(take(&mut tables.endpoint_changes));
         let (services, lacking) = tables.count();
         metrics.services.set(services as i64);
         metrics.lacking.set(lacking as i64);
@@ -131,9 +141,12 @@ impl Services {
         metrics.backends.set(i64::from(used.backends) - 1);
         metrics.set_room(used, tables.room());
         let need = tables.need();
-        self.need.send_if_modified(|before| std::mem::replace(before, need) != need);
+        self.need
+            .send_if_modified(|before| std::mem::replace(before, need) != need);
         let notices = tables.take_notices();
-        let full = notices.iter().filter(|one| one.reason == Reason::DataplaneFull);
+        let full = notices
+            .iter()
+            .filter(|one| one.reason == Reason::DataplaneFull);
         metrics.full.inc_by(full.count() as u64);
         let again = match outcome {
             Err(_) => Some(PATIENCE),
@@ -208,7 +221,12 @@ type Events<T> = BoxStream<'static, Result<Event<T>, watcher::Error>>;
 
 fn events<T>(client: &kube::Client) -> Events<T>
 where
-    T: kube::Resource<DynamicType = ()> + Clone + DeserializeOwned + std::fmt::Debug + Send + 'static,
+    T: kube::Resource<DynamicType = ()>
+        + Clone
+        + DeserializeOwned
+        + std::fmt::Debug
+        + Send
+        + 'static,
 {
     watch(Api::<T>::all(client.clone()), watcher::Config::default())
         .default_backoff()
@@ -216,7 +234,10 @@ where
 }
 
 /// An event, if the stream goes on.
-fn event<T>(next: Option<Result<Event<T>, watcher::Error>>, what: &str) -> Result<Option<Event<T>>> {
+fn event<T>(
+    next: Option<Result<Event<T>, watcher::Error>>,
+    what: &str,
+) -> Result<Option<Event<T>>> {
     match next {
         Some(Ok(event)) => Ok(Some(event)),
         Some(Err(error)) => {
@@ -248,7 +269,9 @@ pub(crate) async fn run(
     let (teller, telling) = Teller::new(client.clone(), &options.node_name);
     let (local, local_told) = signal::channel(None);
     let following = addresses::follow(local, shutdown.clone());
-    let keeping = keep(client, services, options, nodes, host_ports, local_told, teller, ready);
+    let keeping = keep(
+        client, services, options, nodes, host_ports, local_told, teller, ready,
+    );
     tokio::select! {
         () = shutdown.cancelled() => Ok(()),
         outcome = keeping => outcome,
@@ -309,13 +332,15 @@ async fn keep(
                 any = true;
                 let next = event(next, "services")?;
                 let mut tables = services.tables();
-                next.into_iter().for_each(|one| listed.service(one, &mut tables));
+                next.into_iter()
+                    .for_each(|one| listed.service(one, &mut tables));
             }
             if let Some(next) = slice_events.next().now_or_never() {
                 any = true;
                 let next = event(next, "endpoint slices")?;
                 let mut tables = services.tables();
-                next.into_iter().for_each(|one| sliced.slice(one, &mut tables));
+                next.into_iter()
+                    .for_each(|one| sliced.slice(one, &mut tables));
             }
             if !any {
                 break;
@@ -340,7 +365,9 @@ async fn keep(
                 again = Some(tokio::time::Instant::now() + PATIENCE);
             }
             let failed = health.set_addresses(at).await;
-            failed.into_iter().for_each(|(name, error)| tell_of_health(&teller, &name, error));
+            failed
+                .into_iter()
+                .for_each(|(name, error)| tell_of_health(&teller, &name, error));
         }
         // Until all is known, nothing is written: a Service without its endpoints would be refused.
         let known = nodes.borrow().is_some() && local.borrow().is_some();
@@ -349,11 +376,15 @@ async fn keep(
         }
         let (notices, changes, later) = services.sync();
         let retry_addresses = again.filter(|_| node_news);
-        again = later.map(|later| tokio::time::Instant::now() + later).or(retry_addresses);
+        again = later
+            .map(|later| tokio::time::Instant::now() + later)
+            .or(retry_addresses);
         notices.into_iter().for_each(|notice| teller.tell(notice));
         if !changes.is_empty() {
             let failed = health.apply(changes).await;
-            failed.into_iter().for_each(|(name, error)| tell_of_health(&teller, &name, error));
+            failed
+                .into_iter()
+                .for_each(|(name, error)| tell_of_health(&teller, &name, error));
         }
         if let Some(ready) = ready.take() {
             if let Err(error) = services.tables().settle(Instant::now()) {

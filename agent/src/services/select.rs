@@ -100,9 +100,7 @@ pub fn choose(all: &[Traits], policy: Policy) -> Choice {
         choice.any |= all.iter().any(|one| is(*one, READY) || is(*one, ENDING));
         choice.local = those(all, |one| is(one, LOCAL | READY));
         if choice.local.is_empty() {
-            choice.local = those(all, |one| {
-                !is(one, READY) && is(one, LOCAL | ENDING)
-            });
+            choice.local = those(all, |one| !is(one, READY) && is(one, LOCAL | ENDING));
         }
     }
     choice

@@ -171,7 +171,11 @@ impl<K: ServiceKernel> Tables<K> {
     }
 
     fn find(&self, name: &str) -> Option<u32> {
-        let is = |number: &u32| self.entries.get(*number).is_some_and(|one| *one.name == *name);
+        let is = |number: &u32| {
+            self.entries
+                .get(*number)
+                .is_some_and(|one| *one.name == *name)
+        };
         self.names.find(self.hasher.hash_one(name), is).copied()
     }
 
@@ -219,13 +223,19 @@ impl<K: ServiceKernel> Tables<K> {
             return Some(name);
         }
         self.service_changes += 1;
-        let before = entry.service().map(|before| (before.created, before.extra().problems.clone()));
+        let before = entry
+            .service()
+            .map(|before| (before.created, before.extra().problems.clone()));
         let (created, problems) = before.unwrap_or((view.created, Vec::new()));
         let told = &view.extra().problems;
         if !told.is_empty() && *told != problems {
             let words = told.join("; ");
-            self.notices
-                .push(Notice::new(&name, Some(&view), Reason::InvalidService, words));
+            self.notices.push(Notice::new(
+                &name,
+                Some(&view),
+                Reason::InvalidService,
+                words,
+            ));
         }
         let moved = created != view.created;
         entry.source = Source::Service(Box::new(view));
@@ -433,31 +443,32 @@ impl<K: ServiceKernel> Tables<K> {
         self.broken || !self.lacking.is_empty() && (self.extents.rests() || self.backends.rests())
     }
 
-    /// Brings the kernel in step with what was told. After an error everything is written again by the next call.
+    /// Brings the kernel in step with what was told. What failed is tried again by the next call.
     pub fn sync(&mut self, now: Instant) -> Result<()> {
         let woke = self.extents.wake(now) | self.backends.wake(now);
         if woke {
             let lacking: Vec<u32> = self.lacking.keys().copied().collect();
             lacking.into_iter().for_each(|number| self.mark(number));
         }
-        if std::mem::take(&mut self.broken) {
-            self.renew(false);
+        if self.broken {
+            // What could not be written goes first: the rest builds on it.
+            self.flush(now)?;
         }
-        let mut outcome = Ok(());
         while let Some(number) = self.dirty.pop() {
             self.reconcile(number);
             if self.batch.weight() >= AT_ONCE {
-                outcome = outcome.and(self.flush(now));
+                self.flush(now)?;
             }
         }
-        outcome = outcome.and(self.flush(now));
-        self.broken |= outcome.is_err();
-        outcome
+        self.flush(now)
     }
 
     fn flush(&mut self, now: Instant) -> Result<()> {
-        let batch = std::mem::take(&mut self.batch);
-        batch.flush(&mut self.kernel, &mut self.backends, &mut self.extents, now)
+        let outcome =
+            self.batch
+                .flush(&mut self.kernel, &mut self.backends, &mut self.extents, now);
+        self.broken = outcome.is_err();
+        outcome
     }
 
     /// Everything that the API had at first is in the kernel: backends of an agent before this one that nobody
@@ -471,32 +482,28 @@ impl<K: ServiceKernel> Tables<K> {
     pub fn rewrite(&mut self, kernel: K, now: Instant) -> Result<()> {
         // What was decided for the maps before is decided again.
         let before = std::mem::take(&mut self.batch);
-        before.released.into_iter().for_each(|number| self.backends.release(number, now));
+        before
+            .released
+            .into_iter()
+            .for_each(|number| self.backends.release(number, now));
         self.kernel = kernel;
         let room = self.kernel.room();
         self.extents = Extents::new(room.chunks);
         self.backends.grow(room.backends);
-        self.renew(true);
+        self.ranges = 0;
+        self.backends.change_all();
+        let all: Vec<u32> = self.entries.iter().map(|(number, _)| number).collect();
+        for number in all {
+            if let Some(entry) = self.entries.get_mut(number) {
+                entry.units.iter_mut().for_each(Unit::forget);
+            }
+            self.mark(number);
+        }
         for (address, whose) in &self.node_addresses {
             self.kernel.set_node_address(*address, *whose)?;
         }
         self.broken = false;
         self.sync(now)
-    }
-
-    /// Has everything written again: into the same maps, or into others that are empty.
-    fn renew(&mut self, fresh: bool) {
-        self.backends.change_all();
-        if fresh {
-            self.ranges = 0;
-        }
-        let all: Vec<u32> = self.entries.iter().map(|(number, _)| number).collect();
-        for number in all {
-            if let Some(entry) = self.entries.get_mut(number) {
-                entry.units.iter_mut().for_each(|unit| unit.forget(fresh));
-            }
-            self.mark(number);
-        }
     }
 
     /// Brings one entry in step.
@@ -574,14 +581,18 @@ impl<K: ServiceKernel> Tables<K> {
     /// How many ready endpoints a Service has on this node, each address once.
     fn health_of(&self, number: u32, wanted: &[Wanted]) -> (u16, u32) {
         let entry = self.entries.get(number);
-        let port = entry.and_then(Entry::service).map_or(0, |view| view.health_port);
+        let port = entry
+            .and_then(Entry::service)
+            .map_or(0, |view| view.health_port);
         if port == 0 {
             return (0, 0);
         }
         let of = |v4: bool| {
             let units = wanted.iter().filter(|one| one.v4 == v4);
             let ready = |traits: u8| traits & (LOCAL | READY) == LOCAL | READY;
-            let ends = units.flat_map(|one| &one.ends).filter(|end| ready(end.traits));
+            let ends = units
+                .flat_map(|one| &one.ends)
+                .filter(|end| ready(end.traits));
             ends.map(|end| end.ip).collect::<HashSet<_>>().len() as u32
         };
         (port, of(true).max(of(false)))
@@ -633,11 +644,6 @@ impl<K: ServiceKernel> Tables<K> {
     /// When what the last [`Self::sync`] wrote happened, once.
     pub fn take_triggers(&mut self) -> Vec<f64> {
         std::mem::take(&mut self.triggers)
-    }
-
-    /// The kernel's side.
-    pub fn kernel(&self) -> &K {
-        &self.kernel
     }
 
     #[cfg(test)]

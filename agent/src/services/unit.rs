@@ -30,7 +30,7 @@ pub struct Held {
 #[derive(Clone, Copy, Debug)]
 struct Written {
     run: Run,
-    /// What stands in it; 0 if that is not known.
+    /// Tells what stands in it.
     fingerprint: u64,
 }
 
@@ -70,18 +70,13 @@ impl Unit {
         runs.map(|(_, one)| one.run)
     }
 
-    /// What is in the kernel has to be written again, into the same maps or into fresh ones.
-    pub fn forget(&mut self, fresh: bool) {
+    /// All has to be written again, into maps that are empty.
+    pub fn forget(&mut self) {
         for held in &mut self.held {
             held.front.flags = UNKNOWN;
         }
-        for written in &mut self.runs {
-            written.fingerprint = 0;
-        }
-        if fresh {
-            self.runs = Box::default();
-            self.ranges = None;
-        }
+        self.runs = Box::default();
+        self.ranges = None;
     }
 }
 
@@ -114,12 +109,7 @@ struct Members {
 
 impl<K: ServiceKernel> Tables<K> {
     /// Brings one port in step.
-    pub(super) fn apply(
-        &mut self,
-        entry: u32,
-        wanted: &Wanted,
-        known: Option<Unit>,
-    ) -> Applied {
+    pub(super) fn apply(&mut self, entry: u32, wanted: &Wanted, known: Option<Unit>) -> Applied {
         let mut lack = Room::default();
         let owned = self.claim_all(entry, wanted, known.as_ref());
         let had = |key: &FrontendKey| {
@@ -127,7 +117,9 @@ impl<K: ServiceKernel> Tables<K> {
             held.any(|held| held.owned && held.front.key == *key)
         };
         let fresh = wanted.fronts.iter().zip(&owned);
-        let fresh = fresh.filter(|(front, owned)| **owned && !had(&front.key)).count();
+        let fresh = fresh
+            .filter(|(front, owned)| **owned && !had(&front.key))
+            .count();
         let room = self.room();
         let all = self.claims.len() + self.batch.removals();
         if fresh > 0 && all > room.frontends as usize {
@@ -135,9 +127,8 @@ impl<K: ServiceKernel> Tables<K> {
         }
         let needed = self.needed(wanted, known.as_ref());
         let missing = needed.iter().zip(&wanted.ends);
-        let missing = missing.filter(|(needed, end)| {
-            **needed && self.backends.find(&target(end, wanted)).is_none()
-        });
+        let missing = missing
+            .filter(|(needed, end)| **needed && self.backends.find(&target(end, wanted)).is_none());
         let missing = missing.count() as u32;
         if missing > self.backends.room() {
             lack.backends = missing;
@@ -192,8 +183,8 @@ impl<K: ServiceKernel> Tables<K> {
             ranges: (!wanted.ranges.is_empty()).then(|| Box::new(wanted.ranges.clone())),
         };
         self.ranges += new_ranges.len() as u32;
-        let added = new_ranges.into_iter().map(|block| (number, block));
-        self.batch.new_ranges.extend(added);
+        let added = new_ranges.into_iter().map(|block| ((number, block), true));
+        self.batch.ranges.extend(added);
         self.write_fronts(&unit, known.as_ref());
         Applied {
             unit: Some(unit),
@@ -220,14 +211,18 @@ impl<K: ServiceKernel> Tables<K> {
 
     /// Removes a port; `kept` are frontends that the Service's other ports have by now.
     pub(super) fn retire(&mut self, entry: u32, unit: Unit, kept: &[FrontendKey]) {
-        for held in unit.held.iter().filter(|held| !kept.contains(&held.front.key)) {
+        for held in unit
+            .held
+            .iter()
+            .filter(|held| !kept.contains(&held.front.key))
+        {
             self.give_up(entry, &held.front.key, held.owned);
         }
         self.batch.released.extend(&unit.members);
         self.batch.freed.extend(unit.extents());
         for block in unit.ranges.into_iter().flat_map(|all| *all) {
             self.ranges -= 1;
-            self.batch.old_ranges.push((unit.number, block));
+            self.batch.ranges.insert((unit.number, block), false);
         }
         self.numbers.remove(&unit.number);
     }
@@ -289,8 +284,14 @@ impl<K: ServiceKernel> Tables<K> {
 
     /// Removes a frontend from the kernel unless its new owner has put it there already.
     fn take_out(&mut self, key: &FrontendKey) {
-        let owner = self.claims.owner(key).and_then(|owner| self.entries.get(owner));
-        let mut held = owner.iter().flat_map(|entry| &entry.units).flat_map(|unit| &unit.held);
+        let owner = self
+            .claims
+            .owner(key)
+            .and_then(|owner| self.entries.get(owner));
+        let mut held = owner
+            .iter()
+            .flat_map(|entry| &entry.units)
+            .flat_map(|unit| &unit.held);
         if !held.any(|held| held.owned && held.front.key == *key) {
             self.batch.fronts.insert(*key, None);
         }
@@ -310,7 +311,10 @@ impl<K: ServiceKernel> Tables<K> {
             }
         }
         if let Some(known) = known {
-            let idle = needed.iter_mut().zip(&wanted.ends).filter(|(needed, _)| !**needed);
+            let idle = needed
+                .iter_mut()
+                .zip(&wanted.ends)
+                .filter(|(needed, _)| !**needed);
             for (needed, end) in idle {
                 let lasts = wanted.protocol != 17 || end.traits & SERVING != 0;
                 let number = self.backends.find(&target(end, wanted)).filter(|_| lasts);
@@ -327,7 +331,12 @@ impl<K: ServiceKernel> Tables<K> {
             all: Vec::with_capacity(wanted.ends.len()),
         };
         let held = known.map_or(&[][..], |unit| &unit.members);
-        for (index, end) in wanted.ends.iter().enumerate().filter(|(index, _)| needed[*index]) {
+        for (index, end) in wanted
+            .ends
+            .iter()
+            .enumerate()
+            .filter(|(index, _)| needed[*index])
+        {
             let (target, local) = (target(end, wanted), end.traits & LOCAL != 0);
             let there = self.backends.find(&target);
             let number = match there.filter(|number| held.binary_search(number).is_ok()) {
@@ -350,7 +359,9 @@ impl<K: ServiceKernel> Tables<K> {
     /// Undoes [`Self::hold_all`].
     fn let_go(&mut self, members: &[u32], known: Option<&Unit>) {
         let held = known.map_or(&[][..], |unit| &unit.members);
-        let new = members.iter().filter(|number| held.binary_search(number).is_err());
+        let new = members
+            .iter()
+            .filter(|number| held.binary_search(number).is_err());
         self.batch.released.extend(new);
     }
 
@@ -375,7 +386,10 @@ impl<K: ServiceKernel> Tables<K> {
         let written = known.map_or(&[][..], |unit| &unit.runs);
         for run in &wanted.runs {
             let number = |index: u32| members.numbers[index as usize];
-            let stands = run.members.iter().map(|(index, weight)| (number(*index), *weight));
+            let stands = run
+                .members
+                .iter()
+                .map(|(index, weight)| (number(*index), *weight));
             let fingerprint = fingerprint(&self.hasher, run.algorithm, stands);
             let mut there = runs.iter().chain(written);
             if let Some(same) = there.find(|one: &&Written| one.fingerprint == fingerprint) {
@@ -383,7 +397,11 @@ impl<K: ServiceKernel> Tables<K> {
                 runs.push(same);
                 continue;
             }
-            let numbers: Vec<u32> = run.members.iter().map(|(index, _)| number(*index)).collect();
+            let numbers: Vec<u32> = run
+                .members
+                .iter()
+                .map(|(index, _)| number(*index))
+                .collect();
             let slots = slots(run.algorithm, &numbers, &wanted.candidates(run));
             let count = chunk_count(slots.len());
             let Some(first) = self.extents.take(count) else {
@@ -447,7 +465,7 @@ impl<K: ServiceKernel> Tables<K> {
         for block in before.ranges.into_iter().flat_map(|all| *all) {
             if now.ranges.as_ref().is_none_or(|all| !all.contains(&block)) {
                 self.ranges -= 1;
-                self.batch.old_ranges.push((now.number, block));
+                self.batch.ranges.insert((now.number, block), false);
             }
         }
     }
@@ -468,7 +486,11 @@ impl<K: ServiceKernel> Tables<K> {
 impl Unit {
     /// A frontend as the kernel has it.
     fn value(&self, front: &Front) -> Frontend {
-        let run = |index: u8| self.runs.get(usize::from(index)).map_or_else(Run::default, |one| one.run);
+        let run = |index: u8| {
+            self.runs
+                .get(usize::from(index))
+                .map_or_else(Run::default, |one| one.run)
+        };
         Frontend {
             service: self.number,
             flags: front.flags,

@@ -207,7 +207,8 @@ impl ServiceView {
         let kind = spec.kind.as_deref().unwrap_or("ClusterIP");
         let single = spec.cluster_ip.iter().filter(|one| !one.is_empty());
         let listed = spec.cluster_ips.as_deref().filter(|all| !all.is_empty());
-        let cluster: Vec<&String> = listed.map_or_else(|| single.collect(), |all| all.iter().collect());
+        let cluster: Vec<&String> =
+            listed.map_or_else(|| single.collect(), |all| all.iter().collect());
         let none = cluster.first().is_none_or(|first| *first == "None");
         if service.fields.is_ok() && (kind == "ExternalName" || none) {
             return None;
@@ -255,12 +256,22 @@ impl ServiceView {
                 .extend(problems.take("spec.externalIPs", usable(text)));
         }
         let balancer = fields.status.load_balancer.as_ref();
-        for ingress in balancer.and_then(|one| one.ingress.as_ref()).into_iter().flatten() {
+        for ingress in balancer
+            .and_then(|one| one.ingress.as_ref())
+            .into_iter()
+            .flatten()
+        {
             // With another mode, a proxy of the provider's stands before the Service.
             let ours = ingress.ip_mode.as_deref().unwrap_or("VIP") == "VIP";
-            if let Some(text) = ingress.ip.as_deref().filter(|text| ours && !text.is_empty()) {
+            if let Some(text) = ingress
+                .ip
+                .as_deref()
+                .filter(|text| ours && !text.is_empty())
+            {
                 let place = "status.loadBalancer.ingress";
-                extra.load_balancer_ips.extend(problems.take(place, usable(text)));
+                extra
+                    .load_balancer_ips
+                    .extend(problems.take(place, usable(text)));
             }
         }
         for text in spec.load_balancer_source_ranges.iter().flatten() {
@@ -274,7 +285,12 @@ impl ServiceView {
         extra.ranges.sort();
         extra.ranges.dedup();
         // Ranges that can't be read let nobody in, which is what was meant of those not in them.
-        let fenced = spec.load_balancer_source_ranges.iter().flatten().next().is_some();
+        let fenced = spec
+            .load_balancer_source_ranges
+            .iter()
+            .flatten()
+            .next()
+            .is_some();
         if fenced && extra.ranges.is_empty() {
             extra.load_balancer_ips.clear();
         }
@@ -284,7 +300,9 @@ impl ServiceView {
                 "random" => Some(Algorithm::Random),
                 "maglev" => Some(Algorithm::Maglev),
                 other => {
-                    problems.add(format!("{ALGORITHM}: {other:?} is neither random nor maglev"));
+                    problems.add(format!(
+                        "{ALGORITHM}: {other:?} is neither random nor maglev"
+                    ));
                     None
                 }
             };
@@ -308,7 +326,9 @@ impl ServiceView {
         let health_port = match spec.health_check_node_port.unwrap_or(0) {
             wanted if kind == "LoadBalancer" && external_local && wanted != 0 => {
                 let checked = port(wanted).ok_or_else(|| format!("{wanted} is no port"));
-                problems.take("spec.healthCheckNodePort", checked).unwrap_or(0)
+                problems
+                    .take("spec.healthCheckNodePort", checked)
+                    .unwrap_or(0)
             }
             _ => 0,
         };
@@ -343,7 +363,14 @@ impl ServiceView {
     pub fn uid_text(&self) -> Option<String> {
         let hex = format!("{:032x}", self.uid);
         (self.uid != 0).then(|| {
-            [&hex[..8], &hex[8..12], &hex[12..16], &hex[16..20], &hex[20..]].join("-")
+            [
+                &hex[..8],
+                &hex[8..12],
+                &hex[12..16],
+                &hex[16..20],
+                &hex[20..],
+            ]
+            .join("-")
         })
     }
 }
@@ -423,7 +450,10 @@ impl SliceView {
                 | bit(conditions.serving.unwrap_or(true), SERVING)
                 | bit(conditions.terminating.unwrap_or(false), TERMINATING);
             let mut named = |all: &Option<Vec<objects::Named>>| -> Box<[Arc<str>]> {
-                all.iter().flatten().map(|one| texts.get(&one.name)).collect()
+                all.iter()
+                    .flatten()
+                    .map(|one| texts.get(&one.name))
+                    .collect()
             };
             let hints = one.hints.as_ref();
             let mut place = Place {
@@ -491,7 +521,8 @@ impl SliceView {
 
     /// Lets go of the places.
     pub fn release(&self, places: &mut Places) {
-        self.endpoints().for_each(|(_, place, _)| places.release(place));
+        self.endpoints()
+            .for_each(|(_, place, _)| places.release(place));
     }
 }
 

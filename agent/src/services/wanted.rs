@@ -168,7 +168,11 @@ fn fronts(view: &ServiceView, index: usize, v4: bool) -> Vec<(Kind, FrontendKey)
     let port = &view.ports[index];
     let extra = view.extra();
     let mut all = Vec::with_capacity(1 + usize::from(port.node_port > 0));
-    all.push((Kind::ClusterIp, view.cluster_ips[usize::from(!v4)], port.port));
+    all.push((
+        Kind::ClusterIp,
+        view.cluster_ips[usize::from(!v4)],
+        port.port,
+    ));
     let ours = |ips: &[Ip], kind: Kind, all: &mut Vec<(Kind, Ip, u16)>| {
         let ips = ips.iter().filter(|ip| ip.is_v4() == v4);
         all.extend(ips.map(|ip| (kind, *ip, port.port)));
@@ -244,7 +248,15 @@ pub fn of_service<'a>(
             let others = || all.iter().flat_map(|other| &other.fronts);
             let fronts = fronts.into_iter();
             for (kind, key) in fronts.filter(|(_, key)| others().all(|one| one.key != *key)) {
-                wanted.add(kind, key, view, &choice, (inside, outside), fenced, &mut made);
+                wanted.add(
+                    kind,
+                    key,
+                    view,
+                    &choice,
+                    (inside, outside),
+                    fenced,
+                    &mut made,
+                );
             }
             all.push(wanted);
         }
@@ -267,15 +279,33 @@ impl Wanted {
         let (ends, runs) = (&self.ends, &mut self.runs);
         let mut run = |local: bool, algorithm: Algorithm| {
             run(runs, made, local, algorithm, || {
-                let chosen = if local { &choice.local } else { &choice.cluster };
+                let chosen = if local {
+                    &choice.local
+                } else {
+                    &choice.cluster
+                };
                 weighted(chosen, ends, view)
             })
         };
-        let hash = |algorithm, flag| if algorithm == Algorithm::Maglev { flag } else { 0 };
+        let hash = |algorithm, flag| {
+            if algorithm == Algorithm::Maglev {
+                flag
+            } else {
+                0
+            }
+        };
         let mut flags = hash(inside, HASH_INSIDE);
         let missed = |local: bool, flag| {
-            let chosen = if local { &choice.local } else { &choice.cluster };
-            if chosen.is_empty() && choice.any { flag } else { 0 }
+            let chosen = if local {
+                &choice.local
+            } else {
+                &choice.cluster
+            };
+            if chosen.is_empty() && choice.any {
+                flag
+            } else {
+                0
+            }
         };
         let (first, second) = if kind == Kind::ClusterIp {
             // Who is outside has no business here; who is sent here all the same is treated as if inside.

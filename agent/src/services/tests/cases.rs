@@ -29,7 +29,11 @@ fn every_kind_of_frontend() {
         {"ip": "203.0.113.2"}, {"ip": "203.0.113.3", "ipMode": "Proxy"}, {"hostname": "x"},
     ]}});
     world.service(one);
-    world.slice(slice("a", "s", &[("10.0.0.1", "a", "r"), ("10.0.0.2", "b", "r")]));
+    world.slice(slice(
+        "a",
+        "s",
+        &[("10.0.0.1", "a", "r"), ("10.0.0.2", "b", "r")],
+    ));
     world.sync();
     let both = texts(&["10.0.0.1:8080", "10.0.0.2:8080"]);
     let here = texts(&["10.0.0.1:8080"]);
@@ -42,7 +46,11 @@ fn every_kind_of_frontend() {
     ];
     for (frontend, inside, outside, flags) in wanted {
         let served = world.served(frontend);
-        assert_eq!(served, Some((inside.clone(), outside.clone())), "{frontend}");
+        assert_eq!(
+            served,
+            Some((inside.clone(), outside.clone())),
+            "{frontend}"
+        );
         assert_eq!(world.flags(frontend), flags, "{frontend}");
     }
     let maps = world.kernel.0.borrow();
@@ -64,11 +72,20 @@ fn every_kind_of_frontend() {
     let rows = world.tables.rows();
     let row = rows.iter().find(|row| row["type"] == "NodePort").unwrap();
     assert_eq!(row["frontend"], "0.0.0.0:30080/TCP");
-    assert_eq!((&row["service"], &row["port"]), (&json!("n/a"), &json!("p")));
-    assert_eq!(row["algorithm"], json!({"inside": "random", "outside": "maglev"}));
+    assert_eq!(
+        (&row["service"], &row["port"]),
+        (&json!("n/a"), &json!("p"))
+    );
+    assert_eq!(
+        row["algorithm"],
+        json!({"inside": "random", "outside": "maglev"})
+    );
     assert_eq!(row["outside"][0]["backend"], "10.0.0.1:8080");
     assert_eq!(row["outside"][0]["local"], true);
-    assert_eq!((&row["inside"][1]["node"], &row["state"]), (&json!("b"), &json!("ok")));
+    assert_eq!(
+        (&row["inside"][1]["node"], &row["state"]),
+        (&json!("b"), &json!("ok"))
+    );
     world.tables.remove_service("n/a");
     world.tables.remove_slice("n/s");
     world.sync();
@@ -81,7 +98,10 @@ fn every_kind_of_frontend() {
 fn those_that_are_no_matter_of_ours() {
     let mut world = World::new();
     world.service(service("none", json!({"clusterIPs": ["None"]})));
-    world.service(service("name", json!({"type": "ExternalName", "clusterIPs": [], "externalName": "x"})));
+    world.service(service(
+        "name",
+        json!({"type": "ExternalName", "clusterIPs": [], "externalName": "x"}),
+    ));
     let mut other = service("other", json!({}));
     other["metadata"]["labels"] = json!({"service.kubernetes.io/service-proxy-name": "x"});
     world.service(other);
@@ -117,11 +137,17 @@ fn no_endpoint_here_is_dropped_and_none_anywhere_refused() {
     assert_eq!(world.served("10.96.0.1:80/TCP"), Some((vec![], vec![])));
     assert_eq!(world.flags("10.96.0.1:80/TCP"), DROP_INSIDE | DROP_OUTSIDE);
     assert_eq!(world.served("0.0.0.0:30080/TCP"), Some((away, vec![])));
-    assert_eq!(world.flags("0.0.0.0:30080/TCP") & (DROP_INSIDE | DROP_OUTSIDE), DROP_OUTSIDE);
+    assert_eq!(
+        world.flags("0.0.0.0:30080/TCP") & (DROP_INSIDE | DROP_OUTSIDE),
+        DROP_OUTSIDE
+    );
     world.slice(slice("a", "s", &[("10.0.0.2", "b", "")]));
     world.sync();
     assert_eq!(world.flags("10.96.0.1:80/TCP"), 0);
-    assert_eq!(world.flags("0.0.0.0:30080/TCP") & (DROP_INSIDE | DROP_OUTSIDE), 0);
+    assert_eq!(
+        world.flags("0.0.0.0:30080/TCP") & (DROP_INSIDE | DROP_OUTSIDE),
+        0
+    );
 }
 
 /// The generation of the backend with this address.
@@ -139,12 +165,20 @@ fn a_backend_lives_as_long_as_its_connections_may() {
     world.service(service("a", json!({})));
     world.service(service("b", json!({"clusterIPs": ["10.96.0.2"]})));
     let frontend = "10.96.0.1:80/TCP";
-    world.slice(slice("a", "s", &[("10.0.0.1", "a", "r"), ("10.0.0.2", "a", "r")]));
+    world.slice(slice(
+        "a",
+        "s",
+        &[("10.0.0.1", "a", "r"), ("10.0.0.2", "a", "r")],
+    ));
     world.slice(slice("b", "t", &[("10.0.0.1", "a", "r")]));
     world.sync();
     assert_eq!(world.kernel.0.borrow().backends.len(), 2);
     // It ends: nothing new, but what it has goes on.
-    world.slice(slice("a", "s", &[("10.0.0.1", "a", "st"), ("10.0.0.2", "a", "r")]));
+    world.slice(slice(
+        "a",
+        "s",
+        &[("10.0.0.1", "a", "st"), ("10.0.0.2", "a", "r")],
+    ));
     world.slice(slice("b", "t", &[]));
     world.sync();
     assert_eq!(world.served(frontend).unwrap().0, ["10.0.0.2:8080"]);
@@ -154,16 +188,30 @@ fn a_backend_lives_as_long_as_its_connections_may() {
     assert_eq!(row["inside"][0]["state"], "terminating");
     assert_eq!(row["inside"][0]["weight"], 0);
     // Not even serving: still there.
-    world.slice(slice("a", "s", &[("10.0.0.1", "a", "t"), ("10.0.0.2", "a", "")]));
+    world.slice(slice(
+        "a",
+        "s",
+        &[("10.0.0.1", "a", "t"), ("10.0.0.2", "a", "")],
+    ));
     world.sync();
     assert_eq!(world.served(frontend), Some((vec![], vec![])));
-    assert_eq!((generation(&world, "10.0.0.1"), generation(&world, "10.0.0.2")), (Some(1), Some(1)));
+    assert_eq!(
+        (
+            generation(&world, "10.0.0.1"),
+            generation(&world, "10.0.0.2")
+        ),
+        (Some(1), Some(1))
+    );
     // Gone.
     world.slice(slice("a", "s", &[("10.0.0.2", "a", "r")]));
     world.sync();
     assert_eq!(generation(&world, "10.0.0.1"), Some(2));
     // Another time it is another.
-    world.slice(slice("a", "s", &[("10.0.0.1", "a", "r"), ("10.0.0.2", "a", "r")]));
+    world.slice(slice(
+        "a",
+        "s",
+        &[("10.0.0.1", "a", "r"), ("10.0.0.2", "a", "r")],
+    ));
     world.sync();
     assert_eq!(generation(&world, "10.0.0.1"), Some(3));
 }
@@ -181,8 +229,14 @@ fn datagrams_leave_a_backend_that_does_not_answer() {
         generation(&world, "10.0.0.1")
     };
     assert_eq!(udp(&[("10.0.0.1", "a", "r")]), Some(1));
-    assert_eq!(udp(&[("10.0.0.1", "a", "s"), ("10.0.0.2", "a", "r")]), Some(1));
-    assert_eq!(udp(&[("10.0.0.1", "a", ""), ("10.0.0.2", "a", "r")]), Some(2));
+    assert_eq!(
+        udp(&[("10.0.0.1", "a", "s"), ("10.0.0.2", "a", "r")]),
+        Some(1)
+    );
+    assert_eq!(
+        udp(&[("10.0.0.1", "a", ""), ("10.0.0.2", "a", "r")]),
+        Some(2)
+    );
 }
 
 #[test]
@@ -190,16 +244,31 @@ fn one_change_touches_one_service() {
     let mut world = World::new();
     for number in 0..50 {
         let name = format!("s{number}");
-        world.service(service(&name, json!({"clusterIPs": [format!("10.96.1.{number}")]})));
-        world.slice(slice(&name, &name, &[(&format!("10.0.1.{number}"), "a", "r")]));
+        world.service(service(
+            &name,
+            json!({"clusterIPs": [format!("10.96.1.{number}")]}),
+        ));
+        world.slice(slice(
+            &name,
+            &name,
+            &[(&format!("10.0.1.{number}"), "a", "r")],
+        ));
     }
     world.sync();
     world.kernel.0.borrow_mut().writes = [0; 3];
-    world.slice(slice("s7", "s7", &[("10.0.1.7", "a", "r"), ("10.0.2.7", "a", "r")]));
+    world.slice(slice(
+        "s7",
+        "s7",
+        &[("10.0.1.7", "a", "r"), ("10.0.2.7", "a", "r")],
+    ));
     world.sync();
     assert_eq!(world.kernel.0.borrow().writes, [1, 1, 1]);
     // What changes nothing writes nothing.
-    world.slice(slice("s7", "s7", &[("10.0.2.7", "a", "r"), ("10.0.1.7", "a", "r")]));
+    world.slice(slice(
+        "s7",
+        "s7",
+        &[("10.0.2.7", "a", "r"), ("10.0.1.7", "a", "r")],
+    ));
     world.service(service("s7", json!({"clusterIPs": ["10.96.1.7"]})));
     world.sync();
     assert_eq!(world.kernel.0.borrow().writes, [1, 1, 1]);
@@ -217,7 +286,11 @@ fn the_older_service_has_the_port_and_the_other_is_told() {
         one["metadata"]["creationTimestamp"] = json!(created);
         one
     };
-    for (name, ip) in [("new", "10.0.0.1"), ("old", "10.0.0.2"), ("older", "10.0.0.3")] {
+    for (name, ip) in [
+        ("new", "10.0.0.1"),
+        ("old", "10.0.0.2"),
+        ("older", "10.0.0.3"),
+    ] {
         world.slice(slice(name, name, &[(ip, "a", "r")]));
     }
     let port = "0.0.0.0:30080/TCP";
@@ -268,9 +341,15 @@ fn a_node_port_goes_from_one_port_of_a_service_to_another() {
         world.sync();
         let named = world.kernel.0.borrow().named();
         let number = |frontend: &str| named[frontend].service;
-        assert_eq!(number("0.0.0.0:30080/TCP"), number(&format!("10.96.0.1:{first}/TCP")));
+        assert_eq!(
+            number("0.0.0.0:30080/TCP"),
+            number(&format!("10.96.0.1:{first}/TCP"))
+        );
         if first != second {
-            assert_eq!(number("0.0.0.0:30081/TCP"), number(&format!("10.96.0.1:{second}/TCP")));
+            assert_eq!(
+                number("0.0.0.0:30081/TCP"),
+                number(&format!("10.96.0.1:{second}/TCP"))
+            );
             assert_eq!(named.len(), 4);
         }
     }
@@ -284,7 +363,15 @@ fn weights_and_algorithms_by_annotation() {
         "xebec.io/lb-algorithm": "maglev", "xebec.io/weights": r#"{"10.0.0.1": 3, "10.0.0.3": 0}"#,
     });
     world.service(one.clone());
-    world.slice(slice("a", "s", &[("10.0.0.1", "a", "r"), ("10.0.0.2", "a", "r"), ("10.0.0.3", "a", "r")]));
+    world.slice(slice(
+        "a",
+        "s",
+        &[
+            ("10.0.0.1", "a", "r"),
+            ("10.0.0.2", "a", "r"),
+            ("10.0.0.3", "a", "r"),
+        ],
+    ));
     world.sync();
     let frontend = "10.96.0.1:80/TCP";
     assert_eq!(world.flags(frontend), HASH_INSIDE | HASH_OUTSIDE);
@@ -292,16 +379,24 @@ fn weights_and_algorithms_by_annotation() {
         let maps = world.kernel.0.borrow();
         let targets = maps.targets(maps.named()[frontend].inside);
         let of = |text: &str| targets.iter().filter(|one| *one == text).count();
-        (of("10.0.0.1:8080"), of("10.0.0.2:8080"), of("10.0.0.3:8080"))
+        (
+            of("10.0.0.1:8080"),
+            of("10.0.0.2:8080"),
+            of("10.0.0.3:8080"),
+        )
     };
     let (three, one_part, none) = share(&world);
-    assert!(three.abs_diff(one_part * 3) <= 4 && none == 0, "{three} {one_part}");
+    assert!(
+        three.abs_diff(one_part * 3) <= 4 && none == 0,
+        "{three} {one_part}"
+    );
     one["metadata"]["annotations"]["xebec.io/lb-algorithm"] = json!("random");
     world.service(one.clone());
     world.sync();
     assert_eq!((share(&world), world.flags(frontend)), ((3, 1, 0), 0));
     assert!(world.told().is_empty());
-    one["metadata"]["annotations"] = json!({"xebec.io/lb-algorithm": "best", "xebec.io/weights": "3"});
+    one["metadata"]["annotations"] =
+        json!({"xebec.io/lb-algorithm": "best", "xebec.io/weights": "3"});
     world.service(one);
     world.sync();
     assert_eq!((share(&world), world.flags(frontend)), ((1, 1, 1), 0));
@@ -325,10 +420,19 @@ fn garbage_is_named_and_the_rest_works() {
     world.service(service("odd", json!({"clusterIPs": ["10.96.0.2"], "ports": [
         {"port": 80, "nodePort": -1}, {"port": 80, "nodePort": 30000}, {"port": 443, "nodePort": 99999},
     ]})));
-    let mut bad = slice("good", "bad", &[
-        ("127.0.0.1", "a", "r"), ("169.254.169.254", "a", "r"), ("fd00::1", "a", "r"),
-        ("0.0.0.0", "a", "r"), ("224.0.0.1", "a", "r"), ("300.0.0.1", "a", "r"), ("10.0.0.2", "a", "r"),
-    ]);
+    let mut bad = slice(
+        "good",
+        "bad",
+        &[
+            ("127.0.0.1", "a", "r"),
+            ("169.254.169.254", "a", "r"),
+            ("fd00::1", "a", "r"),
+            ("0.0.0.0", "a", "r"),
+            ("224.0.0.1", "a", "r"),
+            ("300.0.0.1", "a", "r"),
+            ("10.0.0.2", "a", "r"),
+        ],
+    );
     bad["endpoints"][5]["addresses"] = json!([]);
     bad["ports"] = json!([{"name": "p", "port": 8080}, {"name": "p", "port": -5}, {"name": "q"}]);
     world.slice(bad);
@@ -337,12 +441,25 @@ fn garbage_is_named_and_the_rest_works() {
     let served = world.served("10.96.0.1:80/TCP").unwrap().0;
     assert_eq!(served, ["10.0.0.1:8080", "10.0.0.2:8080"]);
     let frontends: Vec<String> = world.kernel.0.borrow().named().into_keys().collect();
-    assert_eq!(frontends, ["10.96.0.1:80/TCP", "10.96.0.2:443/TCP", "10.96.0.2:80/TCP"]);
+    assert_eq!(
+        frontends,
+        ["10.96.0.1:80/TCP", "10.96.0.2:443/TCP", "10.96.0.2:80/TCP"]
+    );
     let mut told = world.told();
     told.sort();
-    assert_eq!(told, ["n/bad InvalidService", "n/good InvalidEndpoints", "n/odd InvalidService", "n/worse InvalidService"]);
+    assert_eq!(
+        told,
+        [
+            "n/bad InvalidService",
+            "n/good InvalidEndpoints",
+            "n/odd InvalidService",
+            "n/worse InvalidService"
+        ]
+    );
     let rows = world.tables.rows();
-    let invalid = rows.iter().filter(|row| row["state"].as_str().unwrap().starts_with("invalid: "));
+    let invalid = rows
+        .iter()
+        .filter(|row| row["state"].as_str().unwrap().starts_with("invalid: "));
     assert!(invalid.count() >= 6);
 }
 
@@ -353,16 +470,26 @@ fn an_endpoint_in_two_slices_is_one() {
     world.service(service("a", policy));
     for names in [["s", "t"], ["t", "s"]] {
         world.slice(slice("a", names[0], &[("10.0.0.1", "b", "r")]));
-        world.slice(slice("a", names[1], &[("10.0.0.1", "a", "r"), ("10.0.0.2", "b", "r")]));
+        world.slice(slice(
+            "a",
+            names[1],
+            &[("10.0.0.1", "a", "r"), ("10.0.0.2", "b", "r")],
+        ));
         world.sync();
-        assert_eq!(world.served("10.96.0.1:80/TCP").unwrap().0, ["10.0.0.1:8080"]);
+        assert_eq!(
+            world.served("10.96.0.1:80/TCP").unwrap().0,
+            ["10.0.0.1:8080"]
+        );
     }
     // A slice can go to another Service.
     world.service(service("b", json!({"clusterIPs": ["10.96.0.2"]})));
     world.slice(slice("b", "s", &[("10.0.0.1", "a", "r")]));
     world.slice(slice("b", "t", &[]));
     world.sync();
-    assert_eq!(world.served("10.96.0.2:80/TCP").unwrap().0, ["10.0.0.1:8080"]);
+    assert_eq!(
+        world.served("10.96.0.2:80/TCP").unwrap().0,
+        ["10.0.0.1:8080"]
+    );
     assert_eq!(world.served("10.96.0.1:80/TCP").unwrap().0.len(), 0);
 }
 
@@ -385,8 +512,16 @@ fn host_ports_are_frontends_after_services() {
     world.tables.set_host_ports(&all);
     world.sync();
     let pod = texts(&["10.0.0.1:80"]);
-    for frontend in ["0.0.0.0:8080/TCP", "192.0.2.1:8081/TCP", "0.0.0.0:30080/TCP"] {
-        assert_eq!(world.served(frontend), Some((pod.clone(), pod.clone())), "{frontend}");
+    for frontend in [
+        "0.0.0.0:8080/TCP",
+        "192.0.2.1:8081/TCP",
+        "0.0.0.0:30080/TCP",
+    ] {
+        assert_eq!(
+            world.served(frontend),
+            Some((pod.clone(), pod.clone())),
+            "{frontend}"
+        );
         assert_eq!(world.flags(frontend), EXTERNAL | KEEP_SOURCE);
     }
     assert_eq!(world.served("[::]:8080/TCP").unwrap().0, ["[fd00::5]:80"]);
@@ -394,29 +529,56 @@ fn host_ports_are_frontends_after_services() {
     world.service(service("a", spec));
     world.slice(slice("a", "s", &[("10.0.0.9", "a", "r")]));
     world.sync();
-    assert_eq!(world.served("0.0.0.0:30080/TCP").unwrap().0, ["10.0.0.9:8080"]);
+    assert_eq!(
+        world.served("0.0.0.0:30080/TCP").unwrap().0,
+        ["10.0.0.9:8080"]
+    );
     world.tables.set_host_ports(&[]);
     world.sync();
     assert_eq!(world.kernel.0.borrow().frontends.len(), 2);
     world.tables.set_host_ports(&all);
     world.tables.remove_service("n/a");
     world.sync();
-    assert_eq!(world.served("0.0.0.0:30080/TCP").unwrap().0, ["10.0.0.1:80"]);
+    assert_eq!(
+        world.served("0.0.0.0:30080/TCP").unwrap().0,
+        ["10.0.0.1:80"]
+    );
 }
 
 #[test]
 fn health_counts_ready_endpoints_of_this_node() {
     let mut world = World::new();
     let spec = |policy: &str| {
-        service("a", json!({"type": "LoadBalancer", "externalTrafficPolicy": policy, "healthCheckNodePort": 32000}))
+        service(
+            "a",
+            json!({"type": "LoadBalancer", "externalTrafficPolicy": policy, "healthCheckNodePort": 32000}),
+        )
     };
     world.service(spec("Local"));
-    world.slice(slice("a", "s", &[("10.0.0.1", "a", "r"), ("10.0.0.2", "a", "st"), ("10.0.0.3", "b", "r")]));
+    world.slice(slice(
+        "a",
+        "s",
+        &[
+            ("10.0.0.1", "a", "r"),
+            ("10.0.0.2", "a", "st"),
+            ("10.0.0.3", "b", "r"),
+        ],
+    ));
     world.sync();
-    assert_eq!(world.tables.take_health(), [("n/a".into(), Some((32000, 1)))]);
-    world.slice(slice("a", "s", &[("10.0.0.2", "a", "st"), ("10.0.0.3", "b", "r")]));
+    assert_eq!(
+        world.tables.take_health(),
+        [("n/a".into(), Some((32000, 1)))]
+    );
+    world.slice(slice(
+        "a",
+        "s",
+        &[("10.0.0.2", "a", "st"), ("10.0.0.3", "b", "r")],
+    ));
     world.sync();
-    assert_eq!(world.tables.take_health(), [("n/a".into(), Some((32000, 0)))]);
+    assert_eq!(
+        world.tables.take_health(),
+        [("n/a".into(), Some((32000, 0)))]
+    );
     world.service(spec("Cluster"));
     world.sync();
     assert_eq!(world.tables.take_health(), [("n/a".into(), None)]);
@@ -447,7 +609,9 @@ fn a_service_of_twenty_thousand_endpoints() {
     let mut world = World::new();
     world.service(service("a", json!({"externalIPs": ["203.0.113.1"]})));
     for part in 0..200 {
-        let ips: Vec<String> = (0..100).map(|at| format!("10.{}.{}.{at}", 1 + part / 100, part % 100)).collect();
+        let ips: Vec<String> = (0..100)
+            .map(|at| format!("10.{}.{}.{at}", 1 + part / 100, part % 100))
+            .collect();
         let all: Vec<(&str, &str, &str)> = ips.iter().map(|ip| (&**ip, "b", "r")).collect();
         world.slice(slice("a", &format!("s{part}"), &all));
     }

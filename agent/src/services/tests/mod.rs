@@ -8,7 +8,7 @@ mod measure;
 mod model;
 
 use std::cell::RefCell;
-use std::collections::{BTreeMap, BTreeSet, HashMap};
+use std::collections::{BTreeMap, BTreeSet, HashMap, HashSet};
 use std::net::IpAddr;
 use std::rc::Rc;
 use std::time::Instant;
@@ -70,30 +70,40 @@ impl Maps {
         chunks.take(run.count as usize).collect()
     }
 
-    /// The backends of a run, which are all there.
+    /// What a number of a backend that is there stands for.
+    fn target(&self, number: u32) -> String {
+        let backend = self.backends[&number];
+        assert_eq!(backend.generation & 1, 1, "backend {number} is gone");
+        let ip = IpAddr::from(backend.address);
+        std::net::SocketAddr::new(ip, u16::from_be(backend.port)).to_string()
+    }
+
+    /// The backends of a run, in every slot.
     pub fn targets(&self, run: Run) -> Vec<String> {
         let slots = self.slots(run).into_iter();
-        slots
-            .map(|number| {
-                let backend = self.backends[&number];
-                assert_eq!(backend.generation & 1, 1, "backend {number} is gone");
-                let ip = IpAddr::from(backend.address);
-                std::net::SocketAddr::new(ip, u16::from_be(backend.port)).to_string()
-            })
+        slots.map(|number| self.target(number)).collect()
+    }
+
+    /// The backends of a run, each once.
+    pub fn distinct(&self, run: Run) -> BTreeSet<String> {
+        let numbers: HashSet<u32> = self.slots(run).into_iter().collect();
+        numbers
+            .into_iter()
+            .map(|number| self.target(number))
             .collect()
     }
 
     /// Frontends by their text.
     pub fn named(&self) -> BTreeMap<String, Frontend> {
         let all = self.frontends.iter();
-        all.map(|(key, value)| (frontend_text(key), *value)).collect()
+        all.map(|(key, value)| (frontend_text(key), *value))
+            .collect()
     }
 
     /// The backends that clients inside and outside can get, each once.
     pub fn served(&self, frontend: &str) -> Option<(BTreeSet<String>, BTreeSet<String>)> {
         let value = *self.named().get(frontend)?;
-        let all = |run| self.targets(run).into_iter().collect();
-        Some((all(value.inside), all(value.outside)))
+        Some((self.distinct(value.inside), self.distinct(value.outside)))
     }
 }
 
@@ -109,7 +119,10 @@ impl ServiceKernel for Plain {
             assert!(*number > 0 && *number < maps.room.backends);
             if let Some(before) = maps.backends.insert(*number, *backend) {
                 let moved = (before.address, before.port) != (backend.address, backend.port);
-                assert!(!moved || before.generation & 1 == 0, "{before:?} {backend:?}");
+                assert!(
+                    !moved || before.generation & 1 == 0,
+                    "{before:?} {backend:?}"
+                );
                 assert!(before.generation <= backend.generation);
             }
         }
@@ -156,8 +169,8 @@ impl ServiceKernel for Plain {
         maps.writes[0] += frontends.len();
         for (key, value) in frontends {
             // All that it names is there.
-            maps.targets(value.inside);
-            maps.targets(value.outside);
+            maps.distinct(value.inside);
+            maps.distinct(value.outside);
             assert_ne!(value.service, 0);
             maps.frontends.insert(*key, *value);
             assert!(maps.frontends.len() <= maps.room.frontends as usize);
@@ -172,7 +185,7 @@ impl ServiceKernel for Plain {
 
     fn set_range(&mut self, service: u32, block: IpNet) -> Result<()> {
         let mut maps = self.0.borrow_mut();
-        assert!(maps.ranges.insert((service, block)));
+        maps.ranges.insert((service, block));
         assert!(maps.ranges.len() <= maps.room.ranges as usize);
         Ok(())
     }
@@ -232,7 +245,9 @@ impl World {
     /// Reasons of what users were told.
     pub fn told(&mut self) -> Vec<String> {
         let notices = self.tables.take_notices().into_iter();
-        notices.map(|one| format!("{} {:?}", one.service, one.reason)).collect()
+        notices
+            .map(|one| format!("{} {:?}", one.service, one.reason))
+            .collect()
     }
 
     pub fn served(&self, frontend: &str) -> Option<(Vec<String>, Vec<String>)> {
@@ -249,7 +264,8 @@ impl World {
         let rows = self.tables.rows();
         let mut rows = rows.iter();
         let row = rows.find(|row| row["service"] == service && row["frontend"] == frontend);
-        row.map_or("", |row| row["state"].as_str().unwrap()).to_owned()
+        row.map_or("", |row| row["state"].as_str().unwrap())
+            .to_owned()
     }
 }
 
