@@ -27,12 +27,25 @@ impl Target {
     }
 }
 
+/// Of [`Held::holders`]: the backend is on this node.
+const HERE: u32 = 1 << 31;
+
 struct Held {
     target: Target,
-    flags: u8,
     generation: u32,
-    /// How many ports of Services have it; with none, it is not there.
+    /// How many ports of Services have it; with none, it is not there. [`HERE`] besides.
     holders: u32,
+}
+
+impl Held {
+    /// Whether that is news: it is on this node.
+    fn is_here(&mut self, local: bool) -> bool {
+        let news = local && self.holders & HERE == 0;
+        if news {
+            self.holders |= HERE;
+        }
+        news
+    }
 }
 
 /// All backends by number.
@@ -61,7 +74,6 @@ impl Backends {
                 port: 0,
                 protocol: 0,
             },
-            flags: 0,
             generation: 0,
             holders: 0,
         });
@@ -92,23 +104,18 @@ impl Backends {
 
     /// The number of a backend, held once more. None when there is no room.
     pub fn hold(&mut self, target: Target, local: bool) -> Option<u32> {
-        let flags = if local { ON_THIS_NODE as u8 } else { 0 };
         if let Some(number) = self.find(&target) {
-            let held = &mut self.held[number as usize];
-            held.holders += 1;
-            // Slices that disagree: who says that it is here is believed.
-            if held.flags | flags != held.flags {
-                held.flags |= flags;
-                self.changed.push(number);
-            }
+            self.held[number as usize].holders += 1;
+            self.set_local(number, local);
             return Some(number);
         }
+        let holders = 1 | if local { HERE } else { 0 };
         let number = match self.free.pop() {
             Some(number) => {
                 let held = &mut self.held[number as usize];
                 // Even while nobody has it; odd again from here on.
                 held.generation = held.generation.wrapping_add(1);
-                (held.target, held.flags, held.holders) = (target, flags, 1);
+                (held.target, held.holders) = (target, holders);
                 number
             }
             None if (self.held.len() as u32) < self.capacity => {
@@ -117,9 +124,8 @@ impl Backends {
                 }
                 self.held.push(Held {
                     target,
-                    flags,
                     generation: 1,
-                    holders: 1,
+                    holders,
                 });
                 self.held.len() as u32 - 1
             }
@@ -133,12 +139,9 @@ impl Backends {
         Some(number)
     }
 
-    /// Where a backend is, which is held.
+    /// Where a backend is, which is held. Slices can disagree: who says that it is here is believed.
     pub fn set_local(&mut self, number: u32, local: bool) {
-        let held = &mut self.held[number as usize];
-        let flags = if local { ON_THIS_NODE as u8 } else { 0 };
-        if held.flags | flags != held.flags {
-            held.flags |= flags;
+        if self.held[number as usize].is_here(local) {
             self.changed.push(number);
         }
     }
@@ -147,11 +150,11 @@ impl Backends {
     pub fn release(&mut self, number: u32, now: Instant) {
         let held = &mut self.held[number as usize];
         held.holders -= 1;
-        if held.holders > 0 {
+        if held.holders & !HERE > 0 {
             return;
         }
         held.generation = held.generation.wrapping_add(1);
-        held.flags = 0;
+        held.holders = 0;
         let hash = self.hasher.hash_one(held.target);
         if let Ok(entry) = self.numbers.find_entry(hash, |other| *other == number) {
             entry.remove();
@@ -181,11 +184,16 @@ impl Backends {
     /// The entry as the kernel has it.
     pub fn entry(&self, number: u32) -> Backend {
         let held = &self.held[number as usize];
+        let here = if held.holders & HERE != 0 {
+            ON_THIS_NODE
+        } else {
+            0
+        };
         Backend {
             address: held.target.ip,
             port: held.target.port.to_be(),
             // The protocol is for who reads the map: an agent after this one, a person.
-            flags: u16::from(held.flags) | u16::from(held.target.protocol) << 8,
+            flags: here | u16::from(held.target.protocol) << 8,
             generation: held.generation,
         }
     }
@@ -230,9 +238,12 @@ impl Backends {
             let generation = entry.generation.wrapping_add(u32::from(there && !known));
             self.held.push(Held {
                 target,
-                flags: entry.flags as u8,
                 generation,
-                holders: u32::from(known),
+                holders: match entry.flags & ON_THIS_NODE {
+                    _ if !known => 0,
+                    0 => 1,
+                    _ => 1 | HERE,
+                },
             });
             if known {
                 let (held, hasher) = (&self.held, &self.hasher);

@@ -4,27 +4,62 @@ use std::collections::{HashMap, HashSet};
 use std::hash::Hash;
 use std::sync::Arc;
 
-/// Texts that many objects share; what nobody holds any more goes at times.
-#[derive(Default)]
-pub struct Texts {
-    all: HashSet<Arc<str>>,
+use super::view::{PortView, SlicePort};
+
+/// Values that many objects share; what nobody holds any more goes at times.
+pub struct Shared<T: ?Sized> {
+    all: HashSet<Arc<T>>,
     /// How many there may be before those that nobody holds are looked for.
     limit: usize,
+}
+
+impl<T: ?Sized> Default for Shared<T> {
+    fn default() -> Self {
+        Self {
+            all: HashSet::new(),
+            limit: 0,
+        }
+    }
+}
+
+impl<T: ?Sized + Eq + Hash> Shared<T>
+where
+    Arc<T>: for<'a> From<&'a T>,
+{
+    /// The one value that is equal.
+    pub fn get(&mut self, value: &T) -> Arc<T> {
+        if let Some(there) = self.all.get(value) {
+            return there.clone();
+        }
+        if self.all.len() >= self.limit.max(64) {
+            self.all.retain(|value| Arc::strong_count(value) > 1);
+            self.limit = self.all.len() * 2;
+        }
+        let new = Arc::<T>::from(value);
+        self.all.insert(new.clone());
+        new
+    }
+
+    #[cfg(test)]
+    pub fn len(&self) -> usize {
+        self.all.len()
+    }
+}
+
+/// What objects share.
+#[derive(Default)]
+pub struct Texts {
+    all: Shared<str>,
+    /// Ports of Services: most have the same as many others.
+    pub ports: Shared<[PortView]>,
+    /// Ports of slices.
+    pub slice_ports: Shared<[SlicePort]>,
 }
 
 impl Texts {
     /// The one text that reads so.
     pub fn get(&mut self, text: &str) -> Arc<str> {
-        if let Some(there) = self.all.get(text) {
-            return there.clone();
-        }
-        if self.all.len() >= self.limit.max(64) {
-            self.all.retain(|text| Arc::strong_count(text) > 1);
-            self.limit = self.all.len() * 2;
-        }
-        let new: Arc<str> = text.into();
-        self.all.insert(new.clone());
-        new
+        self.all.get(text)
     }
 
     #[cfg(test)]

@@ -82,7 +82,7 @@ mod tests {
         assert_eq!(turns(&[1, 1]), [1, 1]);
         assert_eq!(turns(&[2, 4, 6]), [1, 2, 3]);
         assert_eq!(turns(&[5]), [1]);
-        let many = vec![999, 1000].repeat(1000);
+        let many = [999, 1000].repeat(1000);
         let turns = turns(&many);
         assert!(turns.iter().sum::<u32>() <= MOST + 2000 && turns.iter().all(|turn| *turn > 0));
     }

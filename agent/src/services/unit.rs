@@ -47,6 +47,10 @@ pub struct Unit {
     /// Numbers of the backends that it holds, in order.
     members: Box<[u32]>,
     runs: Box<[Written]>,
+    #[allow(
+        clippy::box_collection,
+        reason = "nearly all units have none, and there are many"
+    )]
     ranges: Option<Box<Vec<IpNet>>>,
 }
 

@@ -45,7 +45,7 @@ impl Algorithm {
 }
 
 /// A port of a Service.
-#[derive(Clone, Debug, PartialEq, Eq)]
+#[derive(Clone, Debug, PartialEq, Eq, Hash)]
 pub struct PortView {
     pub name: Arc<str>,
     pub port: u16,
@@ -74,7 +74,7 @@ pub struct ServiceView {
     pub uid: u128,
     /// Of IPv4 and of IPv6; [`Ip::NONE`] for none.
     pub cluster_ips: [Ip; 2],
-    pub ports: Box<[PortView]>,
+    pub ports: Arc<[PortView]>,
     /// Seconds that a client keeps its backend; 0 for none.
     pub affinity: u32,
     pub internal_local: bool,
@@ -338,7 +338,7 @@ impl ServiceView {
             created: created.map_or(i64::MAX, |time| time.0.as_second()),
             uid: metadata.uid.as_deref().map_or(0, number_of_uid),
             cluster_ips,
-            ports: ports.into(),
+            ports: texts.ports.get(&ports),
             affinity,
             internal_local: local(&spec.internal_traffic_policy),
             external_local,
@@ -376,7 +376,7 @@ impl ServiceView {
 }
 
 /// A port of a slice.
-#[derive(Clone, Debug, PartialEq, Eq)]
+#[derive(Clone, Debug, PartialEq, Eq, Hash)]
 pub struct SlicePort {
     pub name: Arc<str>,
     pub port: u16,
@@ -396,8 +396,12 @@ const STATE_SHIFT: u32 = 29;
 /// A slice of a Service.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct SliceView {
-    pub ports: Box<[SlicePort]>,
+    pub ports: Arc<[SlicePort]>,
     endpoints: Endpoints,
+    #[allow(
+        clippy::box_collection,
+        reason = "nearly all slices have none, and there are many"
+    )]
     pub problems: Option<Box<Vec<String>>>,
 }
 
@@ -490,7 +494,7 @@ impl SliceView {
             }
         }
         Some(Self {
-            ports: ports.into(),
+            ports: texts.slice_ports.get(&ports),
             endpoints: if v4 {
                 Endpoints::V4(four.into())
             } else {
