@@ -23,7 +23,7 @@ use crate::flows::{Filter, Flows, Seen};
 use crate::maps::{PolicyMaps, dump};
 use crate::network::Served;
 use crate::policy::watch::Shared;
-use crate::services::Shown;
+use crate::services::Services;
 
 /// Bytes of a request: a CNI configuration with its previous result.
 const LIMIT: usize = 1 << 20;
@@ -32,7 +32,8 @@ const LIMIT: usize = 1 << 20;
 #[derive(Clone)]
 pub(crate) struct Tables {
     pub endpoints: Arc<Endpoints>,
-    pub services: Shown,
+    /// None where pods are only taken away.
+    pub services: Option<Services>,
     /// None where pods are only taken away.
     pub engine: Option<Shared<PolicyMaps>>,
     pub flows: Flows,
@@ -194,7 +195,10 @@ async fn answer(request: Request<Incoming>, tables: &Tables) -> Response<Body> {
                 "devices"
             ]),
         ),
-        (&Method::GET, "/tables/services") => reply(StatusCode::OK, &tables.services.rows().into()),
+        (&Method::GET, "/tables/services") => {
+            let rows = tables.services.as_ref().map(Services::rows);
+            reply(StatusCode::OK, &rows.unwrap_or_default().into())
+        }
         (&Method::GET, "/tables/maps") => match crate::bpf_maps::rows() {
             Ok(rows) => reply(StatusCode::OK, &rows.into()),
             Err(error) => reply(

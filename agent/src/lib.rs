@@ -65,8 +65,8 @@ pub struct Config {
     pub xdp: loader::Xdp,
     /// Addresses that have routes to pods, besides the nodes and the pods themselves.
     pub native: Vec<IpNet>,
-    /// Of the node's addresses, those in these blocks are reached at node ports; with no block all are.
-    pub nodeport_addresses: Vec<IpNet>,
+    /// Where node ports are reached.
+    pub node_ports: services::NodePortAddresses,
     /// Where metrics and health are served.
     pub serve: metrics::Addresses,
 }
@@ -88,7 +88,7 @@ pub async fn run(client: kube::Client, config: Config, shutdown: CancellationTok
     let engine = Arc::new(Mutex::new(engine));
     let (synced, mut is_synced) = watch::channel(false);
     let (nodes, nodes_told) = watch::channel(None);
-    let node_ip = check_addresses(&config.node_ips)?;
+    check_addresses(&config.node_ips)?;
     let network = network::run(
         maps.network,
         config.node_ips.clone(),
@@ -105,7 +105,8 @@ pub async fn run(client: kube::Client, config: Config, shutdown: CancellationTok
         dir: config.bpf_dir.clone(),
     });
     let endpoints = connect(&config, Some(dataplane.clone()))?;
-    let shown = services::Shown::default();
+    let before = maps.services.all_backends()?;
+    let tables = services::Services::new(maps.services, &config.node_name, before);
     let served = network::Served::default();
     let (services_ready, services_are_ready) = oneshot::channel();
     let routes = routes::run(
@@ -133,22 +134,26 @@ pub async fn run(client: kube::Client, config: Config, shutdown: CancellationTok
         client.clone(),
         config.node_name.clone(),
         config.serve,
-        metrics::Metrics::new(sources, &[&health]),
+        metrics::Metrics::new(sources, &[&health, &tables.metrics()]),
         health.clone(),
         shutdown.clone(),
     );
     let services = services::run(
         client,
-        maps.services,
-        node_ip,
+        tables.clone(),
+        services::Options {
+            node_name: config.node_name.clone(),
+            node_ips: config.node_ips.clone(),
+            node_ports: config.node_ports.clone(),
+        },
         nodes_told,
-        shown.clone(),
+        endpoints.host_ports(),
         services_ready,
         shutdown.clone(),
     );
     let tables = api::Tables {
         endpoints: endpoints.clone(),
-        services: shown,
+        services: Some(tables),
         engine: Some(engine),
         flows,
         served: served.clone(),
@@ -181,7 +186,7 @@ pub async fn run(client: kube::Client, config: Config, shutdown: CancellationTok
 pub async fn run_detached(config: Config, shutdown: CancellationToken) -> Result<()> {
     let tables = api::Tables {
         endpoints: connect(&config, None)?,
-        services: services::Shown::default(),
+        services: None,
         engine: None,
         flows: flows::Flows::new(names::Names::default(), &config.node_name),
         served: network::Served::default(),

@@ -267,6 +267,7 @@ mod tests {
         let node = NodeView {
             addresses: vec![[192, 0, 2, 7].into()],
             pod_ranges: vec!["10.244.1.0/24".parse().unwrap()],
+            ..NodeView::default()
         };
         let found: Vec<String> = blocks(&node).map(|block| block.to_string()).collect();
         assert_eq!(found, ["192.0.2.7/32", "10.244.1.0/24"]);

@@ -21,6 +21,8 @@ pub struct NodeView {
     pub addresses: Vec<IpAddr>,
     /// Its ranges of pod addresses.
     pub pod_ranges: Vec<IpNet>,
+    /// Its zone (`topology.kubernetes.io/zone`).
+    pub zone: Option<String>,
 }
 
 /// All nodes by name; none until the API has told of all of them once.
@@ -48,6 +50,11 @@ impl From<&Node> for NodeView {
         Self {
             addresses: of("InternalIP").chain(of("ExternalIP")).collect(),
             pod_ranges: ranges.collect(),
+            zone: node
+                .metadata
+                .labels
+                .as_ref()
+                .and_then(|labels| labels.get("topology.kubernetes.io/zone").cloned()),
         }
     }
 }
@@ -107,7 +114,7 @@ mod tests {
     #[test]
     fn addresses_and_ranges_of_a_node() {
         let node: Node = serde_json::from_value(serde_json::json!({
-            "metadata": {"name": "a"},
+            "metadata": {"name": "a", "labels": {"topology.kubernetes.io/zone": "z"}},
             "spec": {"podCIDR": "10.244.1.0/24", "podCIDRs": ["10.244.1.0/24", "fd00::/64"]},
             "status": {"addresses": [
                 {"type": "Hostname", "address": "10.0.0.9"},
@@ -118,6 +125,7 @@ mod tests {
         }))
         .unwrap();
         let view = NodeView::from(&node);
+        assert_eq!(view.zone.as_deref(), Some("z"));
         assert_eq!(
             view.addresses,
             ["10.0.0.1", "fd00::1", "203.0.113.5"].map(|text| text.parse::<IpAddr>().unwrap())

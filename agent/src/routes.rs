@@ -203,6 +203,7 @@ mod tests {
                 .map(|one| one.parse().unwrap())
                 .collect(),
             pod_ranges: ranges.split(',').map(|one| one.parse().unwrap()).collect(),
+            ..NodeView::default()
         };
         Some(
             all.iter()

@@ -11,11 +11,12 @@ use std::time::{Duration, Instant};
 use space::{Space, filters, has_qdisc, ip};
 use xebec_agent::link::{self, Wires};
 use xebec_agent::loader::{self, Loaded, Maps, Xdp};
-use xebec_agent::maps::{PolicyKernel, be};
+use xebec_agent::maps::{PolicyKernel, ServiceKernel};
 use xebec_agent::network::Device;
+use xebec_dataplane_common::ip::Ip;
 use xebec_dataplane_common::nat::Settings;
 use xebec_dataplane_common::policy::Endpoint;
-use xebec_dataplane_common::service::{Address, FrontendKey, FrontendValue};
+use xebec_dataplane_common::service::{Backend, CHUNK, EXTERNAL, Frontend, FrontendKey, OWN, Run};
 
 const POD: Ipv4Addr = Ipv4Addr::new(10, 244, 0, 5);
 const WEB: Ipv4Addr = Ipv4Addr::new(10, 244, 0, 6);
@@ -63,8 +64,10 @@ impl Node {
         let mut loaded = Loaded::new(self.dir.path()).unwrap();
         let mut maps = loaded.maps().unwrap();
         for (address, wires) in [(POD, self.wires[0]), (WEB, self.wires[1])] {
-            maps.policy.set_identity(address, 1000).unwrap();
-            maps.policy.set_endpoint(address, endpoint(wires)).unwrap();
+            maps.policy.set_identity(address.into(), 1000).unwrap();
+            maps.policy
+                .set_endpoint(address.into(), endpoint(wires))
+                .unwrap();
         }
         (loaded, maps)
     }
@@ -303,25 +306,39 @@ fn a_networks_filters_send_on_and_are_let_go() {
         }
         maps.network
             .set_settings(Settings {
-                node: be(NODE),
+                node4: NODE.into(),
                 first_port: 61_000,
                 ports: 4_536,
+                ..Settings::default()
             })
             .unwrap();
-        let address = Address {
-            address: be(Ipv4Addr::new(10, 244, 1, 9)),
+        let backend_of = Backend {
+            address: Ipv4Addr::new(10, 244, 1, 9).into(),
             port: 80_u16.to_be(),
-            pad: 0,
+            flags: 0,
+            generation: 1,
         };
-        maps.services.add_set(1, &[address]).unwrap();
+        let mut chunk = [0; CHUNK];
+        chunk[0] = 1;
+        let run = Run { first: 1, count: 1 };
         let key = FrontendKey {
-            address: be(NODE),
+            address: Ip::EVERY_V4,
             port: 30_080_u16.to_be(),
             protocol: 17,
             pad: 0,
         };
-        let value = FrontendValue { set: 1, count: 1 };
-        maps.services.set_frontend(key, value).unwrap();
+        let value = Frontend {
+            service: 1,
+            flags: EXTERNAL,
+            affinity: 0,
+            inside: run,
+            outside: run,
+        };
+        let services = &mut maps.services;
+        services.set_backends(&[(1, backend_of)]).unwrap();
+        services.set_chunks(&[(1, chunk)]).unwrap();
+        services.set_node_address(NODE.into(), OWN).unwrap();
+        services.set_frontends(&[(key, value)]).unwrap();
         // Programs redirect only where the stack may forward.
         std::fs::write("/proc/sys/net/ipv4/ip_forward", "1").unwrap();
         let device = Device {

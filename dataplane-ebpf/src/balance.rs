@@ -231,8 +231,11 @@ fn mix(hash: u32, word: u32) -> u32 {
 /// Counts a flow that a Service got.
 #[inline(always)]
 fn hit(service: u32) {
-    if let Some(hits) = HITS.get_ptr_mut(service) {
+    match HITS.get_ptr_mut(&service) {
         // SAFETY: the entry is this CPU's own.
-        unsafe { *hits += 1 };
+        Some(hits) => unsafe { *hits += 1 },
+        None => {
+            let _ = HITS.insert(&service, &1, 0);
+        }
     }
 }

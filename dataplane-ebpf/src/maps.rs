@@ -1,7 +1,7 @@
 //! The maps of the dataplane.
 
 use aya_ebpf::macros::map;
-use aya_ebpf::maps::{Array, HashMap, LpmTrie, LruHashMap, PerCpuArray, RingBuf};
+use aya_ebpf::maps::{Array, HashMap, LpmTrie, LruHashMap, LruPerCpuHashMap, PerCpuArray, RingBuf};
 use xebec_dataplane_common::flow::{Counters, Flow, FlowKey};
 use xebec_dataplane_common::ip::Ip;
 use xebec_dataplane_common::nat::Settings;
@@ -27,9 +27,9 @@ pub static FRONTENDS: HashMap<FrontendKey, Frontend> =
 #[map]
 pub static SLOTS: Array<Chunk> = Array::with_max_entries(16_384, MMAPABLE);
 
-/// Backends by number.
+/// Backends by number; adopted by the next agent, since flows name them.
 #[map]
-pub static BACKENDS: Array<Backend> = Array::with_max_entries(32_768, MMAPABLE);
+pub static BACKENDS: Array<Backend> = Array::pinned(32_768, MMAPABLE);
 
 /// Sources that Services let in.
 #[map]
@@ -45,7 +45,7 @@ pub static AFFINITIES: LruHashMap<AffinityKey, Affinity> = LruHashMap::with_max_
 
 /// How many flows each Service got, by its number.
 #[map]
-pub static HITS: PerCpuArray<u64> = PerCpuArray::with_max_entries(65_536, 0);
+pub static HITS: LruPerCpuHashMap<u32, u64> = LruPerCpuHashMap::with_max_entries(16_384, 0);
 
 /// Translations of sockets.
 #[map]
@@ -88,8 +88,8 @@ pub static EXPRESS: HashMap<u32, u8> = HashMap::with_max_entries(256, NO_PREALLO
 #[map]
 pub static SETTINGS: Array<Settings> = Array::with_max_entries(1, 0);
 
-/// Flows: what was decided for them and what becomes of them. The one map that is adopted by the next agent: all
-/// others are rebuilt from the API.
+/// Flows: what was decided for them and what becomes of them. With backends the one map that is adopted by
+/// the next agent: all others are rebuilt from the API.
 #[map]
 pub static FLOWS: LruHashMap<FlowKey, Flow> = LruHashMap::pinned(196_608, 0);
 

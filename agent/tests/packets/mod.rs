@@ -14,7 +14,7 @@ use etherparse::{
     TcpHeader, TransportHeader, UdpHeader,
 };
 use xebec_agent::loader::{By, Loaded, Maps, Xdp};
-use xebec_agent::maps::{PolicyKernel, PolicyMaps};
+use xebec_agent::maps::{PolicyKernel, PolicyMaps, ServiceKernel};
 use xebec_agent::network::Device;
 use xebec_dataplane_common::LAYOUT;
 use xebec_dataplane_common::flow::{Event, Flow, TURN_NONE};
@@ -529,8 +529,8 @@ impl Kernel {
             generation: 1,
         };
         let services = &mut self.maps.services;
-        services.set_backend(self.services, backend).unwrap();
-        services.set_chunk(self.services, chunk).unwrap();
+        services.set_backends(&[(self.services, backend)]).unwrap();
+        services.set_chunks(&[(self.services, chunk)]).unwrap();
         self.frontends(port, self.services, 1);
     }
 
@@ -555,7 +555,7 @@ impl Kernel {
                 inside: run,
                 outside: run,
             };
-            self.maps.services.set_frontend(key, value).unwrap();
+            self.maps.services.set_frontends(&[(key, value)]).unwrap();
         }
     }
 

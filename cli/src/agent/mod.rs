@@ -255,7 +255,7 @@ impl Run {
             devices: self.devices.clone(),
             xdp: self.xdp.into(),
             native: self.cluster_cidr.iter().map(IpNet::trunc).collect(),
-            nodeport_addresses: self.ports.nodeport_addresses(&found.addresses),
+            node_ports: self.ports.node_ports(),
             serve: xebec_agent::metrics::Addresses {
                 metrics: self.ports.metrics(),
                 healthz: self.ports.healthz(),

@@ -1,10 +1,11 @@
 //! Flags that kube-proxy has, too: where metrics and health are served, and where node ports are reached.
 
 use std::net::{IpAddr, SocketAddr};
+use std::str::FromStr;
 
 use anyhow::{Context, Result};
 use clap::Args;
-use ipnet::IpNet;
+use xebec_agent::services::NodePortAddresses;
 
 /// Common to `up` and `agent`.
 #[derive(Args, Clone, Debug)]
@@ -15,24 +16,15 @@ pub struct Ports {
     /// Where load balancers ask for the node's health, as kube-proxy's; empty for nowhere
     #[arg(long, default_value = "0.0.0.0:10256", value_parser = address(10_256))]
     healthz_bind_address: Bind,
-    /// Of the node's addresses, only those in these blocks are reached at node ports; `primary` is the node's own
-    /// address of each family. All of them by default
-    #[arg(long, value_delimiter = ',', value_parser = block)]
-    nodeport_addresses: Vec<Block>,
+    /// Of the node's addresses, only those in these blocks (with commas between) are reached at node ports; the word
+    /// `primary` is for the node's own address of each family. All of them by default
+    #[arg(long, default_value = "", hide_default_value = true, value_parser = NodePortAddresses::from_str)]
+    nodeport_addresses: NodePortAddresses,
 }
 
 /// An address to listen on, or none.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 struct Bind(Option<SocketAddr>);
-
-/// Some of a node's addresses.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-enum Block {
-    /// Those that the Node object names first.
-    Primary,
-    /// Those in a block.
-    Net(IpNet),
-}
 
 /// An address with a port or, as kube-proxy takes it, without.
 fn address(port: u16) -> impl Fn(&str) -> Result<Bind> + Clone {
@@ -48,15 +40,6 @@ fn address(port: u16) -> impl Fn(&str) -> Result<Bind> + Clone {
     }
 }
 
-fn block(text: &str) -> Result<Block> {
-    if text == "primary" {
-        return Ok(Block::Primary);
-    }
-    let block = text.parse::<IpNet>();
-    let block = block.context("it is neither `primary` nor a block, as 192.0.2.0/24 is")?;
-    Ok(Block::Net(block.trunc()))
-}
-
 impl Ports {
     /// Where metrics are served.
     pub fn metrics(&self) -> Option<SocketAddr> {
@@ -68,24 +51,9 @@ impl Ports {
         self.healthz_bind_address.0
     }
 
-    /// The blocks of addresses with node ports, of a node with these addresses; none for all addresses.
-    pub fn nodeport_addresses(&self, node: &[IpAddr]) -> Vec<IpNet> {
-        let mut blocks = Vec::new();
-        for block in &self.nodeport_addresses {
-            match block {
-                Block::Net(block) => blocks.push(*block),
-                Block::Primary => {
-                    let first = |v4| node.iter().find(|one| one.is_ipv4() == v4).copied();
-                    blocks.extend(
-                        [first(true), first(false)]
-                            .into_iter()
-                            .flatten()
-                            .map(IpNet::from),
-                    );
-                }
-            }
-        }
-        blocks
+    /// Where node ports are reached.
+    pub fn node_ports(&self) -> NodePortAddresses {
+        self.nodeport_addresses.clone()
     }
 }
 
@@ -119,16 +87,17 @@ mod tests {
 
     #[test]
     fn blocks_of_node_ports() {
-        let node = ["192.0.2.1", "192.0.2.2", "fd00::1"].map(|one| one.parse().unwrap());
-        let of = |args: &[&str]| -> Vec<String> {
-            let blocks = ports(args).unwrap().nodeport_addresses(&node);
-            blocks.iter().map(IpNet::to_string).collect()
-        };
-        assert!(of(&[]).is_empty());
+        let of = |args: &[&str]| ports(args).map(|ports| ports.node_ports());
+        assert_eq!(of(&[]).unwrap(), NodePortAddresses::All);
         assert_eq!(
-            of(&["--nodeport-addresses", "primary,203.0.113.7/24"]),
-            ["192.0.2.1/32", "fd00::1/128", "203.0.113.0/24"]
+            of(&["--nodeport-addresses", "primary"]).unwrap(),
+            NodePortAddresses::Primary
         );
-        assert!(ports(&["--nodeport-addresses", "eth0"]).is_err());
+        let blocks = ["192.0.2.0/24", "fd00::/64"].map(|one| one.parse().unwrap());
+        assert_eq!(
+            of(&["--nodeport-addresses", "192.0.2.0/24,fd00::/64"]).unwrap(),
+            NodePortAddresses::Blocks(blocks.to_vec())
+        );
+        assert!(of(&["--nodeport-addresses", "eth0"]).is_err());
     }
 }

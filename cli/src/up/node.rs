@@ -16,6 +16,7 @@ use tokio::task::{JoinHandle, JoinSet};
 use tokio_util::sync::CancellationToken;
 use tracing::{info, warn};
 use xebec_agent::endpoints::one_or_many;
+use xebec_agent::services::NodePortAddresses;
 
 use super::control_plane::ControlPlane;
 use super::switch::Cable;
@@ -40,9 +41,9 @@ pub struct NodeConfig {
     /// How XDP is used.
     #[serde(default)]
     pub xdp: xebec_agent::loader::Xdp,
-    /// Blocks of the node's addresses that are reached at node ports; none for all addresses.
+    /// Where node ports are reached.
     #[serde(default)]
-    pub nodeport_addresses: Vec<IpNet>,
+    pub node_ports: NodePortAddresses,
     /// Where its agent serves metrics.
     #[serde(default)]
     pub metrics: Option<SocketAddr>,
@@ -131,7 +132,7 @@ impl NodeConfig {
                 .iter()
                 .flat_map(|cable| cable.hosts.iter().copied().map(IpNet::from))
                 .collect(),
-            nodeport_addresses: self.nodeport_addresses.clone(),
+            node_ports: self.node_ports.clone(),
             serve: xebec_agent::metrics::Addresses {
                 metrics: self.metrics,
                 healthz: self.healthz,

@@ -59,7 +59,7 @@ impl Up {
             cluster_domain: CLUSTER_DOMAIN.into(),
             kubelet_port: 10250,
             xdp: self.xdp.into(),
-            nodeport_addresses: self.ports.nodeport_addresses(&ips),
+            node_ports: self.ports.node_ports(),
             metrics: self.ports.metrics(),
             healthz: self.ports.healthz(),
             // The machine's own processes are those of its only node, but of none of several.

@@ -1,0 +1,255 @@
+//! Hash maps and arrays of the kernel that are written many entries at a time (bpf(2)).
+
+use std::io::{Error, Result};
+use std::os::fd::{AsFd, AsRawFd, FromRawFd, OwnedFd};
+use std::ptr::NonNull;
+
+use aya::maps::MapData;
+
+/// Commands of bpf(2).
+const MAP_CREATE: libc::c_int = 0;
+const MAP_LOOKUP_ELEM: libc::c_int = 1;
+const MAP_DELETE_ELEM: libc::c_int = 3;
+const MAP_UPDATE_BATCH: libc::c_int = 26;
+/// `BPF_F_MMAPABLE`.
+const MMAPABLE: u32 = 1 << 10;
+/// Kinds of maps.
+const HASH: u32 = 1;
+const ARRAY: u32 = 2;
+
+/// bpf(2) with the attributes of one of its commands.
+fn bpf<T>(command: libc::c_int, attributes: &mut T) -> Result<libc::c_long> {
+    // SAFETY: the attributes are what the command reads and writes, as long as told, and what they point to
+    // outlives the call.
+    let outcome = unsafe {
+        libc::syscall(
+            libc::SYS_bpf,
+            command,
+            std::ptr::from_mut(attributes),
+            size_of::<T>(),
+        )
+    };
+    match outcome {
+        -1 => Err(Error::last_os_error()),
+        outcome => Ok(outcome),
+    }
+}
+
+/// Attributes of commands on one element.
+#[repr(C)]
+struct Element {
+    map: u32,
+    pad: u32,
+    key: u64,
+    value: u64,
+    flags: u64,
+}
+
+/// Attributes of commands on many.
+#[repr(C)]
+struct Batch {
+    in_batch: u64,
+    out_batch: u64,
+    keys: u64,
+    values: u64,
+    count: u32,
+    map: u32,
+    element_flags: u64,
+    flags: u64,
+}
+
+/// Attributes of a new map.
+#[repr(C)]
+#[derive(Default)]
+struct Create {
+    kind: u32,
+    key_size: u32,
+    value_size: u32,
+    max_entries: u32,
+    flags: u32,
+    rest: [u32; 13],
+}
+
+/// The memory of an array, shared with the kernel.
+struct Shared {
+    start: NonNull<u8>,
+    length: usize,
+    /// Bytes from one value to the next.
+    stride: usize,
+}
+
+// SAFETY: the memory stays where it is until the value is dropped, and is written through `&mut` alone.
+unsafe impl Send for Shared {}
+// SAFETY: nothing is read or written through `&`, except by reads that the kernel's writes can't tear.
+unsafe impl Sync for Shared {}
+
+impl Drop for Shared {
+    fn drop(&mut self) {
+        // SAFETY: it was mapped with this length, and nothing points into it any more.
+        unsafe { libc::munmap(self.start.as_ptr().cast(), self.length) };
+    }
+}
+
+/// A hash map or an array.
+pub(crate) struct Table {
+    map: OwnedFd,
+    key_size: usize,
+    value_size: usize,
+    capacity: u32,
+    shared: Option<Shared>,
+}
+
+impl Table {
+    /// The table behind a map; it stays after the map is dropped.
+    pub fn of(map: &MapData) -> Result<Self> {
+        let info = map.info().map_err(Error::other)?;
+        let descriptor = map.fd().as_fd().try_clone_to_owned()?;
+        Ok(Self {
+            map: descriptor,
+            key_size: info.key_size() as usize,
+            value_size: info.value_size() as usize,
+            capacity: info.max_entries(),
+            shared: None,
+        }
+        .share(info.map_flags()))
+    }
+
+    /// A hash map that belongs to no program.
+    pub fn hash(key_size: usize, value_size: usize, capacity: u32) -> Result<Self> {
+        const NO_PREALLOC: u32 = 1;
+        Self::create(HASH, key_size, value_size, capacity, NO_PREALLOC)
+    }
+
+    /// An array that belongs to no program.
+    pub fn array(value_size: usize, capacity: u32) -> Result<Self> {
+        Self::create(ARRAY, 4, value_size, capacity, MMAPABLE)
+    }
+
+    fn create(
+        kind: u32,
+        key_size: usize,
+        value_size: usize,
+        capacity: u32,
+        flags: u32,
+    ) -> Result<Self> {
+        let mut attributes = Create {
+            kind,
+            key_size: key_size as u32,
+            value_size: value_size as u32,
+            max_entries: capacity,
+            flags,
+            ..Create::default()
+        };
+        let descriptor = bpf(MAP_CREATE, &mut attributes)?;
+        // SAFETY: the kernel has just given it to us.
+        let map = unsafe { OwnedFd::from_raw_fd(descriptor as i32) };
+        Ok(Self {
+            map,
+            key_size,
+            value_size,
+            capacity,
+            shared: None,
+        }
+        .share(flags))
+    }
+
+    /// Maps the memory of an array that lets itself be mapped.
+    fn share(mut self, flags: u32) -> Self {
+        let stride = self.value_size.next_multiple_of(8);
+        let length = (stride * self.capacity as usize).next_multiple_of(4096);
+        if flags & MMAPABLE == 0 || self.capacity == 0 {
+            return self;
+        }
+        // SAFETY: a new mapping at a place of the kernel's choice touches nothing of ours.
+        let start = unsafe {
+            libc::mmap(
+                std::ptr::null_mut(),
+                length,
+                libc::PROT_READ | libc::PROT_WRITE,
+                libc::MAP_SHARED,
+                self.map.as_raw_fd(),
+                0,
+            )
+        };
+        if start != libc::MAP_FAILED {
+            self.shared = NonNull::new(start.cast()).map(|start| Shared {
+                start,
+                length,
+                stride,
+            });
+        }
+        self
+    }
+
+    /// How many entries there is room for.
+    pub fn capacity(&self) -> u32 {
+        self.capacity
+    }
+
+    /// Where an array's entry is, if the array is mapped and has it.
+    pub fn place(&mut self, index: u32) -> Option<NonNull<u8>> {
+        let shared = self.shared.as_ref().filter(|_| index < self.capacity)?;
+        // SAFETY: the entry is within the mapping.
+        Some(unsafe { shared.start.add(index as usize * shared.stride) })
+    }
+
+    /// Writes entries whose keys and values lie side by side.
+    pub fn update(&mut self, keys: &[u8], values: &[u8]) -> Result<()> {
+        let count = keys.len() / self.key_size;
+        assert_eq!(keys.len(), count * self.key_size);
+        assert_eq!(values.len(), count * self.value_size);
+        let mut done = 0;
+        while done < count {
+            let mut batch = Batch {
+                in_batch: 0,
+                out_batch: 0,
+                keys: keys[done * self.key_size..].as_ptr() as u64,
+                values: values[done * self.value_size..].as_ptr() as u64,
+                count: (count - done) as u32,
+                map: self.map.as_raw_fd() as u32,
+                element_flags: 0,
+                flags: 0,
+            };
+            match bpf(MAP_UPDATE_BATCH, &mut batch) {
+                Ok(_) => return Ok(()),
+                Err(error) if error.kind() == std::io::ErrorKind::Interrupted => {
+                    done += (batch.count as usize).min(count - done);
+                }
+                Err(error) => return Err(error),
+            }
+        }
+        Ok(())
+    }
+
+    /// Removes an entry of a hash map; whether it was there.
+    pub fn remove(&mut self, key: &[u8]) -> Result<bool> {
+        assert_eq!(key.len(), self.key_size);
+        let mut element = self.element(key, std::ptr::null_mut());
+        match bpf(MAP_DELETE_ELEM, &mut element) {
+            Ok(_) => Ok(true),
+            Err(error) if error.raw_os_error() == Some(libc::ENOENT) => Ok(false),
+            Err(error) => Err(error),
+        }
+    }
+
+    /// Reads an entry; whether it is there.
+    pub fn get(&self, key: &[u8], value: &mut [u8]) -> Result<bool> {
+        assert_eq!((key.len(), value.len()), (self.key_size, self.value_size));
+        let mut element = self.element(key, value.as_mut_ptr());
+        match bpf(MAP_LOOKUP_ELEM, &mut element) {
+            Ok(_) => Ok(true),
+            Err(error) if error.raw_os_error() == Some(libc::ENOENT) => Ok(false),
+            Err(error) => Err(error),
+        }
+    }
+
+    fn element(&self, key: &[u8], value: *mut u8) -> Element {
+        Element {
+            map: self.map.as_raw_fd() as u32,
+            pad: 0,
+            key: key.as_ptr() as u64,
+            value: value as u64,
+            flags: 0,
+        }
+    }
+}

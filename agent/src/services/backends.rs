@@ -1,0 +1,301 @@
+//! Backends: each has one number, however many Services it serves.
+
+use std::collections::VecDeque;
+use std::hash::BuildHasher;
+use std::net::IpAddr;
+use std::time::Instant;
+
+use hashbrown::{DefaultHashBuilder, HashTable};
+use xebec_dataplane_common::ip::Ip;
+use xebec_dataplane_common::service::{Backend, ON_THIS_NODE};
+
+use super::extents::REST;
+
+/// What makes a backend.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
+pub struct Target {
+    pub ip: Ip,
+    /// In the machine's order.
+    pub port: u16,
+    pub protocol: u8,
+}
+
+impl Target {
+    /// Address and port as text.
+    pub fn text(&self) -> String {
+        std::net::SocketAddr::new(IpAddr::from(self.ip), self.port).to_string()
+    }
+}
+
+/// Of [`Held::holders`]: the backend is on this node.
+const HERE: u32 = 1 << 31;
+
+struct Held {
+    target: Target,
+    generation: u32,
+    /// How many ports of Services have it; with none, it is not there. [`HERE`] besides.
+    holders: u32,
+}
+
+impl Held {
+    /// Whether that is news: it is on this node.
+    fn is_here(&mut self, local: bool) -> bool {
+        let news = local && self.holders & HERE == 0;
+        if news {
+            self.holders |= HERE;
+        }
+        news
+    }
+}
+
+/// All backends by number.
+#[derive(Default)]
+pub struct Backends {
+    hasher: DefaultHashBuilder,
+    numbers: HashTable<u32>,
+    /// Number 0 is nobody's.
+    held: Vec<Held>,
+    /// Numbers that can be given again, and since when they are free.
+    resting: VecDeque<(Instant, u32)>,
+    free: Vec<u32>,
+    capacity: u32,
+    /// What has to be written.
+    changed: Vec<u32>,
+}
+
+impl Backends {
+    /// Room for so many entries, of which the first stays empty.
+    pub fn new(capacity: u32) -> Self {
+        let mut new = Self::default();
+        new.grow(capacity);
+        new.held.push(Held {
+            target: Target {
+                ip: Ip::NONE,
+                port: 0,
+                protocol: 0,
+            },
+            generation: 0,
+            holders: 0,
+        });
+        new
+    }
+
+    /// More room than before.
+    pub fn grow(&mut self, capacity: u32) {
+        self.capacity = self.capacity.max(capacity);
+    }
+
+    /// How many there are.
+    pub fn used(&self) -> u32 {
+        self.numbers.len() as u32
+    }
+
+    /// How many more can be taken at once.
+    pub fn room(&self) -> u32 {
+        let fresh = self.capacity.saturating_sub(self.held.len() as u32);
+        fresh + self.free.len() as u32
+    }
+
+    /// The number of a backend that is there.
+    pub fn find(&self, target: &Target) -> Option<u32> {
+        let is = |number: &u32| self.held[*number as usize].target == *target;
+        self.numbers.find(self.hasher.hash_one(target), is).copied()
+    }
+
+    /// The number of a backend, held once more. None when there is no room.
+    pub fn hold(&mut self, target: Target, local: bool) -> Option<u32> {
+        if let Some(number) = self.find(&target) {
+            self.held[number as usize].holders += 1;
+            self.set_local(number, local);
+            return Some(number);
+        }
+        let holders = 1 | if local { HERE } else { 0 };
+        let number = match self.free.pop() {
+            Some(number) => {
+                let held = &mut self.held[number as usize];
+                // Even while nobody has it; odd again from here on.
+                held.generation = held.generation.wrapping_add(1);
+                (held.target, held.holders) = (target, holders);
+                number
+            }
+            None if (self.held.len() as u32) < self.capacity => {
+                if self.held.len() == self.held.capacity() {
+                    self.held.reserve_exact(self.held.len() / 4 + 16);
+                }
+                self.held.push(Held {
+                    target,
+                    generation: 1,
+                    holders,
+                });
+                self.held.len() as u32 - 1
+            }
+            None => return None,
+        };
+        let (held, hasher) = (&self.held, &self.hasher);
+        let rehash = |number: &u32| hasher.hash_one(held[*number as usize].target);
+        self.numbers
+            .insert_unique(hasher.hash_one(target), number, rehash);
+        self.changed.push(number);
+        Some(number)
+    }
+
+    /// Where a backend is, which is held. Slices can disagree: who says that it is here is believed.
+    pub fn set_local(&mut self, number: u32, local: bool) {
+        if self.held[number as usize].is_here(local) {
+            self.changed.push(number);
+        }
+    }
+
+    /// Lets go of a backend once; with its last holder it is gone, and its flows choose anew.
+    pub fn release(&mut self, number: u32, now: Instant) {
+        let held = &mut self.held[number as usize];
+        held.holders -= 1;
+        if held.holders & !HERE > 0 {
+            return;
+        }
+        held.generation = held.generation.wrapping_add(1);
+        held.holders = 0;
+        let hash = self.hasher.hash_one(held.target);
+        if let Ok(entry) = self.numbers.find_entry(hash, |other| *other == number) {
+            entry.remove();
+        }
+        self.changed.push(number);
+        self.resting.push_back((now, number));
+    }
+
+    /// Numbers that have rested can be given again; whether there were any.
+    pub fn wake(&mut self, now: Instant) -> bool {
+        let before = self.free.len();
+        while let Some(&(since, number)) = self.resting.front() {
+            if now.saturating_duration_since(since) < REST {
+                break;
+            }
+            self.resting.pop_front();
+            self.free.push(number);
+        }
+        self.free.len() > before
+    }
+
+    /// Whether any number rests.
+    pub fn rests(&self) -> bool {
+        !self.resting.is_empty()
+    }
+
+    /// The entry as the kernel has it.
+    pub fn entry(&self, number: u32) -> Backend {
+        let held = &self.held[number as usize];
+        let here = if held.holders & HERE != 0 {
+            ON_THIS_NODE
+        } else {
+            0
+        };
+        Backend {
+            address: held.target.ip,
+            port: held.target.port.to_be(),
+            // The protocol is for who reads the map: an agent after this one, a person.
+            flags: here | u16::from(held.target.protocol) << 8,
+            generation: held.generation,
+        }
+    }
+
+    /// Numbers whose entries have to be written; each is named once.
+    pub fn take_changed(&mut self) -> Vec<u32> {
+        let mut changed = std::mem::take(&mut self.changed);
+        changed.sort_unstable();
+        changed.dedup();
+        changed
+    }
+
+    /// These could not be written.
+    pub fn change_again(&mut self, mut numbers: Vec<u32>) {
+        self.changed.append(&mut numbers);
+    }
+
+    /// All entries have to be written.
+    pub fn change_all(&mut self) {
+        self.changed = (1..self.held.len() as u32).collect();
+    }
+
+    /// Takes up where an agent before this one left off: its flows know backends by number and generation. The
+    /// backends are held once, until [`Self::let_go_of_adopted`].
+    pub fn adopt(&mut self, entries: impl Iterator<Item = Backend>) -> Vec<u32> {
+        let mut adopted = Vec::new();
+        let mut unused = Vec::new();
+        let mut entries: Vec<Backend> = entries.take(self.capacity as usize).collect();
+        let used = entries.iter().rposition(|entry| entry.generation != 0);
+        entries.truncate(used.map_or(0, |last| last + 1));
+        for entry in entries.into_iter().skip(1) {
+            let number = self.held.len() as u32;
+            let there = entry.generation & 1 == 1;
+            let protocol = (entry.flags >> 8) as u8;
+            let target = Target {
+                ip: entry.address,
+                port: u16::from_be(entry.port),
+                protocol,
+            };
+            let known = there && protocol != 0 && self.find(&target).is_none();
+            // Who can't be told apart from another is gone.
+            let generation = entry.generation.wrapping_add(u32::from(there && !known));
+            self.held.push(Held {
+                target,
+                generation,
+                holders: match entry.flags & ON_THIS_NODE {
+                    _ if !known => 0,
+                    0 => 1,
+                    _ => 1 | HERE,
+                },
+            });
+            if known {
+                let (held, hasher) = (&self.held, &self.hasher);
+                let rehash = |number: &u32| hasher.hash_one(held[*number as usize].target);
+                self.numbers
+                    .insert_unique(hasher.hash_one(target), number, rehash);
+                adopted.push(number);
+                self.changed.push(number);
+            } else {
+                unused.push(number);
+            }
+        }
+        self.free.extend(unused.into_iter().rev());
+        adopted
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn target(number: u8) -> Target {
+        Target {
+            ip: std::net::Ipv4Addr::new(10, 0, 0, number).into(),
+            port: 80,
+            protocol: 6,
+        }
+    }
+
+    #[test]
+    fn one_number_for_all_and_generations_that_only_rise() {
+        let now = Instant::now();
+        let mut backends = Backends::new(3);
+        let one = backends.hold(target(1), false).unwrap();
+        assert_eq!(backends.hold(target(1), false), Some(one));
+        let two = backends.hold(target(2), true).unwrap();
+        assert_eq!(backends.hold(target(3), false), None);
+        assert_eq!(backends.take_changed(), [one, two]);
+        assert_eq!(
+            (backends.entry(one).generation, backends.entry(two).flags),
+            (1, ON_THIS_NODE | 6 << 8)
+        );
+        backends.release(one, now);
+        assert!(backends.take_changed().is_empty());
+        backends.release(one, now);
+        assert_eq!(backends.take_changed(), [one]);
+        assert_eq!(backends.entry(one).generation, 2);
+        // Its number rests before another gets it, under another generation.
+        assert!(!backends.wake(now) && backends.hold(target(3), false).is_none());
+        assert!(backends.wake(now + REST));
+        assert_eq!(backends.hold(target(3), false), Some(one));
+        assert_eq!(backends.entry(one).generation, 3);
+        assert_eq!((backends.used(), backends.room()), (2, 0));
+    }
+}

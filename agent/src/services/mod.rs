@@ -1,0 +1,28 @@
+//! Services: what the API says of them and their endpoints becomes frontends and backends in the kernel.
+
+mod addresses;
+mod backends;
+mod batch;
+mod claims;
+mod extents;
+mod health;
+mod maglev;
+mod metrics;
+mod notices;
+mod objects;
+mod pool;
+mod rows;
+mod run;
+mod select;
+mod slots;
+mod tables;
+#[cfg(test)]
+mod tests;
+mod unit;
+mod view;
+mod wanted;
+
+pub use addresses::NodePortAddresses;
+pub use metrics::Metrics;
+pub(crate) use run::run;
+pub use run::{Options, Services};

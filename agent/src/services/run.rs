@@ -1,0 +1,402 @@
+//! Keeps the kernel in step with the API's Services.
+
+use std::net::IpAddr;
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
+
+use anyhow::Result;
+use futures::stream::BoxStream;
+use futures::{FutureExt, StreamExt};
+use hashbrown::HashSet;
+use kube::Api;
+use kube::runtime::watcher::{self, Event};
+use kube::runtime::{WatchStreamExt, watcher as watch};
+use serde::de::DeserializeOwned;
+use serde_json::Value;
+use tokio::sync::{Notify, oneshot, watch as signal};
+use tokio_util::sync::CancellationToken;
+use tracing::warn;
+use xebec_dataplane_common::service::Backend;
+
+use super::addresses::{self, NodePortAddresses};
+use super::extents::REST;
+use super::health::Health;
+use super::metrics::Metrics;
+use super::notices::{Notice, Reason, Teller};
+use super::objects::{EndpointSlice, Service};
+use super::tables::Tables;
+use crate::host_ports::HostPort;
+use crate::maps::{Room, ServiceMaps};
+use crate::nodes::Nodes;
+
+/// Changes that are taken before the kernel is brought in step, where that many are there already.
+const AT_ONCE: usize = 4096;
+/// When a failed write is tried again.
+const PATIENCE: Duration = Duration::from_secs(1);
+
+/// What Services need of the node.
+#[derive(Clone, Debug)]
+pub struct Options {
+    /// Name of the node.
+    pub node_name: String,
+    /// The node's addresses, at most one of a family.
+    pub node_ips: Vec<IpAddr>,
+    /// Where node ports are reached.
+    pub node_ports: NodePortAddresses,
+}
+
+/// The Services of this node; cheap to clone.
+#[derive(Clone)]
+pub struct Services {
+    tables: Arc<Mutex<Tables<ServiceMaps>>>,
+    metrics: Metrics,
+    need: signal::Sender<Room>,
+    rewritten: Arc<Notify>,
+}
+
+impl Services {
+    /// Services in these maps. `before` is the map of backends of the agent before this one, if its flows are still
+    /// there: they know their backends by its numbers.
+    pub fn new(maps: ServiceMaps, node_name: &str, before: Vec<Backend>) -> Self {
+        let tables = Tables::new(maps, node_name, before);
+        let need = signal::Sender::new(tables.used());
+        Self {
+            tables: Arc::new(Mutex::new(tables)),
+            metrics: Metrics::default(),
+            need,
+            rewritten: Arc::default(),
+        }
+    }
+
+    fn tables(&self) -> MutexGuard<'_, Tables<ServiceMaps>> {
+        self.tables.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// One row a frontend.
+    pub fn rows(&self) -> Vec<Value> {
+        self.tables().rows()
+    }
+
+    /// The numbers.
+    pub fn metrics(&self) -> Metrics {
+        self.metrics.clone()
+    }
+
+    /// How much room in the maps everything would need; more than there is when something does not fit.
+    pub fn need(&self) -> signal::Receiver<Room> {
+        self.need.subscribe()
+    }
+
+    /// How much room in the maps there is.
+    pub fn room(&self) -> Room {
+        self.tables().room()
+    }
+
+    /// Everything goes into these maps, which have room for at least as much as those before; numbers and
+    /// generations of backends stay. When it returns, programs that have them can take over.
+    pub fn rewrite(&self, maps: ServiceMaps) -> Result<()> {
+        let outcome = self.tables().rewrite(maps, Instant::now());
+        self.rewritten.notify_one();
+        outcome
+    }
+
+    /// Brings the kernel in step; what users are to be told.
+    fn sync(
+        &self,
+    ) -> (
+        Vec<Notice>,
+        Vec<super::tables::HealthChange>,
+        Option<Duration>,
+    ) {
+        let began = Instant::now();
+        let mut tables = self.tables();
+        let outcome = tables.sync(began);
+        let metrics = &self.metrics;
+        metrics.sync_seconds.observe(began.elapsed().as_secs_f64());
+        let now = SystemTime::now().duration_since(UNIX_EPOCH);
+        let now = now.map_or(0.0, |since| since.as_secs_f64());
+        match &outcome {
+            Ok(()) => {
+                metrics.last_sync.set(now);
+                for time in tables.take_triggers() {
+                    metrics.programming_seconds.observe((now - time).max(0.0));
+                }
+            }
+            Err(error) => {
+                metrics.failures.inc();
+                Tables::<ServiceMaps>::warn_of(error);
+            }
+        }
+        let take = |count: &mut u64| std::mem::take(count);
+        metrics
+            .service_changes
+            .inc_by(take(&mut tables.service_changes));
+        metrics
+            .endpoint_changes
+            .inc_by(take(&mut tables.endpoint_changes));
+        let (services, lacking) = tables.count();
+        metrics.services.set(services as i64);
+        metrics.lacking.set(lacking as i64);
+        let used = tables.used();
+        metrics.backends.set(i64::from(used.backends) - 1);
+        metrics.set_room(used, tables.room());
+        let need = tables.need();
+        self.need
+            .send_if_modified(|before| std::mem::replace(before, need) != need);
+        let notices = tables.take_notices();
+        let full = notices
+            .iter()
+            .filter(|one| one.reason == Reason::DataplaneFull);
+        metrics.full.inc_by(full.count() as u64);
+        let again = match outcome {
+            Err(_) => Some(PATIENCE),
+            Ok(()) => tables.wants_another_try().then_some(REST),
+        };
+        (notices, tables.take_health(), again)
+    }
+}
+
+/// A listing that may be under way.
+#[derive(Default)]
+struct Listing {
+    seen: HashSet<u64>,
+    under_way: bool,
+    done: bool,
+}
+
+/// Where an object's name is when there is no such object any more.
+fn name(metadata: &kube::api::ObjectMeta) -> Option<String> {
+    super::view::full_name(metadata)
+}
+
+impl Listing {
+    fn see(&mut self, hash: Option<u64>) {
+        if self.under_way {
+            self.seen.extend(hash);
+        }
+    }
+
+    /// Takes an event of Services.
+    fn service(&mut self, event: Event<Service>, tables: &mut Tables<ServiceMaps>) {
+        match event {
+            Event::Init => (self.under_way, self.seen) = (true, HashSet::new()),
+            Event::InitApply(one) | Event::Apply(one) => {
+                let name = tables.set_service(&one);
+                self.see(name.map(|name| tables.name_hash(&name)));
+            }
+            Event::InitDone => {
+                tables.keep_services(&std::mem::take(&mut self.seen));
+                (self.under_way, self.done) = (false, true);
+            }
+            Event::Delete(one) => {
+                if let Some(name) = name(&one.metadata) {
+                    tables.remove_service(&name);
+                }
+            }
+        }
+    }
+
+    /// Takes an event of EndpointSlices.
+    fn slice(&mut self, event: Event<EndpointSlice>, tables: &mut Tables<ServiceMaps>) {
+        match event {
+            Event::Init => (self.under_way, self.seen) = (true, HashSet::new()),
+            Event::InitApply(one) | Event::Apply(one) => {
+                let name = tables.set_slice(&one);
+                self.see(name.map(|name| tables.name_hash(&name)));
+            }
+            Event::InitDone => {
+                tables.keep_slices(&std::mem::take(&mut self.seen));
+                (self.under_way, self.done) = (false, true);
+            }
+            Event::Delete(one) => {
+                if let Some(name) = name(&one.metadata) {
+                    tables.remove_slice(&name);
+                }
+            }
+        }
+    }
+}
+
+type Events<T> = BoxStream<'static, Result<Event<T>, watcher::Error>>;
+
+fn events<T>(client: &kube::Client) -> Events<T>
+where
+    T: kube::Resource<DynamicType = ()>
+        + Clone
+        + DeserializeOwned
+        + std::fmt::Debug
+        + Send
+        + 'static,
+{
+    watch(Api::<T>::all(client.clone()), watcher::Config::default())
+        .default_backoff()
+        .boxed()
+}
+
+/// An event, if the stream goes on.
+fn event<T>(
+    next: Option<Result<Event<T>, watcher::Error>>,
+    what: &str,
+) -> Result<Option<Event<T>>> {
+    match next {
+        Some(Ok(event)) => Ok(Some(event)),
+        Some(Err(error)) => {
+            warn!(%error, "the watch of {what} failed; trying again");
+            Ok(None)
+        }
+        None => anyhow::bail!("the watch of {what} ended"),
+    }
+}
+
+/// A change, or the end of changes for ever.
+async fn changed<T>(receiver: &mut signal::Receiver<T>) {
+    if receiver.changed().await.is_err() {
+        std::future::pending::<()>().await;
+    }
+}
+
+/// Keeps the kernel in step until `shutdown`. `ready` is sent once, when everything that the API had at first is
+/// in the kernel.
+pub(crate) async fn run(
+    client: kube::Client,
+    services: Services,
+    options: Options,
+    nodes: signal::Receiver<Nodes>,
+    host_ports: signal::Receiver<Vec<HostPort>>,
+    ready: oneshot::Sender<()>,
+    shutdown: CancellationToken,
+) -> Result<()> {
+    let (teller, telling) = Teller::new(client.clone(), &options.node_name);
+    let (local, local_told) = signal::channel(None);
+    let following = addresses::follow(local, shutdown.clone());
+    let keeping = keep(
+        client, services, options, nodes, host_ports, local_told, teller, ready,
+    );
+    tokio::select! {
+        () = shutdown.cancelled() => Ok(()),
+        outcome = keeping => outcome,
+        outcome = async { tokio::join!(following, telling).0 } => outcome,
+    }
+}
+
+#[allow(clippy::too_many_arguments, reason = "the parts of `run`")]
+async fn keep(
+    client: kube::Client,
+    services: Services,
+    options: Options,
+    mut nodes: signal::Receiver<Nodes>,
+    mut host_ports: signal::Receiver<Vec<HostPort>>,
+    mut local: signal::Receiver<Option<Vec<IpAddr>>>,
+    teller: Teller,
+    ready: oneshot::Sender<()>,
+) -> Result<()> {
+    let mut service_events = events::<Service>(&client);
+    let mut slice_events = events::<EndpointSlice>(&client);
+    let (mut listed, mut sliced) = (Listing::default(), Listing::default());
+    let mut health = Health::default();
+    let mut ready = Some(ready);
+    let mut again: Option<tokio::time::Instant> = None;
+    let mut node_news = true;
+    host_ports.mark_changed();
+    loop {
+        let retry = async {
+            match again {
+                Some(at) => tokio::time::sleep_until(at).await,
+                None => std::future::pending().await,
+            }
+        };
+        tokio::select! {
+            next = service_events.next() => {
+                let first = event(next, "services")?;
+                let mut tables = services.tables();
+                first.into_iter().for_each(|one| listed.service(one, &mut tables));
+            }
+            next = slice_events.next() => {
+                let first = event(next, "endpoint slices")?;
+                let mut tables = services.tables();
+                first.into_iter().for_each(|one| sliced.slice(one, &mut tables));
+            }
+            () = changed(&mut nodes) => node_news = true,
+            () = changed(&mut local) => node_news = true,
+            () = changed(&mut host_ports) => {
+                let ports = host_ports.borrow_and_update().clone();
+                services.tables().set_host_ports(&ports);
+            }
+            () = services.rewritten.notified() => {}
+            () = retry => {}
+        }
+        // What is there already goes in one step with it.
+        for _ in 0..AT_ONCE {
+            let mut any = false;
+            if let Some(next) = service_events.next().now_or_never() {
+                any = true;
+                let next = event(next, "services")?;
+                let mut tables = services.tables();
+                next.into_iter()
+                    .for_each(|one| listed.service(one, &mut tables));
+            }
+            if let Some(next) = slice_events.next().now_or_never() {
+                any = true;
+                let next = event(next, "endpoint slices")?;
+                let mut tables = services.tables();
+                next.into_iter()
+                    .for_each(|one| sliced.slice(one, &mut tables));
+            }
+            if !any {
+                break;
+            }
+        }
+        if std::mem::take(&mut node_news) {
+            let told = nodes.borrow_and_update().clone();
+            let local = local.borrow_and_update().clone().unwrap_or_default();
+            let (wanted, node) = (&options.node_ports, &options.node_name);
+            let all = addresses::of(wanted, node, &options.node_ips, &local, &told);
+            let at = addresses::for_health(wanted, &all);
+            {
+                let mut tables = services.tables();
+                let view = told.as_ref().and_then(|nodes| nodes.get(node));
+                tables.set_zone(view.and_then(|view| view.zone.as_deref()).unwrap_or(""));
+                if let Err(error) = tables.set_node_addresses(all) {
+                    Tables::<ServiceMaps>::warn_of(&error);
+                    node_news = true;
+                }
+            }
+            if node_news {
+                again = Some(tokio::time::Instant::now() + PATIENCE);
+            }
+            let failed = health.set_addresses(at).await;
+            failed
+                .into_iter()
+                .for_each(|(name, error)| tell_of_health(&teller, &name, error));
+        }
+        // Until all is known, nothing is written: a Service without its endpoints would be refused.
+        let known = nodes.borrow().is_some() && local.borrow().is_some();
+        if !(listed.done && sliced.done && known) {
+            continue;
+        }
+        let (notices, changes, later) = services.sync();
+        let retry_addresses = again.filter(|_| node_news);
+        again = later
+            .map(|later| tokio::time::Instant::now() + later)
+            .or(retry_addresses);
+        notices.into_iter().for_each(|notice| teller.tell(notice));
+        if !changes.is_empty() {
+            let failed = health.apply(changes).await;
+            failed
+                .into_iter()
+                .for_each(|(name, error)| tell_of_health(&teller, &name, error));
+        }
+        if let Some(ready) = ready.take() {
+            if let Err(error) = services.tables().settle(Instant::now()) {
+                Tables::<ServiceMaps>::warn_of(&error);
+            }
+            // Nobody waits any more when the agent is stopping.
+            let _ = ready.send(());
+        }
+    }
+}
+
+fn tell_of_health(teller: &Teller, name: &str, error: String) {
+    let reason = Reason::FailedToStartServiceHealthcheck;
+    teller.tell(Notice::new(name, None, reason, error));
+}

@@ -1,0 +1,515 @@
+//! One port of a Service in one family, as it is in the kernel, and how it becomes what is wanted.
+
+use ipnet::IpNet;
+use xebec_dataplane_common::service::{Frontend, FrontendKey, Run};
+
+use super::backends::Target;
+use super::claims::Claim;
+use super::maglev;
+use super::notices::{Notice, Reason};
+use super::pool::LOCAL;
+use super::select::{SERVING, TERMINATING};
+use super::slots::{chunk_count, chunks, fingerprint, slots};
+use super::tables::Tables;
+use super::view::Algorithm;
+use super::wanted::{End, Front, Wanted};
+use crate::maps::{Room, ServiceKernel};
+
+/// Flags that no frontend has: it has to be written whatever is wanted.
+const UNKNOWN: u32 = u32::MAX;
+
+/// A frontend, and whether it is this unit's.
+#[derive(Clone, Copy, Debug)]
+pub struct Held {
+    pub front: Front,
+    /// Another Service has it otherwise.
+    pub owned: bool,
+}
+
+/// A run that is in the kernel.
+#[derive(Clone, Copy, Debug)]
+struct Written {
+    run: Run,
+    /// Tells what stands in it.
+    fingerprint: u64,
+}
+
+/// One port of a Service in one family.
+#[derive(Debug)]
+pub struct Unit {
+    /// Its number in the kernel.
+    pub number: u32,
+    affinity: u32,
+    port: u16,
+    protocol: u8,
+    v4: bool,
+    pub held: Box<[Held]>,
+    /// Numbers of the backends that it holds, in order.
+    members: Box<[u32]>,
+    runs: Box<[Written]>,
+    #[allow(
+        clippy::box_collection,
+        reason = "nearly all units have none, and there are many"
+    )]
+    ranges: Option<Box<Vec<IpNet>>>,
+}
+
+impl Unit {
+    /// Whether it is what this is wanted of.
+    pub fn is_of(&self, wanted: &Wanted) -> bool {
+        (self.port, self.protocol, self.v4) == (wanted.number, wanted.protocol, wanted.v4)
+    }
+
+    /// Its frontends, those among them that another has.
+    pub fn keys(&self) -> impl Iterator<Item = FrontendKey> {
+        self.held.iter().map(|held| held.front.key)
+    }
+
+    /// The runs that take room, each once.
+    fn extents(&self) -> impl Iterator<Item = Run> {
+        let runs = self.runs.iter().enumerate();
+        let runs = runs.filter(|(at, one)| {
+            one.run.count > 0 && !self.runs[..*at].iter().any(|before| before.run == one.run)
+        });
+        runs.map(|(_, one)| one.run)
+    }
+
+    /// All has to be written again, into maps that are empty.
+    pub fn forget(&mut self) {
+        for held in &mut self.held {
+            held.front.flags = UNKNOWN;
+        }
+        self.runs = Box::default();
+        self.ranges = None;
+    }
+}
+
+/// A stable number for a text: the same after a restart, so that clients keep their backends.
+fn stable(text: &str) -> u32 {
+    let hash = text.bytes().fold(0xcbf2_9ce4_8422_2325_u64, |hash, byte| {
+        (hash ^ u64::from(byte)).wrapping_mul(0x100_0000_01b3)
+    });
+    (hash ^ (hash >> 32)) as u32
+}
+
+/// What became of a port.
+pub(super) struct Applied {
+    /// As it is now.
+    pub unit: Option<Unit>,
+    /// As it was, if it has changed: what it has no more is still to be given back.
+    pub before: Option<Unit>,
+    /// What lacks for it; then it is as it was.
+    pub lack: Room,
+}
+
+/// The backends of a unit that is about to change.
+#[derive(Default)]
+struct Members {
+    /// Number by index of the endpoint, 0 for those that have none.
+    numbers: Vec<u32>,
+    /// All of them, in order.
+    all: Vec<u32>,
+}
+
+impl<K: ServiceKernel> Tables<K> {
+    /// Brings one port in step.
+    pub(super) fn apply(&mut self, entry: u32, wanted: &Wanted, known: Option<Unit>) -> Applied {
+        let mut lack = Room::default();
+        let owned = self.claim_all(entry, wanted, known.as_ref());
+        let had = |key: &FrontendKey| {
+            let mut held = known.iter().flat_map(|unit| unit.held.iter());
+            held.any(|held| held.owned && held.front.key == *key)
+        };
+        let fresh = wanted.fronts.iter().zip(&owned);
+        let fresh = fresh
+            .filter(|(front, owned)| **owned && !had(&front.key))
+            .count();
+        let room = self.room();
+        let all = self.claims.len() + self.batch.removals();
+        if fresh > 0 && all > room.frontends as usize {
+            lack.frontends = fresh as u32;
+        }
+        let needed = self.needed(wanted, known.as_ref());
+        let missing = needed.iter().zip(&wanted.ends);
+        let missing = missing
+            .filter(|(needed, end)| **needed && self.backends.find(&target(end, wanted)).is_none());
+        let missing = missing.count() as u32;
+        if missing > self.backends.room() {
+            lack.backends = missing;
+        }
+        let ranges_before = known.as_ref().and_then(|unit| unit.ranges.as_deref());
+        let new_ranges: Vec<IpNet> = wanted
+            .ranges
+            .iter()
+            .filter(|block| ranges_before.is_none_or(|before| !before.contains(block)))
+            .copied()
+            .collect();
+        if self.ranges as usize + new_ranges.len() > room.ranges as usize {
+            lack.ranges = new_ranges.len() as u32;
+        }
+        if lack != Room::default() {
+            lack.chunks = self.chunks_for(wanted);
+            self.give_up_new(entry, wanted, known.as_ref());
+            return self.unchanged(entry, known, lack);
+        }
+        let members = self.hold_all(wanted, &needed, known.as_ref());
+        let runs = match self.write_runs(wanted, &members, known.as_ref()) {
+            Ok(runs) => runs,
+            Err(chunks) => {
+                lack.chunks = chunks;
+                lack.frontends = fresh as u32;
+                self.let_go(&members.all, known.as_ref());
+                self.give_up_new(entry, wanted, known.as_ref());
+                return self.unchanged(entry, known, lack);
+            }
+        };
+        let number = match &known {
+            Some(unit) => unit.number,
+            None => self.number(entry, wanted),
+        };
+        let unit = Unit {
+            number,
+            affinity: wanted.affinity,
+            port: wanted.number,
+            protocol: wanted.protocol,
+            v4: wanted.v4,
+            held: wanted
+                .fronts
+                .iter()
+                .zip(&owned)
+                .map(|(front, owned)| Held {
+                    front: *front,
+                    owned: *owned,
+                })
+                .collect(),
+            members: members.all.into(),
+            runs: runs.into(),
+            ranges: (!wanted.ranges.is_empty()).then(|| Box::new(wanted.ranges.clone())),
+        };
+        self.ranges += new_ranges.len() as u32;
+        let added = new_ranges.into_iter().map(|block| ((number, block), true));
+        self.batch.ranges.extend(added);
+        self.write_fronts(&unit, known.as_ref());
+        Applied {
+            unit: Some(unit),
+            before: known,
+            lack,
+        }
+    }
+
+    /// The port stays as it is, but for frontends that another has by now.
+    fn unchanged(&mut self, entry: u32, mut known: Option<Unit>, lack: Room) -> Applied {
+        let held = known.iter_mut().flat_map(|unit| &mut unit.held);
+        for held in held.filter(|held| held.owned) {
+            if self.claims.owner(&held.front.key) != Some(entry) {
+                held.owned = false;
+                self.take_out(&held.front.key);
+            }
+        }
+        Applied {
+            unit: known,
+            before: None,
+            lack,
+        }
+    }
+
+    /// Removes a port; `kept` are frontends that the Service's other ports have by now.
+    pub(super) fn retire(&mut self, entry: u32, unit: Unit, kept: &[FrontendKey]) {
+        for held in unit
+            .held
+            .iter()
+            .filter(|held| !kept.contains(&held.front.key))
+        {
+            self.give_up(entry, &held.front.key, held.owned);
+        }
+        self.batch.released.extend(&unit.members);
+        self.batch.freed.extend(unit.extents());
+        for block in unit.ranges.into_iter().flat_map(|all| *all) {
+            self.ranges -= 1;
+            self.batch.ranges.insert((unit.number, block), false);
+        }
+        self.numbers.remove(&unit.number);
+    }
+
+    /// Asks for all frontends; which of them are ours.
+    fn claim_all(&mut self, entry: u32, wanted: &Wanted, known: Option<&Unit>) -> Vec<bool> {
+        let mut owned = Vec::with_capacity(wanted.fronts.len());
+        for front in &wanted.fronts {
+            let before = |a: u32, b: u32| Self::before(&self.entries, a, b);
+            let winner = match self.claims.claim(front.key, entry, before) {
+                Claim::Own => None,
+                Claim::From(other) => {
+                    self.mark(other);
+                    None
+                }
+                Claim::Lost(winner) => Some(winner),
+            };
+            owned.push(winner.is_none());
+            let mut known = known.iter().flat_map(|unit| unit.held.iter());
+            let told = known.any(|held| held.front.key == front.key && !held.owned);
+            let ours = self.entries.get(entry);
+            if let (Some(winner), Some(ours), false) = (winner, ours, told) {
+                let other = self.entries.get(winner).map_or("another", |one| &*one.name);
+                let words = format!(
+                    "{} {} belongs to {other}, which was there before; it is not served for this one",
+                    front.kind.name(),
+                    super::rows::frontend_text(&front.key)
+                );
+                let notice = Notice::new(&ours.name, ours.service(), Reason::PortConflict, words);
+                self.notices.push(notice);
+            }
+        }
+        owned
+    }
+
+    /// Gives up what was asked for in vain: what is not in the kernel for this unit.
+    fn give_up_new(&mut self, entry: u32, wanted: &Wanted, known: Option<&Unit>) {
+        for front in &wanted.fronts {
+            let mut held = known.iter().flat_map(|unit| unit.held.iter());
+            if !held.any(|held| held.front.key == front.key) {
+                let before = |a: u32, b: u32| Self::before(&self.entries, a, b);
+                if let Some(next) = self.claims.give_up(&front.key, entry, before) {
+                    self.mark(next);
+                }
+            }
+        }
+    }
+
+    /// Gives a frontend up that is, or was, in the kernel.
+    fn give_up(&mut self, entry: u32, key: &FrontendKey, owned: bool) {
+        let before = |a: u32, b: u32| Self::before(&self.entries, a, b);
+        if let Some(next) = self.claims.give_up(key, entry, before) {
+            self.mark(next);
+        }
+        if owned {
+            self.take_out(key);
+        }
+    }
+
+    /// Removes a frontend from the kernel unless its new owner has put it there already.
+    fn take_out(&mut self, key: &FrontendKey) {
+        let owner = self
+            .claims
+            .owner(key)
+            .and_then(|owner| self.entries.get(owner));
+        let mut held = owner
+            .iter()
+            .flat_map(|entry| &entry.units)
+            .flat_map(|unit| &unit.held);
+        if !held.any(|held| held.owned && held.front.key == *key) {
+            self.batch.fronts.insert(*key, None);
+        }
+    }
+
+    /// Which endpoints have to be backends in the kernel: those that new flows may go to, and those whose flows go
+    /// on: whoever ends, and who was a backend and is still there. Without a connection, only who answers keeps it.
+    fn needed(&self, wanted: &Wanted, known: Option<&Unit>) -> Vec<bool> {
+        let mut needed: Vec<bool> = wanted
+            .ends
+            .iter()
+            .map(|end| end.traits & TERMINATING != 0)
+            .collect();
+        for run in &wanted.runs {
+            for (index, _) in &run.members {
+                needed[*index as usize] = true;
+            }
+        }
+        if let Some(known) = known {
+            let idle = needed
+                .iter_mut()
+                .zip(&wanted.ends)
+                .filter(|(needed, _)| !**needed);
+            for (needed, end) in idle {
+                let lasts = wanted.protocol != 17 || end.traits & SERVING != 0;
+                let number = self.backends.find(&target(end, wanted)).filter(|_| lasts);
+                *needed = number.is_some_and(|one| known.members.binary_search(&one).is_ok());
+            }
+        }
+        needed
+    }
+
+    /// Holds all backends that are needed and not held yet; there is room for them.
+    fn hold_all(&mut self, wanted: &Wanted, needed: &[bool], known: Option<&Unit>) -> Members {
+        let mut members = Members {
+            numbers: vec![0; wanted.ends.len()],
+            all: Vec::with_capacity(wanted.ends.len()),
+        };
+        let held = known.map_or(&[][..], |unit| &unit.members);
+        for (index, end) in wanted
+            .ends
+            .iter()
+            .enumerate()
+            .filter(|(index, _)| needed[*index])
+        {
+            let (target, local) = (target(end, wanted), end.traits & LOCAL != 0);
+            let there = self.backends.find(&target);
+            let number = match there.filter(|number| held.binary_search(number).is_ok()) {
+                Some(number) => {
+                    self.backends.set_local(number, local);
+                    number
+                }
+                None => match self.backends.hold(target, local) {
+                    Some(number) => number,
+                    None => continue,
+                },
+            };
+            members.numbers[index] = number;
+            members.all.push(number);
+        }
+        members.all.sort_unstable();
+        members
+    }
+
+    /// Undoes [`Self::hold_all`].
+    fn let_go(&mut self, members: &[u32], known: Option<&Unit>) {
+        let held = known.map_or(&[][..], |unit| &unit.members);
+        let new = members
+            .iter()
+            .filter(|number| held.binary_search(number).is_err());
+        self.batch.released.extend(new);
+    }
+
+    /// How many chunks all runs need.
+    fn chunks_for(&self, wanted: &Wanted) -> u32 {
+        let runs = wanted.runs.iter().map(|run| match run.algorithm {
+            Algorithm::Maglev => chunk_count(maglev::size(run.members.len()) as usize),
+            Algorithm::Random => chunk_count(run.members.len()),
+        });
+        runs.sum()
+    }
+
+    /// Puts runs that are new into the kernel, or tells how many chunks they would need.
+    fn write_runs(
+        &mut self,
+        wanted: &Wanted,
+        members: &Members,
+        known: Option<&Unit>,
+    ) -> Result<Vec<Written>, u32> {
+        let mut runs = Vec::with_capacity(wanted.runs.len());
+        let (mut new, begun) = (Vec::new(), self.batch.chunks.len());
+        let written = known.map_or(&[][..], |unit| &unit.runs);
+        for run in &wanted.runs {
+            let number = |index: u32| members.numbers[index as usize];
+            let stands = run
+                .members
+                .iter()
+                .map(|(index, weight)| (number(*index), *weight));
+            let fingerprint = fingerprint(&self.hasher, run.algorithm, stands);
+            let mut there = runs.iter().chain(written);
+            if let Some(same) = there.find(|one: &&Written| one.fingerprint == fingerprint) {
+                let same = *same;
+                runs.push(same);
+                continue;
+            }
+            let numbers: Vec<u32> = run
+                .members
+                .iter()
+                .map(|(index, _)| number(*index))
+                .collect();
+            let slots = slots(run.algorithm, &numbers, &wanted.candidates(run));
+            let count = chunk_count(slots.len());
+            let Some(first) = self.extents.take(count) else {
+                for (first, count) in new {
+                    self.extents.undo(first, count);
+                }
+                self.batch.chunks.truncate(begun);
+                return Err(self.chunks_for(wanted).max(count));
+            };
+            new.push((first, count));
+            self.batch.chunks.extend((first..).zip(chunks(&slots)));
+            let run = Run {
+                first,
+                count: slots.len() as u32,
+            };
+            runs.push(Written { run, fingerprint });
+        }
+        Ok(runs)
+    }
+
+    /// Has frontends written that are new or changed.
+    fn write_fronts(&mut self, unit: &Unit, known: Option<&Unit>) {
+        for held in unit.held.iter().filter(|held| held.owned) {
+            let value = unit.value(&held.front);
+            let same = known.is_some_and(|before| {
+                let mut those = before.held.iter();
+                those.any(|one| {
+                    let same = one.owned && one.front.key == held.front.key;
+                    same && one.front.flags != UNKNOWN && before.value(&one.front) == value
+                })
+            });
+            if !same {
+                self.batch.fronts.insert(held.front.key, Some(value));
+            }
+        }
+    }
+
+    /// Gives back what a port has no more.
+    pub(super) fn leave_behind(
+        &mut self,
+        entry: u32,
+        before: Unit,
+        now: &Unit,
+        kept: &[FrontendKey],
+    ) {
+        for old in &before.held {
+            match now.held.iter().find(|held| held.front.key == old.front.key) {
+                None if kept.contains(&old.front.key) => {}
+                None => self.give_up(entry, &old.front.key, old.owned),
+                // Another has it from here on.
+                Some(held) if old.owned && !held.owned => self.take_out(&old.front.key),
+                Some(_) => {}
+            }
+        }
+        let gone = before.members.iter();
+        let gone = gone.filter(|number| now.members.binary_search(number).is_err());
+        self.batch.released.extend(gone);
+        let used: Vec<Run> = now.extents().collect();
+        let gone = before.extents().filter(|run| !used.contains(run));
+        self.batch.freed.extend(gone);
+        for block in before.ranges.into_iter().flat_map(|all| *all) {
+            if now.ranges.as_ref().is_none_or(|all| !all.contains(&block)) {
+                self.ranges -= 1;
+                self.batch.ranges.insert((now.number, block), false);
+            }
+        }
+    }
+
+    /// A number for a new port.
+    fn number(&mut self, entry: u32, wanted: &Wanted) -> u32 {
+        let name = self.entries.get(entry).map_or("", |entry| &*entry.name);
+        let family = if wanted.v4 { 4 } else { 6 };
+        let text = format!("{name} {}/{} {family}", wanted.number, wanted.protocol);
+        let mut number = stable(&text).max(1);
+        while !self.numbers.insert(number) {
+            number = number.wrapping_add(1).max(1);
+        }
+        number
+    }
+}
+
+impl Unit {
+    /// A frontend as the kernel has it.
+    fn value(&self, front: &Front) -> Frontend {
+        let run = |index: u8| {
+            self.runs
+                .get(usize::from(index))
+                .map_or_else(Run::default, |one| one.run)
+        };
+        Frontend {
+            service: self.number,
+            flags: front.flags,
+            affinity: self.affinity,
+            inside: run(front.inside),
+            outside: run(front.outside),
+        }
+    }
+}
+
+/// The backend that an endpoint is.
+pub(super) fn target(end: &End, wanted: &Wanted) -> Target {
+    Target {
+        ip: end.ip,
+        port: end.port,
+        protocol: wanted.protocol,
+    }
+}
