@@ -223,7 +223,7 @@ mod tests {
         .map(ip);
         let texts = |wanted: &str| -> Vec<String> {
             let wanted = wanted.parse().unwrap();
-            let all = of(&wanted, "a", ip("10.0.0.1"), &local, &nodes);
+            let all = of(&wanted, "a", &[ip("10.0.0.1")], &local, &nodes);
             all.iter()
                 .map(|(one, whose)| format!("{one} {whose}"))
                 .collect()
