@@ -190,7 +190,8 @@ pub fn median(values: &[f64]) -> f64 {
     }
 }
 
-fn spread(values: &[f64]) -> f64 {
+/// (maximum - minimum) / median.
+pub fn spread(values: &[f64]) -> f64 {
     let most = values.iter().copied().fold(f64::MIN, f64::max);
     let least = values.iter().copied().fold(f64::MAX, f64::min);
     let middle = median(values);
@@ -201,7 +202,7 @@ fn spread(values: &[f64]) -> f64 {
 }
 
 /// Four significant digits: more would claim more than was measured.
-fn rounded(value: f64) -> f64 {
+pub fn rounded(value: f64) -> f64 {
     if value == 0.0 || !value.is_finite() {
         return value;
     }
@@ -210,7 +211,7 @@ fn rounded(value: f64) -> f64 {
 }
 
 /// A number for people: groups of three digits, decimals only where they matter.
-fn number(value: f64) -> String {
+pub fn number(value: f64) -> String {
     if value.abs() < 1000.0 {
         return rounded(value).to_string();
     }
