@@ -3,6 +3,7 @@
 mod cleanup;
 mod cluster;
 mod idle;
+mod lb;
 mod machine;
 mod net;
 mod netns;
@@ -118,6 +119,11 @@ const BENCHMARKS: &[Benchmark] = &[
         about: "time and memory of a full sync of Services from nothing",
         run: services::sync,
     },
+    Benchmark {
+        name: "xdp-lb",
+        about: "nanoseconds per packet of the programs, in the scenarios of the kernel's xdp-lb",
+        run: lb::run,
+    },
 ];
 
 fn main() -> ExitCode {
@@ -125,7 +131,7 @@ fn main() -> ExitCode {
         .nth(1)
         .is_some_and(|first| first == services::PART);
     let outcome = if part {
-        services::part()
+        services::part::main()
     } else {
         run(Args::parse())
     };

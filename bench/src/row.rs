@@ -111,6 +111,11 @@ impl Row {
         })
     }
 
+    /// Whether anything was to be reached.
+    pub fn has_aim(&self) -> bool {
+        self.judged != Aim::None
+    }
+
     /// The cells of a table's row, as [`HEADINGS`] names them.
     pub fn cells(&self) -> [String; 8] {
         let or_dash = |value: Option<String>| value.unwrap_or_else(|| "–".to_owned());

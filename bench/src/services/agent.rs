@@ -46,6 +46,9 @@ pub struct Args {
     /// Devices that lead to other nodes and the outside
     #[arg(long)]
     device: Vec<String>,
+    /// Have XDP on them
+    #[arg(long)]
+    xdp: bool,
 }
 
 /// The cgroup of pods, below that of the node.
@@ -86,7 +89,11 @@ pub fn run(args: Args) -> Result<()> {
         pod_cgroup: pods(&args.node_cgroup),
         cgroup_root: args.node_cgroup,
         devices: args.device,
-        xdp: xebec_agent::loader::Xdp::Auto,
+        xdp: if args.xdp {
+            xebec_agent::loader::Xdp::Native
+        } else {
+            xebec_agent::loader::Xdp::Auto
+        },
         native: Vec::new(),
     };
     runtime.block_on(async {

@@ -28,7 +28,7 @@ pub fn run(effort: Effort) -> Result<Outcome> {
     let mut rows = Vec::new();
     for &services in sizes {
         let mut stage = XebecStage::new("change", services, BACKENDS.count())?;
-        stage.start_agent()?;
+        stage.start_agent(false)?;
         let (mut client, _without) = stage.agent_pod()?;
         let moving = SocketAddrV4::new(MOVING, PORT);
         // It obeys at all, before anything counts.
@@ -52,14 +52,17 @@ pub fn run(effort: Effort) -> Result<Outcome> {
             took.push(millis(write.asked, seen.answered));
             written.push(millis(write.asked, write.done));
         }
-        let plural = crate::row::number(services as f64);
+        let size = match services {
+            1 => "1 Service".to_owned(),
+            more => format!("{} Services", crate::row::number(more as f64)),
+        };
         rows.extend(tail(
-            &format!("endpoint changed, first answer of the new one, {plural} Services"),
+            &format!("endpoint changed, first answer of the new one, {size}"),
             AIM,
             &took,
         )?);
         rows.extend(tail(
-            &format!("of this, the write itself, {plural} Services"),
+            &format!("of this, the write itself, {size}"),
             Aim::None,
             &written,
         )?);
@@ -81,7 +84,7 @@ pub fn run(effort: Effort) -> Result<Outcome> {
             gone(&mut client, extra)?;
         }
         rows.extend(tail(
-            &format!("Service made, first answer, {plural} Services"),
+            &format!("Service made, first answer, {size}"),
             Aim::None,
             &took,
         )?);

@@ -5,13 +5,15 @@ mod change;
 mod control;
 mod list;
 mod matrix;
-mod part;
+pub mod part;
 mod stage;
 mod sync;
 mod traffic;
 mod wire;
 
-pub use change::run as change;
-pub use part::{PART, main as part};
+pub use change::{run as change, watch};
+pub use list::{NODE_PORT, OUTSIDE, PORT, TARGET_PORT};
+pub use part::{Network, PART, Part};
+pub use stage::{NODE_IP, XebecStage, first_service};
 pub use sync::run as sync;
 pub use traffic::run as traffic;

@@ -44,6 +44,8 @@ enum Role {
     Control(control::Args),
     /// The agent
     Agent(agent::Args),
+    /// Runs programs on frames
+    Pound,
 }
 
 /// Runs as a part, when the arguments say so.
@@ -71,6 +73,7 @@ pub fn main() -> Result<()> {
         Role::Ask => wire::ask(),
         Role::Control(control) => control::run(control),
         Role::Agent(agent) => agent::run(agent),
+        Role::Pound => crate::lb::pound::run(),
     }
 }
 

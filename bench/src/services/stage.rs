@@ -260,31 +260,30 @@ impl XebecStage {
         })
     }
 
-    /// Starts the agent, with nothing in the kernel from before; when it began.
-    pub fn start_agent(&mut self) -> Result<u64> {
+    /// Starts the agent, with nothing in the kernel from before; when it began. `xdp` has it on the devices that lead
+    /// to others.
+    pub fn start_agent(&mut self, xdp: bool) -> Result<u64> {
         ensure!(self.agent.is_none(), "the agent runs already");
         let (dir, ip) = (self.dir.0.display().to_string(), NODE_IP.to_string());
         let cgroup = self.cgroup.node.display().to_string();
         // Its BPF filesystem, and with it what is pinned there, ends with it.
-        let mut agent = Part::start(
-            Network::Of(&self.stage.node),
-            true,
-            &[
-                "agent",
-                "--dir",
-                &dir,
-                "--ip",
-                &ip,
-                "--range",
-                NODE_RANGE,
-                "--node-cgroup",
-                &cgroup,
-                "--device",
-                "b0",
-                "--device",
-                "o0",
-            ],
-        )?;
+        let mut words = vec![
+            "agent",
+            "--dir",
+            &dir,
+            "--ip",
+            &ip,
+            "--range",
+            NODE_RANGE,
+            "--node-cgroup",
+            &cgroup,
+            "--device",
+            "b0",
+            "--device",
+            "o0",
+        ];
+        words.extend(xdp.then_some("--xdp"));
+        let mut agent = Part::start(Network::Of(&self.stage.node), true, &words)?;
         let started: Value = agent.hear()?;
         self.agent = Some(agent);
         started["starting"]

@@ -138,7 +138,7 @@ fn starts(services: usize, endpoints: usize, rounds: usize) -> Result<Vec<Start>
         let mut client = stage.client_in_pods(Network::Of(&stage.stage.node))?;
         let mut begun = 0;
         let seen = watch(&mut client, first, None, 300.0, || {
-            begun = stage.start_agent()?;
+            begun = stage.start_agent(false)?;
             Ok(())
         })?;
         let agent = stage.agent.as_ref().context("the agent has ended")?.pid();
