@@ -87,7 +87,8 @@ impl Frame {
             self.destination.1.to_be_bytes(),
         ]
         .concat();
-        let payload = [0x78; 8];
+        // Words that nobody reads are 0: `wrap` may put complements there.
+        let payload = [0; 8];
         let (protocol, mut segment, place) = match self.content {
             Content::Udp | Content::Fragment | Content::Fragment6 => {
                 let length = (8 + payload.len() as u16).to_be_bytes();
@@ -100,7 +101,7 @@ impl Frame {
                     _ => ACK,
                 };
                 let mut header = ports;
-                header.extend([0, 0, 0, 1, 0, 0, 0, 0, 0x50, flags, 0xff, 0xff, 0, 0, 0, 0]);
+                header.extend([0, 0, 0, 0, 0, 0, 0, 0, 0x50, flags, 0xff, 0xff, 0, 0, 0, 0]);
                 (TCP, header, 16)
             }
         };
@@ -131,7 +132,7 @@ impl Frame {
         };
         let mut header = vec![0x40 | words as u8, 0];
         header.extend(length.to_be_bytes());
-        header.extend([0, 1]);
+        header.extend([0, 0]);
         header.extend(place.to_be_bytes());
         header.extend([64, protocol, 0, 0]);
         header.extend(addresses);

@@ -5,11 +5,15 @@ use std::os::fd::{AsRawFd, FromRawFd, OwnedFd};
 
 use anyhow::{Context, Result, ensure};
 
+const MAP_CREATE: libc::c_int = 0;
+const MAP_UPDATE: libc::c_int = 2;
 const PROG_LOAD: libc::c_int = 5;
 const PROG_TEST_RUN: libc::c_int = 10;
 const PROG_GET_FD_BY_ID: libc::c_int = 13;
 const SCHED_CLS: u32 = 3;
 const XDP: u32 = 6;
+const ARRAY: u32 = 2;
+const PROG_ARRAY: u32 = 3;
 /// `struct __sk_buff` up to the index of the device, which is its last field that is given.
 const SKB_WORDS: usize = 11;
 /// `struct xdp_md`.
@@ -59,6 +63,91 @@ struct Load {
     log_buf: u64,
     kern_version: u32,
     prog_flags: u32,
+    prog_name: [u8; 16],
+    prog_ifindex: u32,
+    expected_attach_type: u32,
+}
+
+/// The part for making a map.
+#[repr(C)]
+#[derive(Default)]
+struct Create {
+    map_type: u32,
+    key_size: u32,
+    value_size: u32,
+    max_entries: u32,
+    map_flags: u32,
+    pad: u32,
+}
+
+/// The part for setting an entry.
+#[repr(C)]
+#[derive(Default)]
+struct Update {
+    map_fd: u32,
+    pad: u32,
+    key: u64,
+    value: u64,
+    flags: u64,
+}
+
+impl Kind {
+    /// What the loader may have said about where a program is to be attached.
+    pub fn attach_types(self) -> &'static [u32] {
+        match self {
+            // BPF_XDP, or nothing.
+            Self::Xdp => &[37, 0],
+            // Nothing, or one of BPF_TCX_INGRESS and BPF_TCX_EGRESS.
+            Self::Classifier => &[0, 46, 47],
+        }
+    }
+}
+
+/// A map with one entry.
+pub struct Map(OwnedFd);
+
+impl Map {
+    /// An array.
+    pub fn array(value_size: u32) -> Result<Self> {
+        Self::new(ARRAY, value_size)
+    }
+
+    /// A table of programs to jump into.
+    pub fn programs() -> Result<Self> {
+        Self::new(PROG_ARRAY, 4)
+    }
+
+    fn new(map_type: u32, value_size: u32) -> Result<Self> {
+        let mut attr = Create {
+            map_type,
+            key_size: 4,
+            value_size,
+            max_entries: 1,
+            ..Default::default()
+        };
+        let fd = bpf(MAP_CREATE, &mut attr).context("could not make a map")?;
+        // SAFETY: the kernel just gave this descriptor, and nobody else has it.
+        Ok(Self(unsafe { OwnedFd::from_raw_fd(fd as i32) }))
+    }
+
+    /// Sets its entry; `value` is as long as the map's values are.
+    pub fn set(&self, value: &[u8]) -> Result<()> {
+        let key = 0_u32;
+        let mut attr = Update {
+            map_fd: self.fd() as u32,
+            key: std::ptr::from_ref(&key) as u64,
+            value: value.as_ptr() as u64,
+            ..Default::default()
+        };
+        bpf(MAP_UPDATE, &mut attr)
+            .context("could not set an entry")
+            .map(drop)
+    }
+
+    /// Its descriptor.
+    pub fn fd(&self) -> i32 {
+        self.0.as_raw_fd()
+    }
 }
 
 /// The part for finding one by its number.
@@ -121,7 +210,12 @@ impl Program {
             Kind::Xdp => 2,
             Kind::Classifier => 0,
         };
-        let instructions = [0xb7 | verdict << 32, 0x95_u64];
+        Self::load(kind, &[0xb7 | verdict << 32, 0x95], kind.attach_types()[0])
+    }
+
+    /// One of these instructions.
+    pub fn load(kind: Kind, instructions: &[u64], expected_attach_type: u32) -> Result<Self> {
+        let mut log = vec![0_u8; 1 << 16];
         let mut attr = Load {
             prog_type: match kind {
                 Kind::Xdp => XDP,
@@ -130,9 +224,18 @@ impl Program {
             insn_cnt: instructions.len() as u32,
             insns: instructions.as_ptr() as u64,
             license: c"MIT".as_ptr() as u64,
+            log_level: 1,
+            log_size: log.len() as u32,
+            log_buf: log.as_mut_ptr() as u64,
+            expected_attach_type,
             ..Default::default()
         };
-        let fd = bpf(PROG_LOAD, &mut attr).context("the kernel refused an empty program")?;
+        let fd = bpf(PROG_LOAD, &mut attr).with_context(|| {
+            let log = String::from_utf8_lossy(&log);
+            let log = log.trim_end_matches('\0').trim_end();
+            let last: Vec<&str> = log.lines().rev().take(3).collect();
+            format!("the kernel refused a program of the benchmark: {last:?}")
+        })?;
         Ok(Self::new(fd, kind))
     }
 
@@ -140,6 +243,11 @@ impl Program {
         // SAFETY: the kernel just gave this descriptor, and nobody else has it.
         let fd = unsafe { OwnedFd::from_raw_fd(fd as i32) };
         Self { fd, kind }
+    }
+
+    /// Its descriptor.
+    pub fn fd(&self) -> i32 {
+        self.fd.as_raw_fd()
     }
 
     /// Runs it `repeat` times on a frame that comes in at a device; the frame as it left goes to `out`, if there is

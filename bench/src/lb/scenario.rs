@@ -78,7 +78,6 @@ pub const SCENARIOS: &[Scenario] = &[
         Content::Udp,
         Flows::Many(4_096),
     ),
-    hit("tcp-v4-lru-256k", KNOWN, NEW, Flows::Many(262_144)),
     hit("tcp-v4-syn", NEW, NEW, Flows::One),
     Scenario {
         name: "tcp-v4-rst-miss",

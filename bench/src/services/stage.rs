@@ -230,6 +230,8 @@ impl XebecStage {
         let dir = Folder::new(name)?;
         let cgroup = Cgroup::new(name)?;
         let stage = Stage::new()?;
+        // Ports for as many flows to the backends as a benchmark begins: 32768 and above are translation's.
+        sysctl(&stage.node, "net/ipv4/ip_local_port_range", "1024 32767")?;
         let listen = SocketAddr::from((NODE_IP, API_PORT)).to_string();
         let path = dir.0.display().to_string();
         let mut control = Part::start(
