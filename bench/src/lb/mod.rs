@@ -67,9 +67,6 @@ const SUBJECTS: [Subject; 3] = [
 
 /// The kernel keeps so many bytes of a program's name.
 const NAME: usize = 15;
-/// Floors in turn with the programs, so that both meet the same machine.
-const ROUNDS: usize = 5;
-
 /// What a subject shall reach in a scenario, in nanoseconds over the floor.
 fn aim(subject: &Subject, name: &str) -> Aim {
     let balancer = subject.kind == Kind::Xdp;
@@ -88,6 +85,8 @@ fn aim(subject: &Subject, name: &str) -> Aim {
 pub fn run(effort: Effort) -> Result<Outcome> {
     let sizes: &[usize] = effort.of(&[1, 10_000], &[1]);
     let samples = effort.of(20_000, 4_000);
+    // Floors are measured in turn with the programs, so that both meet the same machine.
+    let rounds = effort.of(5, 2);
     let mut rows = Vec::new();
     let mut notes = Vec::new();
     let mut table: BTreeMap<(usize, usize, usize), String> = BTreeMap::new();
@@ -134,7 +133,7 @@ pub fn run(effort: Effort) -> Result<Outcome> {
                     // Below what lies between two scenarios' ports.
                     order.samples = order.samples.min(5_000);
                 }
-                let measured = rounds(&mut pound, &mut order, *id);
+                let measured = in_rounds(rounds, &mut pound, &mut order, *id);
                 let (looped, over, last, floor) = match measured {
                     Ok(measured) => measured,
                     Err(error) => {
@@ -185,15 +184,16 @@ pub fn run(effort: Effort) -> Result<Outcome> {
 
 /// All rounds of the program and of an empty one: differences in loops (none where there are none) and of single runs,
 /// and what was measured last.
-fn rounds(
+fn in_rounds(
+    rounds: u32,
     pound: &mut Part,
     order: &mut Order,
     id: u32,
 ) -> Result<(Vec<f64>, Vec<f64>, Pounded, Pounded)> {
     let (mut looped, mut over) = (Vec::new(), Vec::new());
     let mut last = None;
-    for round in 0..ROUNDS {
-        order.round = round as u32;
+    for round in 0..rounds {
+        order.round = round;
         order.program = None;
         let floor: Pounded = pound.ask(&order)?;
         order.program = Some(id);
