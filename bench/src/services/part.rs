@@ -113,6 +113,11 @@ impl Part {
         if own_mounts {
             command.args(["unshare", "--mount", "--propagation", "private"]);
         }
+        // What keeps to a core is measured: before whatever else wants that core. Where this is not allowed, it is as
+        // every process is.
+        if words.contains(&"--cpu") {
+            command.args(["nice", "-n", "-20"]);
+        }
         let mut child = command
             .arg(executable)
             .arg(PART)
