@@ -61,6 +61,10 @@ pub fn main() -> Result<()> {
         cpus.set(cpu).context("there is no such core")?;
         nix::sched::sched_setaffinity(nix::unistd::Pid::from_raw(0), &cpus)
             .with_context(|| format!("could not keep to core {cpu}"))?;
+        // Cores are shared out between sessions first (sched_autogroup): as a session of its own, before the others.
+        // Where either is not allowed or not there, it is as every process is.
+        let _ = nix::unistd::setsid();
+        let _ = std::fs::write("/proc/self/autogroup", "-20");
     }
     match args.role {
         Role::Hold => {

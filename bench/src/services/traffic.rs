@@ -159,6 +159,19 @@ fn case_of((side, way, mode): Key, services: usize) -> String {
     format!("{}, {through}, {services} Service{plural}", MODES[mode].1)
 }
 
+/// What a note calls a variant.
+fn named(key: Key, services: usize) -> String {
+    match key.1 {
+        Way::Sockets | Way::Packets => case_of(key, services),
+        peer => format!(
+            "{}, {}, {} Services",
+            MODES[key.2].1,
+            peer.name(),
+            crate::row::number(services as f64)
+        ),
+    }
+}
+
 fn ratios(measured: &[Measured], bare: &[Measured]) -> Vec<f64> {
     measured
         .iter()
@@ -286,11 +299,7 @@ impl Size {
                     outcome = lane.asker.ask::<Measured>(&order);
                 }
                 if let Err(error) = outcome {
-                    let what = format!(
-                        "{}, {}",
-                        case_of((lane.side, lane.way, mode), services),
-                        lane.way.name()
-                    );
+                    let what = named((lane.side, lane.way, mode), services);
                     notes.push(format!("{what}: not there yet ({error:#})"));
                     *target = None;
                 }
@@ -329,9 +338,8 @@ impl Size {
                             lane.targets[mode] = None;
                             results.remove(&key);
                             notes.push(format!(
-                                "{}, {}: given up in round {}: {error:#}",
-                                case_of(key, services),
-                                lane.way.name(),
+                                "{}: given up in round {}: {error:#}",
+                                named(key, services),
                                 round + 1
                             ));
                         }
