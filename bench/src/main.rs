@@ -3,11 +3,13 @@
 mod cleanup;
 mod cluster;
 mod idle;
+mod lb;
 mod machine;
 mod net;
 mod netns;
 mod readme;
 mod row;
+mod services;
 mod traffic;
 mod up;
 mod writes;
@@ -57,7 +59,27 @@ impl Effort {
 struct Benchmark {
     name: &'static str,
     about: &'static str,
-    run: fn(Effort) -> Result<Vec<Row>>,
+    run: fn(Effort) -> Result<Outcome>,
+}
+
+/// What a benchmark gives.
+#[derive(Default)]
+struct Outcome {
+    /// Lines of the common table.
+    rows: Vec<Row>,
+    /// Tables of its own, by name.
+    sections: Vec<(&'static str, String)>,
+    /// Lines of `--json` besides the rows'.
+    lines: Vec<String>,
+}
+
+impl From<Vec<Row>> for Outcome {
+    fn from(rows: Vec<Row>) -> Self {
+        Self {
+            rows,
+            ..Self::default()
+        }
+    }
 }
 
 /// All benchmarks, in the order in which they run.
@@ -65,27 +87,55 @@ const BENCHMARKS: &[Benchmark] = &[
     Benchmark {
         name: "up",
         about: "seconds from `xebec up` to a Ready node and to a Running pod",
-        run: up::run,
+        run: |effort| up::run(effort).map(Outcome::from),
     },
     Benchmark {
         name: "idle",
         about: "memory and CPU of a cluster without pods, size of the executable",
-        run: idle::run,
+        run: |effort| idle::run(effort).map(Outcome::from),
     },
     Benchmark {
         name: "writes",
         about: "durable writes per second through the API server",
-        run: writes::run,
+        run: |effort| writes::run(effort).map(Outcome::from),
     },
     Benchmark {
         name: "net",
         about: "TCP between pods and to Services, beside a bare veth pair",
-        run: net::run,
+        run: |effort| net::run(effort).map(Outcome::from),
+    },
+    Benchmark {
+        name: "services",
+        about: "rates and latencies through up to 100,000 Services, beside kube-proxy's rules",
+        run: services::traffic,
+    },
+    Benchmark {
+        name: "service-change",
+        about: "time from an endpoint's change in the API to the first packet that obeys it",
+        run: services::change,
+    },
+    Benchmark {
+        name: "service-sync",
+        about: "time and memory of a full sync of Services from nothing",
+        run: services::sync,
+    },
+    Benchmark {
+        name: "xdp-lb",
+        about: "nanoseconds per packet of the programs, in the scenarios of the kernel's xdp-lb",
+        run: lb::run,
     },
 ];
 
 fn main() -> ExitCode {
-    match run(Args::parse()) {
+    let part = std::env::args_os()
+        .nth(1)
+        .is_some_and(|first| first == services::PART);
+    let outcome = if part {
+        services::part::main()
+    } else {
+        run(Args::parse())
+    };
+    match outcome {
         Ok(()) => ExitCode::SUCCESS,
         Err(error) => {
             eprintln!("bench: {error:#}");
@@ -97,7 +147,7 @@ fn main() -> ExitCode {
 fn run(args: Args) -> Result<()> {
     if args.list {
         for benchmark in BENCHMARKS {
-            println!("{:8} {}", benchmark.name, benchmark.about);
+            println!("{:14} {}", benchmark.name, benchmark.about);
         }
         return Ok(());
     }
@@ -135,19 +185,23 @@ fn run(args: Args) -> Result<()> {
         readme::check(&readme)?;
     }
     let effort = Effort { quick: args.quick };
-    let (mut rows, mut failed) = (Vec::new(), Vec::new());
+    let (mut rows, mut sections, mut failed) = (Vec::new(), Vec::new(), Vec::new());
     for benchmark in chosen {
         eprintln!("bench: {}: {}", benchmark.name, benchmark.about);
         match (benchmark.run)(effort) {
             Ok(measured) => {
                 if args.json {
-                    for row in &measured {
+                    for row in &measured.rows {
                         let line =
                             serde_json::to_string(row).context("could not write a row as JSON")?;
                         println!("{line}");
                     }
+                    for line in &measured.lines {
+                        println!("{line}");
+                    }
                 }
-                rows.extend(measured);
+                rows.extend(measured.rows);
+                sections.extend(measured.sections);
             }
             // The others may still be measured.
             Err(error) => {
@@ -158,13 +212,16 @@ fn run(args: Args) -> Result<()> {
     }
     if !args.json && !rows.is_empty() {
         print!("{}", row::table(&rows));
+        for (_, section) in &sections {
+            println!("\n{section}");
+        }
     }
     if !failed.is_empty() {
         bail!("failed: {}", failed.join(", "));
     }
     if args.readme {
         let names: Vec<&str> = BENCHMARKS.iter().map(|benchmark| benchmark.name).collect();
-        readme::update(&readme, &machine::line()?, &rows, &names)?;
+        readme::update(&readme, &machine::line()?, &rows, &names, &sections)?;
     }
     Ok(())
 }

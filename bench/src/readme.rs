@@ -20,14 +20,42 @@ pub fn check(path: &Path) -> Result<()> {
 
 /// Puts these rows into the README's table, in the order of `benchmarks`; rows of benchmarks that were not run
 /// stay if the machine is the same.
-pub fn update(path: &Path, machine: &str, rows: &[Row], benchmarks: &[&str]) -> Result<()> {
+pub fn update(
+    path: &Path,
+    machine: &str,
+    rows: &[Row],
+    benchmarks: &[&str],
+    sections: &[(&str, String)],
+) -> Result<()> {
     let text = std::fs::read_to_string(path)
         .with_context(|| format!("could not read {}", path.display()))?;
-    let updated = replaced(&text, machine, rows, benchmarks)
-        .with_context(|| format!("{} was left as it is", path.display()))?;
+    let left = || format!("{} was left as it is", path.display());
+    let mut updated = replaced(&text, machine, rows, benchmarks).with_context(left)?;
+    for (name, section) in sections {
+        updated = with_section(&updated, name, machine, section).with_context(left)?;
+    }
     std::fs::write(path, updated).with_context(|| format!("could not write {}", path.display()))?;
     eprintln!("bench: results written to {}", path.display());
     Ok(())
+}
+
+/// Puts a benchmark's own table between comments of its own; they follow the common table where they are missing.
+fn with_section(text: &str, name: &str, machine: &str, section: &str) -> Result<String> {
+    let (begin, end) = (
+        format!("<!-- measured {name}: begin -->"),
+        format!("<!-- measured {name}: end -->"),
+    );
+    let body = format!("{begin}\nMeasured on: {machine}. {section}\n{end}");
+    if let Some((before, rest)) = text.split_once(&begin) {
+        let (_, after) = rest
+            .split_once(&end)
+            .with_context(|| format!("it has no line {end}"))?;
+        return Ok(format!("{before}{body}{after}"));
+    }
+    let (before, after) = text
+        .split_once(END)
+        .with_context(|| format!("it has no line {END}"))?;
+    Ok(format!("{before}{END}\n\n{body}{after}"))
 }
 
 fn replaced(text: &str, machine: &str, rows: &[Row], benchmarks: &[&str]) -> Result<String> {
@@ -77,6 +105,18 @@ mod tests {
             aim: Aim::AtMost(1.0),
         };
         Row::alone(case, &[ours]).unwrap()
+    }
+
+    #[test]
+    fn a_section_is_added_once_and_replaced_then() {
+        let text = format!("# A\n{BEGIN}\nrows\n{END}\n\nend\n");
+        let first = with_section(&text, "s", "m", "| 1 |").unwrap();
+        assert!(first.contains("rows") && first.ends_with("\n\nend\n"));
+        let second = with_section(&first, "s", "n", "| 2 |").unwrap();
+        assert!(second.contains("Measured on: n. | 2 |") && !second.contains("| 1 |"));
+        assert_eq!(second.matches("measured s: begin").count(), 1);
+        assert!(second.ends_with("<!-- measured s: end -->\n\nend\n"));
+        assert!(with_section("none", "s", "m", "").is_err());
     }
 
     #[test]

@@ -111,6 +111,11 @@ impl Row {
         })
     }
 
+    /// Whether anything was to be reached.
+    pub fn has_aim(&self) -> bool {
+        self.judged != Aim::None
+    }
+
     /// The cells of a table's row, as [`HEADINGS`] names them.
     pub fn cells(&self) -> [String; 8] {
         let or_dash = |value: Option<String>| value.unwrap_or_else(|| "–".to_owned());
@@ -190,7 +195,8 @@ pub fn median(values: &[f64]) -> f64 {
     }
 }
 
-fn spread(values: &[f64]) -> f64 {
+/// (maximum - minimum) / median.
+pub fn spread(values: &[f64]) -> f64 {
     let most = values.iter().copied().fold(f64::MIN, f64::max);
     let least = values.iter().copied().fold(f64::MAX, f64::min);
     let middle = median(values);
@@ -201,7 +207,7 @@ fn spread(values: &[f64]) -> f64 {
 }
 
 /// Four significant digits: more would claim more than was measured.
-fn rounded(value: f64) -> f64 {
+pub fn rounded(value: f64) -> f64 {
     if value == 0.0 || !value.is_finite() {
         return value;
     }
@@ -210,7 +216,7 @@ fn rounded(value: f64) -> f64 {
 }
 
 /// A number for people: groups of three digits, decimals only where they matter.
-fn number(value: f64) -> String {
+pub fn number(value: f64) -> String {
     if value.abs() < 1000.0 {
         return rounded(value).to_string();
     }

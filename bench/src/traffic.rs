@@ -111,7 +111,7 @@ impl Place {
 }
 
 /// The core of asking processes: another than the answering ones', where there is one.
-fn client_cpu() -> Result<usize> {
+pub fn client_cpu() -> Result<usize> {
     let cores = std::thread::available_parallelism().context("could not count the cores")?;
     Ok(if cores.get() > 1 {
         SERVER_CPU + 1

@@ -1,0 +1,300 @@
+//! The part that runs programs on frames: in the node's network namespace, where the kernel knows its devices.
+
+use std::net::{Ipv4Addr, SocketAddrV4};
+
+use anyhow::{Context, Result, ensure};
+use serde::{Deserialize, Serialize};
+use serde_json::json;
+
+use super::frame::{Content, Frame};
+use super::kernel::{Kind, Program};
+use super::scenario::{Becomes, Flows, SCENARIOS, Scenario};
+use super::wrap::{self, Pick, Vary};
+use crate::services::part;
+
+/// Runs before anything counts.
+const WARM: u32 = 2_000;
+/// One run of so many is looked at whole.
+const LOOK: u32 = 500;
+/// One wrong frame in so many is chance: a new flow may find no free port in a few tries.
+const SELDOM: usize = 10;
+/// Loops in the kernel, and runs in each.
+const LOOPS: usize = 30;
+/// As above.
+const LOOP: u32 = 1_000;
+
+/// Which program, on what.
+#[derive(Serialize, Deserialize)]
+pub struct Order {
+    /// Its number; none for an empty one.
+    pub program: Option<u32>,
+    /// What it is.
+    pub kind: Kind,
+    /// The device that frames come in at.
+    pub device: u32,
+    /// Hardware addresses: the device's own, the sender's.
+    pub hardware: [[u8; 6]; 2],
+    /// The one sender, if not any number of them.
+    pub sender: Option<Ipv4Addr>,
+    /// The Service.
+    pub service: SocketAddrV4,
+    /// What is no Service.
+    pub nowhere: SocketAddrV4,
+    /// The scenario's place in the list.
+    pub scenario: usize,
+    /// Single runs that count.
+    pub samples: u32,
+    /// Which round it is: new flows are new ones.
+    pub round: u32,
+}
+
+/// What came of it.
+#[derive(Clone, Debug, Serialize, Deserialize)]
+pub struct Pounded {
+    /// Nanoseconds of half of the single runs at most.
+    pub p50: f64,
+    /// Nanoseconds of 99 of 100 single runs at most.
+    pub p99: f64,
+    /// Nanoseconds of a run in the kernel's own loop with what writes the frame anew, median of the loops.
+    pub looped: Option<f64>,
+    /// What the program returned most often.
+    pub verdict: u32,
+    /// Why the scenario does not count.
+    pub wrong: Option<String>,
+}
+
+/// Obeys.
+pub fn run() -> Result<()> {
+    part::obey(|order: Order| Ok(json!(pound(&order)?)))
+}
+
+impl Order {
+    /// The frame of flow 0 as [`wrap`] takes it, and where the flow's number goes.
+    fn template(&self, scenario: &Scenario, content: Content) -> (Vec<u8>, Option<Vary>) {
+        let spare = match content {
+            Content::Tcp(_) => [40, 44],
+            Content::Udp => [42, 44],
+            _ => return (self.frame(scenario, content, 0), None),
+        };
+        let place = self.scenario as u32;
+        let port = match (self.sender, self.kind) {
+            (Some(_), _) => 1_024 + place * 7_919 % 64_000,
+            (None, Kind::Xdp) => 1_024 + place * 2_000,
+            (None, Kind::Classifier) => 2_024 + place * 2_000,
+        };
+        let vary = Vary {
+            address: self.sender.is_none(),
+            port: port as u16,
+            spare,
+        };
+        // 198.51.0.0/16, other senders than those of single runs.
+        let sender = self.sender.unwrap_or(Ipv4Addr::new(198, 51, 0, 0));
+        (self.from(scenario, content, (sender, 0)), Some(vary))
+    }
+
+    /// A frame of flow number `flow` of the scenario.
+    fn frame(&self, scenario: &Scenario, content: Content, flow: u32) -> Vec<u8> {
+        let place = self.scenario as u32;
+        let source = match self.sender {
+            // One address has ports alone; scenarios next to each other have none in common.
+            Some(sender) => (sender, (1_024 + (place * 7_919 + flow) % 64_000) as u16),
+            // 198.18.0.0/15 is for benchmarks.
+            None => (
+                Ipv4Addr::from_bits(0xc612_0000 + (flow & 0x1_ffff)),
+                (1_024 + place * 2_000 + (flow >> 17) % 2_000) as u16,
+            ),
+        };
+        self.from(scenario, content, source)
+    }
+
+    fn from(&self, scenario: &Scenario, content: Content, source: (Ipv4Addr, u16)) -> Vec<u8> {
+        let target = if scenario.service {
+            self.service
+        } else {
+            self.nowhere
+        };
+        Frame {
+            hardware: self.hardware,
+            source,
+            destination: (*target.ip(), target.port()),
+            content,
+        }
+        .bytes()
+    }
+}
+
+/// Numbers without an order that can be guessed by a cache (xorshift).
+struct Chance(u32);
+
+impl Chance {
+    fn below(&mut self, end: u32) -> u32 {
+        self.0 ^= self.0 << 13;
+        self.0 ^= self.0 >> 17;
+        self.0 ^= self.0 << 5;
+        self.0 % end
+    }
+}
+
+fn pound(order: &Order) -> Result<Pounded> {
+    let scenario = SCENARIOS
+        .get(order.scenario)
+        .context("there is no such scenario")?;
+    let program = match order.program {
+        Some(id) => Program::by_id(id, order.kind)?,
+        None => Program::empty(order.kind)?,
+    };
+    let known = match scenario.flows {
+        Flows::One => 1,
+        Flows::Many(flows) | Flows::Half(flows) => flows,
+        Flows::Fresh => 0,
+    };
+    if let Some(begins) = scenario.begins {
+        for flow in 0..known {
+            let frame = order.frame(scenario, begins, flow);
+            program.run(&frame, order.device, 1, None)?;
+        }
+    }
+    let mut chance = Chance(0x9e37_79b9);
+    let mut fresh = known;
+    let mut nanos = Vec::with_capacity(order.samples as usize);
+    let mut verdicts = Vec::with_capacity(order.samples as usize);
+    let mut wrong = Vec::new();
+    let mut looked: usize = 0;
+    for sample in 0..WARM + order.samples {
+        let mut new = || {
+            fresh += 1;
+            fresh - 1
+        };
+        let flow = match scenario.flows {
+            Flows::One => 0,
+            Flows::Many(flows) => chance.below(flows),
+            Flows::Fresh => new(),
+            Flows::Half(flows) => match chance.below(2) {
+                0 => chance.below(flows),
+                _ => new(),
+            },
+        };
+        let frame = order.frame(scenario, scenario.content, flow);
+        if sample % LOOK == LOOK / 2 {
+            // Not counted: giving the frame back has a cost of its own.
+            let mut out = vec![0; frame.len() + 256];
+            let ran = program.run(&frame, order.device, 1, Some(&mut out))?;
+            looked += 1;
+            if let Some(why) = differs(scenario, &frame, &out, ran.verdict, order.kind) {
+                wrong.push(why);
+            }
+            continue;
+        }
+        let ran = program.run(&frame, order.device, 1, None)?;
+        if sample >= WARM {
+            nanos.push(ran.nanos);
+            verdicts.push(ran.verdict);
+        }
+    }
+    ensure!(!nanos.is_empty(), "nothing was run");
+    nanos.sort_unstable();
+    verdicts.sort_unstable();
+    let at = |part: f64| f64::from(nanos[((nanos.len() - 1) as f64 * part) as usize]);
+    let looped = looped(order, scenario, &program, known, &mut wrong)?;
+    looked += looped.map_or(0, |_| LOOPS + 1);
+    Ok(Pounded {
+        p50: at(0.5),
+        p99: at(0.99),
+        looped,
+        verdict: most_common(&verdicts),
+        // An empty program does nothing right.
+        wrong: wrong
+            .first()
+            .filter(|_| order.program.is_some() && wrong.len() * SELDOM > looked)
+            .map(|why| format!("{} of {looked} looks: {why}", wrong.len())),
+    })
+}
+
+/// Runs in the kernel's own loop; none where there are too few ports for new flows.
+fn looped(
+    order: &Order,
+    scenario: &Scenario,
+    program: &Program,
+    known: u32,
+    wrong: &mut Vec<String>,
+) -> Result<Option<f64>> {
+    if order.sender.is_some() && matches!(scenario.flows, Flows::Fresh | Flows::Half(_)) {
+        return Ok(None);
+    }
+    if let Some(begins) = scenario.begins {
+        let (frame, vary) = order.template(scenario, begins);
+        let all = wrap::wrap(program, order.kind, &frame, Pick::Next(0), vary)?;
+        all.program.run(&frame, order.device, known, None)?;
+    }
+    let first = u64::from(order.round + 1) << 20;
+    let pick = match scenario.flows {
+        Flows::One => Pick::First,
+        Flows::Many(flows) => Pick::Below(flows),
+        Flows::Fresh => Pick::Next(first),
+        Flows::Half(flows) => Pick::Half(flows, first),
+    };
+    let (frame, vary) = order.template(scenario, scenario.content);
+    let wrapped = wrap::wrap(program, order.kind, &frame, pick, vary)?;
+    let mut nanos = Vec::with_capacity(LOOPS);
+    for round in 0..=LOOPS {
+        let mut out = vec![0; frame.len() + 256];
+        let ran = wrapped
+            .program
+            .run(&frame, order.device, LOOP, Some(&mut out))?;
+        // The senders are others than the template's; all else must be the same.
+        let mut before = frame.clone();
+        if vary.is_some() && out.len() == frame.len() {
+            for (place, byte) in before.iter_mut().enumerate() {
+                if vary.is_some_and(|vary| vary.writes(place)) {
+                    *byte = out[place];
+                }
+            }
+        }
+        if let Some(why) = differs(scenario, &before, &out, ran.verdict, order.kind) {
+            wrong.push(format!("in a loop: {why}"));
+        }
+        // The first one warms up.
+        if round > 0 {
+            nanos.push(f64::from(ran.nanos));
+        }
+    }
+    Ok(Some(crate::row::median(&nanos)))
+}
+
+/// The most common of sorted values.
+fn most_common(sorted: &[u32]) -> u32 {
+    sorted
+        .chunk_by(|one, other| one == other)
+        .max_by_key(|run| run.len())
+        .and_then(|run| run.first())
+        .copied()
+        .unwrap_or_default()
+}
+
+/// What is wrong with a frame as it left.
+fn differs(
+    scenario: &Scenario,
+    before: &[u8],
+    after: &[u8],
+    verdict: u32,
+    kind: Kind,
+) -> Option<String> {
+    let dropped = match kind {
+        Kind::Xdp => verdict <= 1,
+        Kind::Classifier => verdict == 2,
+    };
+    match scenario.becomes {
+        Becomes::Sent if dropped => Some(format!("dropped (verdict {verdict})")),
+        Becomes::Sent => {
+            let address = after.get(30..34)?;
+            let port = after.get(36..38)?;
+            let sent = address[..3] == [10, 244, 2]
+                && (2..=11).contains(&address[3])
+                && *port == crate::services::TARGET_PORT.to_be_bytes();
+            (!sent).then(|| format!("not sent to a backend (verdict {verdict})"))
+        }
+        Becomes::Same if dropped => Some(format!("dropped (verdict {verdict})")),
+        Becomes::SameOrDropped if dropped => None,
+        _ => (before != after).then(|| format!("changed (verdict {verdict})")),
+    }
+}
