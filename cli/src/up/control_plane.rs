@@ -78,7 +78,7 @@ impl ControlPlane {
             xebec_apiserver::Config {
                 listen: vec![config.listen],
                 tls: pki::server_tls(&authority.ca_pem, &leaf, &[b"h2", b"http/1.1"])?,
-                service_cidr: config.service_cidr.into(),
+                service_cidrs: vec![config.service_cidr.into()],
                 service_account_key_pem: authority.service_account_key.clone(),
                 kubelet_client_tls: pki::client_tls(&authority.ca_pem, &kubelet_client)?,
                 advertise_address: config.advertise,

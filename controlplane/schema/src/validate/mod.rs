@@ -43,11 +43,13 @@ pub fn validate_update(resource: &Resource, old: &Object, new: &Object) -> Vec<F
     metadata::validate_update(old, new, &mut errors);
     metadata::validate(resource, new, &mut errors);
     metadata::validate_update(old, new, &mut errors);
+    if (resource.group, resource.kind) == ("", "Service") {
+        service::update(old, new, &mut errors);
+    }
     spec(resource, new, false, &mut errors);
     match (resource.group, resource.kind) {
         ("", "Pod") => pod::update(old, new, &mut errors),
         ("", "Node") => node::update(old, new, &mut errors),
-        ("", "Service") => service::update(old, new, &mut errors),
         ("", "ConfigMap") => data::update(old, new, &mut errors),
         ("", "Secret") => {
             data::update(old, new, &mut errors);
@@ -74,6 +76,13 @@ pub fn validate_update(resource: &Resource, old: &Object, new: &Object) -> Vec<F
     errors
 }
 
+/// What is wrong with the addresses and address families of a Service, before any are chosen for it.
+pub fn service_families(object: &Object) -> Vec<FieldError> {
+    let mut errors = Errors::new();
+    service::families(&At::named("spec", &object["spec"]), &mut errors);
+    errors
+}
+
 /// What is wrong with a changed status.
 pub fn validate_status_update(resource: &Resource, old: &Object, new: &Object) -> Vec<FieldError> {
     let mut errors = Errors::new();
@@ -82,6 +91,7 @@ pub fn validate_status_update(resource: &Resource, old: &Object, new: &Object) -
     match (resource.group, resource.kind) {
         ("", "Pod") => pod::status_update(old, new, &mut errors),
         ("", "Node") => node::status(new, &mut errors),
+        ("", "Service") => service::status(new, &mut errors),
         _ => status::validate(resource, new, &mut errors),
     }
     errors
