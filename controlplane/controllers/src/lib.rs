@@ -8,6 +8,7 @@ mod deployment;
 mod endpoint_slice;
 mod garbage_collector;
 mod informer;
+mod load_balancer;
 mod namespace;
 mod node_lifecycle;
 mod pod_gc;
@@ -25,6 +26,9 @@ use tokio_util::sync::CancellationToken;
 use tracing::info;
 
 use cluster::Cluster;
+pub use load_balancer::{
+    AddressRange, CLASS as LOAD_BALANCER_CLASS, WANTED as LOAD_BALANCER_ADDRESSES,
+};
 
 /// How the controllers run.
 #[derive(Clone, Debug)]
@@ -38,6 +42,8 @@ pub struct Config {
     pub pod_gc_quarantine: Duration,
     /// Finished pods that are kept in the cluster (kube-controller-manager's `--terminated-pod-gc-threshold`).
     pub terminated_pod_threshold: usize,
+    /// Addresses for Services of type LoadBalancer; where there are none, nobody here gives them any.
+    pub load_balancer_ranges: Vec<AddressRange>,
 }
 
 impl Default for Config {
@@ -47,6 +53,7 @@ impl Default for Config {
             node_monitor_grace_period: Duration::from_secs(50),
             pod_gc_quarantine: Duration::from_secs(40),
             terminated_pod_threshold: 12_500,
+            load_balancer_ranges: Vec::new(),
         }
     }
 }
@@ -78,6 +85,10 @@ pub async fn run(
         (
             "endpoint slice",
             endpoint_slice::start(&cluster, stop.clone()).boxed(),
+        ),
+        (
+            "load balancer",
+            load_balancer::start(&cluster, &config, stop.clone()).boxed(),
         ),
         (
             "namespace",
