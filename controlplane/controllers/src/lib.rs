@@ -6,9 +6,11 @@
 mod cluster;
 mod deployment;
 mod endpoint_slice;
+mod endpoints;
 mod garbage_collector;
 mod informer;
 mod load_balancer;
+mod mirroring;
 mod namespace;
 mod node_lifecycle;
 mod pod_gc;
@@ -85,6 +87,14 @@ pub async fn run(
         (
             "endpoint slice",
             endpoint_slice::start(&cluster, stop.clone()).boxed(),
+        ),
+        (
+            "endpoints",
+            endpoints::start(&cluster, stop.clone()).boxed(),
+        ),
+        (
+            "endpoint slice mirroring",
+            mirroring::start(&cluster, stop.clone()).boxed(),
         ),
         (
             "load balancer",

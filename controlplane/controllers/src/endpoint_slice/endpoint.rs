@@ -47,7 +47,7 @@ pub(super) fn zone(node: &Node) -> Option<&str> {
     (!zone.is_empty()).then_some(zone)
 }
 
-pub(super) fn is_headless(service: &Service) -> bool {
+pub(crate) fn is_headless(service: &Service) -> bool {
     let spec = service.spec.as_ref();
     let ip = spec.and_then(|spec| spec.cluster_ip.as_deref());
     matches!(ip, None | Some("" | "None"))
@@ -63,6 +63,15 @@ pub(super) fn families(service: &Service) -> Vec<&'static str> {
         found.push("IPv4");
     }
     found
+}
+
+/// The family of the Service's first address.
+pub(crate) fn first_family(service: &Service) -> &str {
+    let spec = service.spec.as_ref();
+    let families = spec.and_then(|spec| spec.ip_families.as_ref());
+    families
+        .and_then(|families| families.first())
+        .map_or("IPv4", String::as_str)
 }
 
 /// How traffic is kept near, where the Service says so by its field.

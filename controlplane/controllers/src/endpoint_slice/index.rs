@@ -2,7 +2,7 @@
 
 use std::collections::{BTreeSet, HashMap, HashSet};
 use std::hash::{DefaultHasher, Hash, Hasher};
-use std::sync::Arc;
+use std::sync::{Arc, Mutex, PoisonError};
 
 use k8s_openapi::api::core::v1::{Pod, Service};
 use k8s_openapi::api::discovery::v1::EndpointSlice;
@@ -48,7 +48,38 @@ pub(super) fn service_of(slice: &EndpointSlice) -> Option<Key> {
 pub(super) struct Index {
     pods: HashMap<Pair, HashSet<Arc<str>>>,
     services: HashMap<Pair, HashSet<Key>>,
-    slices: HashMap<Key, BTreeSet<String>>,
+}
+
+/// The slices of each Service, whoever made them.
+#[derive(Default)]
+pub(crate) struct SliceNames(Mutex<HashMap<Key, BTreeSet<String>>>);
+
+impl SliceNames {
+    /// A slice changed.
+    pub(crate) fn change(&self, old: Option<&EndpointSlice>, new: Option<&EndpointSlice>) {
+        let (before, after) = (old.and_then(service_of), new.and_then(service_of));
+        if before == after {
+            return;
+        }
+        let mut all = self.0.lock().unwrap_or_else(PoisonError::into_inner);
+        if let (Some(old), Some(service)) = (old, &before)
+            && let Some(names) = all.get_mut(service)
+        {
+            names.remove(&old.name_any());
+            if names.is_empty() {
+                all.remove(service);
+            }
+        }
+        if let (Some(new), Some(service)) = (new, after) {
+            all.entry(service).or_default().insert(new.name_any());
+        }
+    }
+
+    /// Names of the Service's slices.
+    pub(crate) fn of(&self, service: &Key) -> Vec<String> {
+        let all = self.0.lock().unwrap_or_else(PoisonError::into_inner);
+        all.get(service).into_iter().flatten().cloned().collect()
+    }
 }
 
 fn remove<K, V>(map: &mut HashMap<K, HashSet<V>>, key: &K, value: &V)
@@ -98,26 +129,6 @@ impl Index {
         }
     }
 
-    /// A slice changed from `old` to what it is now.
-    pub(super) fn slice(&mut self, old: Option<&EndpointSlice>, now: Option<&EndpointSlice>) {
-        let (before, after) = (old.and_then(service_of), now.and_then(service_of));
-        if let (Some(old), Some(service)) = (old, &before)
-            && before != after
-            && let Some(names) = self.slices.get_mut(service)
-        {
-            names.remove(&old.name_any());
-            if names.is_empty() {
-                self.slices.remove(service);
-            }
-        }
-        if let (Some(now), Some(service)) = (now, after) {
-            self.slices
-                .entry(service)
-                .or_default()
-                .insert(now.name_any());
-        }
-    }
-
     /// Services that may select the pod.
     pub(super) fn services_of(&self, pod: &Pod) -> Vec<Key> {
         let found = pairs(pod).filter_map(|pair| self.services.get(&pair));
@@ -130,12 +141,6 @@ impl Index {
         let mut found: Vec<_> = found.into_iter().flatten().cloned().collect();
         found.sort_unstable();
         found
-    }
-
-    /// Names of the Service's slices.
-    pub(super) fn slices_of(&self, service: &Key) -> Vec<String> {
-        let found = self.slices.get(service);
-        found.into_iter().flatten().cloned().collect()
     }
 }
 
@@ -173,9 +178,10 @@ mod tests {
             serde_json::from_value(json!({"addressType": "IPv4", "endpoints": [],
             "metadata": {"name": "web-1", "namespace": "a", "labels": {SERVICE_NAME: "web"}}}))
             .unwrap();
-        index.slice(None, Some(&slice));
-        assert_eq!(index.slices_of(&Key::new("a", "web")), ["web-1"]);
-        index.slice(Some(&slice), None);
-        assert!(index.slices.is_empty());
+        let names = SliceNames::default();
+        names.change(None, Some(&slice));
+        assert_eq!(names.of(&Key::new("a", "web")), ["web-1"]);
+        names.change(Some(&slice), None);
+        assert!(names.of(&Key::new("a", "web")).is_empty());
     }
 }

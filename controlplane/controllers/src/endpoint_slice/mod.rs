@@ -26,9 +26,10 @@ use crate::cluster::{Cluster, Teller, is_code, is_namespace_terminating};
 use crate::informer::Key;
 use crate::queue::Again;
 
-pub(crate) use endpoint::selector;
 use endpoint::{Maker, Wanted};
-pub(crate) use slices::{MANAGED_BY, SERVICE_NAME};
+pub(crate) use endpoint::{first_family, is_headless, selector};
+pub(crate) use index::SliceNames;
+pub(crate) use slices::{MANAGED_BY, SERVICE_NAME, is_ours};
 use slices::{Plan, Scope};
 use work::{Dirty, Work};
 
@@ -96,15 +97,16 @@ impl Controller {
 
     fn plan(&self, key: &Key, service: &Service, dirty: &Dirty, since: Option<String>) -> Plan {
         let hinted = topology::is_asked_for(service);
-        let (all, existing) = self.work.belongings(&self.cluster, key, service);
+        let mut existing = self.cluster.slices_of(key);
+        existing.retain(|slice| is_ours(slice));
         let scope = if dirty.all || hinted {
             Scope::All
         } else {
             Scope::Pods(&dirty.pods)
         };
-        let names: Vec<&Arc<str>> = match scope {
-            Scope::All => all.iter().collect(),
-            Scope::Pods(pods) => pods.iter().collect(),
+        let names = match scope {
+            Scope::All => self.work.pods_of(service),
+            Scope::Pods(pods) => pods.iter().cloned().collect(),
         };
         let wanted = self.wanted(key, service, &names, hinted);
         let (mut drafts, gone) = slices::draft(service, wanted, &scope, &existing, hinted);
@@ -120,13 +122,7 @@ impl Controller {
         slices::plan(service, drafts, gone, since)
     }
 
-    fn wanted(
-        &self,
-        key: &Key,
-        service: &Service,
-        pods: &[&Arc<str>],
-        hinted: bool,
-    ) -> Vec<Wanted> {
+    fn wanted(&self, key: &Key, service: &Service, pods: &[Arc<str>], hinted: bool) -> Vec<Wanted> {
         let mut maker = Maker::new(service, hinted);
         let mut zones: HashMap<String, Option<Option<String>>> = HashMap::new();
         let mut wanted = Vec::with_capacity(pods.len());

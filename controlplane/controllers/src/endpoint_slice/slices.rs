@@ -44,7 +44,8 @@ impl Scope<'_> {
     }
 }
 
-pub(super) fn is_ours(slice: &EndpointSlice) -> bool {
+/// Whether it is one of this controller's.
+pub(crate) fn is_ours(slice: &EndpointSlice) -> bool {
     slice.labels().get(MANAGED_BY).map(String::as_str) == Some(OURS)
 }
 

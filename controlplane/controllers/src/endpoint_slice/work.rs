@@ -85,22 +85,9 @@ impl Work {
         self.lock().ratios.clone()
     }
 
-    /// The names of pods that the Service may select, and its slices.
-    pub(super) fn belongings(
-        &self,
-        cluster: &Cluster,
-        key: &Key,
-        service: &Service,
-    ) -> (Vec<Arc<str>>, Vec<Arc<EndpointSlice>>) {
-        let (pods, names) = {
-            let state = self.lock();
-            (state.index.pods_of(service), state.index.slices_of(key))
-        };
-        let slices = names.iter().filter_map(|name| {
-            let slice = cluster.endpoint_slices.get(&Key::new(&key.namespace, name));
-            slice.filter(|slice| slices::is_ours(slice))
-        });
-        (pods, slices.collect())
+    /// The names of pods that the Service may select.
+    pub(super) fn pods_of(&self, service: &Service) -> Vec<Arc<str>> {
+        self.lock().index.pods_of(service)
     }
 
     /// Hears of each change.
@@ -121,13 +108,9 @@ impl Work {
                 work.pod(old.map(Arc::as_ref), new.map(Arc::as_ref), now.as_deref());
             }
         });
-        let (work, weak) = (self.clone(), Arc::downgrade(cluster));
+        let work = self.clone();
         cluster.endpoint_slices.on_change(move |old, new| {
-            if let Some(slice) = new.or(old) {
-                let now = weak.upgrade();
-                let now = now.and_then(|all| all.endpoint_slices.get(&Key::of(slice.as_ref())));
-                work.slice(old.map(Arc::as_ref), new.map(Arc::as_ref), now.as_deref());
-            }
+            work.slice(old.map(Arc::as_ref), new.map(Arc::as_ref));
         });
         let (work, weak) = (self.clone(), Arc::downgrade(cluster));
         cluster.nodes.on_change(move |old, new| {
@@ -191,14 +174,8 @@ impl Work {
     }
 
     /// Somebody else's change is put right; what we wrote ourselves is as it should be.
-    fn slice(
-        &self,
-        old: Option<&EndpointSlice>,
-        new: Option<&EndpointSlice>,
-        now: Option<&EndpointSlice>,
-    ) {
+    fn slice(&self, old: Option<&EndpointSlice>, new: Option<&EndpointSlice>) {
         let mut state = self.lock();
-        state.index.slice(old, now);
         let mut services = HashSet::new();
         if let (Some(old), Some(new)) = (old, new)
             && service_of(old) == service_of(new)
