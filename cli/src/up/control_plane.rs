@@ -24,8 +24,10 @@ pub struct Config<'a> {
     pub advertise: IpAddr,
     /// The address that other machines reach it by.
     pub address: IpAddr,
-    /// The range of Services.
-    pub service_cidr: ipnet::Ipv4Net,
+    /// The ranges of Services; the first is that of Services that do not say.
+    pub service_cidrs: &'a [ipnet::IpNet],
+    /// What load balancers get their addresses from.
+    pub load_balancer_ranges: &'a [xebec_controllers::AddressRange],
 }
 
 /// The running control plane.
@@ -48,12 +50,10 @@ impl ControlPlane {
                         config.layout.store().display()
                     )
                 })?;
-        // The first address of the Service range is the API server's own Service.
-        let service = config
-            .service_cidr
-            .hosts()
-            .next()
-            .context("the Service range is empty")?;
+        // The first address of the first range is the API server's own Service.
+        let first = |range: &ipnet::IpNet| range.hosts().find(|ip| *ip != range.network());
+        let service = config.service_cidrs.first().and_then(first);
+        let service = service.context("the Service range is empty")?;
         let authority = config.authority;
         let leaf = authority.server(
             "kube-apiserver",
@@ -68,7 +68,7 @@ impl ControlPlane {
                 config.advertise,
                 config.address,
                 IpAddr::from([127, 0, 0, 1]),
-                IpAddr::V4(service),
+                service,
             ],
         )?;
         let kubelet_client =
@@ -78,7 +78,7 @@ impl ControlPlane {
             xebec_apiserver::Config {
                 listen: vec![config.listen],
                 tls: pki::server_tls(&authority.ca_pem, &leaf, &[b"h2", b"http/1.1"])?,
-                service_cidrs: vec![config.service_cidr.into()],
+                service_cidrs: config.service_cidrs.to_vec(),
                 service_account_key_pem: authority.service_account_key.clone(),
                 kubelet_client_tls: pki::client_tls(&authority.ca_pem, &kubelet_client)?,
                 advertise_address: config.advertise,
@@ -106,6 +106,7 @@ impl ControlPlane {
         let controllers = control_plane.client("system:kube-controller-manager", &[]);
         let controllers_config = xebec_controllers::Config {
             service_account_ca: authority.ca_pem.clone(),
+            load_balancer_ranges: config.load_balancer_ranges.to_vec(),
             ..Default::default()
         };
         tasks.spawn(xebec_controllers::run(

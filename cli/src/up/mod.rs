@@ -19,7 +19,7 @@ use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result};
 use clap::{Args, ValueEnum};
-use ipnet::Ipv4Net;
+use ipnet::{IpNet, Ipv4Net};
 use tracing::info;
 use xebec_agent::loader::Xdp;
 
@@ -53,9 +53,12 @@ pub struct Up {
     /// Range of pod addresses; each node takes a /24 of it
     #[arg(long, default_value = "10.244.0.0/16")]
     pod_cidr: Ipv4Net,
-    /// Range of Service addresses
-    #[arg(long, default_value = "10.96.0.0/16")]
-    service_cidr: Ipv4Net,
+    /// Ranges of Service addresses, at most one of each family; the first is that of Services that do not say
+    #[arg(long, default_value = "10.96.0.0/16", value_delimiter = ',')]
+    service_cidr: Vec<IpNet>,
+    /// Addresses for Services of type LoadBalancer, of either family: 192.0.2.0/24, 192.0.2.10-192.0.2.20 or one
+    #[arg(long, value_delimiter = ',')]
+    load_balancer_cidr: Vec<xebec_controllers::AddressRange>,
     /// Range of the addresses of several nodes; with one node it is not used
     #[arg(long, default_value = "10.245.0.0/24")]
     node_cidr: Ipv4Net,
@@ -131,7 +134,8 @@ impl Up {
             listen,
             advertise: inside,
             address: machine.address,
-            service_cidr: self.service_cidr,
+            service_cidrs: &self.service_cidr,
+            load_balancer_ranges: &self.load_balancer_cidr,
         })
         .await?;
         let url = |address| format!("https://{}", SocketAddr::new(address, self.api_port));

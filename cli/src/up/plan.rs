@@ -15,12 +15,17 @@ use crate::paths::Layout;
 impl Up {
     /// Ranges must not overlap.
     pub(super) fn check_ranges(&self) -> Result<()> {
-        let mut ranges = vec![
-            ("--pod-cidr", self.pod_cidr),
-            ("--service-cidr", self.service_cidr),
-        ];
+        let mut ranges = vec![("--pod-cidr", IpNet::V4(self.pod_cidr))];
+        ranges.extend(self.service_cidr.iter().map(|one| ("--service-cidr", *one)));
+        for balancers in &self.load_balancer_cidr {
+            // They may well lie in the nodes' range, but nobody's pods or Services have them.
+            let taken = ranges.iter().find(|(_, range)| balancers.touches(range));
+            if let Some((flag, range)) = taken {
+                bail!("{flag} {range} and --load-balancer-cidr {balancers} overlap");
+            }
+        }
         if self.nodes > 1 {
-            ranges.push(("--node-cidr", self.node_cidr));
+            ranges.push(("--node-cidr", IpNet::V4(self.node_cidr)));
             switch::check_free(self.node_cidr)?;
             if self.node_name.is_some() {
                 bail!("--node-name names one node; several are node1, node2, ...");

@@ -12,6 +12,7 @@ mod informer;
 mod load_balancer;
 mod mirroring;
 mod namespace;
+mod node_ipam;
 mod node_lifecycle;
 mod pod_gc;
 mod pods;
@@ -46,6 +47,13 @@ pub struct Config {
     pub terminated_pod_threshold: usize,
     /// Addresses for Services of type LoadBalancer; where there are none, nobody here gives them any.
     pub load_balancer_ranges: Vec<AddressRange>,
+    /// Ranges that nodes without ranges of pod addresses get theirs from, one of each family
+    /// (kube-controller-manager's `--cluster-cidr`); where there are none, nodes bring their own.
+    pub cluster_cidrs: Vec<ipnet::IpNet>,
+    /// Prefix length of a node's part of an IPv4 range (`--node-cidr-mask-size-ipv4`).
+    pub node_cidr_mask_size_ipv4: u8,
+    /// Prefix length of a node's part of an IPv6 range (`--node-cidr-mask-size-ipv6`).
+    pub node_cidr_mask_size_ipv6: u8,
 }
 
 impl Default for Config {
@@ -56,6 +64,9 @@ impl Default for Config {
             pod_gc_quarantine: Duration::from_secs(40),
             terminated_pod_threshold: 12_500,
             load_balancer_ranges: Vec::new(),
+            cluster_cidrs: Vec::new(),
+            node_cidr_mask_size_ipv4: 24,
+            node_cidr_mask_size_ipv6: 64,
         }
     }
 }
@@ -115,6 +126,10 @@ pub async fn run(
         (
             "node lifecycle",
             node_lifecycle::start(&cluster, &config, stop.clone()).boxed(),
+        ),
+        (
+            "node ipam",
+            node_ipam::start(&cluster, &config, stop.clone()).boxed(),
         ),
         (
             "pod gc",

@@ -46,6 +46,13 @@ impl AddressRange {
         self.last
     }
 
+    /// Whether it has an address of this range.
+    pub fn touches(&self, range: &ipnet::IpNet) -> bool {
+        self.first.is_ipv4() == range.network().is_ipv4()
+            && self.first <= range.broadcast()
+            && range.network() <= self.last
+    }
+
     pub(super) fn contains(&self, ip: IpAddr) -> bool {
         self.first.is_ipv4() == ip.is_ipv4()
             && (number(self.first)..=number(self.last)).contains(&number(ip))
@@ -265,6 +272,10 @@ mod tests {
         ] {
             assert!(text.parse::<AddressRange>().is_err(), "{text}");
         }
+        let touches = |a: &str, b: &str| range(a).touches(&b.parse().unwrap());
+        assert!(touches("10.0.0.250-10.0.1.5", "10.0.1.0/24"));
+        assert!(touches("10.0.0.0/8", "10.3.0.0/16") && touches("fd00::5", "fd00::/64"));
+        assert!(!touches("10.0.0.0/24", "10.0.1.0/24") && !touches("0.0.0.0/0", "::/0"));
     }
 
     /// Random takers: nobody has another's address, a full pool gives nothing, what comes back can be had again.

@@ -13,6 +13,7 @@ mod network_policy;
 mod node;
 mod pod;
 mod policy;
+mod ranges;
 mod service;
 mod status;
 mod workload;
@@ -71,6 +72,7 @@ pub fn validate_update(resource: &Resource, old: &Object, new: &Object) -> Vec<F
             ));
         }
         ("discovery.k8s.io", "EndpointSlice") => immutable(old, new, &["addressType"], &mut errors),
+        ("networking.k8s.io", "ServiceCIDR") => ranges::service_cidr_update(old, new, &mut errors),
         _ => {}
     }
     errors
@@ -154,6 +156,8 @@ fn spec(resource: &Resource, object: &Object, new: bool, errors: &mut Errors) {
         ("networking.k8s.io", "NetworkPolicy") => network_policy::validate(object, new, errors),
         ("discovery.k8s.io", "EndpointSlice") => endpoints::slice(object, errors),
         ("coordination.k8s.io", "Lease") => lease(object, errors),
+        ("networking.k8s.io", "IPAddress") => ranges::ip_address(object, errors),
+        ("networking.k8s.io", "ServiceCIDR") => ranges::service_cidr(object, errors),
         _ => policy::validate(resource, object, errors),
     }
 }
