@@ -324,12 +324,12 @@ pub(super) fn update(old: &Object, new: &Object, errors: &mut Errors) {
     let (old, new) = (At::object(old), At::object(new));
     let (old, new) = (old.field("spec"), new.field("spec"));
     let is = |spec: &At<'_, '_>, kind: &str| spec.field("type").text() == kind;
-    let named = is(&old, "ExternalName") || is(&new, "ExternalName");
+    let addressed = !is(&old, "ExternalName") && !is(&new, "ExternalName");
     let (was, stays) = (is_headless(old.value), is_headless(new.value));
-    if !named && !(was && stays) {
+    if addressed && !(was && stays) {
         kept_addresses(&old, &new, errors);
     }
-    if !named && !was && !stays {
+    if addressed && !was && !stays {
         kept_families(&old, &new, errors);
     }
     let (before, after) = (
