@@ -219,10 +219,9 @@ fn subsets(service: &Service, slices: &[Arc<EndpointSlice>]) -> (Vec<EndpointSub
 fn sorted(groups: BTreeMap<String, EndpointSubset>) -> Vec<EndpointSubset> {
     let mut subsets: Vec<_> = groups.into_values().collect();
     for subset in &mut subsets {
-        for list in [&mut subset.addresses, &mut subset.not_ready_addresses] {
-            if let Some(list) = list {
-                list.sort_by(|a, b| a.ip.cmp(&b.ip));
-            }
+        let lists = [&mut subset.addresses, &mut subset.not_ready_addresses];
+        for list in lists.into_iter().flatten() {
+            list.sort_by(|a, b| a.ip.cmp(&b.ip));
         }
     }
     subsets

@@ -32,7 +32,7 @@ fn service(more: Value) -> Service {
 /// Every seventh pod has another port.
 fn pod(n: usize, ready: bool) -> Pod {
     let status = if ready { "True" } else { "False" };
-    let port = if n % 7 == 0 { 9090 } else { 8080 };
+    let port = if n.is_multiple_of(7) { 9090 } else { 8080 };
     let v4 = format!("10.244.{}.{}", n / 250, n % 250 + 1);
     serde_json::from_value(json!({
         "metadata": {"name": format!("web-{n}"), "namespace": "shop", "uid": format!("p{n}"), "labels": {"app": "web"}},
