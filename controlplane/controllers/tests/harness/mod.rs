@@ -87,7 +87,7 @@ impl Cluster {
             stop,
             controllers,
             server,
-            directory: directory,
+            directory,
         }
     }
 
