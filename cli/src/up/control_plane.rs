@@ -3,7 +3,7 @@
 use std::net::{IpAddr, SocketAddr};
 use std::sync::Arc;
 
-use anyhow::{Context, Result, bail};
+use anyhow::{Context, Result};
 use ipnet::IpNet;
 use tokio::sync::Mutex;
 use tokio::task::JoinSet;
@@ -27,6 +27,8 @@ pub struct Config<'a> {
     pub addresses: &'a [IpAddr],
     /// The ranges of Services, the primary one first.
     pub service_cidrs: &'a [IpNet],
+    /// What load balancers get their addresses from.
+    pub load_balancer_ranges: &'a [xebec_controllers::AddressRange],
 }
 
 /// The running control plane.
@@ -49,9 +51,6 @@ impl ControlPlane {
                         config.layout.store().display()
                     )
                 })?;
-        let [service_cidr] = *config.service_cidrs else {
-            bail!("--service-cidr: the API server has one range of Services; give it one");
-        };
         let mut addresses = vec![config.advertise, IpAddr::from([127, 0, 0, 1])];
         addresses.extend(config.addresses);
         if config.listen.is_ipv6() {
@@ -83,7 +82,7 @@ impl ControlPlane {
             xebec_apiserver::Config {
                 listen: vec![config.listen],
                 tls: pki::server_tls(&authority.ca_pem, &leaf, &[b"h2", b"http/1.1"])?,
-                service_cidr,
+                service_cidrs: config.service_cidrs.to_vec(),
                 service_account_key_pem: authority.service_account_key.clone(),
                 kubelet_client_tls: pki::client_tls(&authority.ca_pem, &kubelet_client)?,
                 advertise_address: config.advertise,
@@ -111,6 +110,7 @@ impl ControlPlane {
         let controllers = control_plane.client("system:kube-controller-manager", &[]);
         let controllers_config = xebec_controllers::Config {
             service_account_ca: authority.ca_pem.clone(),
+            load_balancer_ranges: config.load_balancer_ranges.to_vec(),
             ..Default::default()
         };
         tasks.spawn(xebec_controllers::run(

@@ -60,14 +60,17 @@ pub struct Up {
         default_value = "10.244.0.0/16"
     )]
     pod_cidr: Vec<IpNet>,
-    /// Ranges of Service addresses, the primary one first [default: 10.96.0.0/16, or fd00:10:96::/112 where pods
-    /// have IPv6 first]
+    /// Ranges of Service addresses, the primary one first [default: 10.96.0.0/16 and fd00:10:96::/112, of the
+    /// families that pods have]
     #[arg(
         long,
         visible_alias = "service-cluster-ip-range",
         value_delimiter = ','
     )]
     service_cidr: Vec<IpNet>,
+    /// Addresses for Services of type LoadBalancer, of either family: 192.0.2.0/24, 192.0.2.10-192.0.2.20 or one
+    #[arg(long, value_delimiter = ',')]
+    load_balancer_cidr: Vec<xebec_controllers::AddressRange>,
     /// Ranges of the addresses of several nodes, one of each family that pods have; with one node they are not used
     /// [default: 10.245.0.0/24, fd00:10:245::/64]
     #[arg(long, value_delimiter = ',')]
@@ -153,6 +156,7 @@ impl Up {
             advertise: inside,
             addresses: &machine.addresses,
             service_cidrs: &ranges.services,
+            load_balancer_ranges: &self.load_balancer_cidr,
         })
         .await?;
         let url = |address| format!("https://{}", SocketAddr::new(address, self.api_port));

@@ -47,8 +47,8 @@ impl Up {
             nodes: Vec::new(),
         };
         if ranges.services.is_empty() {
-            let first = families.iter().take(1);
-            ranges.services = first
+            ranges.services = families
+                .iter()
                 .map(|v4| default(*v4, [10, 96, 0], 16, 0x96, 112))
                 .collect();
         }
@@ -101,6 +101,18 @@ impl Up {
             );
         }
         ranges.check_overlaps()?;
+        let taken = [
+            ("--pod-cidr", &ranges.pods),
+            ("--service-cidr", &ranges.services),
+        ];
+        for balancers in &self.load_balancer_cidr {
+            // They may well lie in the nodes' range, but nobody's pods or Services have them.
+            for (flag, list) in taken {
+                if let Some(range) = list.iter().find(|range| balancers.touches(range)) {
+                    bail!("{flag} {range} and --load-balancer-cidr {balancers} overlap");
+                }
+            }
+        }
         Ok(ranges)
     }
 }

@@ -9,6 +9,7 @@ use xebec_store::Txn;
 use crate::error::ApiError;
 use crate::handler::Handler;
 use crate::registry::{Part, now};
+use crate::services::{self, Allocator};
 
 impl Handler {
     /// Makes what is missing; what is there stays as it is, but the API server's address is brought up to date.
@@ -36,13 +37,13 @@ impl Handler {
         }
         let address = self.config.advertise_address.to_string();
         let port = self.config.secure_port;
-        let first = self
-            .allocator
-            .cidr
-            .hosts()
-            .next()
-            .map(|ip| ip.to_string())
-            .unwrap_or_default();
+        if let Some(services) = table::resource("", "v1", "services") {
+            self.allocator
+                .repair(self.registry.store.as_ref(), services)
+                .await?;
+        }
+        let first = self.allocator.cidrs.first().map(services::first);
+        let first = first.map(|ip| ip.to_string()).unwrap_or_default();
         let labels = json!({"component": "apiserver", "provider": "kubernetes"});
         let service = json!({
             "metadata": {"name": "kubernetes", "labels": labels},
@@ -52,7 +53,7 @@ impl Handler {
             .await?;
         let slice = json!({
             "metadata": {"name": "kubernetes", "labels": {"kubernetes.io/service-name": "kubernetes"}},
-            "addressType": "IPv4",
+            "addressType": if self.config.advertise_address.is_ipv4() { "IPv4" } else { "IPv6" },
             "endpoints": [{"addresses": [address], "conditions": {"ready": true}}],
             "ports": [{"name": "https", "port": port, "protocol": "TCP"}],
         });
@@ -122,7 +123,8 @@ impl Handler {
         let extra = if plural == "services" {
             self.allocator
                 .assign(self.registry.store.as_ref(), None, &mut object, false)
-                .await?
+                .await?;
+            Allocator::claims(None, &object)
         } else {
             Txn::default()
         };

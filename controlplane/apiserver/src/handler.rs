@@ -7,7 +7,7 @@ use std::time::{Duration, Instant};
 use bytes::Bytes;
 use http::{HeaderMap, HeaderValue, Request, Response, StatusCode, header};
 use http_body_util::{BodyExt, Full, Limited};
-use ipnet::Ipv4Net;
+use ipnet::IpNet;
 use serde_json::{Value, json};
 use xebec_schema::table;
 use xebec_store::Store;
@@ -228,11 +228,11 @@ impl Handler {
     pub(crate) fn new(
         config: Config,
         tokens: Tokens,
-        cidr: Ipv4Net,
+        cidrs: Vec<IpNet>,
         store: Arc<dyn Store>,
     ) -> Self {
         let allocator = Arc::new(Allocator {
-            cidr,
+            cidrs,
             ports: config.node_port_range.clone(),
         });
         let registry = Registry {

@@ -278,6 +278,14 @@ impl Registry {
                 apply::track_update(Some(&old), &mut new, resource.type_id, track);
             }
             keep_system_fields(&old, &mut new);
+            let claims = is_service(resource) && part == Part::Main;
+            if claims {
+                // Before anything else looks at them, addresses and ports are what they will be.
+                defaults::set_defaults(resource, &mut new);
+                self.allocator
+                    .assign(self.store.as_ref(), Some(&old), &mut new, dry_run)
+                    .await?;
+            }
             match part {
                 Part::Main => {
                     admission::admit_update(resource, &mut new);
@@ -303,13 +311,11 @@ impl Registry {
                     &errors,
                 ));
             }
-            let mut txn = Txn::default();
-            if is_service(resource) && part == Part::Main {
-                txn = self
-                    .allocator
-                    .assign(self.store.as_ref(), Some(&old), &mut new, dry_run)
-                    .await?;
-            }
+            let mut txn = if claims {
+                Allocator::claims(Some(&old), &new)
+            } else {
+                Txn::default()
+            };
             let gone = is_released(resource, &new);
             if gone && is_service(resource) {
                 txn = Allocator::release(&old);
@@ -345,7 +351,10 @@ impl Registry {
                 TxnOutcome::Conflict { current: None, .. } => {
                     return Err(ApiError::not_found(resource, name));
                 }
-                TxnOutcome::Conflict { .. } if !version.is_empty() => {
+                // What it claims may have been taken meanwhile, too: then the next try says so, or takes another.
+                TxnOutcome::Conflict {
+                    current: Some(kv), ..
+                } if kv.key == key && !version.is_empty() => {
                     return Err(ApiError::modified(resource, name));
                 }
                 TxnOutcome::Conflict { .. } => {}

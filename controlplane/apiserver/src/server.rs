@@ -48,8 +48,8 @@ pub struct Config {
     pub listen: Vec<SocketAddr>,
     /// TLS; client certificates are optional and verified by it.
     pub tls: Arc<rustls::ServerConfig>,
-    /// Range of Service addresses; IPv4 for now.
-    pub service_cidr: IpNet,
+    /// Ranges of Service addresses, at most one of each family; the first is that of Services that do not say.
+    pub service_cidrs: Vec<IpNet>,
     /// Range of node ports.
     pub node_port_range: RangeInclusive<u16>,
     /// `iss` of service-account tokens, and their default audience.
@@ -85,10 +85,10 @@ impl Default for Config {
         Self {
             listen: Vec::new(),
             tls: Arc::new(tls),
-            service_cidr: IpNet::V4(Ipv4Net::new_assert(
+            service_cidrs: vec![IpNet::V4(Ipv4Net::new_assert(
                 std::net::Ipv4Addr::new(10, 96, 0, 0),
                 16,
-            )),
+            ))],
             node_port_range: 30000..=32767,
             service_account_issuer: "https://kubernetes.default.svc.cluster.local".into(),
             service_account_key_pem: String::new(),
@@ -127,12 +127,7 @@ impl ApiServer {
         store: Arc<dyn Store>,
         shutdown: CancellationToken,
     ) -> Result<Arc<Self>, StartError> {
-        let IpNet::V4(cidr) = config.service_cidr else {
-            return Err(StartError::Config(format!(
-                "the Service range {} is not IPv4",
-                config.service_cidr
-            )));
-        };
+        let cidrs = service_ranges(&config.service_cidrs).map_err(StartError::Config)?;
         let tokens = Tokens::new(
             &config.service_account_key_pem,
             config.service_account_issuer.clone(),
@@ -146,12 +141,7 @@ impl ApiServer {
             listeners.push(listener);
         }
         let tls = tokio_rustls::TlsAcceptor::from(config.tls.clone());
-        let handler = Arc::new(Handler::new(
-            config,
-            tokens,
-            Ipv4Net::new_assert(cidr.network(), cidr.prefix_len()),
-            store,
-        ));
+        let handler = Arc::new(Handler::new(config, tokens, cidrs, store));
         handler
             .bootstrap()
             .await
@@ -179,6 +169,30 @@ impl ApiServer {
             user: Arc::new(user),
         }
     }
+}
+
+/// The ranges without the bits of hosts; or what is wrong with them.
+fn service_ranges(given: &[IpNet]) -> Result<Vec<IpNet>, String> {
+    match given {
+        [] => return Err("there is no range of Service addresses".into()),
+        [_] => {}
+        [one, other] if one.addr().is_ipv4() != other.addr().is_ipv4() => {}
+        [one, other] => {
+            return Err(format!(
+                "the Service ranges {one} and {other} are of one family: give one of each"
+            ));
+        }
+        more => {
+            return Err(format!(
+                "there are {} Service ranges: give one of each family at most",
+                more.len()
+            ));
+        }
+    }
+    if let Some(range) = given.iter().find(|range| range.hosts().nth(1).is_none()) {
+        return Err(format!("the Service range {range} is too small"));
+    }
+    Ok(given.iter().map(IpNet::trunc).collect())
 }
 
 async fn accept(

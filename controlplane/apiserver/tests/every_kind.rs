@@ -86,6 +86,8 @@ fn minimal(resource: &Resource) -> Value {
         "PodTemplate" => json!({"template": template}),
         "Service" => json!({"spec": {"ports": [{"port": 80}]}}),
         "EndpointSlice" => json!({"addressType": "IPv4", "endpoints": []}),
+        "IPAddress" => json!({"spec": {"parentRef": {"resource": "services", "name": "x"}}}),
+        "ServiceCIDR" => json!({"spec": {"cidrs": ["192.0.2.0/24"]}}),
         "PriorityClass" => json!({"value": 5}),
         "StorageClass" => json!({"provisioner": "x"}),
         "RuntimeClass" => json!({"handler": "x"}),

@@ -34,7 +34,7 @@ const FLOOR: &[(&str, usize)] = &[
     ("request", 8),
     ("semantics", 22),
     ("table", 43),
-    ("validation", 254),
+    ("validation", 264),
     ("watch", 8),
 ];
 /// Lines of differences that are shown of one scenario, and of one group.

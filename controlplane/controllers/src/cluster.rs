@@ -4,7 +4,9 @@ use std::sync::Arc;
 
 use k8s_openapi::api::apps::v1::{Deployment, ReplicaSet};
 use k8s_openapi::api::coordination::v1::Lease;
-use k8s_openapi::api::core::v1::{ConfigMap, Namespace, Node, Pod, Service, ServiceAccount};
+use k8s_openapi::api::core::v1::{
+    ConfigMap, Endpoints, Namespace, Node, Pod, Service, ServiceAccount,
+};
 use k8s_openapi::api::discovery::v1::EndpointSlice;
 use kube::runtime::events::{Event, EventType, Recorder, Reporter};
 use kube::runtime::watcher;
@@ -12,7 +14,8 @@ use kube::{Api, Client, Resource};
 use tokio_util::sync::CancellationToken;
 use tracing::debug;
 
-use crate::informer::Informer;
+use crate::endpoint_slice::SliceNames;
+use crate::informer::{Informer, Key};
 
 /// Every kind that more than the garbage collector looks at, watched once.
 pub(crate) struct Cluster {
@@ -22,6 +25,8 @@ pub(crate) struct Cluster {
     pub deployments: Informer<Deployment>,
     pub services: Informer<Service>,
     pub endpoint_slices: Informer<EndpointSlice>,
+    slice_names: Arc<SliceNames>,
+    pub endpoints: Informer<Endpoints>,
     pub namespaces: Informer<Namespace>,
     /// The ones named `default` only.
     pub service_accounts: Informer<ServiceAccount>,
@@ -37,12 +42,20 @@ impl Cluster {
         let all = watcher::Config::default;
         let named = |name: &str| all().fields(&format!("metadata.name={name}"));
         let api = || client.clone();
+        let endpoint_slices = Informer::new(Api::all(api()), all());
+        let slice_names = Arc::new(SliceNames::default());
+        let names = slice_names.clone();
+        endpoint_slices.on_change(move |old: Option<&Arc<_>>, new: Option<&Arc<_>>| {
+            names.change(old.map(Arc::as_ref), new.map(Arc::as_ref));
+        });
         Self {
             pods: Informer::new(Api::all(api()), all()),
             replica_sets: Informer::new(Api::all(api()), all()),
             deployments: Informer::new(Api::all(api()), all()),
             services: Informer::new(Api::all(api()), all()),
-            endpoint_slices: Informer::new(Api::all(api()), all()),
+            endpoint_slices,
+            slice_names,
+            endpoints: Informer::new(Api::all(api()), all()),
             namespaces: Informer::new(Api::all(api()), all()),
             service_accounts: Informer::new(Api::all(api()), named("default")),
             root_cas: Informer::new(Api::all(api()), named("kube-root-ca.crt")),
@@ -50,6 +63,16 @@ impl Cluster {
             leases: Informer::new(Api::namespaced(api(), "kube-node-lease"), all()),
             client,
         }
+    }
+
+    /// The slices of a Service, whoever made them, by name.
+    pub(crate) fn slices_of(&self, service: &Key) -> Vec<Arc<EndpointSlice>> {
+        let names = self.slice_names.of(service);
+        let slice = |name: &String| {
+            self.endpoint_slices
+                .get(&Key::new(&service.namespace, name))
+        };
+        names.iter().filter_map(slice).collect()
     }
 
     /// Runs all watches until `shutdown`.
@@ -61,6 +84,7 @@ impl Cluster {
             self.deployments.run(stop()),
             self.services.run(stop()),
             self.endpoint_slices.run(stop()),
+            self.endpoints.run(stop()),
             self.namespaces.run(stop()),
             self.service_accounts.run(stop()),
             self.root_cas.run(stop()),

@@ -6,9 +6,13 @@
 mod cluster;
 mod deployment;
 mod endpoint_slice;
+mod endpoints;
 mod garbage_collector;
 mod informer;
+mod load_balancer;
+mod mirroring;
 mod namespace;
+mod node_ipam;
 mod node_lifecycle;
 mod pod_gc;
 mod pods;
@@ -25,6 +29,9 @@ use tokio_util::sync::CancellationToken;
 use tracing::info;
 
 use cluster::Cluster;
+pub use load_balancer::{
+    AddressRange, CLASS as LOAD_BALANCER_CLASS, WANTED as LOAD_BALANCER_ADDRESSES,
+};
 
 /// How the controllers run.
 #[derive(Clone, Debug)]
@@ -38,6 +45,15 @@ pub struct Config {
     pub pod_gc_quarantine: Duration,
     /// Finished pods that are kept in the cluster (kube-controller-manager's `--terminated-pod-gc-threshold`).
     pub terminated_pod_threshold: usize,
+    /// Addresses for Services of type LoadBalancer; where there are none, nobody here gives them any.
+    pub load_balancer_ranges: Vec<AddressRange>,
+    /// Ranges that nodes without ranges of pod addresses get theirs from, one of each family
+    /// (kube-controller-manager's `--cluster-cidr`); where there are none, nodes bring their own.
+    pub cluster_cidrs: Vec<ipnet::IpNet>,
+    /// Prefix length of a node's part of an IPv4 range (`--node-cidr-mask-size-ipv4`).
+    pub node_cidr_mask_size_ipv4: u8,
+    /// Prefix length of a node's part of an IPv6 range (`--node-cidr-mask-size-ipv6`).
+    pub node_cidr_mask_size_ipv6: u8,
 }
 
 impl Default for Config {
@@ -47,6 +63,10 @@ impl Default for Config {
             node_monitor_grace_period: Duration::from_secs(50),
             pod_gc_quarantine: Duration::from_secs(40),
             terminated_pod_threshold: 12_500,
+            load_balancer_ranges: Vec::new(),
+            cluster_cidrs: Vec::new(),
+            node_cidr_mask_size_ipv4: 24,
+            node_cidr_mask_size_ipv6: 64,
         }
     }
 }
@@ -80,6 +100,18 @@ pub async fn run(
             endpoint_slice::start(&cluster, stop.clone()).boxed(),
         ),
         (
+            "endpoints",
+            endpoints::start(&cluster, stop.clone()).boxed(),
+        ),
+        (
+            "endpoint slice mirroring",
+            mirroring::start(&cluster, stop.clone()).boxed(),
+        ),
+        (
+            "load balancer",
+            load_balancer::start(&cluster, &config, stop.clone()).boxed(),
+        ),
+        (
             "namespace",
             namespace::start(&cluster, stop.clone()).boxed(),
         ),
@@ -94,6 +126,10 @@ pub async fn run(
         (
             "node lifecycle",
             node_lifecycle::start(&cluster, &config, stop.clone()).boxed(),
+        ),
+        (
+            "node ipam",
+            node_ipam::start(&cluster, &config, stop.clone()).boxed(),
         ),
         (
             "pod gc",

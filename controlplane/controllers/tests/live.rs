@@ -495,7 +495,10 @@ async fn a_namespace_is_furnished_and_goes_with_all_its_content() {
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn a_silent_node_is_lost_its_pods_leave_and_vanish_with_it() {
-    let cluster = Cluster::start().await;
+    let cluster = Cluster::start_with(|_, controllers| {
+        controllers.node_monitor_grace_period = Duration::from_secs(2);
+    })
+    .await;
     let kubelet = cluster.node("n1").await;
     cluster.namespace("shop").await;
     let leases = cluster.api::<Lease>("kube-node-lease");

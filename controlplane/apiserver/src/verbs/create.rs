@@ -15,6 +15,7 @@ use crate::handler::{Answer, Call, Handler, collect};
 use crate::registry::{Part, now};
 use crate::request::ResourceRequest;
 use crate::server::RequestBody;
+use crate::services::Allocator;
 
 /// Kinds that an update creates where they are not there.
 fn created_by_update(resource: &Resource) -> bool {
@@ -140,10 +141,10 @@ impl Handler {
         }
         for _ in 0..5 {
             let mut attempt = object.clone();
-            let extra = self
-                .allocator
+            self.allocator
                 .assign(self.registry.store.as_ref(), None, &mut attempt, dry)
                 .await?;
+            let extra = Allocator::claims(None, &attempt);
             match self
                 .registry
                 .create(resource, attempt, Part::Main, extra, dry)

@@ -31,30 +31,54 @@ pub struct Cluster {
     pub stop: CancellationToken,
     controllers: tokio::task::JoinHandle<anyhow::Result<()>>,
     server: Arc<ApiServer>,
-    _directory: tempfile::TempDir,
+    directory: tempfile::TempDir,
 }
 
 impl Cluster {
     pub async fn start() -> Self {
+        Self::start_with(|_, _| {}).await
+    }
+
+    /// With other settings of API server and controllers.
+    pub async fn start_with(set: impl FnOnce(&mut xebec_apiserver::Config, &mut Config)) -> Self {
         let directory = tempfile::tempdir().expect("a temporary folder");
-        let store = Embedded::open(directory.path(), Options::default()).expect("the store opens");
+        Self::start_in(directory, set).await
+    }
+
+    /// Over a store that is there already.
+    pub async fn start_in(
+        directory: tempfile::TempDir,
+        set: impl FnOnce(&mut xebec_apiserver::Config, &mut Config),
+    ) -> Self {
+        let mut store = Embedded::open(directory.path(), Options::default());
+        for _ in 0..100 {
+            // Tasks of the cluster before may still be ending.
+            if store.is_ok() {
+                break;
+            }
+            tokio::time::sleep(Duration::from_millis(50)).await;
+            store = Embedded::open(directory.path(), Options::default());
+        }
+        let store = store.expect("the store opens");
         let stop = CancellationToken::new();
         let key = rcgen::KeyPair::generate().expect("a key").serialize_pem();
-        let config = xebec_apiserver::Config {
+        let mut server_config = xebec_apiserver::Config {
             service_account_key_pem: key,
             ..xebec_apiserver::Config::default()
         };
-        let server = ApiServer::start(config, store, stop.clone())
+        let mut config = Config {
+            service_account_ca: CA.into(),
+            // Nobody plays the nodes' heartbeats.
+            node_monitor_grace_period: Duration::from_secs(3600),
+            pod_gc_quarantine: Duration::from_millis(200),
+            ..Config::default()
+        };
+        set(&mut server_config, &mut config);
+        let server = ApiServer::start(server_config, store, stop.clone())
             .await
             .expect("the API server starts");
         let user = |name: &str, groups: &[&str]| {
             Client::new(server.in_process(UserInfo::new(name, groups)), "default")
-        };
-        let config = Config {
-            service_account_ca: CA.into(),
-            node_monitor_grace_period: Duration::from_secs(2),
-            pod_gc_quarantine: Duration::from_millis(200),
-            ..Config::default()
         };
         let controllers = user("system:kube-controller-manager", &["system:authenticated"]);
         let controllers = tokio::spawn(xebec_controllers::run(controllers, config, stop.clone()));
@@ -63,7 +87,7 @@ impl Cluster {
             stop,
             controllers,
             server,
-            _directory: directory,
+            directory,
         }
     }
 
@@ -114,7 +138,7 @@ impl Cluster {
     }
 
     /// Ends everything; the controllers must have run without an error until now.
-    pub async fn end(self) {
+    pub async fn end(self) -> tempfile::TempDir {
         assert!(
             !self.controllers.is_finished(),
             "the controllers ended early: {:?}",
@@ -127,6 +151,7 @@ impl Cluster {
             .expect("no panic")
             .expect("no error");
         drop(self.server);
+        self.directory
     }
 }
 

@@ -254,6 +254,12 @@ fn service(object: &mut Value) {
     if kind != "ExternalName" {
         set(spec, "internalTrafficPolicy", "Cluster");
     }
+    let balancer = object.pointer_mut("/status/loadBalancer");
+    if let Some(balancer) = balancer.filter(|_| kind == "LoadBalancer") {
+        for one in items(balancer, "ingress").filter(|one| !one["ip"].is_null()) {
+            set(one, "ipMode", "VIP");
+        }
+    }
 }
 
 fn network_policy(object: &mut Value) {

@@ -180,6 +180,7 @@ pub fn prepare_for_update(resource: &Resource, old: &Object, new: &mut Object) {
     }
     if resource.kind == "Service" && resource.group.is_empty() {
         service::drop_what_went_with_the_type(&old["spec"], &mut new["spec"]);
+        service::drop_status_of_balancer(new);
     }
     if resource.kind == "Namespace" {
         new["spec"]["finalizers"] = old["spec"]["finalizers"].clone();

@@ -11,11 +11,7 @@ fn has_cluster_address(spec: &Value) -> bool {
 }
 
 fn has_node_ports(spec: &Value) -> bool {
-    match kind(spec) {
-        "NodePort" => true,
-        "LoadBalancer" => spec["allocateLoadBalancerNodePorts"] != false,
-        _ => false,
-    }
+    matches!(kind(spec), "NodePort" | "LoadBalancer")
 }
 
 /// Whether clients outside the cluster can reach it.
@@ -51,7 +47,8 @@ pub(super) fn drop_what_went_with_the_type(old: &Value, new: &mut Value) {
         .filter(|(field, needs)| needs(old) && !needs(new) && old[*field] == new[*field])
         .map(|(field, _)| *field)
         .collect();
-    if has_node_ports(old) && !has_node_ports(new) && node_ports(old) == node_ports(new) {
+    let asks = |number: &u64| !node_ports(old).contains(number);
+    if has_node_ports(old) && !has_node_ports(new) && !node_ports(new).iter().any(asks) {
         for port in new["ports"].as_array_mut().into_iter().flatten() {
             if let Some(port) = port.as_object_mut() {
                 port.remove("nodePort");
@@ -63,9 +60,18 @@ pub(super) fn drop_what_went_with_the_type(old: &Value, new: &mut Value) {
     }
 }
 
-fn node_ports(spec: &Value) -> Vec<&Value> {
+/// The ports at the nodes that are said.
+fn node_ports(spec: &Value) -> Vec<u64> {
     let ports = spec["ports"].as_array().into_iter().flatten();
-    ports.map(|port| &port["nodePort"]).collect()
+    let numbers = ports.filter_map(|port| port["nodePort"].as_u64());
+    numbers.filter(|number| *number != 0).collect()
+}
+
+/// A balancer's addresses go as soon as it is none any more, though it is taken down later.
+pub(super) fn drop_status_of_balancer(object: &mut Value) {
+    if kind(&object["spec"]) != "LoadBalancer" && !object["status"].is_null() {
+        object["status"]["loadBalancer"] = serde_json::json!({});
+    }
 }
 
 #[cfg(test)]
@@ -89,5 +95,23 @@ mod tests {
         new["ports"][0]["nodePort"] = 30081.into();
         drop_what_went_with_the_type(&old, &mut new);
         assert_eq!(new["ports"][0]["nodePort"], 30081);
+        let mut new = old.clone();
+        new["allocateLoadBalancerNodePorts"] = false.into();
+        drop_what_went_with_the_type(&old, &mut new);
+        assert_eq!(new["ports"][0]["nodePort"], 30080, "what is there stays");
+    }
+
+    #[test]
+    fn what_is_no_balancer_has_no_addresses_of_one() {
+        let status = json!({"loadBalancer": {"ingress": [{"ip": "192.0.2.1"}]}, "conditions": []});
+        let mut service = json!({"spec": {"type": "LoadBalancer"}, "status": status});
+        drop_status_of_balancer(&mut service);
+        assert_eq!(service["status"], status);
+        service["spec"]["type"] = "NodePort".into();
+        drop_status_of_balancer(&mut service);
+        assert_eq!(
+            service["status"],
+            json!({"loadBalancer": {}, "conditions": []})
+        );
     }
 }

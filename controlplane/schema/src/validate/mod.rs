@@ -13,6 +13,7 @@ mod network_policy;
 mod node;
 mod pod;
 mod policy;
+mod ranges;
 mod service;
 mod status;
 mod workload;
@@ -43,11 +44,13 @@ pub fn validate_update(resource: &Resource, old: &Object, new: &Object) -> Vec<F
     metadata::validate_update(old, new, &mut errors);
     metadata::validate(resource, new, &mut errors);
     metadata::validate_update(old, new, &mut errors);
+    if (resource.group, resource.kind) == ("", "Service") {
+        service::update(old, new, &mut errors);
+    }
     spec(resource, new, false, &mut errors);
     match (resource.group, resource.kind) {
         ("", "Pod") => pod::update(old, new, &mut errors),
         ("", "Node") => node::update(old, new, &mut errors),
-        ("", "Service") => service::update(old, new, &mut errors),
         ("", "ConfigMap") => data::update(old, new, &mut errors),
         ("", "Secret") => {
             data::update(old, new, &mut errors);
@@ -69,8 +72,16 @@ pub fn validate_update(resource: &Resource, old: &Object, new: &Object) -> Vec<F
             ));
         }
         ("discovery.k8s.io", "EndpointSlice") => immutable(old, new, &["addressType"], &mut errors),
+        ("networking.k8s.io", "ServiceCIDR") => ranges::service_cidr_update(old, new, &mut errors),
         _ => {}
     }
+    errors
+}
+
+/// What is wrong with the addresses and address families of a Service, before any are chosen for it.
+pub fn service_families(object: &Object) -> Vec<FieldError> {
+    let mut errors = Errors::new();
+    service::families(&At::named("spec", &object["spec"]), &mut errors);
     errors
 }
 
@@ -82,6 +93,7 @@ pub fn validate_status_update(resource: &Resource, old: &Object, new: &Object) -
     match (resource.group, resource.kind) {
         ("", "Pod") => pod::status_update(old, new, &mut errors),
         ("", "Node") => node::status(new, &mut errors),
+        ("", "Service") => service::status(new, &mut errors),
         _ => status::validate(resource, new, &mut errors),
     }
     errors
@@ -144,6 +156,8 @@ fn spec(resource: &Resource, object: &Object, new: bool, errors: &mut Errors) {
         ("networking.k8s.io", "NetworkPolicy") => network_policy::validate(object, new, errors),
         ("discovery.k8s.io", "EndpointSlice") => endpoints::slice(object, errors),
         ("coordination.k8s.io", "Lease") => lease(object, errors),
+        ("networking.k8s.io", "IPAddress") => ranges::ip_address(object, errors),
+        ("networking.k8s.io", "ServiceCIDR") => ranges::service_cidr(object, errors),
         _ => policy::validate(resource, object, errors),
     }
 }
