@@ -32,7 +32,7 @@ use std::sync::Arc;
 
 use anyhow::{Context, Result, bail};
 use ipnet::IpNet;
-use tokio::sync::{Mutex, oneshot, watch};
+use tokio::sync::{Mutex, mpsc, oneshot, watch};
 use tokio_util::sync::CancellationToken;
 
 use dataplane::Dataplane;
@@ -67,6 +67,8 @@ pub struct Config {
     pub native: Vec<IpNet>,
     /// Where node ports are reached.
     pub node_ports: services::NodePortAddresses,
+    /// Whether one of the nodes announces load balancers' addresses by ARP and neighbour discovery.
+    pub l2_announcements: bool,
     /// Where metrics and health are served.
     pub serve: metrics::Addresses,
 }
@@ -106,7 +108,28 @@ pub async fn run(client: kube::Client, config: Config, shutdown: CancellationTok
     });
     let endpoints = connect(&config, Some(dataplane.clone()))?;
     let before = maps.services.all_backends()?;
-    let tables = services::Services::new(maps.services, &config.node_name, before);
+    let (gone, told_gone) = mpsc::unbounded_channel();
+    let tables = services::Services::new(maps.services, &config.node_name, before, gone);
+    let namespaces = || async {
+        let all = endpoints.list().await.into_iter();
+        all.map(|endpoint| endpoint.netns).collect()
+    };
+    let translated = maps.sockets;
+    let sockets = sockets::run(
+        told_gone,
+        namespaces,
+        Arc::new(move |cookie, to: &sockets::Backend| {
+            translated.is_translated(cookie, to.address, to.port)
+        }),
+        shutdown.clone(),
+    );
+    let announce = announce(
+        client.clone(),
+        &config,
+        &devices,
+        tables.announced(),
+        &shutdown,
+    );
     let served = network::Served::default();
     let (services_ready, services_are_ready) = oneshot::channel();
     let routes = routes::run(
@@ -177,9 +200,30 @@ pub async fn run(client: kube::Client, config: Config, shutdown: CancellationTok
     };
     let api = api::run(config.socket.clone(), tables, shutdown.clone());
     tokio::try_join!(
-        policy, services, network, nodes, routes, follow, take_over, api, metrics
+        policy, services, network, nodes, routes, follow, take_over, api, metrics, sockets,
+        announce
     )
     .map(drop)
+}
+
+/// Announces load balancers' addresses on the devices that lead to the outside, if this is asked for.
+async fn announce(
+    client: kube::Client,
+    config: &Config,
+    devices: &[network::Device],
+    announced: watch::Receiver<Vec<announce::Announced>>,
+    shutdown: &CancellationToken,
+) -> Result<()> {
+    if !config.l2_announcements {
+        return Ok(());
+    }
+    let who = announce::Config {
+        node: config.node_name.clone(),
+        devices: devices.iter().map(|device| device.name.clone()).collect(),
+        timing: announce::Timing::default(),
+    };
+    let leases = announce::leases::Cluster::new(client);
+    announce::run(leases, who, announced, shutdown.clone()).await
 }
 
 /// Serves the socket alone, for taking pods away where no API server runs.

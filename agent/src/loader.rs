@@ -15,7 +15,7 @@ use aya::programs::{
 use aya::{Ebpf, EbpfLoader};
 use xebec_dataplane_common::LAYOUT;
 
-use crate::maps::{FlowMaps, NetworkMaps, PolicyMaps, ServiceMaps, take};
+use crate::maps::{FlowMaps, NetworkMaps, PolicyMaps, ServiceMaps, SocketMap, take};
 use crate::network::Device;
 pub use express::{By, Xdp};
 pub use tc::detach;
@@ -84,6 +84,8 @@ pub struct Loaded {
 pub struct Maps {
     /// Services.
     pub services: ServiceMaps,
+    /// Which sockets Services sent where.
+    pub sockets: SocketMap,
     /// Endpoints, identities, policy.
     pub policy: PolicyMaps,
     /// Events of flows.
@@ -131,6 +133,7 @@ impl Loaded {
     pub fn maps(&mut self) -> Result<Maps> {
         Ok(Maps {
             services: ServiceMaps::new(&mut self.ebpf)?,
+            sockets: SocketMap::new(&mut self.ebpf)?,
             policy: PolicyMaps::new(&mut self.ebpf)?,
             flows: FlowMaps::new(&mut self.ebpf)?,
             network: NetworkMaps::new(&mut self.ebpf)?,

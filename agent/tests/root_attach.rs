@@ -48,8 +48,10 @@ impl Node {
                 space::block_on(async {
                     let handle = link::handle().unwrap();
                     let (device, netns) = (DEVICES[index], pods[index].path());
-                    let wires = link::connect(&handle, device, &netns, "eth0", addresses[index]);
-                    wires.await.unwrap()
+                    let address = [addresses[index].into()];
+                    link::connect(&handle, device, &netns, "eth0", &address, None)
+                        .await
+                        .unwrap()
                 })
             });
             std::fs::write("/proc/sys/net/ipv4/ip_forward", "0").unwrap();
@@ -158,11 +160,11 @@ fn filters_judge_packets_and_are_replaced_in_place() {
         assert_eq!(first.uses_filters(), Some(true));
         assert!(arrives(&from, &to, b"handed over"));
         assert!(arrives_from_node(&to), "egress filter lets the node in");
-        maps.policy.remove_endpoint(WEB).unwrap();
+        maps.policy.remove_endpoint(WEB.into()).unwrap();
         assert!(!arrives(&from, &to, b"to a pod that is unknown"));
         assert!(!arrives_from_node(&to), "egress filter drops");
         let wires = endpoint(node.wires[1]);
-        maps.policy.set_endpoint(WEB, wires).unwrap();
+        maps.policy.set_endpoint(WEB.into(), wires).unwrap();
         // Two agents after one another, many times.
         let (mut second, _maps) = node.agent();
         second.use_filters();

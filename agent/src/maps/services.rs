@@ -9,7 +9,9 @@ use aya::maps::{Array, HashMap, Map, MapData};
 use bytemuck::{cast_slice, must_cast};
 use ipnet::IpNet;
 use xebec_dataplane_common::ip::Ip;
-use xebec_dataplane_common::service::{Backend, Chunk, Frontend, FrontendKey, RangeKey, Scope};
+use xebec_dataplane_common::service::{
+    Backend, Chunk, Frontend, FrontendKey, GIVEN, RangeKey, Scope, SocketKey,
+};
 
 use super::table::Table;
 use super::{gone, key, take};
@@ -47,6 +49,27 @@ pub trait ServiceKernel: Send + 'static {
     fn set_node_address(&mut self, address: IpAddr, whose: u8) -> Result<()>;
     /// Node ports are reached there no more.
     fn remove_node_address(&mut self, address: IpAddr) -> Result<()>;
+}
+
+/// Which sockets were sent to a backend by a Service.
+pub struct SocketMap(HashMap<MapData, [u8; 32], [u8; 28]>);
+
+impl SocketMap {
+    pub(crate) fn new(ebpf: &mut aya::Ebpf) -> Result<Self> {
+        Ok(Self(take(ebpf, "SOCKETS")?))
+    }
+
+    /// Whether the socket with this cookie got to an address and port through a Service.
+    pub fn is_translated(&self, cookie: u64, address: IpAddr, port: u16) -> bool {
+        let key = SocketKey {
+            cookie,
+            address: address.into(),
+            port: port.to_be(),
+            side: GIVEN,
+            pad: 0,
+        };
+        self.0.get(&must_cast(key), 0).is_ok()
+    }
 }
 
 /// Frontends, slots and backends of Services.

@@ -61,6 +61,8 @@ pub struct Backends {
     capacity: u32,
     /// What has to be written.
     changed: Vec<u32>,
+    /// Who went since this was last asked for.
+    gone: Vec<Target>,
 }
 
 impl Backends {
@@ -159,8 +161,17 @@ impl Backends {
         if let Ok(entry) = self.numbers.find_entry(hash, |other| *other == number) {
             entry.remove();
         }
+        let target = held.target;
+        self.gone.push(target);
         self.changed.push(number);
         self.resting.push_back((now, number));
+    }
+
+    /// Who went since this was last asked for, and did not come back.
+    pub fn take_gone(&mut self) -> Vec<Target> {
+        let mut gone = std::mem::take(&mut self.gone);
+        gone.retain(|target| self.find(target).is_none());
+        gone
     }
 
     /// Numbers that have rested can be given again; whether there were any.

@@ -13,7 +13,7 @@ use kube::runtime::watcher::{self, Event};
 use kube::runtime::{WatchStreamExt, watcher as watch};
 use serde::de::DeserializeOwned;
 use serde_json::Value;
-use tokio::sync::{Notify, oneshot, watch as signal};
+use tokio::sync::{Notify, mpsc, oneshot, watch as signal};
 use tokio_util::sync::CancellationToken;
 use tracing::warn;
 use xebec_dataplane_common::service::Backend;
@@ -25,9 +25,11 @@ use super::metrics::Metrics;
 use super::notices::{Notice, Reason, Teller};
 use super::objects::{EndpointSlice, Service};
 use super::tables::Tables;
+use crate::announce::Announced;
 use crate::host_ports::HostPort;
 use crate::maps::{Room, ServiceMaps};
 use crate::nodes::Nodes;
+use crate::sockets;
 
 /// Changes that are taken before the kernel is brought in step, where that many are there already.
 const AT_ONCE: usize = 4096;
@@ -51,19 +53,29 @@ pub struct Services {
     tables: Arc<Mutex<Tables<ServiceMaps>>>,
     metrics: Metrics,
     need: signal::Sender<Room>,
+    announced: signal::Sender<Vec<Announced>>,
+    gone: mpsc::UnboundedSender<sockets::Backend>,
     rewritten: Arc<Notify>,
 }
 
 impl Services {
     /// Services in these maps. `before` is the map of backends of the agent before this one, if its flows are still
     /// there: they know their backends by its numbers.
-    pub fn new(maps: ServiceMaps, node_name: &str, before: Vec<Backend>) -> Self {
+    /// Backends that go are told to `gone`.
+    pub fn new(
+        maps: ServiceMaps,
+        node_name: &str,
+        before: Vec<Backend>,
+        gone: mpsc::UnboundedSender<sockets::Backend>,
+    ) -> Self {
         let tables = Tables::new(maps, node_name, before);
         let need = signal::Sender::new(tables.used());
         Self {
             tables: Arc::new(Mutex::new(tables)),
             metrics: Metrics::default(),
             need,
+            announced: signal::Sender::default(),
+            gone,
             rewritten: Arc::default(),
         }
     }
@@ -85,6 +97,11 @@ impl Services {
     /// How much room in the maps everything would need; more than there is when something does not fit.
     pub fn need(&self) -> signal::Receiver<Room> {
         self.need.subscribe()
+    }
+
+    /// Load balancers' addresses, to be announced on the node's network.
+    pub fn announced(&self) -> signal::Receiver<Vec<Announced>> {
+        self.announced.subscribe()
     }
 
     /// How much room in the maps there is.
@@ -125,6 +142,19 @@ impl Services {
             Err(error) => {
                 metrics.failures.inc();
                 Tables::<ServiceMaps>::warn_of(error);
+            }
+        }
+        if let Some(announced) = tables.take_announced() {
+            self.announced.send_replace(announced);
+        }
+        if outcome.is_ok() {
+            for target in tables.take_gone() {
+                // Nobody listens any more when the agent is stopping.
+                let _ = self.gone.send(sockets::Backend {
+                    protocol: target.protocol,
+                    address: target.ip.into(),
+                    port: target.port,
+                });
             }
         }
         let take = |count: &mut u64| std::mem::take(count);

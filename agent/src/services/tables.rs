@@ -10,7 +10,7 @@ use hashbrown::{DefaultHashBuilder, HashMap, HashSet, HashTable};
 use tracing::warn;
 use xebec_dataplane_common::service::Backend;
 
-use super::backends::Backends;
+use super::backends::{Backends, Target};
 use super::batch::Batch;
 use super::claims::Claims;
 use super::extents::Extents;
@@ -21,6 +21,7 @@ use super::select::READY;
 use super::unit::Unit;
 use super::view::{ServiceView, SliceView, full_name, slice_names, triggered};
 use super::wanted::{Wanted, of_host_port, of_service};
+use crate::announce::Announced;
 use crate::host_ports::HostPort;
 use crate::maps::{Room, ServiceKernel};
 
@@ -117,6 +118,9 @@ pub struct Tables<K> {
     pub(super) batch: Batch,
     pub(super) notices: Vec<Notice>,
     health: Vec<HealthChange>,
+    /// Load balancers' addresses by Service, and whether this node may serve them.
+    announced: BTreeMap<Box<str>, (Vec<IpAddr>, bool)>,
+    announced_changed: bool,
     /// Backends of an agent before this one that no Service has claimed yet.
     adopted: Vec<u32>,
     /// When what is not yet in the kernel happened, in seconds of Unix time.
@@ -161,6 +165,8 @@ impl<K: ServiceKernel> Tables<K> {
             batch: Batch::default(),
             notices: Vec::new(),
             health: Vec::new(),
+            announced: BTreeMap::new(),
+            announced_changed: false,
             adopted,
             triggers: Vec::new(),
             began: unix_now(),
@@ -541,6 +547,7 @@ impl<K: ServiceKernel> Tables<K> {
             self.retire(number, unit, &kept);
         }
         let health = self.health_of(number, &wanted);
+        self.announce(number, &wanted);
         let full = lack != Room::default();
         if full {
             self.lacking.insert(number, lack);
@@ -577,6 +584,51 @@ impl<K: ServiceKernel> Tables<K> {
             self.entries.remove(number);
             self.lacking.remove(&number);
         }
+    }
+
+    /// Notes what of a Service is to be announced on the node's network.
+    fn announce(&mut self, number: u32, wanted: &[Wanted]) {
+        let Some(entry) = self.entries.get(number) else {
+            return;
+        };
+        let view = entry.service();
+        let addresses: Vec<IpAddr> = view.map_or_else(Vec::new, |view| {
+            let all = view.extra().load_balancer_ips.iter();
+            all.map(|ip| IpAddr::from(*ip)).collect()
+        });
+        if addresses.is_empty() {
+            self.announced_changed |= self.announced.remove(&entry.name).is_some();
+            return;
+        }
+        let local = view.is_some_and(|view| view.external_local);
+        let mut ends = wanted.iter().flat_map(|one| &one.ends);
+        let eligible = !local || ends.any(|end| end.traits & (LOCAL | READY) == LOCAL | READY);
+        let now = (addresses, eligible);
+        if self.announced.get(&entry.name) != Some(&now) {
+            self.announced.insert(entry.name.clone(), now);
+            self.announced_changed = true;
+        }
+    }
+
+    /// All that is to be announced, if it changed since this was last asked for.
+    pub fn take_announced(&mut self) -> Option<Vec<Announced>> {
+        if !std::mem::take(&mut self.announced_changed) {
+            return None;
+        }
+        let all = self.announced.iter().map(|(name, (addresses, eligible))| {
+            let (namespace, name) = name.split_once('/').unwrap_or(("", name));
+            Announced {
+                service: (namespace.to_owned(), name.to_owned()),
+                addresses: addresses.clone(),
+                eligible: *eligible,
+            }
+        });
+        Some(all.collect())
+    }
+
+    /// Backends that went since this was last asked for; the kernel does not name them any more.
+    pub fn take_gone(&mut self) -> Vec<Target> {
+        self.backends.take_gone()
     }
 
     /// How many ready endpoints a Service has on this node, each address once.

@@ -52,9 +52,9 @@ const GATHER: Duration = Duration::from_millis(50);
 /// Ends the sockets of backends that are told of as gone, until `shutdown` or until nobody can tell any more. A backend
 /// must be told of after the maps stopped naming it. `namespaces` names those of the pods (`/proc/<pid>/ns/net` or
 /// mounts of it); that of this process is always looked through.
-pub async fn run(
+pub async fn run<N: Future<Output = Vec<PathBuf>>>(
     mut gone: mpsc::UnboundedReceiver<Backend>,
-    namespaces: impl Fn() -> Vec<PathBuf>,
+    namespaces: impl Fn() -> N,
     translated: Arc<Translated<'static>>,
     shutdown: CancellationToken,
 ) -> Result<()> {
@@ -71,7 +71,7 @@ pub async fn run(
         while let Ok(next) = gone.try_recv() {
             backends.insert(next);
         }
-        let (namespaces, translated) = (namespaces(), translated.clone());
+        let (namespaces, translated) = (namespaces().await, translated.clone());
         let pass = move || end(&backends, &namespaces, &*translated);
         match tokio::task::spawn_blocking(pass).await {
             Ok(Ok(ended)) => debug!(?ended, "ended sockets to backends that are gone"),

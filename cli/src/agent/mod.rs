@@ -87,6 +87,9 @@ struct Run {
     /// The cgroup v2 folder of all pods; by default the kubelet's `kubepods` is looked for
     #[arg(long)]
     pod_cgroup: Option<PathBuf>,
+    /// One of the nodes announces load balancers' addresses by ARP and neighbour discovery
+    #[arg(long)]
+    l2_announcements: bool,
     #[command(flatten)]
     ports: Ports,
 }
@@ -256,6 +259,7 @@ impl Run {
             xdp: self.xdp.into(),
             native: self.cluster_cidr.iter().map(IpNet::trunc).collect(),
             node_ports: self.ports.node_ports(),
+            l2_announcements: self.l2_announcements,
             serve: xebec_agent::metrics::Addresses {
                 metrics: self.ports.metrics(),
                 healthz: self.ports.healthz(),

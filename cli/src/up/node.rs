@@ -44,6 +44,9 @@ pub struct NodeConfig {
     /// Where node ports are reached.
     #[serde(default)]
     pub node_ports: NodePortAddresses,
+    /// Whether load balancers' addresses are announced.
+    #[serde(default)]
+    pub l2_announcements: bool,
     /// Where its agent serves metrics.
     #[serde(default)]
     pub metrics: Option<SocketAddr>,
@@ -133,6 +136,7 @@ impl NodeConfig {
                 .flat_map(|cable| cable.hosts.iter().copied().map(IpNet::from))
                 .collect(),
             node_ports: self.node_ports.clone(),
+            l2_announcements: self.l2_announcements,
             serve: xebec_agent::metrics::Addresses {
                 metrics: self.metrics,
                 healthz: self.healthz,

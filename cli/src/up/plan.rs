@@ -60,6 +60,7 @@ impl Up {
             kubelet_port: 10250,
             xdp: self.xdp.into(),
             node_ports: self.ports.node_ports(),
+            l2_announcements: !self.load_balancer_cidr.is_empty(),
             metrics: self.ports.metrics(),
             healthz: self.ports.healthz(),
             // The machine's own processes are those of its only node, but of none of several.
