@@ -410,7 +410,7 @@ fn backends_that_are_told_of_are_gathered_and_their_sockets_ended() {
             drop(tell);
             let namespaces = || {
                 *passes.lock().unwrap() += 1;
-                vec![path.clone()]
+                std::future::ready(vec![path.clone()])
             };
             let judge = Arc::new(move |cookie, _: &Backend| translated.contains(&cookie));
             run(told, namespaces, judge, CancellationToken::new())
