@@ -13,6 +13,7 @@ mod network;
 mod packet;
 mod pod;
 mod policy;
+mod refuse;
 mod rewrite;
 mod scratch;
 mod socket;

@@ -159,3 +159,23 @@ pub fn forward_to(ctx: &TcContext, mac: [u8; 6]) -> bool {
     }
     true
 }
+
+/// Addresses the frame to whom it came from; false, and nothing changed, if it is too short.
+#[inline(always)]
+pub fn turn_round(ctx: &TcContext) -> bool {
+    let (start, end) = (ctx.data(), ctx.data_end());
+    if start + ETHERNET > end {
+        return false;
+    }
+    let bytes = start as *mut [u8; 6];
+    // SAFETY: the bounds of the header were checked against the end of the packet just above.
+    unsafe {
+        let (to, from) = (
+            core::ptr::read_unaligned(bytes),
+            core::ptr::read_unaligned(bytes.add(1)),
+        );
+        core::ptr::write_unaligned(bytes, from);
+        core::ptr::write_unaligned(bytes.add(1), to);
+    }
+    true
+}

@@ -37,6 +37,8 @@ pub struct Scratch {
     pub told: Told,
     /// 1 where it becomes `to`.
     pub turned: u8,
+    /// 1 where it is for a Service without endpoints, and its sender is to be told.
+    pub refused: u8,
 }
 
 #[map]

@@ -89,6 +89,8 @@ pub enum As {
     Dropped,
     Translated,
     TranslatedEarly,
+    Refused,
+    NoPort,
 }
 
 /// Counts a packet.
@@ -102,6 +104,8 @@ pub fn count(what: As) {
                 As::Dropped => (*counters).dropped += 1,
                 As::Translated => (*counters).translated += 1,
                 As::TranslatedEarly => (*counters).translated_early += 1,
+                As::Refused => (*counters).refused += 1,
+                As::NoPort => (*counters).no_port += 1,
             }
         }
     }

@@ -7,7 +7,7 @@ use xebec_dataplane_common::nat::Tuple;
 use xebec_dataplane_common::{SCTP, TCP, UDP};
 
 use crate::balance::{self, CHOSEN, Client};
-use crate::flow::{self, begins};
+use crate::flow::{self, RST, begins};
 use crate::maps::ENDPOINTS;
 use crate::nat::{self, Turn};
 use crate::packet::Packet;
@@ -38,6 +38,12 @@ pub fn plan(all: &mut Scratch) -> Plan {
         return Plan::Known;
     }
     if !may_begin(&all.packet) {
+        // The stack itself resets what comes to the node's own addresses.
+        let stray =
+            flow.is_null() && goes_on(&all.packet) && !is_node(&all.packet.tuple.destination);
+        if stray && balance::refuses(&all.packet.tuple, false, &mut all.choice) {
+            return Plan::Refuse;
+        }
         return Plan::Leave;
     }
     // What answers a flow begins none.
@@ -68,6 +74,15 @@ pub fn may_begin(packet: &Packet) -> bool {
     let protocol = packet.tuple.protocol;
     begins(packet)
         || (protocol == UDP || protocol == SCTP) && !packet.is_later() && !packet.is_error()
+}
+
+/// Whether a packet may be of a TCP connection that has begun.
+#[inline(always)]
+pub fn goes_on(packet: &Packet) -> bool {
+    packet.tuple.protocol == TCP
+        && packet.tcp_flags & RST == 0
+        && packet.fragment == 0
+        && !packet.is_error()
 }
 
 /// Enters the translation of a flow from outside to the backend that was chosen; `to` then has the rest. False if

@@ -1,7 +1,9 @@
 //! Building packets, and a kernel with the programs and a few pods to run them.
 
+mod both;
 mod errors;
 mod express;
+mod refuse;
 mod wires;
 
 use std::net::Ipv4Addr;

@@ -214,6 +214,10 @@ pub struct Counters {
     pub translated: u64,
     /// Packets from the network that XDP translated.
     pub translated_early: u64,
+    /// Packets to Services without endpoints that were answered for it; they count as dropped, too.
+    pub refused: u64,
+    /// Flows that got no port for want of a free one; their packets count as dropped, too.
+    pub no_port: u64,
 }
 
 #[cfg(test)]
@@ -230,7 +234,7 @@ mod tests {
                 size_of::<Event>(),
                 size_of::<Counters>()
             ],
-            [40, 76, 64, 48]
+            [40, 76, 64, 64]
         );
         assert_eq!(
             [
@@ -245,7 +249,7 @@ mod tests {
             [offset_of!(Event, verdict), offset_of!(Event, set)],
             [46, 52]
         );
-        assert_eq!(crate::LAYOUT, 6, "raise it with every change of a layout");
+        assert_eq!(crate::LAYOUT, 7, "raise it with every change of a layout");
     }
 
     fn tuple(source: (u32, u16), destination: (u32, u16)) -> Tuple {
