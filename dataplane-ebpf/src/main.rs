@@ -3,6 +3,7 @@
 #![no_main]
 
 mod balance;
+mod crc;
 mod errors;
 mod express;
 mod flow;

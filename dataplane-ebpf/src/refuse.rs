@@ -14,6 +14,7 @@ use xebec_dataplane_common::{ICMP, ICMP6, TCP};
 use crate::flow::{ACK, FIN, RST, SYN};
 use crate::frame::{Change, Frame, difference, mended};
 use crate::packet::{ETHERNET, IPV6, Packet};
+use crate::rewrite::pair;
 use crate::scratch::settle;
 
 /// Bytes of an IPv4 header without options.
@@ -84,13 +85,6 @@ fn is_single(source: &Ip) -> bool {
     source.is_some() && first != 0xff
 }
 
-/// Two ports as they lie in a header.
-#[inline(always)]
-fn ports(first: u16, second: u16) -> u32 {
-    let ([a, b], [c, d]) = (first.to_ne_bytes(), second.to_ne_bytes());
-    u32::from_ne_bytes([a, b, c, d])
-}
-
 /// What the packet's network header says of it: its bytes, and its class of traffic.
 #[inline(always)]
 fn outer(ctx: &TcContext, packet: &Packet) -> Option<(u32, u8)> {
@@ -130,7 +124,7 @@ fn reset(ctx: &TcContext, packet: &Packet, answer: &mut Answer) -> Option<()> {
     };
     let tuple = &packet.tuple;
     let words = &mut answer.words;
-    words[BEFORE] = ports(tuple.destination_port, tuple.source_port);
+    words[BEFORE] = pair(tuple.destination_port, tuple.source_port);
     words[BEFORE + 1] = sequence;
     words[BEFORE + 2] = acknowledged;
     words[BEFORE + 3] = (5 << 28 | u32::from(flags) << 16).to_be();

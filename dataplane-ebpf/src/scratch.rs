@@ -37,6 +37,12 @@ pub struct Scratch {
     pub told: Told,
     /// 1 where it becomes `to`.
     pub turned: u8,
+    /// Where the search for a free port starts.
+    pub start: u32,
+    /// 1 where the packet's own port is tried first.
+    pub own: u8,
+    /// 1 once its translation is entered.
+    pub entered: u8,
     /// 1 where it is for a Service without endpoints, and its sender is to be told.
     pub refused: u8,
 }

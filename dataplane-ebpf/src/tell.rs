@@ -3,7 +3,7 @@
 use aya_ebpf::helpers::bpf_ktime_get_ns;
 use aya_ebpf::programs::TcContext;
 use xebec_dataplane_common::flow::{DROPPED, Event, FORWARDED};
-use xebec_dataplane_common::{ICMP, ICMP6};
+use xebec_dataplane_common::{ICMP, ICMP6, TCP};
 
 use crate::maps::{COUNTERS, EVENTS};
 use crate::packet::{self, Packet};
@@ -59,7 +59,11 @@ pub fn tell(packet: &Packet, told: &Told) {
         },
         destination_port: tuple.destination_port,
         protocol: tuple.protocol,
-        tcp_flags: packet.tcp_flags,
+        tcp_flags: if tuple.protocol == TCP {
+            packet.tcp_flags
+        } else {
+            0
+        },
         verdict: if told.reason == 0 { FORWARDED } else { DROPPED },
         direction: told.direction,
         reason: told.reason,

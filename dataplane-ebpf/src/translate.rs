@@ -4,7 +4,7 @@
 use xebec_dataplane_common::flow::{Flow, FlowKey, TURN_BACK, TURN_FORTH, TURN_LATE};
 use xebec_dataplane_common::ip::Ip;
 use xebec_dataplane_common::nat::Tuple;
-use xebec_dataplane_common::{SCTP, TCP, UDP};
+use xebec_dataplane_common::{TCP, UDP};
 
 use crate::balance::{self, CHOSEN, Client};
 use crate::flow::{self, RST, begins};
@@ -47,7 +47,7 @@ pub fn plan(all: &mut Scratch) -> Plan {
         return Plan::Leave;
     }
     // What answers a flow begins none.
-    if all.packet.tuple.protocol != TCP && flow::answers(flow, up) {
+    if !begins(&all.packet) && flow::answers(flow, up) {
         return Plan::Leave;
     }
     let client = Client {
@@ -71,9 +71,7 @@ pub fn plan(all: &mut Scratch) -> Plan {
 /// Whether a packet may begin a flow to a Service.
 #[inline(always)]
 pub fn may_begin(packet: &Packet) -> bool {
-    let protocol = packet.tuple.protocol;
-    begins(packet)
-        || (protocol == UDP || protocol == SCTP) && !packet.is_later() && !packet.is_error()
+    begins(packet) || packet.tuple.protocol == UDP && !packet.is_later() && !packet.is_error()
 }
 
 /// Whether a packet may be of a TCP connection that has begun.

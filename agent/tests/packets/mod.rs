@@ -3,7 +3,9 @@
 mod both;
 mod errors;
 mod express;
+mod ports;
 mod refuse;
+mod sctp;
 mod wires;
 
 use std::net::Ipv4Addr;
