@@ -66,7 +66,7 @@ pub fn find(flow: *mut Flow, all: &mut Scratch, up: bool) -> Turn {
             Turn::Entry
         };
         if packet.is_error() {
-            all.to = (*flow).to;
+            all.to.set(&(*flow).to);
             return place;
         }
         let now = now();
@@ -95,7 +95,7 @@ pub fn find(flow: *mut Flow, all: &mut Scratch, up: bool) -> Turn {
         if ends {
             (*flow).closed = 1;
         }
-        all.to = (*flow).to;
+        all.to.set(&(*flow).to);
         if ends || (*flow).paired != now {
             (*flow).paired = now;
             (*flow).seen = now;
@@ -112,7 +112,7 @@ pub fn find(flow: *mut Flow, all: &mut Scratch, up: bool) -> Turn {
 #[inline(never)]
 fn pair(flow: &Flow, all: &mut Scratch, forth: bool) -> bool {
     let up = FlowKey::write(&all.to, &mut all.other);
-    all.back = all.packet.tuple.reversed();
+    all.packet.tuple.reverse(&mut all.back);
     if let Some(other) = FLOWS.get_ptr_mut(&all.other) {
         // SAFETY: as in `find`.
         unsafe {
@@ -126,7 +126,7 @@ fn pair(flow: &Flow, all: &mut Scratch, forth: bool) -> bool {
         return true;
     }
     all.begun = *flow;
-    all.begun.to = all.back;
+    all.begun.to.set(&all.back);
     all.begun.from_low = u8::from(up == forth);
     all.begun.turn = flow.other;
     all.begun.other = flow.turn;
@@ -140,7 +140,7 @@ fn enter(all: &mut Scratch) -> bool {
     let now = now();
     let (turn, other) = (all.begun.turn, all.begun.other);
     let up = FlowKey::write(&all.to, &mut all.other);
-    all.back = all.packet.tuple.reversed();
+    all.packet.tuple.reverse(&mut all.back);
     let mut flags = NEW_ONLY;
     if let Some(old) = FLOWS.get_ptr_mut(&all.other) {
         // SAFETY: as in `find`.
@@ -162,7 +162,7 @@ fn enter(all: &mut Scratch) -> bool {
     let begun = &mut all.begun;
     begun.seen = now;
     begun.paired = now;
-    begun.to = all.back;
+    begun.to.set(&all.back);
     begun.from_low = u8::from(up);
     (begun.turn, begun.other) = (other, turn);
     let entered = FLOWS.insert(&all.other, &*begun, flags).is_ok();
@@ -170,7 +170,7 @@ fn enter(all: &mut Scratch) -> bool {
     if !entered {
         return false;
     }
-    begun.to = all.to;
+    begun.to.set(&all.to);
     begun.from_low = u8::from(FlowKey::write(&all.packet.tuple, &mut all.key));
     FLOWS.insert(&all.key, &*begun, 0).is_ok()
 }

@@ -140,7 +140,7 @@ fn masquerade(flow: *mut Flow, all: &mut Scratch) -> bool {
     }
     all.begun.turn = TURN_FORTH | TURN_LATE;
     all.begun.other = TURN_BACK;
-    all.to = all.packet.tuple;
+    all.to.set(&all.packet.tuple);
     all.to.source = nat::settings().node(&all.to.destination);
     // Without an address of its family there is no way out.
     all.to.source.is_some() && nat::enter_with_port(all)

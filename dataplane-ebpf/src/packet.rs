@@ -86,7 +86,6 @@ impl Packet {
     fn clear(&mut self) {
         self.tuple.source_port = 0;
         self.tuple.destination_port = 0;
-        self.tuple.pad = [0; 3];
         self.icmp = 0;
         self.tcp_flags = 0;
         self.v6 = 0;

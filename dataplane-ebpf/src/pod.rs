@@ -124,7 +124,7 @@ fn decide(ctx: &TcContext, all: &mut Scratch, from: &Endpoint, up: bool) -> u8 {
             all.told.service = all.choice.service;
             return REASON_NO_SERVICE;
         }
-        all.to = all.packet.tuple;
+        all.to.set(&all.packet.tuple);
         if all.turned != 0 {
             all.to.destination = all.choice.address;
             all.to.destination_port = all.choice.port;
@@ -135,7 +135,13 @@ fn decide(ctx: &TcContext, all: &mut Scratch, from: &Endpoint, up: bool) -> u8 {
     if from.egress_set != 0 {
         all.told.set = from.egress_set;
         let peer = &all.to.destination;
-        all.told.rule = policy::ask(from.egress_set, peer, policy::identity(peer), &all.to);
+        all.told.rule = policy::ask(
+            &mut all.question,
+            from.egress_set,
+            peer,
+            policy::identity(peer),
+            &all.to,
+        );
         if all.told.rule == 0 {
             return REASON_POLICY;
         }
@@ -146,7 +152,13 @@ fn decide(ctx: &TcContext, all: &mut Scratch, from: &Endpoint, up: bool) -> u8 {
             all.told.direction = INGRESS;
             all.told.set = pod.ingress_set;
             let peer = &all.packet.tuple.source;
-            all.told.rule = policy::ask(pod.ingress_set, peer, from.identity, &all.to);
+            all.told.rule = policy::ask(
+                &mut all.question,
+                pod.ingress_set,
+                peer,
+                from.identity,
+                &all.to,
+            );
             if all.told.rule == 0 {
                 return REASON_POLICY;
             }
@@ -231,7 +243,13 @@ pub fn xebec_to_pod(ctx: TcContext) -> i32 {
         if to.ingress_set != 0 && !from_this_node(&ctx) {
             let tuple = &all.packet.tuple;
             let identity = policy::identity(&tuple.source);
-            all.told.rule = policy::ask(to.ingress_set, &tuple.source, identity, tuple);
+            all.told.rule = policy::ask(
+                &mut all.question,
+                to.ingress_set,
+                &tuple.source,
+                identity,
+                tuple,
+            );
             if all.told.rule == 0 {
                 all.told.reason = REASON_POLICY;
                 tell::tell(&all.packet, &all.told);

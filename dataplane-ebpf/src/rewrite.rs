@@ -143,7 +143,10 @@ fn associated(ctx: &impl Frame, packet: &Packet, to: &Tuple) -> Option<()> {
             old.source_port ^ to.source_port,
             old.destination_port ^ to.destination_port,
         );
-        ctx.write(transport + 8, &(checksum ^ crc::difference(first, length)))?;
+        ctx.write(
+            transport + 8,
+            &(checksum ^ crc::xebec_crc_difference(first, length)),
+        )?;
     }
     ctx.write(transport, &[to.source_port, to.destination_port])
 }

@@ -13,6 +13,7 @@ use xebec_dataplane_common::nat::Tuple;
 use crate::balance::Choice;
 use crate::flow::Known;
 use crate::packet::Packet;
+use crate::policy::Question;
 use crate::tell::Told;
 
 /// What is known of a packet.
@@ -33,6 +34,8 @@ pub struct Scratch {
     pub begun: Flow,
     /// What the table knew of its flow.
     pub known: Known,
+    /// What the rules are asked.
+    pub question: Question,
     /// What is told of it.
     pub told: Told,
     /// 1 where it becomes `to`.

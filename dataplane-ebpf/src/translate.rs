@@ -57,7 +57,7 @@ pub fn plan(all: &mut Scratch) -> Plan {
     };
     match balance::choose(&all.packet.tuple, &client, &mut all.choice) {
         CHOSEN => {
-            all.to = all.packet.tuple;
+            all.to.set(&all.packet.tuple);
             all.to.destination = all.choice.address;
             all.to.destination_port = all.choice.port;
             Plan::Begins

@@ -192,12 +192,18 @@ pub fn sctp(ends: (IpAddr, IpAddr), ports: (u16, u16), chunk: u8, data: &[u8]) -
 impl Kernel {
     /// A pod of this node; the loopback device is its own if `here`.
     pub fn pod_at(&mut self, address: IpAddr, here: bool) {
+        let device = if here { 1 } else { super::WEB_IFINDEX };
+        self.pod_on(address, device, POD_MAC);
+    }
+
+    /// A pod of this node by this device, with this hardware address.
+    pub fn pod_on(&mut self, address: IpAddr, ifindex: u32, mac: [u8; 6]) {
         let endpoint = Endpoint {
-            ifindex: if here { 1 } else { super::WEB_IFINDEX },
+            ifindex,
             identity: 1000,
             ingress_set: 0,
             egress_set: 0,
-            mac: POD_MAC,
+            mac,
             pad: 0,
         };
         self.policy()

@@ -1,11 +1,17 @@
 //! What a Service without endpoints answers, byte for byte.
 
-use std::net::IpAddr;
+use std::io::ErrorKind;
+use std::net::{IpAddr, TcpStream, UdpSocket};
+use std::sync::Barrier;
 
+use nix::sched::{CloneFlags, unshare};
+use xebec_agent::loader::Xdp;
+use xebec_agent::network::Device;
 use xebec_dataplane_common::flow::{DROPPED, REASON_NO_SERVICE};
 use xebec_dataplane_common::service::{DROP_INSIDE, DROP_OUTSIDE, SOURCE_RANGES};
 
 use super::both::{Datagram, HERE, THERE, at, error, sctp, tcp, udp};
+use super::wires::{Wires, ip};
 use super::{Kernel, OK, PASS, POD_MAC, REDIRECT, SHOT, left_out};
 
 const FIN: u8 = 1;
@@ -267,4 +273,105 @@ fn endpoints_come_and_go() {
     let (verdict, out) = kernel.run(FROM_POD, &sent);
     assert_eq!((verdict, out[23]), (REDIRECT, 1));
     assert_eq!(kernel.refused().0, 2);
+}
+
+/// Real sockets in namespaces, whose kernels leave checksums to the last device: both a pod's and an outside client's
+/// learn at once that nobody is there.
+#[test]
+fn sockets_are_refused_at_once() {
+    if left_out() {
+        return;
+    }
+    Wires::with(|_| {
+        let mut kernel = Kernel::new();
+        for address in ["10.96.0.9", "fd96::9"] {
+            kernel.service(at(address), 80, 0, None);
+        }
+        let own: [&[&str]; 2] = [
+            &["10.244.0.5/32", "fd00::5/128"],
+            &["198.51.100.7/32", "2001:db8:7::7/128"],
+        ];
+        for (device, addresses) in ["pod0", "client0"].into_iter().zip(own) {
+            let (ready, go_on) = (Barrier::new(2), Barrier::new(2));
+            std::thread::scope(|scope| {
+                let (ready, go_on) = (&ready, &go_on);
+                let (tell, hear) = std::sync::mpsc::channel();
+                let host = scope.spawn(move || {
+                    unshare(CloneFlags::CLONE_NEWNET).unwrap();
+                    tell.send(nix::unistd::gettid()).unwrap();
+                    ready.wait();
+                    go_on.wait();
+                    for address in addresses {
+                        let nodad = if address.contains(':') { " nodad" } else { "" };
+                        ip(&format!("addr add {address} dev eth0{nodad}"));
+                    }
+                    ip("link set eth0 up");
+                    for (gateway, family) in [("169.254.1.1", "-4"), ("fe80::1", "-6")] {
+                        ip(&format!("{family} neigh replace {gateway} dev eth0 lladdr 02:00:00:00:02:01 nud permanent"));
+                        ip(&format!("{family} route add default via {gateway} dev eth0 onlink"));
+                    }
+                    go_on.wait();
+                    for service in ["10.96.0.9", "fd96::9"].map(at) {
+                        ask(service);
+                    }
+                });
+                let thread = hear.recv().unwrap();
+                ready.wait();
+                let namespace = format!("/proc/{}/task/{thread}/ns/net", std::process::id());
+                ip(&format!(
+                    "link add {device} address 02:00:00:00:02:01 type veth peer name eth0 address 02:00:00:00:02:02 netns {namespace}"
+                ));
+                ip(&format!("link set {device} up"));
+                let index = nix::net::if_::if_nametoindex(device).unwrap();
+                if device == "pod0" {
+                    for address in ["10.244.0.5", "fd00::5"] {
+                        kernel.pod_on(at(address), index, [2, 0, 0, 0, 2, 2]);
+                    }
+                    kernel.loaded.attach_pod(device).unwrap();
+                } else {
+                    let name = device.to_owned();
+                    let device = Device {
+                        index,
+                        name,
+                        bus: None,
+                    };
+                    kernel.attach(&[device], Xdp::Off).unwrap();
+                }
+                go_on.wait();
+                // A device sends nothing until the kernel has seen to it that the other end is up.
+                while !ip(&format!("link show {device}")).contains("state UP") {
+                    std::thread::sleep(std::time::Duration::from_millis(10));
+                }
+                go_on.wait();
+                if let Err(panic) = host.join() {
+                    std::panic::resume_unwind(panic);
+                }
+            });
+        }
+        assert_eq!(kernel.refused().0, 2 * 2 * 3);
+    });
+}
+
+/// A connection, and datagrams, a short and a long one.
+fn ask(service: IpAddr) {
+    let limit = std::time::Duration::from_secs(3);
+    let to = (service, 80).into();
+    let began = std::time::Instant::now();
+    let error = TcpStream::connect_timeout(&to, limit).unwrap_err();
+    assert_eq!(error.kind(), ErrorKind::ConnectionRefused, "{service}");
+    let any = if service.is_ipv4() {
+        "0.0.0.0:0"
+    } else {
+        "[::]:0"
+    };
+    for data in [&b"question"[..], &[7; 1400]] {
+        let socket = UdpSocket::bind(any).unwrap();
+        socket.set_read_timeout(Some(limit)).unwrap();
+        socket.connect(to).unwrap();
+        socket.send(data).unwrap();
+        let error = socket.recv(&mut [0; 1]).unwrap_err();
+        assert_eq!(error.kind(), ErrorKind::ConnectionRefused, "{service}");
+    }
+    // At once, and not when the first segment is sent again.
+    assert!(began.elapsed() < std::time::Duration::from_millis(900));
 }

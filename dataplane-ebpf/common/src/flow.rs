@@ -32,25 +32,24 @@ impl FlowKey {
         (key, up)
     }
 
-    /// Writes the key of a packet, and tells whether it goes from the lower end to the higher.
+    /// Writes the key of a packet over another, and tells whether it goes from the lower end to the higher.
     #[inline(always)]
     pub fn write(tuple: &Tuple, key: &mut Self) -> bool {
         // Ports alone decide nearly always.
         let up = tuple.source_port < tuple.destination_port
             || tuple.source_port == tuple.destination_port && tuple.source <= tuple.destination;
         if up {
-            key.low = tuple.source;
-            key.high = tuple.destination;
+            key.low = tuple.source.words();
+            key.high = tuple.destination.words();
             key.low_port = tuple.source_port;
             key.high_port = tuple.destination_port;
         } else {
-            key.low = tuple.destination;
-            key.high = tuple.source;
+            key.low = tuple.destination.words();
+            key.high = tuple.source.words();
             key.low_port = tuple.destination_port;
             key.high_port = tuple.source_port;
         }
         key.protocol = tuple.protocol;
-        key.pad = [0; 3];
         up
     }
 }
