@@ -51,7 +51,7 @@ pub struct Flows {
     news: broadcast::Sender<Arc<Seen>>,
     names: Names,
     node_name: Arc<str>,
-    counters: Option<Arc<PerCpuArray<MapData, [u8; 48]>>>,
+    counters: Option<Arc<PerCpuArray<MapData, [u8; size_of::<Counters>()]>>>,
 }
 
 impl Flows {

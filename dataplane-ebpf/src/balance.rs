@@ -146,6 +146,25 @@ pub fn choose(tuple: &Tuple, client: &Client, choice: &mut Choice) -> u32 {
     CHOSEN
 }
 
+/// Whether a packet that begins nothing is for a Service without endpoints that lets its sender in. What such a Service
+/// had is over.
+#[inline(never)]
+pub fn refuses(tuple: &Tuple, inside: bool, choice: &mut Choice) -> bool {
+    let Some(frontend) = frontend(tuple, inside) else {
+        return false;
+    };
+    let flags = frontend.flags;
+    choice.service = frontend.service;
+    let (run, drops) = if inside || flags & EXTERNAL == 0 {
+        (frontend.inside, flags & DROP_INSIDE)
+    } else {
+        (frontend.outside, flags & DROP_OUTSIDE)
+    };
+    run.count == 0
+        && drops == 0
+        && (flags & SOURCE_RANGES == 0 || lets_in(frontend.service, &tuple.source))
+}
+
 /// Whether a Service lets a source in.
 #[inline(always)]
 fn lets_in(service: u32, source: &Ip) -> bool {

@@ -12,7 +12,7 @@ use aya_ebpf::helpers::generated::{bpf_fib_lookup as ask_routes, bpf_redirect};
 use aya_ebpf::macros::xdp;
 use aya_ebpf::programs::XdpContext;
 use xebec_dataplane_common::nat::{BACK_BY_QUEUE, Tuple};
-use xebec_dataplane_common::{ICMP, ICMP6, TCP, UDP};
+use xebec_dataplane_common::{ICMP, ICMP6, SCTP, TCP, UDP};
 
 use crate::frame::Frame;
 use crate::maps::EXPRESS;
@@ -90,6 +90,7 @@ fn is_simple(ctx: &XdpContext, packet: &Packet) -> bool {
     let header = match packet.tuple.protocol {
         TCP => 20,
         UDP => 8,
+        SCTP => 16,
         // Echo and its reply.
         ICMP if matches!(packet.icmp.to_ne_bytes()[0], 0 | 8) => 8,
         ICMP6 if matches!(packet.icmp.to_ne_bytes()[0], 128 | 129) => 8,

@@ -1,10 +1,10 @@
 //! The table of flows: finding them, and entering those that were allowed. Translations are `nat`'s.
 
 use aya_ebpf::helpers::generated::bpf_ktime_get_coarse_ns;
-use xebec_dataplane_common::TCP;
 use xebec_dataplane_common::flow::{Flow, FlowKey, TURN_LATE, TURN_NONE, ticks};
 use xebec_dataplane_common::ip::Ip;
 use xebec_dataplane_common::nat::Tuple;
+use xebec_dataplane_common::{SCTP, TCP};
 
 use crate::maps::{BACKENDS, FLOWS, GENERATION};
 use crate::packet::Packet;
@@ -62,10 +62,16 @@ pub fn generation() -> u32 {
     }
 }
 
-/// Whether a packet begins a TCP connection.
+/// Whether a protocol's flows say when they begin and end.
+#[inline(always)]
+pub fn is_told(protocol: u8) -> bool {
+    protocol == TCP || protocol == SCTP
+}
+
+/// Whether a packet begins a TCP connection or an SCTP association.
 #[inline(always)]
 pub fn begins(packet: &Packet) -> bool {
-    packet.tuple.protocol == TCP && packet.tcp_flags & (SYN | ACK) == SYN && !packet.is_error()
+    is_told(packet.tuple.protocol) && packet.tcp_flags & (SYN | ACK) == SYN && !packet.is_error()
 }
 
 /// Whether a flow's backend is the one that it began with.
@@ -130,14 +136,16 @@ pub fn find(flow: *mut Flow, packet: &Packet, up: bool, known: &mut Known) {
             &mut (*flow).told[0]
         };
         // Of other protocols the first reply is news.
-        let news = match packet.tuple.protocol {
-            TCP => packet.tcp_flags & (SYN | FIN | RST),
-            _ => u8::from(reply),
+        let connection = is_told(packet.tuple.protocol);
+        let news = if connection {
+            packet.tcp_flags & (SYN | FIN | RST)
+        } else {
+            u8::from(reply)
         };
         if news & !*told != 0 {
             *told |= news;
             known.tell = 1;
-            if packet.tuple.protocol == TCP && news & (FIN | RST) != 0 {
+            if connection && news & (FIN | RST) != 0 {
                 (*flow).closed = 1;
             }
         }

@@ -3,6 +3,7 @@
 #![no_main]
 
 mod balance;
+mod crc;
 mod errors;
 mod express;
 mod flow;
@@ -13,6 +14,7 @@ mod network;
 mod packet;
 mod pod;
 mod policy;
+mod refuse;
 mod rewrite;
 mod scratch;
 mod socket;

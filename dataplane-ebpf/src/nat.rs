@@ -1,18 +1,24 @@
 //! Translations in the table of flows: what a packet becomes, and entering both sides of a flow that is translated.
 
+use core::ffi::c_void;
+
 use aya_ebpf::helpers::bpf_get_prandom_u32;
+use aya_ebpf::helpers::generated::bpf_loop;
 use xebec_dataplane_common::flow::{Flow, FlowKey, TURN_BACK, TURN_FORTH, TURN_NONE};
 use xebec_dataplane_common::nat::Settings;
-use xebec_dataplane_common::{ICMP, ICMP6, TCP, UDP};
+use xebec_dataplane_common::{ICMP, ICMP6, SCTP, TCP, UDP};
 
 use crate::flow::{self, FIN, RST, begins, now};
 use crate::maps::{FLOWS, SETTINGS};
-use crate::scratch::{Scratch, settle};
+use crate::scratch::{Scratch, scratch, settle};
+use crate::tell::{self, As};
 
 /// `BPF_NOEXIST`.
 const NEW_ONLY: u64 = 1;
-/// How many ports are tried before a packet is dropped.
-const TRIES: u32 = 16;
+/// How many ports are tried before a packet is dropped: where 99 of 100 are taken, one of so many is free.
+const TRIES: u32 = 1_024;
+/// How far apart: a prime beyond all numbers of ports, so that each try is another port.
+const STEP: u32 = 104_729;
 
 /// The node's settings; without any, nothing is translated.
 #[inline(always)]
@@ -60,21 +66,21 @@ pub fn find(flow: *mut Flow, all: &mut Scratch, up: bool) -> Turn {
             Turn::Entry
         };
         if packet.is_error() {
-            all.to = (*flow).to;
+            all.to.set(&(*flow).to);
             return place;
         }
         let now = now();
         if (*flow).is_forgotten(packet.tuple.protocol, now) {
             return Turn::None;
         }
-        let tcp = packet.tuple.protocol == TCP;
+        let connection = flow::is_told(packet.tuple.protocol);
         if forth && (*flow).backend != 0 {
             // A connection that begins keeps its backend until that has answered: what is sent again is no other.
             if begins(packet) && ((*flow).told[1] != 0 || (*flow).closed != 0) {
                 return Turn::None;
             }
             // Who talks to a backend that is gone talks to another from here on. An open connection can't.
-            if (!tcp || (*flow).told[1] == 0) && !flow::has_backend(&*flow) {
+            if (!connection || (*flow).told[1] == 0) && !flow::has_backend(&*flow) {
                 return Turn::None;
             }
         }
@@ -85,11 +91,11 @@ pub fn find(flow: *mut Flow, all: &mut Scratch, up: bool) -> Turn {
         if begins(packet) {
             (*flow).closed = 0;
         }
-        let ends = tcp && packet.tcp_flags & (FIN | RST) != 0;
+        let ends = connection && packet.tcp_flags & (FIN | RST) != 0;
         if ends {
             (*flow).closed = 1;
         }
-        all.to = (*flow).to;
+        all.to.set(&(*flow).to);
         if ends || (*flow).paired != now {
             (*flow).paired = now;
             (*flow).seen = now;
@@ -106,7 +112,7 @@ pub fn find(flow: *mut Flow, all: &mut Scratch, up: bool) -> Turn {
 #[inline(never)]
 fn pair(flow: &Flow, all: &mut Scratch, forth: bool) -> bool {
     let up = FlowKey::write(&all.to, &mut all.other);
-    all.back = all.packet.tuple.reversed();
+    all.packet.tuple.reverse(&mut all.back);
     if let Some(other) = FLOWS.get_ptr_mut(&all.other) {
         // SAFETY: as in `find`.
         unsafe {
@@ -120,7 +126,7 @@ fn pair(flow: &Flow, all: &mut Scratch, forth: bool) -> bool {
         return true;
     }
     all.begun = *flow;
-    all.begun.to = all.back;
+    all.begun.to.set(&all.back);
     all.begun.from_low = u8::from(up == forth);
     all.begun.turn = flow.other;
     all.begun.other = flow.turn;
@@ -129,12 +135,12 @@ fn pair(flow: &Flow, all: &mut Scratch, forth: bool) -> bool {
 
 /// Enters a translated flow, of which `begun` tells all but the tuples: that of the packet which becomes `to`, and its
 /// counterpart. False if the counterpart's place is in use.
-#[inline(never)]
+#[inline(always)]
 fn enter(all: &mut Scratch) -> bool {
     let now = now();
     let (turn, other) = (all.begun.turn, all.begun.other);
     let up = FlowKey::write(&all.to, &mut all.other);
-    all.back = all.packet.tuple.reversed();
+    all.packet.tuple.reverse(&mut all.back);
     let mut flags = NEW_ONLY;
     if let Some(old) = FLOWS.get_ptr_mut(&all.other) {
         // SAFETY: as in `find`.
@@ -156,7 +162,7 @@ fn enter(all: &mut Scratch) -> bool {
     let begun = &mut all.begun;
     begun.seen = now;
     begun.paired = now;
-    begun.to = all.back;
+    begun.to.set(&all.back);
     begun.from_low = u8::from(up);
     (begun.turn, begun.other) = (other, turn);
     let entered = FLOWS.insert(&all.other, &*begun, flags).is_ok();
@@ -164,7 +170,7 @@ fn enter(all: &mut Scratch) -> bool {
     if !entered {
         return false;
     }
-    begun.to = all.to;
+    begun.to.set(&all.to);
     begun.from_low = u8::from(FlowKey::write(&all.packet.tuple, &mut all.key));
     FLOWS.insert(&all.key, &*begun, 0).is_ok()
 }
@@ -189,30 +195,48 @@ pub fn forget(all: &mut Scratch) {
 #[inline(never)]
 pub fn enter_with_port(all: &mut Scratch) -> bool {
     let protocol = all.packet.tuple.protocol;
-    let echo = protocol == ICMP || protocol == ICMP6;
-    // SCTP's checksum covers its ports, and others have none: their source port must stay.
-    let fixed = protocol != TCP && protocol != UDP && !echo;
-    if (fixed || all.to.source == all.packet.tuple.source) && enter(all) {
-        return true;
+    // Others have no port that could be changed.
+    let fixed = !matches!(protocol, TCP | UDP | SCTP | ICMP | ICMP6);
+    let ports = u32::from(settings().ports);
+    all.own = u8::from(fixed || all.to.source == all.packet.tuple.source);
+    all.entered = 0;
+    let mut tries = u32::from(all.own);
+    if !fixed {
+        tries += if ports < TRIES { ports } else { TRIES };
     }
-    let settings = settings();
-    if fixed || settings.ports == 0 {
-        return false;
-    }
-    let ports = u32::from(settings.ports);
     // SAFETY: the helper has no arguments.
-    let start = unsafe { bpf_get_prandom_u32() };
-    for try_number in 0..TRIES {
-        // An odd step visits other ports each time.
-        let offset = start.wrapping_add(try_number.wrapping_mul(7_919)) % ports;
+    all.start = unsafe { bpf_get_prandom_u32() };
+    settle();
+    // SAFETY: the function is of the kind that the helper calls, and takes nothing from here.
+    unsafe { bpf_loop(tries, try_port as *mut c_void, core::ptr::null_mut(), 0) };
+    settle();
+    if all.entered == 0 {
+        tell::count(As::NoPort);
+    }
+    all.entered != 0
+}
+
+/// Tries one port, the packet's own first if it may have that; 1 once a flow is entered.
+#[inline(never)]
+extern "C" fn try_port(number: u64, _: *mut c_void) -> i64 {
+    let Some(all) = scratch() else {
+        return 1;
+    };
+    if all.own != 0 {
+        all.own = 0;
+    } else {
+        let settings = settings();
+        let ports = u32::from(settings.ports);
+        if ports == 0 {
+            return 1;
+        }
+        let offset = (all.start % ports + number as u32 * STEP) % ports;
         all.to.source_port = (settings.first_port + offset as u16).to_be();
-        if echo {
+        if matches!(all.packet.tuple.protocol, ICMP | ICMP6) {
             all.to.destination_port = all.to.source_port;
         }
-        if enter(all) {
-            return true;
-        }
-        settle();
     }
-    false
+    settle();
+    all.entered = u8::from(enter(all));
+    i64::from(all.entered)
 }

@@ -2,12 +2,13 @@
 //! to the outside.
 
 use aya_ebpf::bindings::{__sk_buff, TC_ACT_OK, TC_ACT_SHOT};
-use aya_ebpf::helpers::generated::bpf_redirect_neigh;
+use aya_ebpf::helpers::generated::{bpf_redirect, bpf_redirect_neigh};
 use aya_ebpf::macros::classifier;
 use aya_ebpf::maps::lpm_trie::Key;
 use aya_ebpf::programs::TcContext;
 use xebec_dataplane_common::flow::{
-    EGRESS, Flow, FlowKey, REASON_NO_MAPPING, TURN_BACK, TURN_FORTH, TURN_LATE,
+    EGRESS, Flow, FlowKey, INGRESS, REASON_NO_MAPPING, REASON_NO_SERVICE, TURN_BACK, TURN_FORTH,
+    TURN_LATE,
 };
 use xebec_dataplane_common::ip::Ip;
 use xebec_dataplane_common::nat::Tuple;
@@ -17,6 +18,7 @@ use crate::flow;
 use crate::maps::NATIVE;
 use crate::nat::{self, Turn};
 use crate::packet::{self, Packet, Read};
+use crate::refuse;
 use crate::rewrite;
 use crate::scratch::{Scratch, scratch, settle};
 use crate::tell::{self, As};
@@ -42,8 +44,7 @@ pub fn xebec_from_network(ctx: TcContext) -> i32 {
                 return no_port(&ctx, all);
             }
         }
-        // The stack refuses what nobody listens for.
-        Plan::Refuse => return TC_ACT_OK as i32,
+        Plan::Refuse => return refused(&ctx, all),
         Plan::Drop => return TC_ACT_SHOT as i32,
     }
     settle();
@@ -139,7 +140,7 @@ fn masquerade(flow: *mut Flow, all: &mut Scratch) -> bool {
     }
     all.begun.turn = TURN_FORTH | TURN_LATE;
     all.begun.other = TURN_BACK;
-    all.to = all.packet.tuple;
+    all.to.set(&all.packet.tuple);
     all.to.source = nat::settings().node(&all.to.destination);
     // Without an address of its family there is no way out.
     all.to.source.is_some() && nat::enter_with_port(all)
@@ -149,6 +150,27 @@ fn masquerade(flow: *mut Flow, all: &mut Scratch) -> bool {
 #[inline(always)]
 fn is_native(address: &Ip) -> bool {
     NATIVE.get(&Key::new(128, *address)).is_some()
+}
+
+/// Answers for a Service without endpoints, by the device and to the router that the packet came by.
+#[inline(always)]
+fn refused(ctx: &TcContext, all: &mut Scratch) -> i32 {
+    // What was sent to many, or to another and merely overheard, is the stack's to drop.
+    if !refuse::is_for_this_host(ctx) {
+        return TC_ACT_OK as i32;
+    }
+    all.told.begin(ctx, INGRESS);
+    all.told.reason = REASON_NO_SERVICE;
+    all.told.service = all.choice.service;
+    tell::tell(&all.packet, &all.told);
+    tell::count(As::Dropped);
+    settle();
+    if !refuse::answer(ctx, &all.packet) || !rewrite::turn_round(ctx) {
+        return TC_ACT_SHOT as i32;
+    }
+    tell::count(As::Refused);
+    // SAFETY: the kernel gives a valid context for the whole call.
+    unsafe { bpf_redirect((*ctx.skb.skb).ifindex, 0) as i32 }
 }
 
 #[inline(always)]

@@ -6,6 +6,7 @@ use xebec_dataplane_common::ip::Ip;
 use xebec_dataplane_common::nat::Tuple;
 use xebec_dataplane_common::{ICMP, ICMP6, SCTP, TCP, UDP};
 
+use crate::flow::{ACK, FIN, RST, SYN};
 use crate::frame::{FURTHEST, Frame};
 use crate::maps::FRAGMENTS;
 use crate::scratch::settle;
@@ -31,6 +32,12 @@ const FRAGMENT: u8 = 44;
 const AUTHENTICATION: u8 = 51;
 const DESTINATION: u8 = 60;
 
+/// Types of SCTP's chunks.
+const INIT: u8 = 1;
+const INIT_ACK: u8 = 2;
+const ABORT: u8 = 6;
+const SHUTDOWN_COMPLETE: u8 = 14;
+
 /// What of a packet is judged.
 pub struct Packet {
     /// Addresses, ports and protocol. Of an ICMP error those of the flow that it is about, seen from the error's side.
@@ -45,7 +52,7 @@ pub struct Packet {
     pub id: u32,
     /// Type and code of ICMP, for events.
     pub icmp: u16,
-    /// TCP flags.
+    /// TCP flags; of SCTP those that its first chunk stands for.
     pub tcp_flags: u8,
     /// Hops that are left.
     pub ttl: u8,
@@ -79,7 +86,6 @@ impl Packet {
     fn clear(&mut self) {
         self.tuple.source_port = 0;
         self.tuple.destination_port = 0;
-        self.tuple.pad = [0; 3];
         self.icmp = 0;
         self.tcp_flags = 0;
         self.v6 = 0;
@@ -357,8 +363,21 @@ fn transport(ctx: &impl Frame, packet: &mut Packet) -> Option<()> {
             packet.tuple.source_port = header.at(0);
             packet.tuple.destination_port = header.at(2);
         }
-        UDP | SCTP => {
+        UDP => {
             let header = ctx.header(at, 4)?;
+            packet.tuple.source_port = header.at(0);
+            packet.tuple.destination_port = header.at(2);
+        }
+        SCTP => {
+            // At least one chunk comes behind the header; who begins or ends sends it alone or first.
+            let header = ctx.header(at, 13)?;
+            packet.tcp_flags = match header.at::<u8>(12) {
+                INIT => SYN,
+                INIT_ACK => SYN | ACK,
+                ABORT => RST,
+                SHUTDOWN_COMPLETE => FIN,
+                _ => 0,
+            };
             packet.tuple.source_port = header.at(0);
             packet.tuple.destination_port = header.at(2);
         }

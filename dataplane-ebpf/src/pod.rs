@@ -19,6 +19,7 @@ use crate::maps::ENDPOINTS;
 use crate::nat::{self, Turn};
 use crate::packet::{self, Packet, Read};
 use crate::policy;
+use crate::refuse;
 use crate::rewrite;
 use crate::scratch::{Scratch, scratch, settle};
 use crate::tell::{self, As};
@@ -39,11 +40,11 @@ pub fn xebec_from_pod(ctx: TcContext) -> i32 {
         Read::Other | Read::Invalid => return dropped(),
     }
     let Some(from) = endpoint(all.packet.sender()) else {
-        return refuse(&ctx, all, EGRESS, REASON_SOURCE);
+        return deny(&ctx, all, EGRESS, REASON_SOURCE);
     };
     // A pod speaks for itself alone, in its errors too.
     if from.ifindex != ifindex(&ctx) || !all.packet.is_of_sender() {
-        return refuse(&ctx, all, EGRESS, REASON_SOURCE);
+        return deny(&ctx, all, EGRESS, REASON_SOURCE);
     }
     let up = FlowKey::write(&all.packet.tuple, &mut all.key);
     let flow = flow::entry(&all.key);
@@ -64,7 +65,12 @@ pub fn xebec_from_pod(ctx: TcContext) -> i32 {
         if reason != 0 {
             all.told.reason = reason;
             tell::tell(&all.packet, &all.told);
-            return dropped();
+            settle();
+            return if all.refused != 0 {
+                answered(&ctx, &all.packet, &from)
+            } else {
+                dropped()
+            };
         }
         tell::tell(&all.packet, &all.told);
     }
@@ -91,6 +97,7 @@ pub fn xebec_from_pod(ctx: TcContext) -> i32 {
 fn decide(ctx: &TcContext, all: &mut Scratch, from: &Endpoint, up: bool) -> u8 {
     all.told.begin(ctx, EGRESS);
     all.choice.backend = 0;
+    all.refused = 0;
     if all.turned == 0 {
         if translate::may_begin(&all.packet) {
             let client = Client {
@@ -100,6 +107,7 @@ fn decide(ctx: &TcContext, all: &mut Scratch, from: &Endpoint, up: bool) -> u8 {
             };
             let outcome = balance::choose(&all.packet.tuple, &client, &mut all.choice);
             if outcome == balance::REFUSE || outcome == balance::DROP {
+                all.refused = u8::from(outcome == balance::REFUSE);
                 all.told.service = all.choice.service;
                 return REASON_NO_SERVICE;
             }
@@ -109,8 +117,14 @@ fn decide(ctx: &TcContext, all: &mut Scratch, from: &Endpoint, up: bool) -> u8 {
             } else {
                 all.choice.backend = 0;
             }
+        } else if translate::goes_on(&all.packet)
+            && balance::refuses(&all.packet.tuple, true, &mut all.choice)
+        {
+            all.refused = 1;
+            all.told.service = all.choice.service;
+            return REASON_NO_SERVICE;
         }
-        all.to = all.packet.tuple;
+        all.to.set(&all.packet.tuple);
         if all.turned != 0 {
             all.to.destination = all.choice.address;
             all.to.destination_port = all.choice.port;
@@ -121,7 +135,13 @@ fn decide(ctx: &TcContext, all: &mut Scratch, from: &Endpoint, up: bool) -> u8 {
     if from.egress_set != 0 {
         all.told.set = from.egress_set;
         let peer = &all.to.destination;
-        all.told.rule = policy::ask(from.egress_set, peer, policy::identity(peer), &all.to);
+        all.told.rule = policy::ask(
+            &mut all.question,
+            from.egress_set,
+            peer,
+            policy::identity(peer),
+            &all.to,
+        );
         if all.told.rule == 0 {
             return REASON_POLICY;
         }
@@ -132,7 +152,13 @@ fn decide(ctx: &TcContext, all: &mut Scratch, from: &Endpoint, up: bool) -> u8 {
             all.told.direction = INGRESS;
             all.told.set = pod.ingress_set;
             let peer = &all.packet.tuple.source;
-            all.told.rule = policy::ask(pod.ingress_set, peer, from.identity, &all.to);
+            all.told.rule = policy::ask(
+                &mut all.question,
+                pod.ingress_set,
+                peer,
+                from.identity,
+                &all.to,
+            );
             if all.told.rule == 0 {
                 return REASON_POLICY;
             }
@@ -197,10 +223,10 @@ pub fn xebec_to_pod(ctx: TcContext) -> i32 {
         Read::Other | Read::Invalid => return dropped(),
     }
     let Some(to) = endpoint(all.packet.receiver()) else {
-        return refuse(&ctx, all, INGRESS, REASON_INVALID);
+        return deny(&ctx, all, INGRESS, REASON_INVALID);
     };
     if to.ifindex != ifindex(&ctx) || !all.packet.is_for_receiver() {
-        return refuse(&ctx, all, INGRESS, REASON_INVALID);
+        return deny(&ctx, all, INGRESS, REASON_INVALID);
     }
     let up = FlowKey::write(&all.packet.tuple, &mut all.key);
     let flow = flow::entry(&all.key);
@@ -217,7 +243,13 @@ pub fn xebec_to_pod(ctx: TcContext) -> i32 {
         if to.ingress_set != 0 && !from_this_node(&ctx) {
             let tuple = &all.packet.tuple;
             let identity = policy::identity(&tuple.source);
-            all.told.rule = policy::ask(to.ingress_set, &tuple.source, identity, tuple);
+            all.told.rule = policy::ask(
+                &mut all.question,
+                to.ingress_set,
+                &tuple.source,
+                identity,
+                tuple,
+            );
             if all.told.rule == 0 {
                 all.told.reason = REASON_POLICY;
                 tell::tell(&all.packet, &all.told);
@@ -279,11 +311,26 @@ fn tell_known(ctx: &TcContext, all: &mut Scratch, direction: u8) {
 
 /// Drops a packet and tells why.
 #[inline(always)]
-fn refuse(ctx: &TcContext, all: &mut Scratch, direction: u8, reason: u8) -> i32 {
+fn deny(ctx: &TcContext, all: &mut Scratch, direction: u8, reason: u8) -> i32 {
     all.told.begin(ctx, direction);
     all.told.reason = reason;
     tell::tell(&all.packet, &all.told);
     dropped()
+}
+
+/// Answers a pod for a Service without endpoints, by its own device: rules judge what a pod sends, not this.
+#[inline(always)]
+fn answered(ctx: &TcContext, packet: &Packet, from: &Endpoint) -> i32 {
+    tell::count(As::Dropped);
+    if !refuse::is_for_this_host(ctx)
+        || !refuse::answer(ctx, packet)
+        || !rewrite::forward_to(ctx, from.mac)
+    {
+        return TC_ACT_SHOT as i32;
+    }
+    tell::count(As::Refused);
+    // SAFETY: the helper takes numbers alone.
+    unsafe { bpf_redirect_peer(from.ifindex, 0) as i32 }
 }
 
 /// Puts a packet into a pod of this node as a router would: one hop less, new hardware addresses. What can't be

@@ -9,9 +9,10 @@ use xebec_dataplane_common::policy::{
 };
 
 use crate::maps::{CIDRS, IDENTITIES, RULES, SETS};
+use crate::scratch::{scratch, settle};
 
 /// What is asked of a set.
-struct Question {
+pub struct Question {
     /// The set.
     pub set: u32,
     /// The peer's address.
@@ -36,22 +37,28 @@ pub fn identity(address: &Ip) -> u32 {
 
 /// Judges what begins a flow, by a set, for a peer with this address and identity. `tuple` is what it is for.
 #[inline(always)]
-pub fn ask(set: u32, peer: &Ip, identity: u32, tuple: &Tuple) -> u32 {
-    judge(&Question {
-        set,
-        peer: *peer,
-        identity,
-        port: tuple.destination_port,
-        protocol: tuple.protocol,
-    })
+pub fn ask(question: &mut Question, set: u32, peer: &Ip, identity: u32, tuple: &Tuple) -> u32 {
+    question.set = set;
+    question.peer = peer.words();
+    question.identity = identity;
+    question.port = tuple.destination_port;
+    question.protocol = tuple.protocol;
+    settle();
+    xebec_judge()
 }
 
 /// No class has this number.
 const UNASKED: u32 = u32::MAX;
 
-/// The rule that allows, if any. A set that is not there allows nothing.
+/// The rule that allows what stands in the question, if any. A set that is not there allows nothing. The kernel checks
+/// a function that is visible outside by itself and once, not for each call.
+#[unsafe(no_mangle)]
 #[inline(never)]
-fn judge(question: &Question) -> u32 {
+extern "C" fn xebec_judge() -> u32 {
+    let Some(all) = scratch() else {
+        return 0;
+    };
+    let question = &all.question;
     // SAFETY: sets are never changed, only replaced by new ones under another number.
     let Some(set) = (unsafe { SETS.get(&question.set) }) else {
         return 0;

@@ -3,10 +3,11 @@
 use aya_ebpf::programs::{TcContext, XdpContext};
 use xebec_dataplane_common::ip::Ip;
 use xebec_dataplane_common::nat::Tuple;
-use xebec_dataplane_common::{ICMP, ICMP6, TCP, UDP};
+use xebec_dataplane_common::{ICMP, ICMP6, SCTP, TCP, UDP};
 
+use crate::crc;
 use crate::frame::{Change, Frame, differ, differ_ip, difference};
-use crate::packet::{ETHERNET, Packet};
+use crate::packet::{ETHERNET, IPV6, Packet};
 
 /// Where a packet's addresses lie within its network header, and IPv4's checksum.
 #[derive(Clone, Copy)]
@@ -74,8 +75,10 @@ fn change(ctx: &impl Frame, packet: &Packet, to: &Tuple) -> Option<()> {
     };
     let ports = !packet.is_later()
         && (old.source_port != to.source_port || old.destination_port != to.destination_port);
-    // Protocols whose checksum can't be mended (SCTP's is a CRC of everything) keep their ports.
-    if ports && checksum == 0 {
+    if ports && old.protocol == SCTP {
+        associated(ctx, packet, to)?;
+    } else if ports && checksum == 0 {
+        // Others have no ports.
         return None;
     }
     let udp = old.protocol == UDP;
@@ -92,7 +95,7 @@ fn change(ctx: &impl Frame, packet: &Packet, to: &Tuple) -> Option<()> {
         };
         ctx.mend_transport(checksum, addresses)?;
     }
-    if ports {
+    if ports && checksum != 0 {
         let mut sum = differ(0, old.source_port.into(), to.source_port.into());
         // An identifier stands for both.
         if !echo {
@@ -115,6 +118,44 @@ fn change(ctx: &impl Frame, packet: &Packet, to: &Tuple) -> Option<()> {
     address(ctx, ETHERNET, places.source, &old.source, &to.source)?;
     let (old, new) = (&old.destination, &to.destination);
     address(ctx, ETHERNET, places.destination, old, new)
+}
+
+/// Gives an SCTP packet its new ports and a checksum that fits.
+#[inline(always)]
+fn associated(ctx: &impl Frame, packet: &Packet, to: &Tuple) -> Option<()> {
+    // How long the whole is, no fragment tells.
+    if packet.fragment != 0 {
+        return None;
+    }
+    let (transport, old) = (usize::from(packet.transport), &packet.tuple);
+    let network = if packet.is_v6() {
+        let length: u16 = ctx.read(ETHERNET + 4)?;
+        u32::from(u16::from_be(length)) + IPV6 as u32
+    } else {
+        let length: u16 = ctx.read(ETHERNET + 2)?;
+        u32::from(u16::from_be(length))
+    };
+    let length = network.checked_sub((transport - ETHERNET) as u32)?;
+    let checksum: u32 = ctx.read(transport + 8)?;
+    // None yet: the last device makes it (as for packets of pods), or the ends have agreed on none (RFC 9653).
+    if checksum != 0 {
+        let first = pair(
+            old.source_port ^ to.source_port,
+            old.destination_port ^ to.destination_port,
+        );
+        ctx.write(
+            transport + 8,
+            &(checksum ^ crc::xebec_crc_difference(first, length)),
+        )?;
+    }
+    ctx.write(transport, &[to.source_port, to.destination_port])
+}
+
+/// Two ports as they lie in a header.
+#[inline(always)]
+pub fn pair(first: u16, second: u16) -> u32 {
+    let ([a, b], [c, d]) = (first.to_ne_bytes(), second.to_ne_bytes());
+    u32::from_ne_bytes([a, b, c, d])
 }
 
 /// Takes one hop off the packet's time to live, as a router does; false, and nothing changed, if none is left or the
@@ -156,6 +197,26 @@ pub fn forward_to(ctx: &TcContext, mac: [u8; 6]) -> bool {
         let router = core::ptr::read_unaligned(bytes);
         core::ptr::write_unaligned(bytes, mac);
         core::ptr::write_unaligned(bytes.add(1), router);
+    }
+    true
+}
+
+/// Addresses the frame to whom it came from; false, and nothing changed, if it is too short.
+#[inline(always)]
+pub fn turn_round(ctx: &TcContext) -> bool {
+    let (start, end) = (ctx.data(), ctx.data_end());
+    if start + ETHERNET > end {
+        return false;
+    }
+    let bytes = start as *mut [u8; 6];
+    // SAFETY: the bounds of the header were checked against the end of the packet just above.
+    unsafe {
+        let (to, from) = (
+            core::ptr::read_unaligned(bytes),
+            core::ptr::read_unaligned(bytes.add(1)),
+        );
+        core::ptr::write_unaligned(bytes, from);
+        core::ptr::write_unaligned(bytes.add(1), to);
     }
     true
 }

@@ -13,6 +13,7 @@ use xebec_dataplane_common::nat::Tuple;
 use crate::balance::Choice;
 use crate::flow::Known;
 use crate::packet::Packet;
+use crate::policy::Question;
 use crate::tell::Told;
 
 /// What is known of a packet.
@@ -33,10 +34,20 @@ pub struct Scratch {
     pub begun: Flow,
     /// What the table knew of its flow.
     pub known: Known,
+    /// What the rules are asked.
+    pub question: Question,
     /// What is told of it.
     pub told: Told,
     /// 1 where it becomes `to`.
     pub turned: u8,
+    /// Where the search for a free port starts.
+    pub start: u32,
+    /// 1 where the packet's own port is tried first.
+    pub own: u8,
+    /// 1 once its translation is entered.
+    pub entered: u8,
+    /// 1 where it is for a Service without endpoints, and its sender is to be told.
+    pub refused: u8,
 }
 
 #[map]

@@ -3,7 +3,7 @@
 use aya_ebpf::helpers::bpf_ktime_get_ns;
 use aya_ebpf::programs::TcContext;
 use xebec_dataplane_common::flow::{DROPPED, Event, FORWARDED};
-use xebec_dataplane_common::{ICMP, ICMP6};
+use xebec_dataplane_common::{ICMP, ICMP6, TCP};
 
 use crate::maps::{COUNTERS, EVENTS};
 use crate::packet::{self, Packet};
@@ -59,7 +59,11 @@ pub fn tell(packet: &Packet, told: &Told) {
         },
         destination_port: tuple.destination_port,
         protocol: tuple.protocol,
-        tcp_flags: packet.tcp_flags,
+        tcp_flags: if tuple.protocol == TCP {
+            packet.tcp_flags
+        } else {
+            0
+        },
         verdict: if told.reason == 0 { FORWARDED } else { DROPPED },
         direction: told.direction,
         reason: told.reason,
@@ -89,6 +93,8 @@ pub enum As {
     Dropped,
     Translated,
     TranslatedEarly,
+    Refused,
+    NoPort,
 }
 
 /// Counts a packet.
@@ -102,6 +108,8 @@ pub fn count(what: As) {
                 As::Dropped => (*counters).dropped += 1,
                 As::Translated => (*counters).translated += 1,
                 As::TranslatedEarly => (*counters).translated_early += 1,
+                As::Refused => (*counters).refused += 1,
+                As::NoPort => (*counters).no_port += 1,
             }
         }
     }

@@ -4,10 +4,10 @@
 use xebec_dataplane_common::flow::{Flow, FlowKey, TURN_BACK, TURN_FORTH, TURN_LATE};
 use xebec_dataplane_common::ip::Ip;
 use xebec_dataplane_common::nat::Tuple;
-use xebec_dataplane_common::{SCTP, TCP, UDP};
+use xebec_dataplane_common::{TCP, UDP};
 
 use crate::balance::{self, CHOSEN, Client};
-use crate::flow::{self, begins};
+use crate::flow::{self, RST, begins};
 use crate::maps::ENDPOINTS;
 use crate::nat::{self, Turn};
 use crate::packet::Packet;
@@ -38,10 +38,16 @@ pub fn plan(all: &mut Scratch) -> Plan {
         return Plan::Known;
     }
     if !may_begin(&all.packet) {
+        // The stack itself resets what comes to the node's own addresses.
+        let stray =
+            flow.is_null() && goes_on(&all.packet) && !is_node(&all.packet.tuple.destination);
+        if stray && balance::refuses(&all.packet.tuple, false, &mut all.choice) {
+            return Plan::Refuse;
+        }
         return Plan::Leave;
     }
     // What answers a flow begins none.
-    if all.packet.tuple.protocol != TCP && flow::answers(flow, up) {
+    if !begins(&all.packet) && flow::answers(flow, up) {
         return Plan::Leave;
     }
     let client = Client {
@@ -51,7 +57,7 @@ pub fn plan(all: &mut Scratch) -> Plan {
     };
     match balance::choose(&all.packet.tuple, &client, &mut all.choice) {
         CHOSEN => {
-            all.to = all.packet.tuple;
+            all.to.set(&all.packet.tuple);
             all.to.destination = all.choice.address;
             all.to.destination_port = all.choice.port;
             Plan::Begins
@@ -65,9 +71,16 @@ pub fn plan(all: &mut Scratch) -> Plan {
 /// Whether a packet may begin a flow to a Service.
 #[inline(always)]
 pub fn may_begin(packet: &Packet) -> bool {
-    let protocol = packet.tuple.protocol;
-    begins(packet)
-        || (protocol == UDP || protocol == SCTP) && !packet.is_later() && !packet.is_error()
+    begins(packet) || packet.tuple.protocol == UDP && !packet.is_later() && !packet.is_error()
+}
+
+/// Whether a packet may be of a TCP connection that has begun.
+#[inline(always)]
+pub fn goes_on(packet: &Packet) -> bool {
+    packet.tuple.protocol == TCP
+        && packet.tcp_flags & RST == 0
+        && packet.fragment == 0
+        && !packet.is_error()
 }
 
 /// Enters the translation of a flow from outside to the backend that was chosen; `to` then has the rest. False if

@@ -228,7 +228,7 @@ pub(crate) fn next_event(ring: &mut RingBuf<MapData>) -> Option<Event> {
 /// Events of flows and their counters.
 pub struct FlowMaps {
     pub(crate) events: RingBuf<MapData>,
-    counters: PerCpuArray<MapData, [u8; 48]>,
+    counters: PerCpuArray<MapData, [u8; size_of::<Counters>()]>,
 }
 
 impl FlowMaps {
@@ -240,7 +240,9 @@ impl FlowMaps {
     }
 
     /// The counters of all CPUs together.
-    pub(crate) fn counters(counters: &PerCpuArray<MapData, [u8; 48]>) -> Result<Counters> {
+    pub(crate) fn counters(
+        counters: &PerCpuArray<MapData, [u8; size_of::<Counters>()]>,
+    ) -> Result<Counters> {
         let values = counters.get(&0, 0).context("could not read the counters")?;
         Ok(values.iter().fold(Counters::default(), |sum, one| {
             let one: Counters = must_cast(*one);
@@ -251,6 +253,8 @@ impl FlowMaps {
                 dropped: sum.dropped + one.dropped,
                 translated: sum.translated + one.translated,
                 translated_early: sum.translated_early + one.translated_early,
+                refused: sum.refused + one.refused,
+                no_port: sum.no_port + one.no_port,
             }
         }))
     }
@@ -266,7 +270,12 @@ impl FlowMaps {
     }
 
     /// Its two parts.
-    pub(crate) fn split(self) -> (RingBuf<MapData>, PerCpuArray<MapData, [u8; 48]>) {
+    pub(crate) fn split(
+        self,
+    ) -> (
+        RingBuf<MapData>,
+        PerCpuArray<MapData, [u8; size_of::<Counters>()]>,
+    ) {
         (self.events, self.counters)
     }
 }

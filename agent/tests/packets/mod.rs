@@ -1,7 +1,11 @@
 //! Building packets, and a kernel with the programs and a few pods to run them.
 
+mod both;
 mod errors;
 mod express;
+mod ports;
+mod refuse;
+mod sctp;
 mod wires;
 
 use std::net::Ipv4Addr;

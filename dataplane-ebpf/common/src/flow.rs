@@ -32,25 +32,24 @@ impl FlowKey {
         (key, up)
     }
 
-    /// Writes the key of a packet, and tells whether it goes from the lower end to the higher.
+    /// Writes the key of a packet over another, and tells whether it goes from the lower end to the higher.
     #[inline(always)]
     pub fn write(tuple: &Tuple, key: &mut Self) -> bool {
         // Ports alone decide nearly always.
         let up = tuple.source_port < tuple.destination_port
             || tuple.source_port == tuple.destination_port && tuple.source <= tuple.destination;
         if up {
-            key.low = tuple.source;
-            key.high = tuple.destination;
+            key.low = tuple.source.words();
+            key.high = tuple.destination.words();
             key.low_port = tuple.source_port;
             key.high_port = tuple.destination_port;
         } else {
-            key.low = tuple.destination;
-            key.high = tuple.source;
+            key.low = tuple.destination.words();
+            key.high = tuple.source.words();
             key.low_port = tuple.destination_port;
             key.high_port = tuple.source_port;
         }
         key.protocol = tuple.protocol;
-        key.pad = [0; 3];
         up
     }
 }
@@ -214,6 +213,10 @@ pub struct Counters {
     pub translated: u64,
     /// Packets from the network that XDP translated.
     pub translated_early: u64,
+    /// Packets to Services without endpoints that were answered for it; they count as dropped, too.
+    pub refused: u64,
+    /// Flows that got no port for want of a free one; their packets count as dropped, too.
+    pub no_port: u64,
 }
 
 #[cfg(test)]
@@ -230,7 +233,7 @@ mod tests {
                 size_of::<Event>(),
                 size_of::<Counters>()
             ],
-            [40, 76, 64, 48]
+            [40, 76, 64, 64]
         );
         assert_eq!(
             [
@@ -245,7 +248,7 @@ mod tests {
             [offset_of!(Event, verdict), offset_of!(Event, set)],
             [46, 52]
         );
-        assert_eq!(crate::LAYOUT, 6, "raise it with every change of a layout");
+        assert_eq!(crate::LAYOUT, 7, "raise it with every change of a layout");
     }
 
     fn tuple(source: (u32, u16), destination: (u32, u16)) -> Tuple {

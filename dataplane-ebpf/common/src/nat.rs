@@ -23,17 +23,24 @@ pub struct Tuple {
 }
 
 impl Tuple {
-    /// That of the packets that answer.
+    /// Writes that of the packets that answer over another.
     #[inline(always)]
-    pub fn reversed(&self) -> Self {
-        Self {
-            source: self.destination,
-            destination: self.source,
-            source_port: self.destination_port,
-            destination_port: self.source_port,
-            protocol: self.protocol,
-            pad: [0; 3],
-        }
+    pub fn reverse(&self, answer: &mut Self) {
+        answer.source = self.destination.words();
+        answer.destination = self.source.words();
+        answer.source_port = self.destination_port;
+        answer.destination_port = self.source_port;
+        answer.protocol = self.protocol;
+    }
+
+    /// Writes another over it.
+    #[inline(always)]
+    pub fn set(&mut self, other: &Self) {
+        self.source = other.source.words();
+        self.destination = other.destination.words();
+        self.source_port = other.source_port;
+        self.destination_port = other.destination_port;
+        self.protocol = other.protocol;
     }
 }
 

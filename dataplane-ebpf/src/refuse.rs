@@ -1,0 +1,276 @@
+//! Answering for Services without endpoints: TCP is reset, and the senders of other protocols learn that the port is
+//! unreachable. The packet itself becomes the answer, which goes back the way it came.
+
+use aya_ebpf::bindings::__sk_buff;
+use aya_ebpf::helpers::generated::{
+    bpf_csum_diff, bpf_skb_change_tail, bpf_skb_load_bytes, bpf_skb_store_bytes,
+};
+use aya_ebpf::macros::map;
+use aya_ebpf::maps::PerCpuArray;
+use aya_ebpf::programs::TcContext;
+use xebec_dataplane_common::ip::Ip;
+use xebec_dataplane_common::{ICMP, ICMP6, TCP};
+
+use crate::flow::{ACK, FIN, RST, SYN};
+use crate::frame::{Change, Frame, difference, mended};
+use crate::packet::{ETHERNET, IPV6, Packet};
+use crate::rewrite::pair;
+use crate::scratch::settle;
+
+/// Bytes of an IPv4 header without options.
+const IPV4: usize = 20;
+/// Bytes of a TCP header without options.
+const TCP_HEADER: usize = 20;
+/// Bytes of an ICMP error before what it quotes.
+const ICMP_HEADER: usize = 8;
+/// So much of the refused packet is quoted at most: a checksum helper takes 512 bytes with the error's own header.
+const QUOTE: u32 = 448;
+
+/// Words of an answer before its transport's header, which lies at the same place for both families.
+const BEFORE: usize = IPV6 / 4;
+/// The first word of an IPv4 header.
+const FIRST4: usize = (IPV6 - IPV4) / 4;
+/// The first word of a quote.
+const QUOTED: usize = BEFORE + ICMP_HEADER / 4;
+
+/// An answer: its headers, and what it quotes, with a word to fill its last one up.
+struct Answer {
+    words: [u32; QUOTED + QUOTE as usize / 4 + 1],
+    /// Bytes of the quote.
+    quoted: u32,
+}
+
+#[map]
+static ANSWER: PerCpuArray<Answer> = PerCpuArray::with_max_entries(1, 0);
+
+/// `PACKET_HOST`: the frame was for this device, and for no others.
+const FOR_THIS_HOST: u32 = 0;
+
+/// Whether the frame was sent to this node's device alone.
+#[inline(always)]
+pub fn is_for_this_host(ctx: &TcContext) -> bool {
+    let skb: *const __sk_buff = ctx.skb.skb;
+    // SAFETY: the kernel gives a valid context for the whole call.
+    unsafe { (*skb).pkt_type == FOR_THIS_HOST }
+}
+
+/// Makes the packet the answer to itself, but for its hardware addresses. False if there is none to it, and then it
+/// must be dropped.
+#[inline(never)]
+pub fn answer(ctx: &TcContext, packet: &Packet) -> bool {
+    // Whom nobody can have been is not answered, nor what is about something else, nor a part of a datagram.
+    if packet.is_error() || packet.is_later() || !is_single(&packet.tuple.source) {
+        return false;
+    }
+    let Some(answer) = ANSWER.get_ptr_mut(0) else {
+        return false;
+    };
+    // SAFETY: the entry is this CPU's own, and no program of tc interrupts another on a CPU.
+    let answer = unsafe { &mut *answer };
+    if packet.tuple.protocol == TCP {
+        reset(ctx, packet, answer).is_some()
+    } else {
+        unreachable(ctx, packet, answer).is_some()
+    }
+}
+
+/// Whether a source is one host, which may be answered (RFC 1122, 3.2.2).
+#[inline(always)]
+fn is_single(source: &Ip) -> bool {
+    let first = source.0[0].to_ne_bytes()[0];
+    if source.is_v4() {
+        let [first, ..] = source.as_v4().to_ne_bytes();
+        return !matches!(first, 0 | 127 | 224..);
+    }
+    source.is_some() && first != 0xff
+}
+
+/// What the packet's network header says of it: its bytes, and its class of traffic.
+#[inline(always)]
+fn outer(ctx: &TcContext, packet: &Packet) -> Option<(u32, u8)> {
+    if packet.is_v6() {
+        let header = ctx.header(ETHERNET, IPV6)?;
+        let (first, length): (u32, u16) = (header.at(0), header.at(4));
+        let class = (u32::from_be(first) >> 20) as u8;
+        return Some((u32::from(u16::from_be(length)) + IPV6 as u32, class));
+    }
+    let header = ctx.header(ETHERNET, IPV4)?;
+    let (class, length): (u8, u16) = (header.at(1), header.at(2));
+    Some((u32::from(u16::from_be(length)), class))
+}
+
+/// TCP's answer to a segment that comes to a closed port (RFC 9293, 3.10.7.1).
+#[inline(always)]
+fn reset(ctx: &TcContext, packet: &Packet, answer: &mut Answer) -> Option<()> {
+    let flags = packet.tcp_flags;
+    if flags & RST != 0 || packet.fragment != 0 {
+        return None;
+    }
+    let (total, class) = outer(ctx, packet)?;
+    let transport = usize::from(packet.transport);
+    let header = ctx.header(transport, TCP_HEADER)?;
+    let (sequence, acknowledged, words) = (
+        u32::from_be(header.at(4)),
+        header.at::<u32>(8),
+        header.at::<u8>(12) >> 4,
+    );
+    let (sequence, acknowledged, flags) = if flags & ACK != 0 {
+        (acknowledged, 0, RST)
+    } else {
+        let headers = (transport - ETHERNET) as u32 + u32::from(words) * 4;
+        let mut length = total.checked_sub(headers)?;
+        length += u32::from(flags & SYN != 0) + u32::from(flags & FIN != 0);
+        (0, sequence.wrapping_add(length).to_be(), RST | ACK)
+    };
+    let tuple = &packet.tuple;
+    let words = &mut answer.words;
+    words[BEFORE] = pair(tuple.destination_port, tuple.source_port);
+    words[BEFORE + 1] = sequence;
+    words[BEFORE + 2] = acknowledged;
+    words[BEFORE + 3] = (5 << 28 | u32::from(flags) << 16).to_be();
+    words[BEFORE + 4] = 0;
+    // The class stays, without what it says of congestion.
+    let sum = network(packet, answer, TCP_HEADER as u32, TCP, class & 0xfc);
+    let own = sum_of::<{ TCP_HEADER / 4 }>(&answer.words, BEFORE);
+    settle();
+    put(ctx, packet, answer, TCP_HEADER as u32)?;
+    // A pod's kernel leaves the checksum to the last device, and then only that of the pseudo header is due. The
+    // helper knows; from nothing on, it makes either.
+    let change = |by, pseudo| Change {
+        by,
+        pseudo,
+        udp: false,
+        v6: packet.is_v6(),
+    };
+    let at = ETHERNET + network_length(packet) + 16;
+    ctx.mend_transport(at, change(difference(own), false))?;
+    ctx.mend_transport(at, change(difference(sum), true))
+}
+
+/// An ICMP error: the port is unreachable.
+#[inline(always)]
+fn unreachable(ctx: &TcContext, packet: &Packet, answer: &mut Answer) -> Option<()> {
+    let (total, _) = outer(ctx, packet)?;
+    let skb: *const __sk_buff = ctx.skb.skb;
+    // SAFETY: the kernel gives a valid context for the whole call.
+    let there = unsafe { (*skb).len }.checked_sub(ETHERNET as u32)?;
+    // A short frame is filled up to what Ethernet wants.
+    let whole = if total < there { total } else { there };
+    answer.quoted = if whole < QUOTE { whole } else { QUOTE };
+    settle();
+    let quoted = answer.quoted;
+    if quoted == 0 || quoted > QUOTE {
+        return None;
+    }
+    let quote = &raw mut answer.words[QUOTED];
+    // SAFETY: the quote has room for so many bytes, and the word behind them is there, too.
+    let loaded = unsafe {
+        let loaded = bpf_skb_load_bytes(ctx.skb.skb.cast(), ETHERNET as u32, quote.cast(), quoted);
+        core::ptr::write_unaligned(quote.byte_add(quoted as usize), 0);
+        loaded
+    };
+    if loaded != 0 {
+        return None;
+    }
+    let (protocol, kind, code) = if packet.is_v6() {
+        (ICMP6, 1, 4)
+    } else {
+        (ICMP, 3, 3)
+    };
+    let length = ICMP_HEADER as u32 + quoted;
+    // Such errors are of the network's own class.
+    let pseudo = network(packet, answer, length, protocol, 0xc0);
+    answer.words[BEFORE] = u32::from_ne_bytes([kind, code, 0, 0]);
+    answer.words[BEFORE + 1] = 0;
+    // SAFETY: so many words were written just above.
+    let sum = unsafe {
+        bpf_csum_diff(
+            core::ptr::null_mut(),
+            0,
+            &raw mut answer.words[BEFORE],
+            (length + 3) & !3,
+            0,
+        )
+    };
+    if sum < 0 {
+        return None;
+    }
+    let mut sum = sum as u64;
+    if packet.is_v6() {
+        sum += pseudo;
+    }
+    let checksum = mended(0xffff, difference(sum)).to_ne_bytes();
+    answer.words[BEFORE] = u32::from_ne_bytes([kind, code, checksum[0], checksum[1]]);
+    settle();
+    put(ctx, packet, answer, length)
+}
+
+/// Bytes of the answer's network header.
+#[inline(always)]
+fn network_length(packet: &Packet) -> usize {
+    if packet.is_v6() { IPV6 } else { IPV4 }
+}
+
+/// Writes the network header, from whom the packet was for to its sender; gives the sum of the pseudo header.
+#[inline(always)]
+fn network(packet: &Packet, answer: &mut Answer, length: u32, protocol: u8, class: u8) -> u64 {
+    let words = &mut answer.words;
+    let (from, to) = (&packet.tuple.destination, &packet.tuple.source);
+    let sum = u64::from(length.to_be()) + u64::from(u32::from(protocol).to_be());
+    if packet.is_v6() {
+        words[0] = (6 << 28 | u32::from(class) << 20).to_be();
+        words[1] = (length << 16 | u32::from(protocol) << 8 | HOPS).to_be();
+        words[2] = from.0[0];
+        words[3] = from.0[1];
+        words[4] = from.0[2];
+        words[5] = from.0[3];
+        words[6] = to.0[0];
+        words[7] = to.0[1];
+        words[8] = to.0[2];
+        words[9] = to.0[3];
+        return sum + sum_of::<8>(words, 2);
+    }
+    words[FIRST4] = (0x45 << 24 | u32::from(class) << 16 | (length + IPV4 as u32)).to_be();
+    // Not to be made fragments of, so it needs no identification.
+    words[FIRST4 + 1] = 0x4000_u32.to_be();
+    let third = HOPS << 24 | u32::from(protocol) << 16;
+    words[FIRST4 + 2] = third.to_be();
+    words[FIRST4 + 3] = from.as_v4();
+    words[FIRST4 + 4] = to.as_v4();
+    let checksum = mended(0xffff, difference(sum_of::<5>(words, FIRST4)));
+    words[FIRST4 + 2] = (third | u32::from(u16::from_be(checksum))).to_be();
+    sum + sum_of::<2>(words, FIRST4 + 3)
+}
+
+/// Hops that an answer has.
+const HOPS: u32 = 64;
+
+/// The sum of some words.
+#[inline(always)]
+fn sum_of<const COUNT: usize>(words: &[u32], first: usize) -> u64 {
+    let mut sum = 0;
+    for index in 0..COUNT {
+        sum += u64::from(words[first + index]);
+    }
+    sum
+}
+
+/// Puts the answer in the packet's place; `length` is all behind its network header.
+#[inline(always)]
+fn put(ctx: &TcContext, packet: &Packet, answer: &Answer, length: u32) -> Option<()> {
+    let (first, network) = if packet.is_v6() {
+        (&raw const answer.words[0], IPV6 as u32)
+    } else {
+        (&raw const answer.words[FIRST4], IPV4 as u32)
+    };
+    if length == 0 || length > ICMP_HEADER as u32 + QUOTE {
+        return None;
+    }
+    let (skb, length) = (ctx.skb.skb, network + length);
+    // SAFETY: the context is the kernel's, and the answer has so many bytes.
+    let put = unsafe {
+        bpf_skb_change_tail(skb, ETHERNET as u32 + length, 0) == 0
+            && bpf_skb_store_bytes(skb, ETHERNET as u32, first.cast(), length, 0) == 0
+    };
+    put.then_some(())
+}
