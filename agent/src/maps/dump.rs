@@ -242,7 +242,7 @@ fn frontend(
 
 /// The tuple of a flow's packets: of its beginner's, or of the replies.
 fn tuple(key: &FlowKey, from_low: bool) -> Tuple {
-    let up = Tuple {
+    let mut up = Tuple {
         source: key.low,
         destination: key.high,
         source_port: key.low_port,
@@ -250,7 +250,17 @@ fn tuple(key: &FlowKey, from_low: bool) -> Tuple {
         protocol: key.protocol,
         pad: [0; 3],
     };
-    if from_low { up } else { up.reversed() }
+    if !from_low {
+        up = reversed(&up);
+    }
+    up
+}
+
+/// The tuple of the packets that answer.
+fn reversed(tuple: &Tuple) -> Tuple {
+    let mut answer = *tuple;
+    tuple.reverse(&mut answer);
+    answer
 }
 
 /// The row of a flow at this moment (in ticks), if it is asked for.
@@ -258,7 +268,7 @@ fn flow(key: &FlowKey, flow: &Flow, now: u32, what: What, filter: Filter) -> Opt
     let forth = tuple(key, flow.from_low != 0);
     let turned = match flow.turn & !TURN_LATE {
         TURN_FORTH => Some(("forward", forth)),
-        TURN_BACK => Some(("reply", forth.reversed())),
+        TURN_BACK => Some(("reply", reversed(&forth))),
         _ => None,
     };
     if what == What::Translations && turned.is_none() {
