@@ -240,9 +240,7 @@ impl Kernel {
             mac,
             pad: 0,
         };
-        self.policy()
-            .set_endpoint(address.into(), endpoint)
-            .unwrap();
+        self.policy().set_endpoint(address, endpoint).unwrap();
     }
 
     /// The node has this IPv6 address, too.
@@ -251,9 +249,7 @@ impl Kernel {
         settings.node6 = address.into();
         self.settings(settings);
         let services = &mut self.maps.services;
-        services
-            .set_node_address(address.into(), OWN_ADDRESS)
-            .unwrap();
+        services.set_node_address(address, OWN_ADDRESS).unwrap();
     }
 
     /// A Service's address for these protocols, with one backend or none.
