@@ -20,6 +20,7 @@ pub const THERE: [u8; 6] = [2, 0, 0, 0, 0, 1];
 pub const TCP: u8 = 6;
 pub const UDP: u8 = 17;
 pub const SCTP: u8 = 132;
+const FRAGMENT: u8 = 44;
 
 /// An address.
 pub fn at(text: &str) -> IpAddr {
@@ -39,6 +40,8 @@ pub struct Datagram {
     pub hops: u8,
     /// All behind the network header.
     pub payload: Vec<u8>,
+    /// Identification, offset in bytes, and whether more follow.
+    pub part: Option<(u16, u16, bool)>,
 }
 
 impl Datagram {
@@ -53,7 +56,23 @@ impl Datagram {
             class: 0,
             hops: 64,
             payload,
+            part: None,
         }
+    }
+
+    /// The datagram in two fragments, of which the first has so many bytes.
+    pub fn parts(&self, id: u16, bytes: u16) -> [Self; 2] {
+        [(0, true), (bytes, false)].map(|(from, more)| {
+            let mut part = self.clone();
+            let to = if more {
+                bytes.into()
+            } else {
+                self.payload.len()
+            };
+            part.payload = self.payload[usize::from(from)..to].to_vec();
+            part.part = Some((id, from, more));
+            part
+        })
     }
 
     /// The frame.
@@ -76,21 +95,36 @@ impl Datagram {
                 .unwrap();
                 header.dscp = (self.class >> 2).try_into().unwrap();
                 header.ecn = (self.class & 3).try_into().unwrap();
-                header.dont_fragment = true;
+                header.dont_fragment = self.part.is_none();
+                if let Some((id, offset, more)) = self.part {
+                    header.identification = id;
+                    header.more_fragments = more;
+                    header.fragment_offset = (offset / 8).try_into().unwrap();
+                }
                 header.header_checksum = header.calc_header_checksum();
                 header.to_bytes().to_vec()
             }
-            (IpAddr::V6(source), IpAddr::V6(destination)) => Ipv6Header {
-                traffic_class: self.class,
-                flow_label: Ipv6FlowLabel::ZERO,
-                payload_length: self.payload.len() as u16,
-                next_header: IpNumber(self.protocol),
-                hop_limit: self.hops,
-                source: source.octets(),
-                destination: destination.octets(),
+            (IpAddr::V6(source), IpAddr::V6(destination)) => {
+                let (next, part) = match self.part {
+                    None => (self.protocol, vec![]),
+                    Some((id, offset, more)) => {
+                        let offset = (offset | u16::from(more)).to_be_bytes();
+                        let id = u32::from(id).to_be_bytes();
+                        let part = [&[self.protocol, 0], &offset[..], &id];
+                        (FRAGMENT, part.concat())
+                    }
+                };
+                let header = Ipv6Header {
+                    traffic_class: self.class,
+                    flow_label: Ipv6FlowLabel::ZERO,
+                    payload_length: (part.len() + self.payload.len()) as u16,
+                    next_header: IpNumber(next),
+                    hop_limit: self.hops,
+                    source: source.octets(),
+                    destination: destination.octets(),
+                };
+                [&header.to_bytes()[..], &part].concat()
             }
-            .to_bytes()
-            .to_vec(),
             _ => panic!("two families in one packet"),
         };
         [&ethernet.to_bytes()[..], &network, &self.payload].concat()
@@ -206,9 +240,7 @@ impl Kernel {
             mac,
             pad: 0,
         };
-        self.policy()
-            .set_endpoint(address.into(), endpoint)
-            .unwrap();
+        self.policy().set_endpoint(address, endpoint).unwrap();
     }
 
     /// The node has this IPv6 address, too.
@@ -217,9 +249,7 @@ impl Kernel {
         settings.node6 = address.into();
         self.settings(settings);
         let services = &mut self.maps.services;
-        services
-            .set_node_address(address.into(), OWN_ADDRESS)
-            .unwrap();
+        services.set_node_address(address, OWN_ADDRESS).unwrap();
     }
 
     /// A Service's address for these protocols, with one backend or none.

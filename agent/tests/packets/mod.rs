@@ -3,6 +3,7 @@
 mod both;
 mod errors;
 mod express;
+mod fragments;
 mod ports;
 mod refuse;
 mod sctp;

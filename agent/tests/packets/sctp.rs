@@ -1,5 +1,7 @@
 //! SCTP through Services and to the outside: ports change, and its checksum of everything fits afterwards.
 
+use xebec_dataplane_common::flow::REASON_CHECKSUM;
+
 use super::both::{Datagram, HERE, at, crc32c, sctp};
 use super::{Kernel, OK, PASS, POD_MAC, REDIRECT, SHOT, left_out};
 
@@ -152,6 +154,8 @@ fn a_fragment_whose_port_would_change_is_dropped() {
         let mut sent = sctp((pod, service), (4000, port), INIT, b"").bytes();
         sent[20] = 0x20;
         assert_eq!(kernel.run("xebec_from_pod", &sent).0, verdict);
+        let reason = if port == 80 { REASON_CHECKSUM } else { 0 };
+        assert_eq!(kernel.last_event().unwrap().reason, reason);
     }
 }
 
