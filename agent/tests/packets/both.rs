@@ -4,7 +4,7 @@ use std::net::IpAddr;
 
 use etherparse::checksum::Sum16BitWords;
 use etherparse::{EtherType, Ethernet2Header, IpNumber, Ipv4Header, Ipv6FlowLabel, Ipv6Header};
-use xebec_agent::maps::PolicyKernel;
+use xebec_agent::maps::{PolicyKernel, ServiceKernel};
 use xebec_dataplane_common::policy::Endpoint;
 use xebec_dataplane_common::service::{
     Backend, CHUNK, EXTERNAL, Frontend, FrontendKey, OWN as OWN_ADDRESS, Run,
@@ -272,8 +272,8 @@ impl Kernel {
             };
             let mut chunk = [0; CHUNK];
             chunk[0] = number;
-            services.set_backend(number, backend).unwrap();
-            services.set_chunk(number, chunk).unwrap();
+            services.set_backends(&[(number, backend)]).unwrap();
+            services.set_chunks(&[(number, chunk)]).unwrap();
         }
         let run = Run {
             first: number,
@@ -293,7 +293,7 @@ impl Kernel {
                 inside: run,
                 outside: run,
             };
-            services.set_frontend(key, value).unwrap();
+            services.set_frontends(&[(key, value)]).unwrap();
         }
     }
 
@@ -303,7 +303,10 @@ impl Kernel {
             generation: 2,
             ..Backend::default()
         };
-        self.maps.services.set_backend(self.services, gone).unwrap();
+        self.maps
+            .services
+            .set_backends(&[(self.services, gone)])
+            .unwrap();
     }
 
     /// Packets that were answered for Services without endpoints, and flows that got no port.
