@@ -19,9 +19,9 @@ use crate::tcp_bench;
 pub enum Demo {
     /// Answer every HTTP request with this host's name, which in a pod is the pod's
     Serve {
-        /// Address to listen on
-        #[arg(long, default_value = "0.0.0.0:8080")]
-        listen: SocketAddr,
+        /// Address to listen on [default: port 8080 of both families]
+        #[arg(long)]
+        listen: Option<SocketAddr>,
         /// Fetch this URL for each request and put its answer behind our own
         #[arg(long)]
         upstream: Option<String>,
@@ -101,13 +101,26 @@ impl Demo {
     }
 }
 
-async fn serve(listen: SocketAddr, upstream: Option<String>) -> Result<()> {
+/// Listens where it was told to; otherwise to both families, or to IPv4 alone where there is no IPv6.
+async fn listener(told: Option<SocketAddr>) -> Result<TcpListener> {
+    const PORT: u16 = 8080;
+    let both = SocketAddr::from((std::net::Ipv6Addr::UNSPECIFIED, PORT));
+    let listen = told.unwrap_or(both);
+    match TcpListener::bind(listen).await {
+        Err(_) if told.is_none() => {
+            let listen = SocketAddr::from((std::net::Ipv4Addr::UNSPECIFIED, PORT));
+            let listener = TcpListener::bind(listen).await;
+            listener.with_context(|| format!("could not listen on {listen}"))
+        }
+        outcome => outcome.with_context(|| format!("could not listen on {listen}")),
+    }
+}
+
+async fn serve(listen: Option<SocketAddr>, upstream: Option<String>) -> Result<()> {
     let name = nix::unistd::gethostname().context("could not read the host name")?;
     let name = name.to_string_lossy().into_owned();
-    let listener = TcpListener::bind(listen)
-        .await
-        .with_context(|| format!("could not listen on {listen}"))?;
-    println!("{name} listens on {listen}");
+    let listener = listener(listen).await?;
+    println!("{name} listens on {}", listener.local_addr()?);
     let mut terminate = tokio::signal::unix::signal(tokio::signal::unix::SignalKind::terminate())
         .context("could not listen for SIGTERM")?;
     let mut connections = tokio::task::JoinSet::new();

@@ -271,7 +271,11 @@ async fn write_status(
         .await
         .context("could not read the node")?;
     let status = status(config, runtime, old.status.as_ref(), facts)?;
-    let patch = serde_json::json!({"status": status});
+    let mut patch = serde_json::json!({"status": status});
+    // The list's merge key is the type, of which two families have two: it is replaced whole, as upstream does.
+    if let Some(addresses) = patch["status"]["addresses"].as_array_mut() {
+        addresses.push(serde_json::json!({"$patch": "replace"}));
+    }
     nodes
         .patch_status(
             &config.node_name,

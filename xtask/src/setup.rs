@@ -41,6 +41,10 @@ const TEST: &[Need] = &[
         package: "iproute2",
     },
     Need {
+        what: "ethtool",
+        package: "ethtool",
+    },
+    Need {
         what: "nsenter",
         package: "util-linux",
     },

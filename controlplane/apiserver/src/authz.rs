@@ -85,7 +85,11 @@ fn agent_may(user: &UserInfo, request: &ResourceRequest) -> bool {
     let reads = matches!(verb(request), "get" | "list" | "watch");
     let events = request.resource.plural == "events"
         && matches!(request.verb, "create" | "patch" | "update");
-    user.name == AGENT && (reads && request.resource.plural != "secrets" || events)
+    // By these the nodes agree on who announces a load balancer's addresses.
+    let leases = request.resource.plural == "leases"
+        && request.namespace.as_deref() == Some("kube-system")
+        && matches!(request.verb, "create" | "patch" | "update" | "delete");
+    user.name == AGENT && (reads && request.resource.plural != "secrets" || events || leases)
 }
 
 /// Everybody with a name may ask about himself.
