@@ -270,7 +270,7 @@ mod tests {
         let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
         let address = listener.local_addr().unwrap();
         drop(listener);
-        let server = tokio::spawn(serve(address, None));
+        let server = tokio::spawn(serve(Some(address), None));
         let url = format!("http://{address}/healthz");
         let mut last = get(&url, Duration::from_secs(1)).await;
         for _ in 0..50 {
