@@ -16,6 +16,9 @@ pub const SYN: u8 = 0x02;
 pub const RST: u8 = 0x04;
 pub const ACK: u8 = 0x10;
 
+/// Stands with the flags that were told of where the other end answered, before its answer was told of.
+pub const ANSWERED: u8 = 0x80;
+
 /// No tuple: something to write the real one over.
 const NOWHERE: Tuple = Tuple {
     source: Ip::NONE,
@@ -135,6 +138,10 @@ pub fn find(flow: *mut Flow, packet: &Packet, up: bool, known: &mut Known) {
             _ => u8::from(reply),
         };
         if news & !*told != 0 {
+            // What answers first is also news to the flow's other entry.
+            if reply && *told == 0 {
+                (*flow).paired = 0;
+            }
             *told |= news;
             known.tell = 1;
             if packet.tuple.protocol == TCP && news & (FIN | RST) != 0 {

@@ -2,11 +2,11 @@
 
 mod errors;
 mod express;
-//mod flows;
+mod flows;
 pub mod kernel;
-//mod odd;
+mod odd;
 pub mod packet;
-//mod services;
+mod services;
 pub mod table;
 pub mod wires;
 

@@ -252,6 +252,14 @@ impl Packet {
         other
     }
 
+    /// The same with other flags, if it is TCP.
+    pub fn flags_if_tcp(&self, flags: u8) -> Self {
+        match self.transport {
+            Transport::Tcp(_) => self.flags(flags),
+            _ => self.clone(),
+        }
+    }
+
     /// The same to another end.
     pub fn to(&self, destination: IpAddr, port: u16) -> Self {
         let mut other = self.clone();
