@@ -4,6 +4,7 @@
 use rand::rngs::StdRng;
 use rand::{Rng, SeedableRng};
 
+use super::packet::Transport;
 use super::{
     FAMILIES, Family, Front, Kernel, OK, POD_MAC, Packet, PASS, REDIRECT, SHOT, Why, client, echo,
     error, icmp, left_out, node, other, pod, router, sctp, service, tcp, udp, web,
@@ -112,7 +113,12 @@ fn frames_of_every_length_are_never_changed_by_half() {
                 verdict != SHOT && (full != whole || packet.protocol() == 132),
                 "{packet:?}"
             );
+            let error = matches!(&packet.transport, Transport::Icmp { kind, .. } if *kind != 8 && *kind != 128);
             for length in 14 + packet.network_bytes()..whole.len() {
+                // What an error's checksum becomes depends on how much of the packet it quotes.
+                if error && length < packet.transport_at() + packet.network_bytes() + 16 {
+                    continue;
+                }
                 let cut = &whole[..length];
                 let (verdict, out) = kernel.run(hook, cut);
                 assert!(
