@@ -1,6 +1,7 @@
 //! Packets through the real tc programs, by `BPF_PROG_TEST_RUN`: every byte of what comes out is judged.
 #![allow(clippy::unwrap_used, reason = "tests")]
 
+mod model;
 mod packets;
 
 use packets::{

@@ -153,7 +153,7 @@ impl Kernel {
         tables.rules.clear();
         tables.ranges.clear();
         tables.cidrs.clear();
-        for number in 0..=self.chunks.max(64) {
+        for number in 0..256 {
             tables.backends.set(&number, Backend::default());
         }
         (self.ifindex, self.ingress_ifindex) = (1, 0);

@@ -231,10 +231,14 @@ impl Packet {
         (answer.source_port, answer.destination_port) = (self.destination_port, self.source_port);
         match &mut answer.transport {
             Transport::Tcp(own) => *own = flags,
-            Transport::Icmp {
-                kind: kind @ 128, ..
-            } => *kind = 129,
-            Transport::Icmp { kind, .. } => *kind = 0,
+            Transport::Icmp { kind, .. } => {
+                *kind = match *kind {
+                    8 => 0,
+                    0 => 8,
+                    128 => 129,
+                    _ => 128,
+                };
+            }
             _ => {}
         }
         answer
@@ -428,7 +432,15 @@ impl Packet {
 
     /// Where its transport header lies in the frame.
     pub fn transport_at(&self) -> usize {
-        self.bytes().len() - self.transport_bytes().len()
+        if self.source.is_ipv4() {
+            return 34 + self.options.len();
+        }
+        let fragment = if self.fragment.is_some() { 8 } else { 0 };
+        let sizes = self.extensions.iter().map(|kind| match *kind {
+            ROUTING | FRAGMENT => 8,
+            _ => 16,
+        });
+        54 + fragment + sizes.sum::<usize>()
     }
 
     /// Where its network header lies that an error quotes, too.

@@ -23,15 +23,7 @@ pub struct Wires {
 impl Wires {
     /// Runs a test there, on a thread of its own.
     pub fn with(test: impl FnOnce(&Self) + Send) {
-        std::thread::scope(|scope| {
-            let thread = scope.spawn(|| {
-                unshare(CloneFlags::CLONE_NEWNET).unwrap();
-                test(&Self::new());
-            });
-            if let Err(panic) = thread.join() {
-                std::panic::resume_unwind(panic);
-            }
-        });
+        namespace(|| test(&Self::new()));
     }
 
     fn new() -> Self {
@@ -86,6 +78,19 @@ impl Wires {
     pub fn index(&self) -> u32 {
         self.devices[0].index
     }
+}
+
+/// Runs a test in a network namespace of its own, on a thread that ends with it.
+pub fn namespace(test: impl FnOnce() + Send) {
+    std::thread::scope(|scope| {
+        let thread = scope.spawn(|| {
+            unshare(CloneFlags::CLONE_NEWNET).unwrap();
+            test();
+        });
+        if let Err(panic) = thread.join() {
+            std::panic::resume_unwind(panic);
+        }
+    });
 }
 
 /// Adds or removes a neighbour of a device.
