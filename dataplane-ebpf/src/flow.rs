@@ -173,7 +173,12 @@ pub fn enter(all: &mut Scratch, up: bool) {
                 (*flow).seen = now;
                 (*flow).generation = generation();
                 (*flow).rule = rule;
-                (*flow).told = [told, 0];
+                // Judged anew it is still the same: who answered has answered.
+                if begins(packet) {
+                    (*flow).told = [told, 0];
+                } else {
+                    (*flow).told[0] |= told;
+                }
                 return;
             }
         }

@@ -384,7 +384,12 @@ impl Model {
             let over = old.closed && seen.begins();
             // What was translated elsewhere on its way here stays translated.
             if old.turn.is_some() && old.beginner == seen.ends.from && !over {
-                (old.judged, old.rule, old.told) = (self.generation, rule, told);
+                (old.judged, old.rule) = (self.generation, rule);
+                // Judged anew it is still the same: who answered has answered.
+                match seen.begins() {
+                    true => old.told = told,
+                    false => old.told[0] |= told[0],
+                }
                 return;
             }
         }

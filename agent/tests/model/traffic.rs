@@ -208,13 +208,17 @@ impl<'a> Run<'a> {
             }
             56..59 if known => {
                 // The rest of a datagram of which a part was sent, or of none.
-                let (place, mut packet) = self.world.any(self.sent.iter().cloned());
-                let original = packet.clone();
-                if let Some((id, _, _)) = packet.fragment {
-                    packet.fragment = Some((id, 64, false));
-                    return (place, Body::Later(packet, original));
-                }
-                (place, Body::Plain(packet))
+                let mut parts = self.sent.iter().filter(|(_, packet)| packet.fragment.is_some());
+                let Some((place, original)) = parts.next_back().cloned() else {
+                    return self.first();
+                };
+                let mut packet = original.clone();
+                let id = match self.world.random.random_range(0..20) {
+                    0 => 1_000,
+                    _ => packet.fragment.map_or(0, |(id, _, _)| id),
+                };
+                packet.fragment = Some((id, 64, false));
+                (place, Body::Later(packet, original))
             }
             _ => self.first(),
         }
@@ -552,7 +556,8 @@ fn remember<T>(ring: &mut VecDeque<T>, item: T) {
     ring.push_back(item);
 }
 
-fn flow_key(ends: Ends) -> FlowKey {
+/// The key of a flow's entry.
+pub fn flow_key(ends: Ends) -> FlowKey {
     let tuple = Tuple {
         source: ends.from.0.into(),
         destination: ends.to.0.into(),

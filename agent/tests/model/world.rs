@@ -14,7 +14,8 @@ use xebec_dataplane_common::service::{
     DROP_INSIDE, DROP_OUTSIDE, ENDING, EXTERNAL, HASH_INSIDE, HASH_OUTSIDE,
 };
 
-use super::rules::{Backend, Frontend, Model, Pod};
+use super::rules::{Backend, Ends, Frontend, Model, Pod};
+use super::traffic::flow_key;
 use crate::packets::{FAMILIES, Family, Front, Kernel, POD_MAC, at, far_node, node, settings};
 
 /// Pods of a node.
@@ -152,7 +153,7 @@ impl World {
             .filter(|number| self.model.backends[number].generation % 2 == 1)
             .collect();
         let random = &mut self.random;
-        let mut run = |random: &mut StdRng| -> Vec<u32> {
+        let run = |random: &mut StdRng| -> Vec<u32> {
             let count = match random.random_range(0..10) {
                 0 => 0,
                 1..4 => 1,
@@ -224,7 +225,8 @@ impl World {
                 backend.ending = !backend.ending;
                 self.write_backend(kernel, number, backend);
             }
-            8 => self.new_generation(kernel),
+            8 if self.random.random_bool(0.5) => self.new_generation(kernel),
+            8 => self.forget(kernel),
             _ => self.new_rules(kernel),
         }
     }
@@ -249,6 +251,16 @@ impl World {
             }
         }
         self.write_backend(kernel, number, backend);
+    }
+
+    /// A full table forgets an entry.
+    fn forget(&mut self, kernel: &mut Kernel) {
+        if let Some(key) = self.model.flows.keys().copied().choose(&mut self.random) {
+            self.model.flows.remove(&key);
+            let (from, to, protocol) = key;
+            let ends = Ends { from, to, protocol };
+            assert!(kernel.tables().flows.remove(&flow_key(ends)));
+        }
     }
 
     fn new_generation(&mut self, kernel: &mut Kernel) {

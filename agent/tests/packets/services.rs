@@ -468,6 +468,29 @@ fn who_talks_to_a_backend_that_is_gone_talks_to_another() {
     }
 }
 
+/// New rules judge an open connection anew: it is still open, and stays with its backend.
+#[test]
+fn new_rules_do_not_make_an_open_connection_a_new_one() {
+    if left_out() {
+        return;
+    }
+    for f in FAMILIES {
+        let mut kernel = Kernel::shared();
+        kernel.received_on(1);
+        many(&mut kernel, f, 1, 0, 0);
+        let sent = tcp(pod(f), service(f), 4000, 80, "S");
+        assert_eq!(chosen(&mut kernel, f, &sent), 1);
+        let answer = sent.to(backend(f, 1), 8080).answer();
+        assert_eq!(kernel.run("xebec_to_pod", &answer.bytes()).0, OK);
+        let more = sent.flags(ACK);
+        assert_eq!(chosen(&mut kernel, f, &more), 1);
+        kernel.policy().set_generation(2).unwrap();
+        assert_eq!(chosen(&mut kernel, f, &more), 1);
+        replaced(&mut kernel, f, 1, 40);
+        assert_eq!(chosen(&mut kernel, f, &more), 1);
+    }
+}
+
 /// A client takes the port of a connection that ended: it is a new one, also to another backend.
 #[test]
 fn a_port_that_is_used_again_gets_another_choice() {
