@@ -13,7 +13,7 @@ use super::rules::{End, Ends, Entry, Fate, Made, Seen, Turn, Verdict, changed};
 use super::world::{PODS, World, far_pod, frontends, pod_address};
 use crate::packets::packet::Transport;
 use crate::packets::{
-    ACK, FAMILIES, FIN, Family, Kernel, OK, POD_MAC, Packet, REDIRECT, RST, SHOT, SYN, WHYS, Why,
+    ACK, FAMILIES, FIN, Family, Kernel, OK, PASS, POD_MAC, Packet, REDIRECT, RST, SHOT, SYN, WHYS, Why,
     client, echo, error, far_node, node, router, sctp, tcp, udp,
 };
 
@@ -101,6 +101,7 @@ pub struct Counts {
     sent: u64,
     changed: u64,
     errors_changed: u64,
+    early: u64,
     fragments_changed: u64,
     changes: u64,
     entries: u64,
@@ -108,7 +109,7 @@ pub struct Counts {
 
 impl Counts {
     pub fn is_of_all_kinds(&self) -> bool {
-        let all = [self.dropped, self.passed, self.sent, self.changed, self.errors_changed, self.fragments_changed, self.changes, self.entries];
+        let all = [self.dropped, self.passed, self.sent, self.changed, self.errors_changed, self.early, self.fragments_changed, self.changes, self.entries];
         all.iter().all(|count| *count > 1000)
     }
 }
@@ -295,7 +296,13 @@ impl<'a> Run<'a> {
         }
         let outcome = match place {
             Place::Pod(index) => self.hook(Hook::FromPod(index), body, counts),
-            Place::Network => self.hook(Hook::FromNetwork, body, counts),
+            Place::Network => {
+                let body = match self.world.random.random_bool(0.5) {
+                    true => self.early(body, counts),
+                    false => body,
+                };
+                self.hook(Hook::FromNetwork, body, counts)
+            }
             Place::Node => Some((Verdict::Pass, body)),
         };
         let Some((verdict, body)) = outcome else {
@@ -326,6 +333,42 @@ impl<'a> Run<'a> {
         if let Some(Body::Plain(packet)) = body {
             remember(&mut self.arrived, (arrives, packet));
         }
+    }
+
+    /// XDP before tc: it leaves a packet untouched, or makes of it what tc would.
+    fn early(&mut self, body: Body, counts: &mut Counts) -> Body {
+        let frame = body.bytes();
+        let before = now();
+        let (verdict, out) = self.kernel.run_early(0, &frame);
+        if now() != before {
+            self.blurred = true;
+        }
+        if verdict != PASS {
+            self.fail(&body, &format!("XDP's verdict is {verdict}"));
+        }
+        // What it only looked at is not another to tc.
+        if out == frame || self.blurred {
+            return body;
+        }
+        self.world.model.now = before;
+        self.done += 1;
+        remember(&mut self.log, ("xebec_express", body.clone(), verdict));
+        let Some(seen) = self.seen(&body) else {
+            self.fail(&body, "XDP translated a fragment");
+        };
+        let made = self.made(&seen, &body, OK, &out);
+        let fate = self.world.model.from_network(&seen, &made);
+        let (Verdict::Pass, Some(ends)) = (fate.verdict, fate.becomes) else {
+            self.fail(&body, &format!("XDP translated it, expected {fate:?}"));
+        };
+        self.compare(seen.ends, &body);
+        self.compare(ends, &body);
+        let expected = body.with(&seen, ends);
+        if expected.bytes() != out {
+            self.fail(&body, &format!("expected {expected:?}, XDP made of it {out:02x?}"));
+        }
+        counts.early += 1;
+        expected
     }
 
     /// Runs one hook's program, and the model; both must agree. What it became, unless it was dropped.

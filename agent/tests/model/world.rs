@@ -255,7 +255,10 @@ impl World {
 
     /// A full table forgets an entry.
     fn forget(&mut self, kernel: &mut Kernel) {
-        if let Some(key) = self.model.flows.keys().copied().choose(&mut self.random) {
+        let mut keys: Vec<_> = self.model.flows.keys().copied().collect();
+        // The same order each time.
+        keys.sort_unstable();
+        if let Some(key) = keys.choose(&mut self.random).copied() {
             self.model.flows.remove(&key);
             let (from, to, protocol) = key;
             let ends = Ends { from, to, protocol };
