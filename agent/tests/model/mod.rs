@@ -7,8 +7,8 @@ mod rules;
 mod traffic;
 mod world;
 
-use crate::packets::{Kernel, left_out};
 use crate::packets::wires::{ip, namespace};
+use crate::packets::{Kernel, left_out};
 
 /// How many packets go through a hook.
 const PACKETS: u64 = 1_000_000;

@@ -196,7 +196,9 @@ impl Model {
     /// The node's address of the same family.
     fn node(&self, like: IpAddr) -> IpAddr {
         let mut own = self.nodes.iter().filter(|(_, own)| **own);
-        *own.find(|(address, _)| address.is_ipv4() == like.is_ipv4()).unwrap().0
+        *own.find(|(address, _)| address.is_ipv4() == like.is_ipv4())
+            .unwrap()
+            .0
     }
 
     fn is_own(&self, address: IpAddr) -> bool {
@@ -313,7 +315,11 @@ impl Model {
             return same;
         }
         let other = Entry {
-            beginner: if turn.forth { turn.becomes.from } else { turn.becomes.to },
+            beginner: if turn.forth {
+                turn.becomes.from
+            } else {
+                turn.becomes.to
+            },
             turn: Some(back),
             ..*entry
         };
@@ -322,7 +328,14 @@ impl Model {
     }
 
     /// Remembers a flow that is translated; false if the place of its other entry is taken.
-    fn enter_pair(&mut self, new: Entry, ends: Ends, becomes: Ends, late: bool, other_late: bool) -> bool {
+    fn enter_pair(
+        &mut self,
+        new: Entry,
+        ends: Ends,
+        becomes: Ends,
+        late: bool,
+        other_late: bool,
+    ) -> bool {
         let back = Turn {
             forth: false,
             late: other_late,
@@ -338,12 +351,24 @@ impl Model {
                 return false;
             }
         }
-        let new = Entry { paired: self.now, ..new };
+        let new = Entry {
+            paired: self.now,
+            ..new
+        };
         let (there, here) = (
-            Entry { beginner: becomes.from, turn: Some(back), ..new },
+            Entry {
+                beginner: becomes.from,
+                turn: Some(back),
+                ..new
+            },
             Entry {
                 beginner: ends.from,
-                turn: Some(Turn { forth: true, late, becomes, other_late }),
+                turn: Some(Turn {
+                    forth: true,
+                    late,
+                    becomes,
+                    other_late,
+                }),
                 ..new
             },
         );
@@ -354,7 +379,15 @@ impl Model {
 
     /// The same with a source port: its own if the source stays whose it was and the place is free, otherwise one of
     /// the node's. None if there is none.
-    fn enter_with_port(&mut self, new: Entry, ends: Ends, mut becomes: Ends, late: bool, other_late: bool, made: &Made) -> Option<Ends> {
+    fn enter_with_port(
+        &mut self,
+        new: Entry,
+        ends: Ends,
+        mut becomes: Ends,
+        late: bool,
+        other_late: bool,
+        made: &Made,
+    ) -> Option<Ends> {
         let fixed = !matches!(ends.protocol, 1 | 6 | 17 | 58);
         if (fixed || becomes.from.0 == ends.from.0)
             && self.enter_pair(new, ends, becomes, late, other_late)
@@ -364,7 +397,11 @@ impl Model {
         if fixed || made.dropped {
             return None;
         }
-        assert!(self.ports.contains(&made.from_port), "the port {}", made.from_port);
+        assert!(
+            self.ports.contains(&made.from_port),
+            "the port {}",
+            made.from_port
+        );
         becomes.from.1 = made.from_port;
         if matches!(ends.protocol, 1 | 58) {
             becomes.to.1 = made.from_port;
@@ -393,7 +430,12 @@ impl Model {
                 return;
             }
         }
-        let new = Entry { judged: self.generation, rule, told, ..self.plain(seen.ends.from) };
+        let new = Entry {
+            judged: self.generation,
+            rule,
+            told,
+            ..self.plain(seen.ends.from)
+        };
         self.flows.insert(seen.ends.key(), new);
     }
 
@@ -413,9 +455,13 @@ impl Model {
 
     fn offer(&self, ends: Ends, inside: bool) -> Offer {
         let (address, port) = ends.to;
-        let mut found = self.frontends.get(&(Some(address), address.is_ipv4(), port, ends.protocol));
+        let mut found =
+            self.frontends
+                .get(&(Some(address), address.is_ipv4(), port, ends.protocol));
         if found.is_none() && self.nodes.get(&address).is_some_and(|own| inside || *own) {
-            found = self.frontends.get(&(None, address.is_ipv4(), port, ends.protocol));
+            found = self
+                .frontends
+                .get(&(None, address.is_ipv4(), port, ends.protocol));
         }
         let Some(front) = found else {
             return Offer::NoService;
@@ -426,7 +472,11 @@ impl Model {
             (&front.outside, front.drop_outside)
         };
         if run.is_empty() {
-            return if drops { Offer::Dropped } else { Offer::Refused };
+            return if drops {
+                Offer::Dropped
+            } else {
+                Offer::Refused
+            };
         }
         if front.affinity {
             if let Some((number, generation)) = self.affinities.get(&(ends.from.0, front.service)) {
@@ -448,13 +498,18 @@ impl Model {
             // Several may have one address.
             let mut found = found.filter(|number| self.backends[number].end == made.to);
             let first = found.next();
-            assert!(first.is_some(), "{:?} is none of the backends {offered:?}", made.to);
+            assert!(
+                first.is_some(),
+                "{:?} is none of the backends {offered:?}",
+                made.to
+            );
             made.remembered.or(first)
         };
         if let Some(number) = made.remembered {
             assert!(offered.contains(&number), "{number} is none of {offered:?}");
             let generation = self.backends[&number].generation;
-            self.affinities.insert((ends.from.0, service), (number, generation));
+            self.affinities
+                .insert((ends.from.0, service), (number, generation));
         }
         chosen
     }
@@ -462,8 +517,13 @@ impl Model {
     pub fn has_affinity(&self, ends: Ends) -> Option<u32> {
         let (address, port) = ends.to;
         let v4 = address.is_ipv4();
-        let own = self.frontends.get(&(Some(address), v4, port, ends.protocol));
-        let node = self.nodes.contains_key(&address).then_some((None, v4, port, ends.protocol));
+        let own = self
+            .frontends
+            .get(&(Some(address), v4, port, ends.protocol));
+        let node = self
+            .nodes
+            .contains_key(&address)
+            .then_some((None, v4, port, ends.protocol));
         let front = own.or_else(|| self.frontends.get(&node?))?;
         front.affinity.then_some(front.service)
     }
@@ -497,14 +557,20 @@ impl Model {
                 }
                 Offer::Any(service, offered) => {
                     let number = self.chosen(seen.ends, service, &offered, made);
-                    let to = |number: &u32| Ends { to: self.backends[number].end, ..seen.ends };
+                    let to = |number: &u32| Ends {
+                        to: self.backends[number].end,
+                        ..seen.ends
+                    };
                     if made.dropped {
                         // One that may not be asked, or whose place is taken and can't be changed.
                         let mut offered = number.map_or(offered, |number| vec![number]);
                         let all = offered.len();
                         offered.retain(|number| self.judged(&pod, seen, to(number)).is_some());
                         let refused = offered.len() < all;
-                        assert!(refused || offered.is_empty(), "all of {offered:?} may be asked");
+                        assert!(
+                            refused || offered.is_empty(),
+                            "all of {offered:?} may be asked"
+                        );
                         return DROP;
                     }
                     let number = number.unwrap();
@@ -537,7 +603,7 @@ impl Model {
         Fate {
             verdict: if here { Verdict::Send } else { Verdict::Pass },
             becomes,
-                }
+        }
     }
 
     /// The rule that lets a pod's packet go to these ends, 0 where none is needed; none if it may not.
@@ -571,7 +637,9 @@ impl Model {
             return DROP;
         }
         let (yes, _, _) = self.known(seen);
-        let becomes = self.translation(seen).and_then(|(ends, late)| late.then_some(ends));
+        let becomes = self
+            .translation(seen)
+            .and_then(|(ends, late)| late.then_some(ends));
         if !yes {
             let asked = pod.ingress != 0 && !own;
             if asked && !self.allows(pod.ingress, self.identity(seen.ends.from.0), seen.ends) {
@@ -586,8 +654,13 @@ impl Model {
 
     /// In from the network.
     pub fn from_network(&mut self, seen: &Seen, made: &Made) -> Fate {
-        let answers = self.flows.get(&seen.ends.key()).is_some_and(|entry| entry.beginner != seen.ends.from);
-        let known = self.translation(seen).and_then(|(ends, late)| (!late).then_some(ends));
+        let answers = self
+            .flows
+            .get(&seen.ends.key())
+            .is_some_and(|entry| entry.beginner != seen.ends.from);
+        let known = self
+            .translation(seen)
+            .and_then(|(ends, late)| (!late).then_some(ends));
         let becomes = match known {
             Some(ends) => ends,
             None => {
@@ -600,9 +673,15 @@ impl Model {
                     Offer::Any(service, offered) => (service, offered),
                 };
                 // Without a hop left it is dropped where it would leave: the choice can't be seen then.
-                assert!(!made.dropped, "a new flow to the Service {service} was dropped");
+                assert!(
+                    !made.dropped,
+                    "a new flow to the Service {service} was dropped"
+                );
                 let number = self.chosen(seen.ends, service, &offered, made).unwrap();
-                let mut ends = Ends { to: self.backends[&number].end, ..seen.ends };
+                let mut ends = Ends {
+                    to: self.backends[&number].end,
+                    ..seen.ends
+                };
                 self.forget(seen.ends);
                 let stays = self.is_own(ends.to.0) || self.pod(ends.to.0).is_some();
                 if !stays {
@@ -625,7 +704,10 @@ impl Model {
             (false, 0 | 1) => Verdict::Drop,
             (false, _) => Verdict::Send,
         };
-        Fate { verdict, becomes: Some(becomes) }
+        Fate {
+            verdict,
+            becomes: Some(becomes),
+        }
     }
 
     /// Out to the network.
@@ -636,7 +718,10 @@ impl Model {
         }
         let before = self.flows.get(&seen.ends.key()).copied();
         if let Some((ends, true)) = self.translation(seen) {
-            return Fate { becomes: Some(ends), ..PASS };
+            return Fate {
+                becomes: Some(ends),
+                ..PASS
+            };
         }
         let answers = before.is_some_and(|entry| entry.beginner != seen.ends.from);
         if !pod || seen.carrier.is_some() || answers || self.native.contains(&seen.ends.to.0) {
@@ -649,7 +734,10 @@ impl Model {
         let mut ends = seen.ends;
         ends.from.0 = self.node(ends.to.0);
         match self.enter_with_port(new, seen.ends, ends, true, false, made) {
-            Some(ends) => Fate { becomes: Some(ends), ..PASS },
+            Some(ends) => Fate {
+                becomes: Some(ends),
+                ..PASS
+            },
             None => DROP,
         }
     }

@@ -13,8 +13,8 @@ use super::rules::{End, Ends, Entry, Fate, Made, Seen, Turn, Verdict, changed};
 use super::world::{PODS, World, far_pod, frontends, pod_address};
 use crate::packets::packet::Transport;
 use crate::packets::{
-    ACK, FAMILIES, FIN, Family, Kernel, OK, POD_MAC, Packet, REDIRECT, RST, SHOT, SYN, WHYS, Why,
-    client, echo, error, far_node, node, router, sctp, tcp, udp,
+    ACK, FAMILIES, FIN, Family, Kernel, OK, PASS, POD_MAC, Packet, REDIRECT, RST, SHOT, SYN, WHYS,
+    Why, client, echo, error, far_node, node, router, sctp, tcp, udp,
 };
 
 /// The device that leads outside.
@@ -101,6 +101,7 @@ pub struct Counts {
     sent: u64,
     changed: u64,
     errors_changed: u64,
+    early: u64,
     fragments_changed: u64,
     changes: u64,
     entries: u64,
@@ -108,7 +109,17 @@ pub struct Counts {
 
 impl Counts {
     pub fn is_of_all_kinds(&self) -> bool {
-        let all = [self.dropped, self.passed, self.sent, self.changed, self.errors_changed, self.fragments_changed, self.changes, self.entries];
+        let all = [
+            self.dropped,
+            self.passed,
+            self.sent,
+            self.changed,
+            self.errors_changed,
+            self.early,
+            self.fragments_changed,
+            self.changes,
+            self.entries,
+        ];
         all.iter().all(|count| *count > 1000)
     }
 }
@@ -131,7 +142,10 @@ pub struct Run<'a> {
 
 /// The clock of the programs.
 fn now() -> u32 {
-    let mut time = libc::timespec { tv_sec: 0, tv_nsec: 0 };
+    let mut time = libc::timespec {
+        tv_sec: 0,
+        tv_nsec: 0,
+    };
     // SAFETY: the structure is ours.
     unsafe { libc::clock_gettime(libc::CLOCK_MONOTONIC_COARSE, &raw mut time) };
     ticks(time.tv_sec as u64 * 1_000_000_000 + time.tv_nsec as u64)
@@ -177,7 +191,9 @@ impl<'a> Run<'a> {
             // Answers, what goes on, and errors.
             0..30 if known => {
                 let (place, packet) = self.world.any(self.arrived.iter().cloned());
-                let flags = self.world.any([ACK, ACK, ACK | SYN, ACK | SYN, ACK | FIN, RST, SYN]);
+                let flags = self
+                    .world
+                    .any([ACK, ACK, ACK | SYN, ACK | SYN, ACK | FIN, RST, SYN]);
                 let mut answer = packet.back(flags);
                 answer.ttl = 64;
                 (place, Body::Plain(answer))
@@ -208,7 +224,10 @@ impl<'a> Run<'a> {
             }
             56..59 if known => {
                 // The rest of a datagram of which a part was sent, or of none.
-                let mut parts = self.sent.iter().filter(|(_, packet)| packet.fragment.is_some());
+                let mut parts = self
+                    .sent
+                    .iter()
+                    .filter(|(_, packet)| packet.fragment.is_some());
                 let Some((place, original)) = parts.next_back().cloned() else {
                     return self.first();
                 };
@@ -236,11 +255,21 @@ impl<'a> Run<'a> {
         let from = match place {
             Place::Pod(index) => match self.world.random.random_range(0..40) {
                 // A forger.
-                0 => self.world.any([node(family), client(family), pod_address((index + 1) % (2 * PODS))]),
+                0 => self.world.any([
+                    node(family),
+                    client(family),
+                    pod_address((index + 1) % (2 * PODS)),
+                ]),
                 _ => pod_address(index),
             },
             Place::Node => node(family),
-            Place::Network => self.world.any([client(family), client(family), router(family), far_pod(family, 1), far_node(family)]),
+            Place::Network => self.world.any([
+                client(family),
+                client(family),
+                router(family),
+                far_pod(family, 1),
+                far_node(family),
+            ]),
         };
         let (to, port) = self.receiver(family);
         // Families are not mixed.
@@ -278,7 +307,10 @@ impl<'a> Run<'a> {
                 let nodes = [node(family), node(family), far_node(family)];
                 (address.unwrap_or(self.world.any(nodes)), port)
             }
-            12..15 => (pod_address(v6 * PODS + self.world.random.random_range(0..PODS)), 8080),
+            12..15 => (
+                pod_address(v6 * PODS + self.world.random.random_range(0..PODS)),
+                8080,
+            ),
             15 => (far_pod(family, self.world.random.random_range(0..5)), 8080),
             16 => (node(family), self.world.any([8080, 61_000])),
             _ => {
@@ -295,7 +327,13 @@ impl<'a> Run<'a> {
         }
         let outcome = match place {
             Place::Pod(index) => self.hook(Hook::FromPod(index), body, counts),
-            Place::Network => self.hook(Hook::FromNetwork, body, counts),
+            Place::Network => {
+                let body = match self.world.random.random_bool(0.5) {
+                    true => self.early(body, counts),
+                    false => body,
+                };
+                self.hook(Hook::FromNetwork, body, counts)
+            }
             Place::Node => Some((Verdict::Pass, body)),
         };
         let Some((verdict, body)) = outcome else {
@@ -315,7 +353,9 @@ impl<'a> Run<'a> {
                 let outcome = self.hook(Hook::ToPod(pod, received), body, counts);
                 (Place::Pod(pod), outcome.map(|(_, body)| body))
             }
-            (Place::Pod(_) | Place::Network, _, _) if to == node(family) => (Place::Node, Some(body)),
+            (Place::Pod(_) | Place::Network, _, _) if to == node(family) => {
+                (Place::Node, Some(body))
+            }
             // It is not the node's to forward.
             (Place::Network, _, _) => return,
             _ => {
@@ -326,6 +366,45 @@ impl<'a> Run<'a> {
         if let Some(Body::Plain(packet)) = body {
             remember(&mut self.arrived, (arrives, packet));
         }
+    }
+
+    /// XDP before tc: it leaves a packet untouched, or makes of it what tc would.
+    fn early(&mut self, body: Body, counts: &mut Counts) -> Body {
+        let frame = body.bytes();
+        let before = now();
+        let (verdict, out) = self.kernel.run_early(0, &frame);
+        if now() != before {
+            self.blurred = true;
+        }
+        if verdict != PASS {
+            self.fail(&body, &format!("XDP's verdict is {verdict}"));
+        }
+        // What it only looked at is not another to tc.
+        if out == frame || self.blurred {
+            return body;
+        }
+        self.world.model.now = before;
+        self.done += 1;
+        remember(&mut self.log, ("xebec_express", body.clone(), verdict));
+        let Some(seen) = self.seen(&body) else {
+            self.fail(&body, "XDP translated a fragment");
+        };
+        let made = self.made(&seen, &body, OK, &out);
+        let fate = self.world.model.from_network(&seen, &made);
+        let (Verdict::Pass, Some(ends)) = (fate.verdict, fate.becomes) else {
+            self.fail(&body, &format!("XDP translated it, expected {fate:?}"));
+        };
+        self.compare(seen.ends, &body);
+        self.compare(ends, &body);
+        let expected = body.with(&seen, ends);
+        if expected.bytes() != out {
+            self.fail(
+                &body,
+                &format!("expected {expected:?}, XDP made of it {out:02x?}"),
+            );
+        }
+        counts.early += 1;
+        expected
     }
 
     /// Runs one hook's program, and the model; both must agree. What it became, unless it was dropped.
@@ -362,12 +441,13 @@ impl<'a> Run<'a> {
             Some(seen) => {
                 let made = self.made(seen, &body, verdict, &out);
                 let model = &mut self.world.model;
-                let judged = std::panic::catch_unwind(std::panic::AssertUnwindSafe(|| match hook {
-                    Hook::FromPod(index) => model.from_pod(index, seen, &made),
-                    Hook::ToPod(index, received) => model.to_pod(index, received == 0, seen),
-                    Hook::FromNetwork => model.from_network(seen, &made),
-                    Hook::ToNetwork => model.to_network(seen, &made),
-                }));
+                let judged =
+                    std::panic::catch_unwind(std::panic::AssertUnwindSafe(|| match hook {
+                        Hook::FromPod(index) => model.from_pod(index, seen, &made),
+                        Hook::ToPod(index, received) => model.to_pod(index, received == 0, seen),
+                        Hook::FromNetwork => model.from_network(seen, &made),
+                        Hook::ToNetwork => model.to_network(seen, &made),
+                    }));
                 match judged {
                     Ok(fate) => fate,
                     Err(_) => self.fail(&body, "the model does not allow what the program chose"),
@@ -418,7 +498,10 @@ impl<'a> Run<'a> {
         }
         let bytes = expected.bytes();
         if bytes != out {
-            self.fail(&body, &format!("expected {expected:?}\n{bytes:02x?}\nfound\n{out:02x?}"));
+            self.fail(
+                &body,
+                &format!("expected {expected:?}\n{bytes:02x?}\nfound\n{out:02x?}"),
+            );
         }
         let packet = expected.packet_mut();
         // As the next router would address it.
@@ -448,7 +531,9 @@ impl<'a> Run<'a> {
             Body::Later(..) => {
                 seen.later = true;
                 let (id, _, _) = packet.fragment?;
-                let ports = self.fragments.get(&(packet.source, packet.destination, id))?;
+                let ports = self
+                    .fragments
+                    .get(&(packet.source, packet.destination, id))?;
                 (seen.ends.from.1, seen.ends.to.1) = *ports;
             }
             Body::Plain(_) => {
@@ -506,14 +591,22 @@ impl<'a> Run<'a> {
         let expected = self.world.model.flows.get(&ends.key());
         let found = found.map(|flow| entry(&flow_key(ends), &flow));
         if !same(found.as_ref(), expected) {
-            self.fail(body, &format!("the entry of {ends:?}: expected {expected:#?}, found {found:#?}"));
+            self.fail(
+                body,
+                &format!("the entry of {ends:?}: expected {expected:#?}, found {found:#?}"),
+            );
         }
     }
 
     /// All entries must be the model's.
     fn compare_all(&self, counts: &mut Counts) {
         let found = self.kernel.tables().flows.entries();
-        assert_eq!(found.len(), self.world.model.flows.len(), "seed {}", self.seed);
+        assert_eq!(
+            found.len(),
+            self.world.model.flows.len(),
+            "seed {}",
+            self.seed
+        );
         counts.entries += found.len() as u64;
         for (key, flow) in found {
             let ends = Ends {
@@ -523,7 +616,11 @@ impl<'a> Run<'a> {
             };
             let expected = self.world.model.flows.get(&ends.key());
             let found = entry(&key, &flow);
-            assert!(same(Some(&found), expected), "seed {}: {ends:?}: expected {expected:#?}, found {found:#?}", self.seed);
+            assert!(
+                same(Some(&found), expected),
+                "seed {}: {ends:?}: expected {expected:#?}, found {found:#?}",
+                self.seed
+            );
         }
     }
 
@@ -533,10 +630,18 @@ impl<'a> Run<'a> {
         for (hook, body, verdict) in &self.log {
             let packet = body.packet();
             if addresses.contains(&packet.source) || addresses.contains(&packet.destination) {
-                eprintln!("{hook} {verdict} {:?} flags {:?} {}", ends(packet), packet.transport, matches!(body, Body::Error(..)));
+                eprintln!(
+                    "{hook} {verdict} {:?} flags {:?} {}",
+                    ends(packet),
+                    packet.transport,
+                    matches!(body, Body::Error(..))
+                );
             }
         }
-        panic!("seed {} after {} packets: {why}\nof {body:?}", self.seed, self.done);
+        panic!(
+            "seed {} after {} packets: {why}\nof {body:?}",
+            self.seed, self.done
+        );
     }
 }
 
@@ -602,7 +707,13 @@ fn entry(key: &FlowKey, flow: &Flow) -> Entry {
 
 fn same(found: Option<&Entry>, expected: Option<&Entry>) -> bool {
     match (found, expected) {
-        (Some(found), Some(expected)) => *found == Entry { paired: found.paired, ..*expected },
+        (Some(found), Some(expected)) => {
+            *found
+                == Entry {
+                    paired: found.paired,
+                    ..*expected
+                }
+        }
         (found, expected) => found.is_none() && expected.is_none(),
     }
 }

@@ -23,7 +23,10 @@ pub const PODS: usize = 3;
 
 /// Pods' addresses: those of IPv4, then those of IPv6.
 pub fn pod_address(index: usize) -> IpAddr {
-    at(FAMILIES[index / PODS], [10, 244, 0, 5 + (index % PODS) as u8])
+    at(
+        FAMILIES[index / PODS],
+        [10, 244, 0, 5 + (index % PODS) as u8],
+    )
 }
 
 pub fn far_pod(family: Family, index: u8) -> IpAddr {
@@ -37,7 +40,11 @@ const BACKENDS: u32 = 11;
 pub fn frontends(family: Family) -> Vec<(Option<IpAddr>, u16, u32)> {
     let mut all = Vec::new();
     for index in 0..5 {
-        all.push((Some(at(family, [10, 96, 0, 10 + index])), 80, 1 + u32::from(index)));
+        all.push((
+            Some(at(family, [10, 96, 0, 10 + index])),
+            80,
+            1 + u32::from(index),
+        ));
     }
     for index in 0..3 {
         all.push((None, 30_080 + index, 11 + u32::from(index)));
@@ -141,12 +148,23 @@ impl World {
 
     fn write_backend(&mut self, kernel: &mut Kernel, number: u32, backend: Backend) {
         let flags = if backend.ending { ENDING } else { 0 };
-        kernel.backend(number, backend.end.0, backend.end.1, flags, backend.generation);
+        kernel.backend(
+            number,
+            backend.end.0,
+            backend.end.1,
+            flags,
+            backend.generation,
+        );
         self.model.backends.insert(number, backend);
     }
 
     /// Writes a frontend of TCP and UDP with other backends.
-    fn new_frontend(&mut self, kernel: &mut Kernel, family: Family, which: (Option<IpAddr>, u16, u32)) {
+    fn new_frontend(
+        &mut self,
+        kernel: &mut Kernel,
+        family: Family,
+        which: (Option<IpAddr>, u16, u32),
+    ) {
         let (address, _, service) = which;
         let base = base(family);
         let there: Vec<u32> = (base + 1..base + BACKENDS)
@@ -159,7 +177,9 @@ impl World {
                 1..4 => 1,
                 _ => random.random_range(2..40),
             };
-            (0..count).filter_map(|_| there.choose(random).copied()).collect()
+            (0..count)
+                .filter_map(|_| there.choose(random).copied())
+                .collect()
         };
         let external = address.is_none() || service == 21;
         let front = Frontend {
@@ -174,7 +194,13 @@ impl World {
         self.write_frontend(kernel, family, which, front);
     }
 
-    fn write_frontend(&mut self, kernel: &mut Kernel, family: Family, which: (Option<IpAddr>, u16, u32), front: Frontend) {
+    fn write_frontend(
+        &mut self,
+        kernel: &mut Kernel,
+        family: Family,
+        which: (Option<IpAddr>, u16, u32),
+        front: Frontend,
+    ) {
         let (address, port, service) = which;
         let mut flags = self.random.random_range(0..4) * HASH_INSIDE;
         assert_eq!(HASH_INSIDE | HASH_OUTSIDE, 3);
@@ -255,7 +281,10 @@ impl World {
 
     /// A full table forgets an entry.
     fn forget(&mut self, kernel: &mut Kernel) {
-        if let Some(key) = self.model.flows.keys().copied().choose(&mut self.random) {
+        let mut keys: Vec<_> = self.model.flows.keys().copied().collect();
+        // The same order each time.
+        keys.sort_unstable();
+        if let Some(key) = keys.choose(&mut self.random).copied() {
             self.model.flows.remove(&key);
             let (from, to, protocol) = key;
             let ends = Ends { from, to, protocol };
@@ -281,7 +310,9 @@ impl World {
                 let peers = [0, 0, 0, 1, 2, 1000, 1001, 1002, 1100];
                 let peer = *peers.choose(&mut self.random).unwrap();
                 let protocol = *[6, 17].choose(&mut self.random).unwrap();
-                let port = *[8080, 8080, 80, 53, 30_080, 4_000].choose(&mut self.random).unwrap();
+                let port = *[8080, 8080, 80, 53, 30_080, 4_000]
+                    .choose(&mut self.random)
+                    .unwrap();
                 entries.push((peer, protocol, port));
                 let shape = SHAPE_PROTOCOL | 16 | if peer == 0 { 0 } else { SHAPE_IDENTITY };
                 let key = RuleKey {

@@ -392,3 +392,36 @@ fn the_hook_is_attached_where_it_is_wanted() {
         }
     });
 }
+
+/// A tag that the kernel took out of a frame still makes it another network's.
+#[test]
+fn a_tagged_frame_is_not_translated_by_tc() {
+    if left_out() {
+        return;
+    }
+    Wires::with(|wires| {
+        let mut kernel = Kernel::own();
+        kernel.attach(&wires.devices, Xdp::Off).unwrap();
+        for (index, f) in (1..).zip(FAMILIES) {
+            kernel.node_port(30_080, web(f), 8080);
+            let mut sent = tcp(client(f), node(f), 4000, 30_080, "S");
+            sent.mac_destination = OWN[0];
+            let mut tagged = sent.bytes();
+            tagged.splice(12..12, [0x81, 0, 0, 7]);
+            wires.send(0, &tagged);
+            // Frames arrive in their order: when the second was translated, the first was not.
+            sent.source_port = 4001;
+            wires.send(0, &sent.bytes());
+            let mut waits = 0;
+            while kernel.translated().0 < index {
+                waits += 1;
+                assert!(waits < 100, "{:?}", kernel.translated());
+                std::thread::sleep(std::time::Duration::from_millis(20));
+            }
+            assert_eq!(kernel.translated(), (index, 0));
+            assert!(kernel.flow(&sent).is_some());
+            sent.source_port = 4000;
+            assert_eq!(kernel.flow(&sent), None);
+        }
+    });
+}

@@ -6,7 +6,7 @@ use rand::{Rng, SeedableRng};
 
 use super::packet::Transport;
 use super::{
-    FAMILIES, Family, Front, Kernel, OK, POD_MAC, Packet, PASS, REDIRECT, SHOT, Why, client, echo,
+    FAMILIES, Family, Front, Kernel, OK, PASS, POD_MAC, Packet, REDIRECT, SHOT, Why, client, echo,
     error, icmp, left_out, node, other, pod, router, sctp, service, tcp, udp, web,
 };
 
@@ -54,7 +54,10 @@ fn translated(f: Family) -> Vec<(&'static str, Packet)> {
     // Errors about what the web pod answers.
     let answer = udp(web(f), client(f), 8080, 4000);
     all.push(("xebec_from_network", udp(client(f), node(f), 4000, 30_080)));
-    all.push(("xebec_to_network", error(web(f), client(f), Why::NoPort, &answer.answer(), 500)));
+    all.push((
+        "xebec_to_network",
+        error(web(f), client(f), Why::NoPort, &answer.answer(), 500),
+    ));
     for packet in [
         tcp(pod(f), client(f), 4000, 80, "S"),
         udp(pod(f), client(f), 4000, 53).with_options(),
@@ -128,7 +131,10 @@ fn frames_of_every_length_are_never_changed_by_half() {
                 if hook == "xebec_from_network" {
                     let (verdict, out) = kernel.run_early(0, cut);
                     assert_eq!(verdict, PASS);
-                    assert!(out == cut || out == full[..length], "{packet:?} cut to {length}");
+                    assert!(
+                        out == cut || out == full[..length],
+                        "{packet:?} cut to {length}"
+                    );
                 }
             }
         }
@@ -163,7 +169,11 @@ fn malformed_headers_do_no_harm() {
                 _ => {
                     changed += 1;
                     if right(&frame) == Some(true) {
-                        assert_eq!(right(&out), Some(true), "{hook} made of {frame:02x?} {out:02x?}");
+                        assert_eq!(
+                            right(&out),
+                            Some(true),
+                            "{hook} made of {frame:02x?} {out:02x?}"
+                        );
                     }
                 }
             }
@@ -208,7 +218,11 @@ fn tagged_frames_are_not_ours() {
                 let [high, low] = ethertype.to_be_bytes();
                 tagged.splice(12..12, [high, low, 0, 7]);
                 let expected = if hook == "xebec_from_pod" { SHOT } else { OK };
-                assert_eq!(kernel.run(hook, &tagged), (expected, tagged.clone()), "{hook}");
+                assert_eq!(
+                    kernel.run(hook, &tagged),
+                    (expected, tagged.clone()),
+                    "{hook}"
+                );
                 assert_eq!(kernel.run_early(0, &tagged), (PASS, tagged.clone()));
             }
         }
@@ -230,11 +244,23 @@ fn neighbours_find_each_other_whatever_the_rules() {
     kernel.as_web();
     for kind in [133, 135, 136, 143] {
         let sent = icmp(web(f), pod(f), kind, 0, &[0; 20]).bytes();
-        assert_eq!(kernel.run("xebec_from_pod", &sent), (OK, sent.clone()), "{kind}");
+        assert_eq!(
+            kernel.run("xebec_from_pod", &sent),
+            (OK, sent.clone()),
+            "{kind}"
+        );
         let sent = icmp(pod(f), web(f), kind, 0, &[0; 20]).bytes();
-        assert_eq!(kernel.run("xebec_to_pod", &sent), (OK, sent.clone()), "{kind}");
+        assert_eq!(
+            kernel.run("xebec_to_pod", &sent),
+            (OK, sent.clone()),
+            "{kind}"
+        );
         let sent = icmp(client(f), node(f), kind, 0, &[0; 20]).bytes();
-        assert_eq!(kernel.run("xebec_from_network", &sent), (OK, sent.clone()), "{kind}");
+        assert_eq!(
+            kernel.run("xebec_from_network", &sent),
+            (OK, sent.clone()),
+            "{kind}"
+        );
     }
     let sent = echo(web(f), pod(f), 7).bytes();
     assert_eq!(kernel.run("xebec_from_pod", &sent), (SHOT, sent.clone()));
@@ -272,18 +298,30 @@ fn protocols_without_ports_go_by_their_addresses() {
         let kernel = &mut *filled(f);
         let sent = other(pod(f), web(f), 47);
         let seen = sent.handed_over(POD_MAC);
-        assert_eq!(kernel.run("xebec_from_pod", &sent.bytes()), (REDIRECT, seen.bytes()));
+        assert_eq!(
+            kernel.run("xebec_from_pod", &sent.bytes()),
+            (REDIRECT, seen.bytes())
+        );
         kernel.isolate_web(80);
         let second = other(pod(f), web(f), 4);
         assert_eq!(kernel.run("xebec_from_pod", &second.bytes()).0, SHOT);
         let out = other(pod(f), client(f), 47);
         let seen = out.from(node(f), 0);
-        assert_eq!(kernel.run("xebec_to_network", &out.bytes()), (OK, seen.bytes()));
+        assert_eq!(
+            kernel.run("xebec_to_network", &out.bytes()),
+            (OK, seen.bytes())
+        );
         // There is one such place for each destination.
         let taken = other(web(f), client(f), 47).bytes();
-        assert_eq!(kernel.run("xebec_to_network", &taken), (SHOT, taken.clone()));
+        assert_eq!(
+            kernel.run("xebec_to_network", &taken),
+            (SHOT, taken.clone())
+        );
         let free = other(web(f), router(f), 47);
         let seen = free.from(node(f), 0);
-        assert_eq!(kernel.run("xebec_to_network", &free.bytes()), (OK, seen.bytes()));
+        assert_eq!(
+            kernel.run("xebec_to_network", &free.bytes()),
+            (OK, seen.bytes())
+        );
     }
 }

@@ -10,7 +10,7 @@ use xebec_dataplane_common::service::{
 };
 
 use super::{
-    ACK, FAMILIES, FIN, Family, Front, Kernel, OK, POD_MAC, Packet, RST, REDIRECT, SHOT, at,
+    ACK, FAMILIES, FIN, Family, Front, Kernel, OK, POD_MAC, Packet, REDIRECT, RST, SHOT, at,
     client, far, far_node, left_out, node, pod, router, sctp, service, source_port, tcp, udp, web,
 };
 
@@ -83,11 +83,17 @@ fn sctp_goes_to_a_backend_with_the_services_port() {
         assert_eq!(kernel.run("xebec_from_pod", &sent.bytes()).0, SHOT);
         kernel.backend(1, far(f), 80, 0, 3);
         let expected = sent.to(far(f), 80);
-        assert_eq!(kernel.run("xebec_from_pod", &sent.bytes()), (OK, expected.bytes()));
+        assert_eq!(
+            kernel.run("xebec_from_pod", &sent.bytes()),
+            (OK, expected.bytes())
+        );
         let answer = expected.answer();
         let expected = answer.from(service(f), 80);
         kernel.received_on(1);
-        assert_eq!(kernel.run("xebec_to_pod", &answer.bytes()), (OK, expected.bytes()));
+        assert_eq!(
+            kernel.run("xebec_to_pod", &answer.bytes()),
+            (OK, expected.bytes())
+        );
     }
 }
 
@@ -118,13 +124,19 @@ fn to_a_backend_of_this_node_and_back() {
             );
             // What goes on, both ways.
             kernel.as_pod();
-            assert_eq!(kernel.run("xebec_from_pod", &sent.bytes()), (REDIRECT, seen.bytes()));
+            assert_eq!(
+                kernel.run("xebec_from_pod", &sent.bytes()),
+                (REDIRECT, seen.bytes())
+            );
             assert_eq!(kernel.translations(), 2);
             // On its last hop it is the stack's to answer.
             let mut last = sent.clone();
             last.ttl = 1;
             let expected = last.to(web(f), 8080);
-            assert_eq!(kernel.run("xebec_from_pod", &last.bytes()), (OK, expected.bytes()));
+            assert_eq!(
+                kernel.run("xebec_from_pod", &last.bytes()),
+                (OK, expected.bytes())
+            );
         }
     }
 }
@@ -139,12 +151,25 @@ fn to_a_backend_of_another_node_and_back() {
             let mut kernel = Kernel::shared();
             one(&mut kernel, f, far(f));
             let seen = sent.to(far(f), 8080);
-            assert_eq!(kernel.run("xebec_from_pod", &sent.bytes()), (OK, seen.bytes()), "{sent:?}");
+            assert_eq!(
+                kernel.run("xebec_from_pod", &sent.bytes()),
+                (OK, seen.bytes()),
+                "{sent:?}"
+            );
             // The device to the other node leaves it as it is, in both directions.
-            assert_eq!(kernel.run("xebec_to_network", &seen.bytes()), (OK, seen.bytes()));
+            assert_eq!(
+                kernel.run("xebec_to_network", &seen.bytes()),
+                (OK, seen.bytes())
+            );
             let answer = seen.answer();
-            assert_eq!(kernel.run("xebec_from_network", &answer.bytes()), (OK, answer.bytes()));
-            assert_eq!(kernel.run_early(0, &answer.bytes()), (super::PASS, answer.bytes()));
+            assert_eq!(
+                kernel.run("xebec_from_network", &answer.bytes()),
+                (OK, answer.bytes())
+            );
+            assert_eq!(
+                kernel.run_early(0, &answer.bytes()),
+                (super::PASS, answer.bytes())
+            );
             kernel.received_on(1);
             let expected = answer.from(service(f), 80);
             assert_eq!(
@@ -154,7 +179,10 @@ fn to_a_backend_of_another_node_and_back() {
             );
             // Another's packet to the same port is no answer.
             let stranger = answer.from(router(f), 8080);
-            assert_eq!(kernel.run("xebec_to_pod", &stranger.bytes()), (OK, stranger.bytes()));
+            assert_eq!(
+                kernel.run("xebec_to_pod", &stranger.bytes()),
+                (OK, stranger.bytes())
+            );
         }
     }
 }
@@ -203,7 +231,10 @@ fn rules_judge_the_backend() {
         one(&mut kernel, f, web(f));
         let sent = tcp(pod(f), service(f), 4000, 80, "S");
         kernel.isolate_web(80);
-        assert_eq!(kernel.run("xebec_from_pod", &sent.bytes()), (SHOT, sent.bytes()));
+        assert_eq!(
+            kernel.run("xebec_from_pod", &sent.bytes()),
+            (SHOT, sent.bytes())
+        );
         assert_eq!(kernel.translations(), 0);
         kernel.isolate_web(8080);
         assert_eq!(kernel.run("xebec_from_pod", &sent.bytes()).0, REDIRECT);
@@ -212,7 +243,10 @@ fn rules_judge_the_backend() {
         kernel.isolate_web(443);
         kernel.policy().set_generation(2).unwrap();
         let more = sent.flags(ACK);
-        assert_eq!(kernel.run("xebec_from_pod", &more.bytes()), (SHOT, more.bytes()));
+        assert_eq!(
+            kernel.run("xebec_from_pod", &more.bytes()),
+            (SHOT, more.bytes())
+        );
         // What the pod may send is asked of the backend, too.
         let mut kernel = {
             drop(kernel);
@@ -220,7 +254,10 @@ fn rules_judge_the_backend() {
         };
         one(&mut kernel, f, far(f));
         kernel.isolate_pod_egress(80);
-        assert_eq!(kernel.run("xebec_from_pod", &sent.bytes()), (SHOT, sent.bytes()));
+        assert_eq!(
+            kernel.run("xebec_from_pod", &sent.bytes()),
+            (SHOT, sent.bytes())
+        );
         kernel.isolate_pod_egress(8080);
         assert_eq!(kernel.run("xebec_from_pod", &sent.bytes()).0, OK);
     }
@@ -238,7 +275,10 @@ fn a_pod_asks_for_a_node_port() {
         for (port, address) in [(4000, node(f)), (4001, far_node(f))] {
             let sent = tcp(pod(f), address, port, 30_080, "S");
             let seen = sent.to(web(f), 8080).handed_over(POD_MAC);
-            assert_eq!(kernel.run("xebec_from_pod", &sent.bytes()), (REDIRECT, seen.bytes()));
+            assert_eq!(
+                kernel.run("xebec_from_pod", &sent.bytes()),
+                (REDIRECT, seen.bytes())
+            );
             kernel.as_web();
             let mut answer = seen.answer();
             answer.ttl = 64;
@@ -250,9 +290,15 @@ fn a_pod_asks_for_a_node_port() {
             kernel.as_pod();
         }
         let elsewhere = tcp(client(f), far_node(f), 4000, 30_080, "S").bytes();
-        assert_eq!(kernel.run("xebec_from_network", &elsewhere), (OK, elsewhere.clone()));
+        assert_eq!(
+            kernel.run("xebec_from_network", &elsewhere),
+            (OK, elsewhere.clone())
+        );
         let no_node = tcp(pod(f), router(f), 4000, 30_080, "S").bytes();
-        assert_eq!(kernel.run("xebec_from_pod", &no_node), (OK, no_node.clone()));
+        assert_eq!(
+            kernel.run("xebec_from_pod", &no_node),
+            (OK, no_node.clone())
+        );
     }
 }
 
@@ -269,10 +315,17 @@ fn a_client_with_affinity_keeps_its_backend() {
             let sent = udp(pod(f), service(f), port, 80);
             assert_eq!(chosen(&mut kernel, f, &sent), first);
             let sent = tcp(pod(f), service(f), port, 80, "S");
-            assert_eq!(chosen(&mut kernel, f, &sent), first, "the Service is the same");
+            assert_eq!(
+                chosen(&mut kernel, f, &sent),
+                first,
+                "the Service is the same"
+            );
         }
         // Another Service has its own.
-        let other = Front { service: 2, ..front.clone() };
+        let other = Front {
+            service: 2,
+            ..front.clone()
+        };
         kernel.service(service(f), 81, &other);
         let others: HashSet<u32> = (0..8)
             .map(|port| {
@@ -297,7 +350,10 @@ fn a_client_with_affinity_keeps_its_backend() {
         };
         for port in 6000..6010 {
             rewind(&kernel, 8);
-            assert_eq!(chosen(&mut kernel, f, &udp(pod(f), service(f), port, 80)), first);
+            assert_eq!(
+                chosen(&mut kernel, f, &udp(pod(f), service(f), port, 80)),
+                first
+            );
         }
         let after: HashSet<u32> = (0..16)
             .map(|port| {
@@ -311,9 +367,16 @@ fn a_client_with_affinity_keeps_its_backend() {
             let old = only(&kernel).1.backend;
             kernel.backend(old, backend(f, old), 8080, flags, generation);
             let inside = front.inside.iter().copied().filter(|number| *number != old);
-            let rest = Front { inside: inside.collect(), ..front.clone() };
+            let rest = Front {
+                inside: inside.collect(),
+                ..front.clone()
+            };
             kernel.service(service(f), 80, &rest);
-            let new = chosen(&mut kernel, f, &udp(pod(f), service(f), 8000 + generation as u16, 80));
+            let new = chosen(
+                &mut kernel,
+                f,
+                &udp(pod(f), service(f), 8000 + generation as u16, 80),
+            );
             assert_ne!(new, old);
             assert_eq!(only(&kernel).1.backend, new);
         }
@@ -338,20 +401,40 @@ fn only_sources_in_the_ranges_are_let_in() {
         let address = at(f, [203, 0, 113, 80]);
         kernel.service(address, 80, &front);
         let sent = tcp(client(f), address, 4000, 80, "S");
-        assert_eq!(kernel.run("xebec_from_network", &sent.bytes()), (SHOT, sent.bytes()));
-        assert_eq!(kernel.run_early(0, &sent.bytes()), (super::PASS, sent.bytes()));
+        assert_eq!(
+            kernel.run("xebec_from_network", &sent.bytes()),
+            (SHOT, sent.bytes())
+        );
+        assert_eq!(
+            kernel.run_early(0, &sent.bytes()),
+            (super::PASS, sent.bytes())
+        );
         // Another Service's range lets in nobody here.
         let (other, own) = match f {
             Family::V4 => ("0.0.0.0/0", "198.51.100.0/24"),
             Family::V6 => ("::/0", "fd00:198:51:100::/64"),
         };
-        kernel.maps().services.set_range(8, other.parse().unwrap()).unwrap();
+        kernel
+            .maps()
+            .services
+            .set_range(8, other.parse().unwrap())
+            .unwrap();
         assert_eq!(kernel.run("xebec_from_network", &sent.bytes()).0, SHOT);
-        kernel.maps().services.set_range(9, own.parse().unwrap()).unwrap();
+        kernel
+            .maps()
+            .services
+            .set_range(9, own.parse().unwrap())
+            .unwrap();
         let seen = sent.to(web(f), 8080);
-        assert_eq!(kernel.run("xebec_from_network", &sent.bytes()), (OK, seen.bytes()));
+        assert_eq!(
+            kernel.run("xebec_from_network", &sent.bytes()),
+            (OK, seen.bytes())
+        );
         let stranger = tcp(router(f), address, 4000, 80, "S").bytes();
-        assert_eq!(kernel.run("xebec_from_network", &stranger), (SHOT, stranger.clone()));
+        assert_eq!(
+            kernel.run("xebec_from_network", &stranger),
+            (SHOT, stranger.clone())
+        );
     }
 }
 
@@ -369,10 +452,19 @@ fn without_a_backend_nothing_is_let_through() {
             ..Front::default()
         };
         kernel.service(address, 80, &front);
-        for sent in [tcp(client(f), address, 4000, 80, "S"), udp(client(f), address, 4000, 80)] {
-            assert_eq!(kernel.run("xebec_from_network", &sent.bytes()), (SHOT, sent.bytes()));
+        for sent in [
+            tcp(client(f), address, 4000, 80, "S"),
+            udp(client(f), address, 4000, 80),
+        ] {
+            assert_eq!(
+                kernel.run("xebec_from_network", &sent.bytes()),
+                (SHOT, sent.bytes())
+            );
             let inside = sent.from(pod(f), 4000);
-            assert_eq!(kernel.run("xebec_from_pod", &inside.bytes()), (SHOT, inside.bytes()));
+            assert_eq!(
+                kernel.run("xebec_from_pod", &inside.bytes()),
+                (SHOT, inside.bytes())
+            );
             let event = kernel.last_event().unwrap();
             assert_eq!((event.reason, event.service), (REASON_NO_SERVICE, 3));
         }
@@ -383,7 +475,10 @@ fn without_a_backend_nothing_is_let_through() {
         let sent = udp(pod(f), address, 4000, 80);
         assert_eq!(kernel.run("xebec_from_pod", &sent.bytes()).0, REDIRECT);
         let sent = udp(client(f), address, 4000, 80).bytes();
-        assert_eq!(kernel.run("xebec_from_network", &sent), (SHOT, sent.clone()));
+        assert_eq!(
+            kernel.run("xebec_from_network", &sent),
+            (SHOT, sent.clone())
+        );
         (front.inside, front.outside) = (vec![], vec![1]);
         kernel.service(address, 80, &front);
         assert_eq!(kernel.run("xebec_from_network", &sent).0, OK);
@@ -459,10 +554,19 @@ fn who_talks_to_a_backend_that_is_gone_talks_to_another() {
             }
             replaced(&mut kernel, f, 1, 40);
             let more = if stays { sent.flags(ACK) } else { sent.clone() };
-            assert_eq!(chosen(&mut kernel, f, &more), if stays { 1 } else { 40 }, "{sent:?}");
-            let answer = more.to(backend(f, if stays { 1 } else { 40 }), 8080).back(ACK);
+            assert_eq!(
+                chosen(&mut kernel, f, &more),
+                if stays { 1 } else { 40 },
+                "{sent:?}"
+            );
+            let answer = more
+                .to(backend(f, if stays { 1 } else { 40 }), 8080)
+                .back(ACK);
             let expected = answer.from(service(f), 80);
-            assert_eq!(kernel.run("xebec_to_pod", &answer.bytes()), (OK, expected.bytes()));
+            assert_eq!(
+                kernel.run("xebec_to_pod", &answer.bytes()),
+                (OK, expected.bytes())
+            );
             assert_eq!(kernel.translations(), 2, "nothing of the old one is left");
         }
     }
@@ -508,7 +612,11 @@ fn a_port_that_is_used_again_gets_another_choice() {
             assert_eq!(kernel.run("xebec_to_pod", &answer.bytes()).0, OK);
             assert_eq!(chosen(&mut kernel, f, &sent.flags(ACK)), 1);
             assert_eq!(chosen(&mut kernel, f, &sent.flags(end)), 1);
-            assert_eq!(chosen(&mut kernel, f, &sent.flags(ACK)), 1, "its last words");
+            assert_eq!(
+                chosen(&mut kernel, f, &sent.flags(ACK)),
+                1,
+                "its last words"
+            );
             let front = Front {
                 service: 1,
                 inside: vec![2],
@@ -520,7 +628,10 @@ fn a_port_that_is_used_again_gets_another_choice() {
             assert_eq!(kernel.translations(), 2);
             let answer = sent.to(backend(f, 2), 8080).answer();
             let expected = answer.from(service(f), 80);
-            assert_eq!(kernel.run("xebec_to_pod", &answer.bytes()), (OK, expected.bytes()));
+            assert_eq!(
+                kernel.run("xebec_to_pod", &answer.bytes()),
+                (OK, expected.bytes())
+            );
             let flow = kernel.flow(&sent).unwrap();
             assert_eq!((flow.backend, flow.closed), (2, 0));
         }

@@ -57,11 +57,7 @@ impl<K: NoUninit + AnyBitPattern, V: NoUninit + AnyBitPattern> Table<K, V> {
             .map(|number| MapInfo::from_id(*number).unwrap())
             .find(|info| info.name_as_str() == Some(name))?;
         let sizes = (info.key_size() as usize, info.value_size() as usize);
-        assert_eq!(
-            sizes,
-            (size_of::<K>(), size_of::<V>()),
-            "{name}"
-        );
+        assert_eq!(sizes, (size_of::<K>(), size_of::<V>()), "{name}");
         Some(Self {
             fd: info.fd().unwrap(),
             kinds: PhantomData,

@@ -74,6 +74,30 @@ impl Wires {
         }
     }
 
+    /// Sends a frame to a device from its other end.
+    pub fn send(&self, device: u8, frame: &[u8]) {
+        let index = nix::net::if_::if_nametoindex(format!("far{device}").as_str()).unwrap();
+        // SAFETY: the structure holds numbers alone, of which all may be 0.
+        let mut whom: libc::sockaddr_ll = unsafe { std::mem::zeroed() };
+        whom.sll_family = libc::AF_PACKET as u16;
+        whom.sll_ifindex = index as i32;
+        // SAFETY: the socket is closed here, and the kernel reads frame and address within their lengths.
+        unsafe {
+            let socket = libc::socket(libc::AF_PACKET, libc::SOCK_RAW | libc::SOCK_CLOEXEC, 0);
+            assert!(socket >= 0);
+            let sent = libc::sendto(
+                socket,
+                frame.as_ptr().cast(),
+                frame.len(),
+                0,
+                (&raw const whom).cast(),
+                size_of::<libc::sockaddr_ll>() as u32,
+            );
+            libc::close(socket);
+            assert_eq!(sent, frame.len() as isize);
+        }
+    }
+
     /// The first device's index.
     pub fn index(&self) -> u32 {
         self.devices[0].index
