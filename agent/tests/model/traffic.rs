@@ -282,7 +282,7 @@ impl<'a> Run<'a> {
             0..9 => tcp(from, to, own, port, flags),
             9..17 => udp(from, to, own, port),
             17 => echo(from, to, own),
-            18 => sctp(from, to, own, 36_412),
+            18 => sctp(from, to, own, 36_412, 1),
             _ => {
                 let mut first = udp(from, to, own, port);
                 first.fragment = Some((self.world.random.random_range(1..50), 0, true));

@@ -385,32 +385,59 @@ impl Kernel {
 
     /// A node port with one backend.
     pub fn node_port(&mut self, port: u16, backend: IpAddr, backend_port: u16) {
-        self.services += 1;
-        let number = self.services;
-        self.backend(number, backend, backend_port, 0, 1);
         let every = Ip::from(backend).every();
-        self.node_ports(every, port, &[number]);
+        self.open(every, port, 0, Some((backend, backend_port)));
     }
 
     /// A node port without backends.
     pub fn no_backends(&mut self, port: u16) {
-        self.services += 1;
         for every in [Ip::EVERY_V4, Ip::EVERY_V6] {
-            self.node_ports(every, port, &[]);
+            self.open(every, port, 0, None);
         }
     }
 
-    fn node_ports(&mut self, every: Ip, port: u16, backends: &[u32]) {
-        let front = Front {
-            service: self.services,
-            flags: EXTERNAL,
-            affinity: 0,
-            inside: backends.to_vec(),
-            outside: backends.to_vec(),
-        };
-        for protocol in [6, 17, 132] {
-            self.front(every, port, protocol, &front);
+    /// A new Service's address for pods and others, with one backend or none.
+    pub fn open(
+        &mut self,
+        address: impl Into<Ip>,
+        port: u16,
+        flags: u32,
+        backend: Option<(IpAddr, u16)>,
+    ) {
+        self.services += 1;
+        let number = self.services;
+        if let Some((address, port)) = backend {
+            self.backend(number, address, port, 0, 1);
         }
+        let backends: Vec<u32> = backend.iter().map(|_| number).collect();
+        let front = Front {
+            service: number,
+            flags: EXTERNAL | flags,
+            affinity: 0,
+            inside: backends.clone(),
+            outside: backends,
+        };
+        let address = address.into();
+        for protocol in [6, 17, 132] {
+            self.front(address, port, protocol, &front);
+        }
+    }
+
+    /// The backend of the newest Service of `open` goes.
+    pub fn end_backend(&mut self) {
+        let gone = Backend {
+            generation: 2,
+            ..Backend::default()
+        };
+        let services = &mut self.maps.services;
+        services.set_backends(&[(self.services, gone)]).unwrap();
+    }
+
+    /// From here on the pod is at this device, with the hooks.
+    pub fn attach_pod(&mut self, device: &str) {
+        self.pods[0].0 = nix::net::if_::if_nametoindex(device).unwrap();
+        self.endpoints();
+        self.loaded.attach_pod(device).unwrap();
     }
 
     /// Attaches the hooks of devices that lead outside.

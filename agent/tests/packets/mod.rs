@@ -6,6 +6,9 @@ mod flows;
 pub mod kernel;
 mod odd;
 pub mod packet;
+mod ports;
+mod refuse;
+mod sctp;
 mod services;
 pub mod table;
 pub mod wires;
@@ -43,6 +46,9 @@ pub const PASS: u32 = 2;
 pub const TX: u32 = 3;
 /// `XDP_REDIRECT`.
 pub const SENT_ON: u32 = 4;
+
+/// The hardware address of the device by which frames come: the loopback's.
+pub const HERE: [u8; 6] = [0; 6];
 
 /// A pod's hardware address.
 pub const POD_MAC: [u8; 6] = [2, 0, 0, 0, 0, 9];

@@ -62,7 +62,7 @@ fn translated(f: Family) -> Vec<(&'static str, Packet)> {
         tcp(pod(f), client(f), 4000, 80, "S"),
         udp(pod(f), client(f), 4000, 53).with_options(),
         echo(pod(f), client(f), 0x1234),
-        sctp(pod(f), client(f), 4000, 80),
+        sctp(pod(f), client(f), 4000, 80, super::packet::INIT),
     ] {
         all.push(("xebec_to_network", packet));
     }

@@ -1,5 +1,6 @@
 //! Building packets of both families, every checksum computed from nothing.
 
+use std::borrow::Cow;
 use std::net::IpAddr;
 
 /// A family of addresses.
@@ -18,6 +19,13 @@ pub const SYN: u8 = 2;
 pub const RST: u8 = 4;
 pub const ACK: u8 = 16;
 
+/// Chunks of SCTP.
+pub const DATA: u8 = 0;
+pub const INIT: u8 = 1;
+pub const INIT_ACK: u8 = 2;
+pub const ABORT: u8 = 6;
+pub const SHUTDOWN_COMPLETE: u8 = 14;
+
 /// Extension headers of IPv6.
 pub const HOP_BY_HOP: u8 = 0;
 pub const ROUTING: u8 = 43;
@@ -31,8 +39,8 @@ pub enum Transport {
     /// With these flags.
     Tcp(u8),
     Udp,
-    /// Its checksum covers its ports: they can't be changed.
-    Sctp,
+    /// With one chunk of this kind.
+    Sctp(u8),
     Icmp {
         kind: u8,
         code: u8,
@@ -56,6 +64,17 @@ pub struct Packet {
     pub options: Vec<u8>,
     /// Extension headers of IPv6, by their numbers.
     pub extensions: Vec<u8>,
+    /// Traffic class, or type of service.
+    pub class: u8,
+    /// IPv6's flow label.
+    pub label: u32,
+    /// TCP's sequence and acknowledgment numbers, and its window.
+    pub numbers: (u32, u32),
+    pub window: u16,
+    /// What TCP, UDP and SCTP carry.
+    pub data: Cow<'static, [u8]>,
+    /// SCTP's checksum, if it is not that of the packet.
+    pub crc: Option<u32>,
     /// A UDP checksum of 0.
     pub no_checksum: bool,
     pub transport: Transport,
@@ -74,6 +93,12 @@ fn packet(source: IpAddr, destination: IpAddr, ports: (u16, u16), transport: Tra
         ttl: 64,
         options: Vec::new(),
         extensions: Vec::new(),
+        class: 1,
+        label: 0x2_3456,
+        numbers: (7, 0),
+        window: 8192,
+        data: PAYLOAD.into(),
+        crc: None,
         no_checksum: false,
         transport,
         fragment: None,
@@ -99,9 +124,9 @@ pub fn udp(source: IpAddr, destination: IpAddr, from: u16, to: u16) -> Packet {
     packet(source, destination, (from, to), Transport::Udp)
 }
 
-/// An SCTP packet.
-pub fn sctp(source: IpAddr, destination: IpAddr, from: u16, to: u16) -> Packet {
-    packet(source, destination, (from, to), Transport::Sctp)
+/// An SCTP packet with one chunk of this kind.
+pub fn sctp(source: IpAddr, destination: IpAddr, from: u16, to: u16, chunk: u8) -> Packet {
+    packet(source, destination, (from, to), Transport::Sctp(chunk))
 }
 
 /// A packet of a protocol without ports.
@@ -184,6 +209,29 @@ fn sum(mut total: u64, bytes: &[u8]) -> u64 {
     total
 }
 
+/// CRC32c, as SCTP has it: bit by bit, of all bytes.
+pub fn crc32c(bytes: &[u8]) -> u32 {
+    let mut crc = u32::MAX;
+    for byte in bytes {
+        crc ^= u32::from(*byte);
+        for _ in 0..8 {
+            crc = crc >> 1 ^ (0x82f6_3b78 & 0_u32.wrapping_sub(crc & 1));
+        }
+    }
+    !crc
+}
+
+/// What SCTP says in the place of TCP's flags.
+fn chunk_of(flags: u8) -> u8 {
+    match flags {
+        SYN => INIT,
+        flags if flags == SYN | ACK => INIT_ACK,
+        flags if flags & RST != 0 => ABORT,
+        flags if flags & FIN != 0 => SHUTDOWN_COMPLETE,
+        _ => DATA,
+    }
+}
+
 fn folded(mut total: u64) -> u16 {
     while total > 0xffff {
         total = (total & 0xffff) + (total >> 16);
@@ -224,6 +272,36 @@ impl Packet {
         }
     }
 
+    /// Flags of TCP, or those that SCTP's chunk stands for.
+    pub fn tcp_flags(&self) -> u8 {
+        match self.transport {
+            Transport::Tcp(flags) => flags,
+            Transport::Sctp(INIT) => SYN,
+            Transport::Sctp(INIT_ACK) => SYN | ACK,
+            Transport::Sctp(ABORT) => RST,
+            Transport::Sctp(SHUTDOWN_COMPLETE) => FIN,
+            _ => 0,
+        }
+    }
+
+    /// The same with this in it.
+    pub fn with(mut self, data: impl Into<Cow<'static, [u8]>>) -> Self {
+        self.data = data.into();
+        self
+    }
+
+    /// The same between these hardware addresses.
+    pub fn between(mut self, source: [u8; 6], destination: [u8; 6]) -> Self {
+        (self.mac_source, self.mac_destination) = (source, destination);
+        self
+    }
+
+    /// SCTP's checksum.
+    pub fn crc(&self) -> u32 {
+        let bytes = self.transport_bytes();
+        u32::from_le_bytes(bytes[8..12].try_into().unwrap())
+    }
+
     /// The same in the other direction, with these flags of TCP.
     pub fn back(&self, flags: u8) -> Self {
         let mut answer = self.clone();
@@ -231,6 +309,7 @@ impl Packet {
         (answer.source_port, answer.destination_port) = (self.destination_port, self.source_port);
         match &mut answer.transport {
             Transport::Tcp(own) => *own = flags,
+            Transport::Sctp(chunk) => *chunk = chunk_of(flags),
             Transport::Icmp { kind, .. } => {
                 *kind = match *kind {
                     8 => 0,
@@ -256,10 +335,15 @@ impl Packet {
         other
     }
 
-    /// The same with other flags, if it is TCP.
+    /// The same with other flags, or the chunk that says so, if it is TCP or SCTP.
     pub fn flags_if_tcp(&self, flags: u8) -> Self {
         match self.transport {
             Transport::Tcp(_) => self.flags(flags),
+            Transport::Sctp(_) => {
+                let mut other = self.clone();
+                other.transport = Transport::Sctp(chunk_of(flags));
+                other
+            }
             _ => self.clone(),
         }
     }
@@ -297,7 +381,7 @@ impl Packet {
         match &self.transport {
             Transport::Tcp(_) => 6,
             Transport::Udp => 17,
-            Transport::Sctp => 132,
+            Transport::Sctp(_) => 132,
             Transport::Icmp { .. } if self.source.is_ipv4() => 1,
             Transport::Icmp { .. } => 58,
             Transport::Other(protocol) => *protocol,
@@ -310,28 +394,34 @@ impl Packet {
             Transport::Tcp(flags) => {
                 bytes.extend_from_slice(&self.source_port.to_be_bytes());
                 bytes.extend_from_slice(&self.destination_port.to_be_bytes());
-                bytes.extend_from_slice(&[
-                    0, 0, 0, 7, 0, 0, 0, 0, 0x50, *flags, 0x20, 0, 0, 0, 0, 0,
-                ]);
-                bytes.extend_from_slice(PAYLOAD);
+                bytes.extend_from_slice(&self.numbers.0.to_be_bytes());
+                bytes.extend_from_slice(&self.numbers.1.to_be_bytes());
+                bytes.extend_from_slice(&[0x50, *flags]);
+                bytes.extend_from_slice(&self.window.to_be_bytes());
+                bytes.extend_from_slice(&[0; 4]);
+                bytes.extend_from_slice(&self.data);
                 16
             }
             Transport::Udp => {
                 bytes.extend_from_slice(&self.source_port.to_be_bytes());
                 bytes.extend_from_slice(&self.destination_port.to_be_bytes());
-                bytes.extend_from_slice(&(8 + PAYLOAD.len() as u16).to_be_bytes());
+                bytes.extend_from_slice(&(8 + self.data.len() as u16).to_be_bytes());
                 bytes.extend_from_slice(&[0, 0]);
-                bytes.extend_from_slice(PAYLOAD);
+                bytes.extend_from_slice(&self.data);
                 if self.no_checksum {
                     return bytes;
                 }
                 6
             }
-            Transport::Sctp => {
+            Transport::Sctp(chunk) => {
                 bytes.extend_from_slice(&self.source_port.to_be_bytes());
                 bytes.extend_from_slice(&self.destination_port.to_be_bytes());
-                bytes.extend_from_slice(&[1, 2, 3, 4, 5, 6, 7, 8]);
-                bytes.extend_from_slice(PAYLOAD);
+                bytes.extend_from_slice(&0xdead_beef_u32.to_be_bytes());
+                bytes.extend_from_slice(&[0, 0, 0, 0, *chunk, 0]);
+                bytes.extend_from_slice(&(4 + self.data.len() as u16).to_be_bytes());
+                bytes.extend_from_slice(&self.data);
+                let crc = self.crc.unwrap_or_else(|| crc32c(&bytes));
+                bytes[8..12].copy_from_slice(&crc.to_le_bytes());
                 return bytes;
             }
             Transport::Icmp { kind, code, body } => {
@@ -371,7 +461,7 @@ impl Packet {
 
     fn push_v4(&self, bytes: &mut Vec<u8>, payload: usize) {
         let header = 20 + self.options.len();
-        bytes.extend_from_slice(&[8, 0, 0x40 | (header / 4) as u8, 0]);
+        bytes.extend_from_slice(&[8, 0, 0x40 | (header / 4) as u8, self.class]);
         bytes.extend_from_slice(&((header + payload) as u16).to_be_bytes());
         let (id, word) = match self.fragment {
             None => (0, 0x4000),
@@ -412,7 +502,9 @@ impl Packet {
             }
         }
         let first = kinds.first().copied().unwrap_or(self.protocol());
-        bytes.extend_from_slice(&[0x86, 0xdd, 0x60, 0x12, 0x34, 0x56]);
+        bytes.extend_from_slice(&[0x86, 0xdd]);
+        let word = 6 << 28 | u32::from(self.class) << 20 | self.label;
+        bytes.extend_from_slice(&word.to_be_bytes());
         bytes.extend_from_slice(&((extensions.len() + payload) as u16).to_be_bytes());
         bytes.extend_from_slice(&[first, self.ttl]);
         push(bytes, self.source);
@@ -453,7 +545,8 @@ impl Packet {
         self.transport_at()
             + match &self.transport {
                 Transport::Tcp(_) => 14,
-                Transport::Udp | Transport::Sctp => 4,
+                Transport::Udp => 4,
+                Transport::Sctp(_) => 13,
                 Transport::Icmp { kind, .. } if matches!(kind, 0 | 8 | 128 | 129) => 8,
                 Transport::Icmp { .. } => 8 + self.network_bytes() + 4,
                 Transport::Other(_) => 0,
@@ -477,6 +570,11 @@ pub fn source_port(frame: &[u8]) -> u16 {
         _ => transport,
     };
     u16::from_be_bytes([frame[at], frame[at + 1]])
+}
+
+#[test]
+fn the_tests_know_sctps_checksum() {
+    assert_eq!(crc32c(b"123456789"), 0xe306_9283);
 }
 
 /// A second opinion on the packets that are built here.

@@ -9,6 +9,7 @@ use xebec_dataplane_common::service::{
     DROP_INSIDE, DROP_OUTSIDE, ENDING, EXTERNAL, HASH_INSIDE, ON_THIS_NODE, SOURCE_RANGES,
 };
 
+use super::packet::INIT;
 use super::{
     ACK, FAMILIES, FIN, Family, Front, Kernel, OK, POD_MAC, Packet, REDIRECT, RST, SHOT, at,
     client, far, far_node, left_out, node, pod, router, sctp, service, source_port, tcp, udp, web,
@@ -58,7 +59,7 @@ fn chosen(kernel: &mut Kernel, f: Family, sent: &Packet) -> u32 {
         .unwrap_or_else(|| panic!("{sent:?} became {out:02x?}"))
 }
 
-fn kinds(f: Family) -> [Packet; 5] {
+fn kinds(f: Family) -> [Packet; 6] {
     let mut without_checksum = udp(pod(f), service(f), 4001, 80);
     without_checksum.no_checksum = true;
     [
@@ -67,34 +68,8 @@ fn kinds(f: Family) -> [Packet; 5] {
         without_checksum,
         tcp(pod(f), service(f), 4002, 80, "S").with_options(),
         udp(pod(f), service(f), 4002, 80).with_options(),
+        sctp(pod(f), service(f), 4003, 80, INIT),
     ]
-}
-
-/// SCTP's checksum covers its ports: only a backend of the same port can be reached.
-#[test]
-fn sctp_goes_to_a_backend_with_the_services_port() {
-    if left_out() {
-        return;
-    }
-    for f in FAMILIES {
-        let mut kernel = Kernel::shared();
-        one(&mut kernel, f, far(f));
-        let sent = sctp(pod(f), service(f), 4000, 80);
-        assert_eq!(kernel.run("xebec_from_pod", &sent.bytes()).0, SHOT);
-        kernel.backend(1, far(f), 80, 0, 3);
-        let expected = sent.to(far(f), 80);
-        assert_eq!(
-            kernel.run("xebec_from_pod", &sent.bytes()),
-            (OK, expected.bytes())
-        );
-        let answer = expected.answer();
-        let expected = answer.from(service(f), 80);
-        kernel.received_on(1);
-        assert_eq!(
-            kernel.run("xebec_to_pod", &answer.bytes()),
-            (OK, expected.bytes())
-        );
-    }
 }
 
 #[test]
