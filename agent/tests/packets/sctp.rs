@@ -165,10 +165,7 @@ fn associations_begin_and_end() {
             );
             let answer = sctp(web(f), client(f), 9090, 4000, INIT_ACK);
             let back = answer.from(node(f), 30_080).bytes();
-            assert_eq!(
-                kernel.run("xebec_to_network", &answer.bytes()),
-                (OK, back)
-            );
+            assert_eq!(kernel.run("xebec_to_network", &answer.bytes()), (OK, back));
             for chunk in [DATA, end] {
                 assert_eq!(
                     kernel.run("xebec_from_network", &sent(chunk).bytes()),
