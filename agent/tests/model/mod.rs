@@ -28,8 +28,11 @@ fn programs_and_model_agree() {
     eprintln!("XEBEC_MODEL_SEED={seed}");
     let wanted = number("XEBEC_MODEL_PACKETS").unwrap_or(PACKETS);
     namespace(|| {
+        ip("link set lo address 02:00:00:00:00:02");
         let devices = [0, 1, 2].map(|pod| {
-            ip(&format!("link add pod{pod} type bridge"));
+            ip(&format!(
+                "link add pod{pod} address 02:00:00:00:00:02 type bridge"
+            ));
             nix::net::if_::if_nametoindex(format!("pod{pod}").as_str()).unwrap()
         });
         let kernel = &mut *Kernel::shared();

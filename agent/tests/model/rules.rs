@@ -103,16 +103,27 @@ pub struct Seen {
     /// Of an error, who sent it to whom; the ends are those of the flow that it is about, from its side.
     pub carrier: Option<(IpAddr, IpAddr)>,
     pub later: bool,
+    /// Whether the frame is addressed to the device.
+    pub here: bool,
 }
 
 impl Seen {
     fn begins(&self) -> bool {
-        self.ends.protocol == 6 && self.carrier.is_none() && self.flags & (SYN | ACK) == SYN
+        self.is_told() && self.carrier.is_none() && self.flags & (SYN | ACK) == SYN
+    }
+
+    /// Whether the protocol's flows say when they begin and end.
+    fn is_told(&self) -> bool {
+        matches!(self.ends.protocol, 6 | 132)
+    }
+
+    /// Whether it may be of a TCP connection that has begun.
+    fn goes_on(&self) -> bool {
+        self.ends.protocol == 6 && self.carrier.is_none() && self.flags & RST == 0
     }
 
     fn may_begin(&self) -> bool {
-        let datagrams = matches!(self.ends.protocol, 17 | 132);
-        self.begins() || datagrams && !self.later && self.carrier.is_none()
+        self.begins() || self.ends.protocol == 17 && !self.later && self.carrier.is_none()
     }
 
     fn sender(&self) -> IpAddr {
@@ -130,6 +141,8 @@ pub enum Verdict {
     Pass,
     /// To a pod of this node, or another way than the stack's.
     Send,
+    /// For a Service without endpoints, to whom it came from.
+    Answer,
 }
 
 /// What becomes of a packet.
@@ -143,6 +156,11 @@ pub struct Fate {
 const DROP: Fate = Fate {
     verdict: Verdict::Drop,
     becomes: None,
+};
+
+const ANSWER: Fate = Fate {
+    verdict: Verdict::Answer,
+    ..DROP
 };
 
 const PASS: Fate = Fate {
@@ -163,6 +181,7 @@ enum Offer {
 #[derive(Clone, Copy, Debug)]
 pub struct Made {
     pub dropped: bool,
+    pub sent: bool,
     pub from_port: u16,
     pub to: End,
     /// The backend that the programs remember for the client and Service by now.
@@ -239,9 +258,9 @@ impl Model {
             return (false, reply, entry.service);
         }
         // Each end's first flags are told of, and the first answer of what has none.
-        let news = match seen.ends.protocol {
-            6 => seen.flags & (SYN | FIN | RST),
-            _ => u8::from(reply),
+        let news = match seen.is_told() {
+            true => seen.flags & (SYN | FIN | RST),
+            false => u8::from(reply),
         };
         let told = &mut entry.told[usize::from(reply)];
         if news & !*told != 0 {
@@ -249,7 +268,7 @@ impl Model {
                 entry.paired = 0;
             }
             *told |= news;
-            if seen.ends.protocol == 6 && news & (FIN | RST) != 0 {
+            if seen.is_told() && news & (FIN | RST) != 0 {
                 entry.closed = true;
             }
         }
@@ -268,14 +287,14 @@ impl Model {
         if seen.carrier.is_some() {
             return Some((turn.becomes, turn.late));
         }
-        let (tcp, answered) = (seen.ends.protocol == 6, entry.told[1] != 0);
+        let (connection, answered) = (seen.is_told(), entry.told[1] != 0);
         if forth && entry.backend.is_some() {
             // A connection that is sent again before it was answered is the same; later it is another.
             if seen.begins() && (answered || entry.closed) {
                 return None;
             }
             // All but an open connection leave a backend that is gone.
-            if !(tcp && answered) && !self.has_backend(&entry) {
+            if !(connection && answered) && !self.has_backend(&entry) {
                 return None;
             }
         }
@@ -283,7 +302,7 @@ impl Model {
             entry.told[1] |= ANSWERED;
             entry.paired = 0;
         }
-        let ends = tcp && seen.flags & (FIN | RST) != 0;
+        let ends = connection && seen.flags & (FIN | RST) != 0;
         entry.closed = ends || entry.closed && !seen.begins();
         if ends || entry.paired != self.now {
             entry.paired = self.now;
@@ -388,7 +407,7 @@ impl Model {
         other_late: bool,
         made: &Made,
     ) -> Option<Ends> {
-        let fixed = !matches!(ends.protocol, 1 | 6 | 17 | 58);
+        let fixed = !matches!(ends.protocol, 1 | 6 | 17 | 58 | 132);
         if (fixed || becomes.from.0 == ends.from.0)
             && self.enter_pair(new, ends, becomes, late, other_late)
         {
@@ -489,6 +508,11 @@ impl Model {
         Offer::Any(front.service, run.clone())
     }
 
+    /// Whether the ends' Service has no endpoints, and says so.
+    fn refuses(&self, ends: Ends, inside: bool) -> bool {
+        matches!(self.offer(ends, inside), Offer::Refused)
+    }
+
     /// The backend that the programs chose of those that are offered; none where that can't be seen.
     fn chosen(&mut self, ends: Ends, service: u32, offered: &[u32], made: &Made) -> Option<u32> {
         let chosen = if made.dropped {
@@ -540,11 +564,13 @@ impl Model {
             (!late || self.pod(becomes.to.0).is_some()).then_some(becomes)
         });
         if !(yes && (becomes.is_some() || reply || service == 0)) {
-            let offer = match becomes.is_none() && seen.may_begin() {
-                true => self.offer(seen.ends, true),
-                false => Offer::NoService,
+            let offer = match becomes.is_none() {
+                true if seen.may_begin() => self.offer(seen.ends, true),
+                true if seen.goes_on() && self.refuses(seen.ends, true) => Offer::Refused,
+                _ => Offer::NoService,
             };
             match offer {
+                Offer::Refused if seen.here => return ANSWER,
                 Offer::Refused | Offer::Dropped => return DROP,
                 Offer::NoService => {
                     let ends = becomes.unwrap_or(seen.ends);
@@ -654,20 +680,29 @@ impl Model {
 
     /// In from the network.
     pub fn from_network(&mut self, seen: &Seen, made: &Made) -> Fate {
-        let answers = self
-            .flows
-            .get(&seen.ends.key())
-            .is_some_and(|entry| entry.beginner != seen.ends.from);
+        let entry = self.flows.get(&seen.ends.key());
+        let unknown = entry.is_none();
+        let answers = entry.is_some_and(|entry| entry.beginner != seen.ends.from);
         let known = self
             .translation(seen)
             .and_then(|(ends, late)| (!late).then_some(ends));
         let becomes = match known {
             Some(ends) => ends,
             None => {
-                if !seen.may_begin() || seen.ends.protocol != 6 && answers {
+                if !seen.may_begin() {
+                    // Where XDP found that its entry no longer holds, tc finds none.
+                    let gone = made.sent && !self.flows.contains_key(&seen.ends.key());
+                    let stray = (unknown || gone) && seen.goes_on() && !self.is_own(seen.ends.to.0);
+                    return match stray && seen.here && self.refuses(seen.ends, false) {
+                        true => ANSWER,
+                        false => PASS,
+                    };
+                }
+                if !seen.begins() && answers {
                     return PASS;
                 }
                 let (service, offered) = match self.offer(seen.ends, false) {
+                    Offer::Refused if seen.here => return ANSWER,
                     Offer::NoService | Offer::Refused => return PASS,
                     Offer::Dropped => return DROP,
                     Offer::Any(service, offered) => (service, offered),

@@ -11,7 +11,7 @@ use xebec_dataplane_common::service::AffinityKey;
 
 use super::rules::{End, Ends, Entry, Fate, Made, Seen, Turn, Verdict, changed};
 use super::world::{PODS, World, far_pod, frontends, pod_address};
-use crate::packets::packet::Transport;
+use crate::packets::packet::{INIT, Transport, refusal, tcp_flags};
 use crate::packets::{
     ACK, FAMILIES, FIN, Family, Kernel, OK, PASS, POD_MAC, Packet, REDIRECT, RST, SHOT, SYN, WHYS,
     Why, client, echo, error, far_node, node, router, sctp, tcp, udp,
@@ -19,6 +19,8 @@ use crate::packets::{
 
 /// The device that leads outside.
 const OUTSIDE: u32 = 1;
+/// The hardware address of all devices.
+const DEVICE_MAC: [u8; 6] = [2, 0, 0, 0, 0, 2];
 
 /// What is under way.
 #[derive(Clone, Debug)]
@@ -70,7 +72,12 @@ impl Body {
                     packet.source = ends.from.0;
                 }
                 packet.destination = ends.to.0;
-                Self::Error(packet, *why, changed(about, ends.back()), *length)
+                let mut new = changed(about, ends.back());
+                if let Transport::Sctp(_) = about.transport {
+                    // What is quoted is not whole: its checksum stays.
+                    new.crc = Some(about.crc());
+                }
+                Self::Error(packet, *why, new, *length)
             }
         }
     }
@@ -99,6 +106,7 @@ pub struct Counts {
     dropped: u64,
     passed: u64,
     sent: u64,
+    answered: u64,
     changed: u64,
     errors_changed: u64,
     early: u64,
@@ -113,6 +121,7 @@ impl Counts {
             self.dropped,
             self.passed,
             self.sent,
+            self.answered,
             self.changed,
             self.errors_changed,
             self.early,
@@ -279,10 +288,10 @@ impl<'a> Run<'a> {
         let own = 4_000 + self.world.random.random_range(0..12);
         let flags = self.world.any(["S", "S", "S", "A", "SA", "FA", "R"]);
         let mut packet = match self.world.random.random_range(0..20) {
-            0..9 => tcp(from, to, own, port, flags),
-            9..17 => udp(from, to, own, port),
-            17 => echo(from, to, own),
-            18 => sctp(from, to, own, 36_412, 1),
+            0..8 => tcp(from, to, own, port, flags),
+            8..15 => udp(from, to, own, port),
+            15..18 => sctp(from, to, own, port, INIT).flags_if_tcp(tcp_flags(flags)),
+            18 => echo(from, to, own),
             _ => {
                 let mut first = udp(from, to, own, port);
                 first.fragment = Some((self.world.random.random_range(1..50), 0, true));
@@ -291,6 +300,10 @@ impl<'a> Run<'a> {
         };
         if self.world.random.random_bool(0.05) {
             packet = packet.with_options();
+        }
+        if self.world.random.random_bool(0.02) {
+            // Overheard.
+            packet.mac_destination = [2, 0, 0, 0, 0, 3];
         }
         packet.no_checksum = self.world.random.random_bool(0.1);
         if matches!(place, Place::Pod(_)) && self.world.random.random_bool(0.02) {
@@ -457,6 +470,7 @@ impl<'a> Run<'a> {
         let found = match verdict {
             SHOT => Verdict::Drop,
             OK => Verdict::Pass,
+            REDIRECT if fate.verdict == Verdict::Answer => Verdict::Answer,
             REDIRECT => Verdict::Send,
             _ => self.fail(&body, "an unknown verdict"),
         };
@@ -471,6 +485,19 @@ impl<'a> Run<'a> {
         }
         if found == Verdict::Drop {
             counts.dropped += 1;
+            return None;
+        }
+        if found == Verdict::Answer {
+            counts.answered += 1;
+            let packet = body.packet();
+            let to = match hook {
+                Hook::FromPod(_) => POD_MAC,
+                _ => packet.mac_source,
+            };
+            let expected = refusal(packet).between(packet.mac_destination, to);
+            if expected.bytes() != out {
+                self.fail(&body, &format!("expected {expected:?}, found {out:02x?}"));
+            }
             return None;
         }
         let mut expected = match (&seen, fate.becomes) {
@@ -505,15 +532,15 @@ impl<'a> Run<'a> {
         }
         let packet = expected.packet_mut();
         // As the next router would address it.
-        (packet.mac_source, packet.mac_destination) = ([2, 0, 0, 0, 0, 1], [2, 0, 0, 0, 0, 2]);
+        (packet.mac_source, packet.mac_destination) = ([2, 0, 0, 0, 0, 1], DEVICE_MAC);
         Some((found, expected))
     }
 
     /// A packet as a hook sees it; none for a fragment whose first was not seen.
     fn seen(&mut self, body: &Body) -> Option<Seen> {
         let packet = body.packet();
-        let flags = match (&packet.transport, body) {
-            (Transport::Tcp(flags), Body::Plain(_)) => *flags,
+        let flags = match body {
+            Body::Plain(packet) => packet.tcp_flags(),
             _ => 0,
         };
         let mut seen = Seen {
@@ -522,6 +549,7 @@ impl<'a> Run<'a> {
             ttl: packet.ttl,
             carrier: None,
             later: false,
+            here: packet.mac_destination == DEVICE_MAC,
         };
         match body {
             Body::Error(packet, _, about, _) => {
@@ -551,7 +579,11 @@ impl<'a> Run<'a> {
     fn made(&self, seen: &Seen, body: &Body, verdict: u32, out: &[u8]) -> Made {
         let packet = body.packet();
         let at = packet.transport_at();
-        let port = |at: usize| u16::from_be_bytes([out[at], out[at + 1]]);
+        // An answer may be shorter.
+        let port = |at: usize| match out.get(at..at + 2) {
+            Some(bytes) => u16::from_be_bytes([bytes[0], bytes[1]]),
+            None => 0,
+        };
         let icmp = matches!(packet.protocol(), 1 | 58);
         let (from_port, to_port) = match icmp {
             // A later fragment bears no ports.
@@ -579,6 +611,7 @@ impl<'a> Run<'a> {
         });
         Made {
             dropped: verdict == SHOT,
+            sent: verdict == REDIRECT,
             from_port,
             to: (address, to_port),
             remembered,

@@ -158,7 +158,7 @@ impl World {
         self.model.backends.insert(number, backend);
     }
 
-    /// Writes a frontend of TCP and UDP with other backends.
+    /// Writes a frontend with other backends.
     fn new_frontend(
         &mut self,
         kernel: &mut Kernel,
@@ -220,7 +220,7 @@ impl World {
             inside: front.inside.clone(),
             outside: front.outside.clone(),
         };
-        for protocol in [6, 17] {
+        for protocol in [6, 17, 132] {
             kernel.front(key(family, address), port, protocol, &written);
             let key = (address, family == Family::V4, port, protocol);
             self.model.frontends.insert(key, front.clone());
@@ -238,7 +238,7 @@ impl World {
             }
             3 => {
                 let (address, port, _) = *frontends(family).choose(&mut self.random).unwrap();
-                for protocol in [6, 17] {
+                for protocol in [6, 17, 132] {
                     kernel.no_front(key(family, address), port, protocol);
                     let key = (address, family == Family::V4, port, protocol);
                     self.model.frontends.remove(&key);
@@ -309,7 +309,7 @@ impl World {
             for _ in 0..self.random.random_range(0..5) {
                 let peers = [0, 0, 0, 1, 2, 1000, 1001, 1002, 1100];
                 let peer = *peers.choose(&mut self.random).unwrap();
-                let protocol = *[6, 17].choose(&mut self.random).unwrap();
+                let protocol = *[6, 6, 17, 17, 132].choose(&mut self.random).unwrap();
                 let port = *[8080, 8080, 80, 53, 30_080, 4_000]
                     .choose(&mut self.random)
                     .unwrap();

@@ -245,11 +245,6 @@ impl Kernel {
         self.ingress_ifindex = ifindex;
     }
 
-    /// The device that the program is attached to; it must be one of this namespace.
-    pub fn at_device(&mut self, ifindex: u32) {
-        self.ifindex = ifindex;
-    }
-
     fn set(&mut self, number: u32, protocol: u8, port: Option<u16>) {
         let shape = SHAPE_PROTOCOL | 16;
         if let Some(port) = port {

@@ -105,9 +105,9 @@ fn packet(source: IpAddr, destination: IpAddr, ports: (u16, u16), transport: Tra
     }
 }
 
-/// A TCP segment with flags such as "SA".
-pub fn tcp(source: IpAddr, destination: IpAddr, from: u16, to: u16, flags: &str) -> Packet {
-    let flags = flags.bytes().fold(0, |all, flag| {
+/// Flags of TCP such as "SA".
+pub fn tcp_flags(flags: &str) -> u8 {
+    flags.bytes().fold(0, |all, flag| {
         all | match flag {
             b'S' => SYN,
             b'A' => ACK,
@@ -115,7 +115,12 @@ pub fn tcp(source: IpAddr, destination: IpAddr, from: u16, to: u16, flags: &str)
             b'R' => RST,
             _ => 0,
         }
-    });
+    })
+}
+
+/// A TCP segment with flags such as "SA".
+pub fn tcp(source: IpAddr, destination: IpAddr, from: u16, to: u16, flags: &str) -> Packet {
+    let flags = tcp_flags(flags);
     packet(source, destination, (from, to), Transport::Tcp(flags))
 }
 
@@ -193,6 +198,33 @@ pub fn error(
         code,
         &[&mtu, &bytes[14..end]].concat(),
     )
+}
+
+/// What a Service without endpoints answers to a packet.
+pub fn refusal(to: &Packet) -> Packet {
+    let (from, back) = (to.destination, to.source);
+    let mut answer = match to.transport {
+        Transport::Tcp(flags) => {
+            let mut reset = to.back(RST).with(b"");
+            (reset.options, reset.extensions) = (Vec::new(), Vec::new());
+            (reset.ttl, reset.class, reset.window) = (64, to.class & 0xfc, 0);
+            reset.numbers = (to.numbers.1, 0);
+            if flags & ACK == 0 {
+                let marks = u32::from(flags & SYN != 0) + u32::from(flags & FIN != 0);
+                let length = to.data.len() as u32 + marks;
+                reset.numbers = (0, to.numbers.0.wrapping_add(length));
+                reset = reset.flags(RST | ACK);
+            }
+            reset
+        }
+        _ => {
+            let mut error = error(from, back, Why::NoPort, to, 448);
+            error.class = 0xc0;
+            error
+        }
+    };
+    answer.label = 0;
+    answer
 }
 
 const PAYLOAD: &[u8] = b"what the packet carries must stay";

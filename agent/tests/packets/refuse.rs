@@ -11,7 +11,7 @@ use xebec_dataplane_common::flow::{DROPPED, REASON_NO_SERVICE};
 use xebec_dataplane_common::service::{DROP_INSIDE, DROP_OUTSIDE, SOURCE_RANGES};
 
 use super::kernel::Shared;
-use super::packet::INIT;
+use super::packet::{INIT, refusal};
 use super::wires::{Wires, ip};
 use super::{
     ACK, FAMILIES, FIN, Family, HERE, Kernel, OK, PASS, POD_MAC, Packet, REDIRECT, RST, SHOT, SYN,
@@ -133,14 +133,6 @@ fn tcp_is_reset() {
     assert_eq!(kernel.translations(), 0);
 }
 
-/// The error about a packet.
-fn unreachable(about: &Packet) -> Packet {
-    let (from, to) = (about.destination, about.source);
-    let mut error = error(from, to, Why::NoPort, about, 448);
-    error.class = 0xc0;
-    error
-}
-
 #[test]
 fn senders_of_others_learn_that_the_port_is_unreachable() {
     if left_out() {
@@ -160,7 +152,7 @@ fn senders_of_others_learn_that_the_port_is_unreachable() {
             here(sctp(client, service, 4000, 30_080, INIT)).with(&[3; 16]),
         ] {
             let mut frame = sent.bytes();
-            let expected = (REDIRECT, back(unreachable(&sent), program));
+            let expected = (REDIRECT, back(refusal(&sent), program));
             assert_eq!(kernel.run(program, &frame), expected, "{sent:?}");
             assert_eq!(kernel.last_event().unwrap().reason, REASON_NO_SERVICE);
             // What fills a short frame up is no part of the packet.
@@ -262,7 +254,7 @@ fn endpoints_come_and_go() {
     for f in FAMILIES {
         let mut kernel = Kernel::shared();
         let sent = here(udp(pod(f), service(f), 4000, 53));
-        let refused = (REDIRECT, back(unreachable(&sent), FROM_POD));
+        let refused = (REDIRECT, back(refusal(&sent), FROM_POD));
         kernel.open(service(f), 53, 0, None);
         assert_eq!(kernel.run(FROM_POD, &sent.bytes()), refused);
         assert_eq!(kernel.refused().0, 1);
