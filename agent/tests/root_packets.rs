@@ -5,8 +5,8 @@ mod model;
 mod packets;
 
 use packets::{
-    FAMILIES, Family, Kernel, OK, POD_MAC, REDIRECT, SHOT, Why, at, client, echo, error, far, icmp,
-    node, pod, tcp, udp, web,
+    FAMILIES, Family, Kernel, OK, POD_MAC, REDIRECT, SHOT, Why, at, client, echo, error, far, node,
+    pod, tcp, udp, web,
 };
 use xebec_agent::maps::PolicyKernel;
 use xebec_dataplane_common::flow::{

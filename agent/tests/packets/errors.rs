@@ -1,7 +1,7 @@
 //! ICMP errors about translated flows: whoever sent the packet that they quote must recognize it.
 
 use super::{
-    FAMILIES, Kernel, OK, REDIRECT, SHOT, WHYS, Why, client, echo, error, far, left_out, node, pod,
+    FAMILIES, Kernel, OK, REDIRECT, WHYS, Why, client, echo, error, far, left_out, node, pod,
     router, source_port, tcp, udp, web,
 };
 

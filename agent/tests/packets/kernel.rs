@@ -22,7 +22,7 @@ use xebec_dataplane_common::service::{
 };
 
 use super::table::Table;
-use super::{FAMILIES, Family, POD_MAC, Packet, at, client, far_node, node, pod, settings, web};
+use super::{FAMILIES, POD_MAC, Packet, far_node, node, pod, settings, web};
 
 /// The loopback device stands for the pod's, and this for the web pod's.
 const WEB_IFINDEX: u32 = 77;
@@ -245,11 +245,6 @@ impl Kernel {
         self.ingress_ifindex = ifindex;
     }
 
-    /// The device that the program is attached to; it must be one of this namespace.
-    pub fn at_device(&mut self, ifindex: u32) {
-        self.ifindex = ifindex;
-    }
-
     fn set(&mut self, number: u32, protocol: u8, port: Option<u16>) {
         let shape = SHAPE_PROTOCOL | 16;
         if let Some(port) = port {
@@ -453,7 +448,7 @@ impl Kernel {
         self.run_on(program, self.ifindex, self.ingress_ifindex, frame)
     }
 
-    /// The same by the devices given.
+    /// The same at a device, which must be one of this namespace, of a frame that was received by another.
     pub fn run_on(
         &mut self,
         program: &str,
