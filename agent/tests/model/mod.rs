@@ -1,7 +1,8 @@
 //! The programs against a model of their rules: long random sequences of packets and of changes of the tables, in
 //! which both must agree on every verdict, every byte and every entry of a flow.
 //!
-//! `XEBEC_MODEL_SEED` makes a run again that failed, and `XEBEC_MODEL_PACKETS` makes a longer one.
+//! `XEBEC_MODEL_SEED` makes the packets of a run again that failed (what the programs leave to chance is not its), and
+//! `XEBEC_MODEL_PACKETS` makes a longer one.
 
 mod rules;
 mod traffic;

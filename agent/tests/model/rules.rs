@@ -294,7 +294,8 @@ impl Model {
                 return None;
             }
             // All but an open connection leave a backend that is gone.
-            if !(connection && answered) && !self.has_backend(&entry) {
+            let open = connection && answered;
+            if !open && !self.has_backend(&entry) {
                 return None;
             }
         }
@@ -366,7 +367,8 @@ impl Model {
                 (found.forth, found.late, found.becomes) == (back.forth, back.late, back.becomes)
             });
             // A connection that ended, and was not translated, leaves its place.
-            if !same && !(old.closed && old.turn.is_none()) {
+            let over = old.closed && old.turn.is_none();
+            if !same && !over {
                 return false;
             }
         }
@@ -553,7 +555,7 @@ impl Model {
     }
 
     /// Out of a pod.
-    pub fn from_pod(&mut self, pod: usize, seen: &Seen, made: &Made) -> Fate {
+    pub fn leaves_pod(&mut self, pod: usize, seen: &Seen, made: &Made) -> Fate {
         let pod = self.pods[pod].clone();
         if seen.sender() != pod.address || seen.ends.from.0 != pod.address {
             return DROP;
@@ -657,7 +659,7 @@ impl Model {
     }
 
     /// Into a pod, from the stack; `own` is what a process of the node sent.
-    pub fn to_pod(&mut self, pod: usize, own: bool, seen: &Seen) -> Fate {
+    pub fn enters_pod(&mut self, pod: usize, own: bool, seen: &Seen) -> Fate {
         let pod = self.pods[pod].clone();
         if seen.receiver() != pod.address || seen.ends.to.0 != pod.address {
             return DROP;
@@ -679,7 +681,7 @@ impl Model {
     }
 
     /// In from the network.
-    pub fn from_network(&mut self, seen: &Seen, made: &Made) -> Fate {
+    pub fn comes_in(&mut self, seen: &Seen, made: &Made) -> Fate {
         let entry = self.flows.get(&seen.ends.key());
         let unknown = entry.is_none();
         let answers = entry.is_some_and(|entry| entry.beginner != seen.ends.from);
@@ -746,7 +748,7 @@ impl Model {
     }
 
     /// Out to the network.
-    pub fn to_network(&mut self, seen: &Seen, made: &Made) -> Fate {
+    pub fn goes_out(&mut self, seen: &Seen, made: &Made) -> Fate {
         let pod = self.pod(seen.ends.from.0).is_some();
         if !pod && !self.is_own(seen.ends.from.0) {
             return PASS;

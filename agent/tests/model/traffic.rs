@@ -403,7 +403,7 @@ impl<'a> Run<'a> {
             self.fail(&body, "XDP translated a fragment");
         };
         let made = self.made(&seen, &body, OK, &out);
-        let fate = self.world.model.from_network(&seen, &made);
+        let fate = self.world.model.comes_in(&seen, &made);
         let (Verdict::Pass, Some(ends)) = (fate.verdict, fate.becomes) else {
             self.fail(&body, &format!("XDP translated it, expected {fate:?}"));
         };
@@ -456,10 +456,12 @@ impl<'a> Run<'a> {
                 let model = &mut self.world.model;
                 let judged =
                     std::panic::catch_unwind(std::panic::AssertUnwindSafe(|| match hook {
-                        Hook::FromPod(index) => model.from_pod(index, seen, &made),
-                        Hook::ToPod(index, received) => model.to_pod(index, received == 0, seen),
-                        Hook::FromNetwork => model.from_network(seen, &made),
-                        Hook::ToNetwork => model.to_network(seen, &made),
+                        Hook::FromPod(index) => model.leaves_pod(index, seen, &made),
+                        Hook::ToPod(index, received) => {
+                            model.enters_pod(index, received == 0, seen)
+                        }
+                        Hook::FromNetwork => model.comes_in(seen, &made),
+                        Hook::ToNetwork => model.goes_out(seen, &made),
                     }));
                 match judged {
                     Ok(fate) => fate,
@@ -716,7 +718,7 @@ fn entry(key: &FlowKey, flow: &Flow) -> Entry {
         to: end(to.destination, to.destination_port),
         protocol: to.protocol,
     };
-    let turn = (flow.turn & (TURN_FORTH | TURN_BACK) != 0).then(|| Turn {
+    let turn = (flow.turn & (TURN_FORTH | TURN_BACK) != 0).then_some(Turn {
         forth: flow.turn & TURN_FORTH != 0,
         late: flow.turn & TURN_LATE != 0,
         becomes,

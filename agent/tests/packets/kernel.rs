@@ -481,7 +481,7 @@ impl Kernel {
         self.run_on(program, self.ifindex, self.ingress_ifindex, frame)
     }
 
-    /// The same by the devices given.
+    /// The same at a device, which must be one of this namespace, of a frame that was received by another.
     pub fn run_on(
         &mut self,
         program: &str,

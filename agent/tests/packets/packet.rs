@@ -497,7 +497,7 @@ impl Packet {
         bytes.extend_from_slice(&((header + payload) as u16).to_be_bytes());
         let (id, word) = match self.fragment {
             None => (0, 0x4000),
-            Some((id, offset, more)) => (id as u16, u16::from(more) << 13 | offset / 8),
+            Some((id, offset, more)) => (id as u16, (u16::from(more) << 13) | (offset / 8)),
         };
         bytes.extend_from_slice(&id.to_be_bytes());
         bytes.extend_from_slice(&word.to_be_bytes());
@@ -579,7 +579,10 @@ impl Packet {
                 Transport::Tcp(_) => 14,
                 Transport::Udp => 4,
                 Transport::Sctp(_) => 13,
-                Transport::Icmp { kind, .. } if matches!(kind, 0 | 8 | 128 | 129) => 8,
+                Transport::Icmp {
+                    kind: 0 | 8 | 128 | 129,
+                    ..
+                } => 8,
                 Transport::Icmp { .. } => 8 + self.network_bytes() + 4,
                 Transport::Other(_) => 0,
             }
