@@ -13,8 +13,8 @@ use tokio::io::unix::AsyncFd;
 use tokio::sync::broadcast;
 use tokio_util::sync::CancellationToken;
 use xebec_dataplane_common::flow::{
-    Counters, DROPPED, EGRESS, Event, REASON_INVALID, REASON_NO_MAPPING, REASON_POLICY,
-    REASON_SOURCE,
+    Counters, DROPPED, EGRESS, Event, REASON_CHECKSUM, REASON_FRAGMENT, REASON_INVALID,
+    REASON_NO_MAPPING, REASON_NO_SERVICE, REASON_POLICY, REASON_SOURCE,
 };
 use xebec_dataplane_common::ip::Ip;
 use xebec_dataplane_common::{ICMP, ICMP6, SCTP, TCP, UDP};
@@ -298,7 +298,10 @@ fn reason(number: u8) -> &'static str {
         REASON_SOURCE => "INVALID_SOURCE_IP",
         REASON_POLICY => "POLICY_DENIED",
         REASON_INVALID => "INVALID_PACKET_DROPPED",
+        REASON_CHECKSUM => "ERROR_WHILE_CORRECTING_L4_CHECKSUM",
+        REASON_NO_SERVICE => "SERVICE_BACKEND_NOT_FOUND",
         REASON_NO_MAPPING => "NO_MAPPING_FOR_NAT_MASQUERADE",
+        REASON_FRAGMENT => "FIRST_LOGICAL_DATAGRAM_FRAGMENT_NOT_FOUND",
         _ => "DROP_REASON_UNKNOWN",
     }
 }

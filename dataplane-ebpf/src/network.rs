@@ -7,8 +7,8 @@ use aya_ebpf::macros::classifier;
 use aya_ebpf::maps::lpm_trie::Key;
 use aya_ebpf::programs::TcContext;
 use xebec_dataplane_common::flow::{
-    EGRESS, Flow, FlowKey, INGRESS, REASON_NO_MAPPING, REASON_NO_SERVICE, TURN_BACK, TURN_FORTH,
-    TURN_LATE,
+    EGRESS, Flow, FlowKey, INGRESS, REASON_CHECKSUM, REASON_NO_MAPPING, REASON_NO_SERVICE,
+    TURN_BACK, TURN_FORTH, TURN_LATE,
 };
 use xebec_dataplane_common::ip::Ip;
 use xebec_dataplane_common::nat::Tuple;
@@ -41,7 +41,7 @@ pub fn xebec_from_network(ctx: TcContext) -> i32 {
         Plan::Known => {}
         Plan::Begins => {
             if !translate::begin(all) {
-                return no_port(&ctx, all);
+                return deny(&ctx, all, EGRESS, REASON_NO_MAPPING);
             }
         }
         Plan::Refuse => return refused(&ctx, all),
@@ -49,7 +49,7 @@ pub fn xebec_from_network(ctx: TcContext) -> i32 {
     }
     settle();
     if !changed(&ctx, all) {
-        return TC_ACT_SHOT as i32;
+        return deny(&ctx, all, INGRESS, REASON_CHECKSUM);
     }
     tell::count(As::Translated);
     settle();
@@ -115,14 +115,14 @@ pub fn xebec_to_network(ctx: TcContext) -> i32 {
             return TC_ACT_OK as i32;
         }
         if !masquerade(flow, all) {
-            return no_port(&ctx, all);
+            return deny(&ctx, all, EGRESS, REASON_NO_MAPPING);
         }
     }
     settle();
     if changed(&ctx, all) {
         TC_ACT_OK as i32
     } else {
-        TC_ACT_SHOT as i32
+        deny(&ctx, all, EGRESS, REASON_CHECKSUM)
     }
 }
 
@@ -173,10 +173,11 @@ fn refused(ctx: &TcContext, all: &mut Scratch) -> i32 {
     unsafe { bpf_redirect((*ctx.skb.skb).ifindex, 0) as i32 }
 }
 
+/// Drops a packet and tells why.
 #[inline(always)]
-fn no_port(ctx: &TcContext, all: &mut Scratch) -> i32 {
-    all.told.begin(ctx, EGRESS);
-    all.told.reason = REASON_NO_MAPPING;
+fn deny(ctx: &TcContext, all: &mut Scratch, direction: u8, reason: u8) -> i32 {
+    all.told.begin(ctx, direction);
+    all.told.reason = reason;
     tell::tell(&all.packet, &all.told);
     tell::count(As::Dropped);
     TC_ACT_SHOT as i32

@@ -78,6 +78,8 @@ pub enum Read {
     Other,
     /// Cut short or contradictory.
     Invalid,
+    /// A fragment that came before the first of its datagram: what it belongs to can't be told.
+    Early,
 }
 
 impl Packet {
@@ -168,7 +170,7 @@ pub fn read(ctx: &TcContext, packet: &mut Packet) -> Read {
     }
     settle();
     if packet.fragment != 0 && !part(packet) {
-        return Read::Invalid;
+        return Read::Early;
     }
     if packet.is_error() {
         at_hand(ctx, WITH_QUOTE);
@@ -330,7 +332,7 @@ pub struct Datagram {
 }
 
 /// Takes a later fragment's ports from the first, or notes the first's for those to come; false for one that comes
-/// before it, which can't be judged.
+/// before it.
 #[inline(always)]
 fn part(packet: &mut Packet) -> bool {
     let datagram = Datagram {

@@ -5,8 +5,9 @@ use aya_ebpf::helpers::generated::bpf_redirect_peer;
 use aya_ebpf::macros::classifier;
 use aya_ebpf::programs::TcContext;
 use xebec_dataplane_common::flow::{
-    EGRESS, Flow, FlowKey, INGRESS, REASON_INVALID, REASON_NO_MAPPING, REASON_NO_SERVICE,
-    REASON_POLICY, REASON_SOURCE, TURN_BACK, TURN_FORTH, TURN_LATE,
+    EGRESS, Flow, FlowKey, INGRESS, REASON_CHECKSUM, REASON_FRAGMENT, REASON_INVALID,
+    REASON_NO_MAPPING, REASON_NO_SERVICE, REASON_POLICY, REASON_SOURCE, TURN_BACK, TURN_FORTH,
+    TURN_LATE,
 };
 use xebec_dataplane_common::ip::Ip;
 use xebec_dataplane_common::nat::Tuple;
@@ -38,6 +39,7 @@ pub fn xebec_from_pod(ctx: TcContext) -> i32 {
         Read::Link => return TC_ACT_OK as i32,
         // Nothing else is routed to or from pods, so nothing else may slip past the rules.
         Read::Other | Read::Invalid => return dropped(),
+        Read::Early => return deny(&ctx, all, EGRESS, REASON_FRAGMENT),
     }
     let Some(from) = endpoint(all.packet.sender()) else {
         return deny(&ctx, all, EGRESS, REASON_SOURCE);
@@ -78,7 +80,7 @@ pub fn xebec_from_pod(ctx: TcContext) -> i32 {
     tell::count(As::Forwarded);
     let receiver = if all.turned != 0 {
         if !rewritten(&ctx, &all.packet, &all.to) {
-            return dropped();
+            return deny(&ctx, all, EGRESS, REASON_CHECKSUM);
         }
         &all.to.destination
     } else {
@@ -217,8 +219,9 @@ pub fn xebec_to_pod(ctx: TcContext) -> i32 {
     let Some(all) = scratch() else {
         return dropped();
     };
-    match packet::read(&ctx, &mut all.packet) {
-        Read::Ip => {}
+    let read = packet::read(&ctx, &mut all.packet);
+    match read {
+        Read::Ip | Read::Early => {}
         Read::Link => return TC_ACT_OK as i32,
         Read::Other | Read::Invalid => return dropped(),
     }
@@ -227,6 +230,15 @@ pub fn xebec_to_pod(ctx: TcContext) -> i32 {
     };
     if to.ifindex != ifindex(&ctx) || !all.packet.is_for_receiver() {
         return deny(&ctx, all, INGRESS, REASON_INVALID);
+    }
+    if read == Read::Early {
+        // Networks change the order of fragments, and a pod under no rules may get them in any. Those of a translated
+        // flow find no first one there and are forgotten.
+        if to.ingress_set != 0 {
+            return deny(&ctx, all, INGRESS, REASON_FRAGMENT);
+        }
+        tell::count(As::Forwarded);
+        return TC_ACT_OK as i32;
     }
     let up = FlowKey::write(&all.packet.tuple, &mut all.key);
     let flow = flow::entry(&all.key);
@@ -264,7 +276,7 @@ pub fn xebec_to_pod(ctx: TcContext) -> i32 {
     }
     settle();
     if all.turned != 0 && !rewritten(&ctx, &all.packet, &all.to) {
-        return dropped();
+        return deny(&ctx, all, INGRESS, REASON_CHECKSUM);
     }
     tell::count(As::Forwarded);
     TC_ACT_OK as i32

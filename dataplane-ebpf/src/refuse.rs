@@ -196,13 +196,32 @@ fn unreachable(ctx: &TcContext, packet: &Packet, answer: &mut Answer) -> Option<
         return None;
     }
     let mut sum = sum as u64;
+    let mut filler = 0;
     if packet.is_v6() {
-        sum += pseudo;
+        filler = !mended(0xffff, difference(pseudo));
+        sum += pseudo + u64::from(filler);
+        let [a, b] = filler.to_ne_bytes();
+        answer.words[BEFORE + 1] = u32::from_ne_bytes([0, 0, a, b]);
     }
     let checksum = mended(0xffff, difference(sum)).to_ne_bytes();
     answer.words[BEFORE] = u32::from_ne_bytes([kind, code, checksum[0], checksum[1]]);
     settle();
-    put(ctx, packet, answer, length)
+    put(ctx, packet, answer, length)?;
+    if packet.is_v6() {
+        // Where the last device still makes the refused datagram's checksum, it makes it over this error, without the
+        // pseudo header, and writes it into the error's unused bytes. With the pseudo header's sum in them, they come
+        // out as they were; otherwise the helper makes them 0.
+        let change = |by| Change {
+            by: u32::from(by),
+            pseudo: false,
+            udp: false,
+            v6: true,
+        };
+        let at = ETHERNET + IPV6;
+        ctx.mend_transport(at + 2, change(!filler))?;
+        ctx.mend_transport(at + 6, change(filler))?;
+    }
+    Some(())
 }
 
 /// Bytes of the answer's network header.

@@ -446,7 +446,10 @@ impl<'a> Run<'a> {
             // A fragment without its first can't be judged.
             None => Fate {
                 verdict: match hook {
-                    Hook::FromPod(_) | Hook::ToPod(..) => Verdict::Drop,
+                    Hook::FromPod(_) => Verdict::Drop,
+                    Hook::ToPod(index, _) if self.world.model.pods[index].ingress != 0 => {
+                        Verdict::Drop
+                    }
                     _ => Verdict::Pass,
                 },
                 becomes: None,

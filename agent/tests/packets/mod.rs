@@ -3,6 +3,7 @@
 mod errors;
 mod express;
 mod flows;
+mod fragments;
 pub mod kernel;
 mod odd;
 pub mod packet;

@@ -549,6 +549,17 @@ impl Packet {
         self.frame(&self.transport_bytes())
     }
 
+    /// The frames of its two fragments, of which the first has so many bytes.
+    pub fn parts(&self, id: u32, bytes: u16) -> [Vec<u8>; 2] {
+        let whole = self.transport_bytes();
+        let (first, rest) = whole.split_at(bytes.into());
+        [(0, true, first), (bytes, false, rest)].map(|(offset, more, part)| {
+            let mut fragment = self.clone();
+            fragment.fragment(id, offset, more);
+            fragment.frame(part)
+        })
+    }
+
     /// The frame, with the transport's bytes of another.
     pub fn bytes_as_of(&self, other: &Self) -> Vec<u8> {
         self.frame(&other.transport_bytes())

@@ -1,5 +1,7 @@
 //! SCTP through Services and to the outside: ports change, and its checksum of everything fits afterwards.
 
+use xebec_dataplane_common::flow::REASON_CHECKSUM;
+
 use super::kernel::Shared;
 use super::packet::{ABORT, DATA, INIT, INIT_ACK, SHUTDOWN_COMPLETE};
 use super::{
@@ -129,6 +131,8 @@ fn a_fragment_whose_port_would_change_is_dropped() {
             let mut sent = sctp(pod(f), service(f), 4000, port, INIT);
             sent.fragment(7, 0, true);
             assert_eq!(kernel.run("xebec_from_pod", &sent.bytes()).0, verdict);
+            let reason = if port == 80 { REASON_CHECKSUM } else { 0 };
+            assert_eq!(kernel.last_event().unwrap().reason, reason);
         }
     }
 }
