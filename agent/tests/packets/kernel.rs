@@ -60,7 +60,7 @@ pub struct Kernel {
     loaded: Loaded,
     maps: Maps,
     tables: Tables,
-    dir: Option<tempfile::TempDir>,
+    dir: Option<Folder>,
     ifindex: u32,
     ingress_ifindex: u32,
     /// Devices and sets of the pod and the web pod.
@@ -104,7 +104,7 @@ impl Kernel {
             none => {
                 let mut new = Self::own();
                 // It stays for as long as the process does, but its folder need not: nothing of it is pinned elsewhere.
-                new.let_go();
+                new.dir = None;
                 *none = Some(new);
             }
         }
@@ -113,8 +113,8 @@ impl Kernel {
 
     /// One that is the test's own, with a folder of pinned links; needs root.
     pub fn own() -> Self {
-        let dir = tempfile::tempdir().unwrap();
-        let mut loaded = Loaded::new(dir.path()).unwrap();
+        let dir = Folder(tempfile::tempdir().unwrap());
+        let mut loaded = Loaded::new(dir.0.path()).unwrap();
         let maps = loaded.maps().unwrap();
         let tables = tables(&mut loaded);
         let mut kernel = Self {
@@ -132,12 +132,6 @@ impl Kernel {
         };
         kernel.fill();
         kernel
-    }
-
-    fn let_go(&mut self) {
-        if let Some(dir) = self.dir.take() {
-            let _ = nix::mount::umount2(dir.path(), nix::mount::MntFlags::MNT_DETACH);
-        }
     }
 
     /// As if it had just been loaded.
@@ -446,7 +440,7 @@ impl Kernel {
 
     /// The programs of an agent that comes after this one.
     pub fn next_agent(&mut self) {
-        let dir = self.dir.as_ref().unwrap().path();
+        let dir = self.dir.as_ref().unwrap().0.path();
         self.loaded = Loaded::new(dir).unwrap();
         self.maps = self.loaded.maps().unwrap();
         self.tables = tables(&mut self.loaded);
@@ -575,9 +569,12 @@ impl Kernel {
     }
 }
 
-impl Drop for Kernel {
+/// A folder on which a BPF filesystem is mounted, until it is dropped.
+struct Folder(tempfile::TempDir);
+
+impl Drop for Folder {
     fn drop(&mut self) {
-        self.let_go();
+        let _ = nix::mount::umount2(self.0.path(), nix::mount::MntFlags::MNT_DETACH);
     }
 }
 
