@@ -415,7 +415,21 @@ impl Model {
         {
             return Some(becomes);
         }
-        if fixed || made.dropped {
+        if fixed {
+            return None;
+        }
+        if made.dropped {
+            // Only where none is left.
+            for port in self.ports.clone() {
+                becomes.from.1 = port;
+                if matches!(ends.protocol, 1 | 58) {
+                    becomes.to.1 = port;
+                }
+                assert!(
+                    self.flows.contains_key(&becomes.key()),
+                    "the port {port} is free"
+                );
+            }
             return None;
         }
         assert!(

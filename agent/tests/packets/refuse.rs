@@ -24,6 +24,9 @@ const THERE: [u8; 6] = [2, 0, 0, 0, 0, 1];
 /// A client's address, the Service's, and the program that meets the client's packets.
 type Way = (IpAddr, IpAddr, &'static str);
 
+/// The node's device that leads to a host, and the host's addresses.
+type Host = (&'static str, fn(Family) -> IpAddr);
+
 const FROM_POD: &str = "xebec_from_pod";
 const FROM_NETWORK: &str = "xebec_from_network";
 
@@ -284,8 +287,7 @@ fn sockets_are_refused_at_once() {
             kernel.open(address, 80, 0, None);
         }
         // By devices that leave checksums to others, and by one that makes the checksums that were left to it.
-        let whose: [(&str, fn(Family) -> IpAddr); 3] =
-            [("pod0", pod), ("client0", client), ("client1", client)];
+        let whose: [Host; 3] = [("pod0", pod), ("client0", client), ("client1", client)];
         for (device, address) in whose {
             let (ready, go_on) = (Barrier::new(2), Barrier::new(2));
             std::thread::scope(|scope| {
