@@ -16,6 +16,9 @@ pub const SYN: u8 = 0x02;
 pub const RST: u8 = 0x04;
 pub const ACK: u8 = 0x10;
 
+/// Stands with the flags that were told of where the other end answered, before its answer was told of.
+pub const ANSWERED: u8 = 0x80;
+
 /// No tuple: something to write the real one over.
 const NOWHERE: Tuple = Tuple {
     source: Ip::NONE,
@@ -143,6 +146,10 @@ pub fn find(flow: *mut Flow, packet: &Packet, up: bool, known: &mut Known) {
             u8::from(reply)
         };
         if news & !*told != 0 {
+            // What answers first is also news to the flow's other entry.
+            if reply && *told == 0 {
+                (*flow).paired = 0;
+            }
             *told |= news;
             known.tell = 1;
             if connection && news & (FIN | RST) != 0 {
@@ -174,7 +181,12 @@ pub fn enter(all: &mut Scratch, up: bool) {
                 (*flow).seen = now;
                 (*flow).generation = generation();
                 (*flow).rule = rule;
-                (*flow).told = [told, 0];
+                // Judged anew it is still the same: who answered has answered.
+                if begins(packet) {
+                    (*flow).told = [told, 0];
+                } else {
+                    (*flow).told[0] |= told;
+                }
                 return;
             }
         }

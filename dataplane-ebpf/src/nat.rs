@@ -85,7 +85,7 @@ pub fn find(flow: *mut Flow, all: &mut Scratch, up: bool) -> Turn {
             }
         }
         if !forth && (*flow).told[1] == 0 {
-            (*flow).told[1] = 1;
+            (*flow).told[1] = flow::ANSWERED;
             (*flow).paired = 0;
         }
         if begins(packet) {

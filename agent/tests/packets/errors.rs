@@ -1,24 +1,9 @@
 //! ICMP errors about translated flows: whoever sent the packet that they quote must recognize it.
 
-use std::net::Ipv4Addr;
-
 use super::{
-    Kernel, OK, Packet, REDIRECT, client, icmp, left_out, node, pod, source_port, tcp, udp, web,
+    FAMILIES, Kernel, OK, REDIRECT, WHYS, Why, client, echo, error, far, left_out, node, pod,
+    router, source_port, tcp, udp, web,
 };
-
-/// Unreachable port, time exceeded, and packet too big.
-const KINDS: [(u8, u8); 3] = [(3, 3), (11, 0), (3, 4)];
-
-fn router() -> Ipv4Addr {
-    Ipv4Addr::new(203, 0, 113, 9)
-}
-
-/// An error that quotes this packet as far as `length` bytes of it.
-fn about(packet: &Packet, from: Ipv4Addr, to: Ipv4Addr, kind: (u8, u8), length: usize) -> Packet {
-    let bytes = packet.bytes();
-    let end = bytes.len().min(14 + length);
-    icmp(from, to, kind.0, kind.1, &bytes[14..end])
-}
 
 /// What pods sent to the outside, in the node's name.
 #[test]
@@ -26,42 +11,44 @@ fn errors_about_pods_packets_find_the_pod() {
     if left_out() {
         return;
     }
-    let mut without_checksum = udp(pod(), client(), 4000, 53);
-    without_checksum.no_checksum = true;
-    for sent in [
-        udp(pod(), client(), 4000, 53),
-        without_checksum,
-        tcp(pod(), client(), 4001, 80, "S"),
-        icmp(pod(), client(), 8, 0, &[0x12, 0x34, 0, 1, 9, 9]),
-    ] {
-        let mut kernel = Kernel::new();
-        let out = kernel.run("xebec_to_network", &sent.bytes()).1;
-        let mut seen = sent.clone();
-        seen.source = node();
-        seen.set_source_port(source_port(&out));
-        for sender in [client(), router()] {
-            for kind in KINDS {
-                // All of it, and the least that is quoted, without TCP's checksum.
-                for length in [500, 28] {
-                    let error = about(&seen, sender, node(), kind, length);
-                    let expected = about(&sent, sender, pod(), kind, length);
-                    assert_eq!(
-                        kernel.run("xebec_from_network", &error.bytes()),
-                        (OK, expected.bytes()),
-                        "{sent:?} {kind:?}"
-                    );
+    for f in FAMILIES {
+        let mut without_checksum = udp(pod(f), client(f), 4000, 53);
+        without_checksum.no_checksum = true;
+        for sent in [
+            udp(pod(f), client(f), 4000, 53),
+            without_checksum,
+            tcp(pod(f), client(f), 4001, 80, "S"),
+            echo(pod(f), client(f), 0x1234),
+        ] {
+            let mut kernel = Kernel::shared();
+            let out = kernel.run("xebec_to_network", &sent.bytes()).1;
+            let mut seen = sent.clone();
+            seen.source = node(f);
+            seen.set_source_port(source_port(&out));
+            for sender in [client(f), router(f)] {
+                for kind in WHYS {
+                    // All of it, and the least that is quoted, without TCP's checksum.
+                    for length in [500, sent.network_bytes() + 8] {
+                        let found = error(sender, node(f), kind, &seen, length);
+                        let expected = error(sender, pod(f), kind, &sent, length);
+                        assert_eq!(
+                            kernel.run("xebec_from_network", &found.bytes()),
+                            (OK, expected.bytes()),
+                            "{sent:?} {kind:?}"
+                        );
+                    }
                 }
             }
+            // About a flow that is not known: the node's own.
+            let mut other = seen.clone();
+            other.destination = router(f);
+            let found = error(router(f), node(f), Why::NoPort, &other, 500).bytes();
+            assert_eq!(
+                kernel.run("xebec_from_network", &found),
+                (OK, found.clone())
+            );
+            assert_eq!(kernel.run_early(0, &found), (super::PASS, found));
         }
-        // About a flow that is not known: the node's own.
-        let mut other = seen.clone();
-        other.destination = router();
-        let error = about(&other, router(), node(), (3, 3), 500).bytes();
-        assert_eq!(
-            kernel.run("xebec_from_network", &error),
-            (OK, error.clone())
-        );
-        assert_eq!(kernel.run_early(0, &error), (super::PASS, error));
     }
 }
 
@@ -71,24 +58,26 @@ fn a_pods_error_about_a_node_port_is_the_nodes() {
     if left_out() {
         return;
     }
-    let mut kernel = Kernel::new();
-    kernel.node_port(30_080, web(), 8080);
-    let sent = udp(client(), node(), 4000, 30_080);
-    let seen = udp(client(), web(), 4000, 8080);
-    assert_eq!(
-        kernel.run("xebec_from_network", &sent.bytes()),
-        (OK, seen.bytes())
-    );
-    let error = about(&seen, web(), client(), (3, 3), 500);
-    let expected = about(&sent, node(), client(), (3, 3), 500);
-    assert_eq!(
-        kernel.run("xebec_to_network", &error.bytes()),
-        (OK, expected.bytes())
-    );
-    // Who came by the pod's own address gets the pod's error.
-    let direct = udp(client(), web(), 4001, 8080);
-    let error = about(&direct, web(), client(), (3, 3), 500).bytes();
-    assert_eq!(kernel.run("xebec_to_network", &error), (OK, error.clone()));
+    for f in FAMILIES {
+        let mut kernel = Kernel::shared();
+        kernel.node_port(30_080, web(f), 8080);
+        let sent = udp(client(f), node(f), 4000, 30_080);
+        let seen = udp(client(f), web(f), 4000, 8080);
+        assert_eq!(
+            kernel.run("xebec_from_network", &sent.bytes()),
+            (OK, seen.bytes())
+        );
+        let found = error(web(f), client(f), Why::NoPort, &seen, 500);
+        let expected = error(node(f), client(f), Why::NoPort, &sent, 500);
+        assert_eq!(
+            kernel.run("xebec_to_network", &found.bytes()),
+            (OK, expected.bytes())
+        );
+        // Who came by the pod's own address gets the pod's error.
+        let direct = udp(client(f), web(f), 4001, 8080);
+        let found = error(web(f), client(f), Why::NoPort, &direct, 500).bytes();
+        assert_eq!(kernel.run("xebec_to_network", &found), (OK, found.clone()));
+    }
 }
 
 /// The backend is on another node: its error, and one of a router between, are the node's to the client.
@@ -97,27 +86,29 @@ fn an_error_from_another_nodes_backend_goes_on_to_the_client() {
     if left_out() {
         return;
     }
-    let far = Ipv4Addr::new(10, 244, 1, 5);
-    let mut kernel = Kernel::new();
-    kernel.node_port(30_080, far, 8080);
-    for sent in [
-        udp(client(), node(), 4000, 30_080),
-        tcp(client(), node(), 4000, 30_080, "S"),
-    ] {
-        let out = kernel.run("xebec_from_network", &sent.bytes()).1;
-        let mut seen = sent.clone();
-        (seen.source, seen.source_port) = (node(), source_port(&out));
-        (seen.destination, seen.destination_port) = (far, 8080);
-        for sender in [far, router()] {
-            for kind in KINDS {
-                let error = about(&seen, sender, node(), kind, 500);
-                let mut expected = about(&sent, node(), client(), kind, 500);
-                expected.ttl -= 1;
-                assert_eq!(
-                    kernel.run("xebec_from_network", &error.bytes()),
-                    (REDIRECT, expected.bytes()),
-                    "{sent:?} {kind:?}"
-                );
+    for f in FAMILIES {
+        let far = far(f);
+        let mut kernel = Kernel::shared();
+        kernel.node_port(30_080, far, 8080);
+        for sent in [
+            udp(client(f), node(f), 4000, 30_080),
+            tcp(client(f), node(f), 4000, 30_080, "S"),
+        ] {
+            let out = kernel.run("xebec_from_network", &sent.bytes()).1;
+            let mut seen = sent.clone();
+            (seen.source, seen.source_port) = (node(f), source_port(&out));
+            (seen.destination, seen.destination_port) = (far, 8080);
+            for sender in [far, router(f)] {
+                for kind in WHYS {
+                    let found = error(sender, node(f), kind, &seen, 500);
+                    let mut expected = error(node(f), client(f), kind, &sent, 500);
+                    expected.ttl -= 1;
+                    assert_eq!(
+                        kernel.run("xebec_from_network", &found.bytes()),
+                        (REDIRECT, expected.bytes()),
+                        "{sent:?} {kind:?}"
+                    );
+                }
             }
         }
     }

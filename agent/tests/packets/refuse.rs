@@ -10,55 +10,54 @@ use xebec_agent::network::Device;
 use xebec_dataplane_common::flow::{DROPPED, REASON_NO_SERVICE};
 use xebec_dataplane_common::service::{DROP_INSIDE, DROP_OUTSIDE, SOURCE_RANGES};
 
-use super::both::{Datagram, HERE, THERE, at, error, sctp, tcp, udp};
+use super::kernel::Shared;
+use super::packet::{INIT, refusal};
 use super::wires::{Wires, ip};
-use super::{Kernel, OK, PASS, POD_MAC, REDIRECT, SHOT, left_out};
+use super::{
+    ACK, FAMILIES, FIN, Family, HERE, Kernel, OK, PASS, POD_MAC, Packet, REDIRECT, RST, SHOT, SYN,
+    Why, at, client, error, left_out, node, pod, sctp, service, tcp, udp, web,
+};
 
-const FIN: u8 = 1;
-const SYN: u8 = 2;
-const RST: u8 = 4;
-const ACK: u8 = 16;
+/// Whoever sends frames.
+const THERE: [u8; 6] = [2, 0, 0, 0, 0, 1];
 
 /// A client's address, the Service's, and the program that meets the client's packets.
 type Way = (IpAddr, IpAddr, &'static str);
+
+/// The node's device that leads to a host, and the host's addresses.
+type Host = (&'static str, fn(Family) -> IpAddr);
 
 const FROM_POD: &str = "xebec_from_pod";
 const FROM_NETWORK: &str = "xebec_from_network";
 
 /// Services without endpoints, and who asks for them: pods for ClusterIPs, others for node ports and addresses
 /// outside the node.
-fn ways() -> (Kernel, Vec<Way>) {
-    let mut kernel = Kernel::new();
-    let node6 = at("2001:db8::10");
-    kernel.node6(node6);
-    kernel.pod_at(at("fd00::5"), true);
-    for address in [
-        "10.96.0.9",
-        "fd96::9",
-        "0.0.0.0",
-        "::",
-        "203.0.113.80",
-        "2001:db8:80::1",
-    ] {
-        kernel.service(at(address), 30_080, 0, None);
+fn ways() -> (Shared, Vec<Way>) {
+    let mut kernel = Kernel::shared();
+    kernel.no_backends(30_080);
+    let mut ways = Vec::new();
+    for f in FAMILIES {
+        let outer = at(f, [203, 0, 113, 80]);
+        for address in [service(f), outer] {
+            kernel.open(address, 30_080, 0, None);
+        }
+        ways.push((pod(f), service(f), FROM_POD));
+        ways.push((client(f), node(f), FROM_NETWORK));
+        ways.push((client(f), outer, FROM_NETWORK));
     }
-    let ways = [
-        ("10.244.0.5", "10.96.0.9", FROM_POD),
-        ("fd00::5", "fd96::9", FROM_POD),
-        ("198.51.100.7", "192.0.2.10", FROM_NETWORK),
-        ("2001:db8:7::7", "2001:db8::10", FROM_NETWORK),
-        ("198.51.100.7", "203.0.113.80", FROM_NETWORK),
-        ("2001:db8:7::7", "2001:db8:80::1", FROM_NETWORK),
-    ];
-    let ways = ways.map(|(client, service, program)| (at(client), at(service), program));
-    (kernel, ways.to_vec())
+    (kernel, ways)
+}
+
+/// A packet to this host's device.
+fn here(packet: Packet) -> Packet {
+    packet.between(THERE, HERE)
 }
 
 /// An answer as it leaves: to the pod's own hardware address, or to whom the frame came from.
-fn back(mut answer: Datagram, program: &str) -> Vec<u8> {
-    answer.mac_source = HERE;
-    answer.mac_destination = if program == FROM_POD { POD_MAC } else { THERE };
-    answer.bytes()
+fn back(mut answer: Packet, program: &str) -> Vec<u8> {
+    answer.label = 0;
+    let to = if program == FROM_POD { POD_MAC } else { THERE };
+    answer.between(HERE, to).bytes()
 }
 
 #[test]
@@ -69,41 +68,44 @@ fn tcp_is_reset() {
     let (mut kernel, ways) = ways();
     let mut answered = 0;
     for (client, service, program) in ways {
-        let ports = (4000, 30_080);
-        let sent = |numbers, flags, data: &[u8]| {
-            let mut sent = tcp((client, service), ports, numbers, flags, 8192, data);
-            sent.class = 0x2a;
-            sent
+        let sent = |numbers, flags, data: &'static [u8]| {
+            let mut sent = here(tcp(client, service, 4000, 30_080, "")).with(data);
+            (sent.numbers, sent.class) = (numbers, 0x2a);
+            sent.flags(flags)
         };
         let reset = |numbers, flags| {
-            let mut reset = tcp((service, client), (30_080, 4000), numbers, flags, 0, &[]);
-            reset.class = 0x28;
-            back(reset, program)
+            let mut reset = tcp(service, client, 30_080, 4000, "").with(b"");
+            (reset.numbers, reset.class, reset.window) = (numbers, 0x28, 0);
+            back(reset.flags(flags), program)
         };
         for (numbers, flags, data, expected) in [
             ((7, 0), SYN, &b""[..], ((0, 8), RST | ACK)),
             ((7, 9), SYN, b"early", ((0, 13), RST | ACK)),
             ((u32::MAX, 0), SYN, b"odd", ((0, 3), RST | ACK)),
             // The length of all that a frame takes.
-            ((1, 0), SYN, &[0xff; 1460], ((0, 1462), RST | ACK)),
+            ((1, 0), SYN, &[0xff; 1440], ((0, 1442), RST | ACK)),
         ] {
-            let frame = sent(numbers, flags, data).bytes();
-            let expected = reset(expected.0, expected.1);
-            assert_eq!(
-                kernel.run(program, &frame),
-                (REDIRECT, expected),
-                "{client} {flags}"
-            );
-            let event = kernel.last_event().unwrap();
-            assert_eq!(
-                (event.verdict, event.reason, event.destination),
-                (DROPPED, REASON_NO_SERVICE, service.into())
-            );
-            assert_ne!(event.service, 0);
-            answered += 1;
+            for options in [false, true] {
+                let mut sent = sent(numbers, flags, data);
+                if options {
+                    sent = sent.with_options();
+                }
+                assert_eq!(
+                    kernel.run(program, &sent.bytes()),
+                    (REDIRECT, reset(expected.0, expected.1)),
+                    "{sent:?}"
+                );
+                let event = kernel.last_event().unwrap();
+                assert_eq!(
+                    (event.verdict, event.reason, event.destination),
+                    (DROPPED, REASON_NO_SERVICE, service.into())
+                );
+                assert_ne!(event.service, 0);
+                answered += 1;
+            }
         }
         // Segments of connections that nobody knows. Those to the node itself are reset by its stack.
-        let stack = service == at("192.0.2.10") || service == at("2001:db8::10");
+        let stack = FAMILIES.map(node).contains(&service);
         for (flags, data, expected) in [
             (ACK, &b"more"[..], ((0x8000_0001, 0), RST)),
             (FIN | ACK, b"", ((0x8000_0001, 0), RST)),
@@ -141,23 +143,19 @@ fn senders_of_others_learn_that_the_port_is_unreachable() {
     }
     let (mut kernel, ways) = ways();
     for (client, service, program) in ways {
-        let ends = (client, service);
-        let ports = (4000, 30_080);
+        let sent = here(udp(client, service, 4000, 30_080));
         for sent in [
-            udp(ends, ports, b""),
-            udp(ends, ports, b"four"),
-            udp(ends, ports, b"an odd length"),
-            udp(ends, ports, &[0xa5; 419]),
-            udp(ends, ports, &[0xa5; 421]),
-            udp(ends, ports, &[0xff; 1400]),
-            sctp(ends, ports, 1, &[3; 16]),
+            sent.clone().with(b""),
+            sent.clone().with(b"four"),
+            sent.clone().with(b"an odd length"),
+            sent.clone().with(&[0xa5; 419]),
+            sent.clone().with(&[0xa5; 421]),
+            sent.clone().with(&[0xff; 1400]),
+            sent.with_options(),
+            here(sctp(client, service, 4000, 30_080, INIT)).with(&[3; 16]),
         ] {
             let mut frame = sent.bytes();
-            let end = frame.len().min(14 + 448);
-            let (kind, code) = if client.is_ipv4() { (3, 3) } else { (1, 4) };
-            let mut expected = error((service, client), kind, code, &frame[14..end]);
-            expected.class = 0xc0;
-            let expected = (REDIRECT, back(expected, program));
+            let expected = (REDIRECT, back(refusal(&sent), program));
             assert_eq!(kernel.run(program, &frame), expected, "{sent:?}");
             assert_eq!(kernel.last_event().unwrap().reason, REASON_NO_SERVICE);
             // What fills a short frame up is no part of the packet.
@@ -165,7 +163,7 @@ fn senders_of_others_learn_that_the_port_is_unreachable() {
             assert_eq!(kernel.run(program, &frame), expected, "{sent:?}");
         }
     }
-    assert_eq!(kernel.refused().0, 6 * 7 * 2);
+    assert_eq!(kernel.refused().0, 6 * 8 * 2);
 }
 
 #[test]
@@ -175,14 +173,11 @@ fn what_must_not_be_answered_is_not() {
     }
     let (mut kernel, ways) = ways();
     for (client, service, program) in ways {
-        let ends = (client, service);
-        let syn = tcp(ends, (4000, 30_080), (7, 0), SYN, 8192, b"");
+        let syn = here(tcp(client, service, 4000, 30_080, "S"));
         // To many, or to another and overheard: a pod's is dropped, the network's is the stack's.
         let left = if program == FROM_POD { SHOT } else { OK };
         for mac in [[0xff; 6], [1, 0, 0x5e, 0, 0, 1], [2, 0, 0, 0, 0, 9]] {
-            let mut sent = syn.clone();
-            sent.mac_destination = mac;
-            let frame = sent.bytes();
+            let frame = syn.clone().between(THERE, mac).bytes();
             assert_eq!(
                 kernel.run(program, &frame),
                 (left, frame.clone()),
@@ -190,17 +185,17 @@ fn what_must_not_be_answered_is_not() {
             );
         }
         // Errors, and parts of datagrams.
-        let quote = udp((service, client), (30_080, 4000), b"").bytes();
-        let frame = error(ends, if client.is_ipv4() { 3 } else { 1 }, 3, &quote[14..]).bytes();
+        let about = udp(service, client, 30_080, 4000);
+        let frame = here(error(client, service, Why::NoPort, &about, 500)).bytes();
         assert_eq!(kernel.run(program, &frame), (OK, frame.clone()));
-        if client.is_ipv4() {
-            let mut later = udp(ends, (4000, 30_080), b"").bytes();
-            later[20..22].copy_from_slice(&[0, 1]);
-            assert_eq!(kernel.run(program, &later), (left, later.clone()));
-            let mut first = syn.bytes();
-            first[20..22].copy_from_slice(&[0x20, 0]);
-            assert_eq!(kernel.run(program, &first), (SHOT, first.clone()));
-        }
+        let mut later = here(udp(client, service, 4000, 30_080));
+        later.fragment(7, 8, false);
+        let later = later.bytes();
+        assert_eq!(kernel.run(program, &later), (left, later.clone()));
+        let mut first = syn.clone();
+        first.fragment(8, 0, true);
+        let first = first.bytes();
+        assert_eq!(kernel.run(program, &first), (SHOT, first.clone()));
         if program == FROM_NETWORK {
             let nobodies = [
                 "0.0.0.0",
@@ -210,9 +205,9 @@ fn what_must_not_be_answered_is_not() {
                 "::",
                 "ff02::1",
             ];
-            for nobody in nobodies.map(at) {
+            for nobody in nobodies.map(|text| text.parse::<IpAddr>().unwrap()) {
                 if nobody.is_ipv4() == client.is_ipv4() {
-                    let frame = udp((nobody, service), (4000, 30_080), b"").bytes();
+                    let frame = here(udp(nobody, service, 4000, 30_080)).bytes();
                     assert_eq!(
                         kernel.run(program, &frame),
                         (SHOT, frame.clone()),
@@ -234,12 +229,13 @@ fn what_is_dropped_is_dropped_silently() {
     let (mut kernel, ways) = ways();
     for (client, service, program) in ways {
         for flags in [DROP_INSIDE | DROP_OUTSIDE, SOURCE_RANGES] {
-            kernel.service(service, 30_081, flags, None);
-            let ends = (client, service);
-            for frame in [
-                tcp(ends, (4000, 30_081), (7, 0), SYN, 8192, b"").bytes(),
-                udp(ends, (4000, 30_081), b"").bytes(),
+            kernel.open(service, 30_081, flags, None);
+            for packet in [
+                tcp(client, service, 4000, 30_081, "S"),
+                udp(client, service, 4000, 30_081),
+                sctp(client, service, 4000, 30_081, INIT),
             ] {
+                let frame = here(packet).bytes();
                 assert_eq!(
                     kernel.run(program, &frame),
                     (SHOT, frame.clone()),
@@ -258,21 +254,24 @@ fn endpoints_come_and_go() {
     if left_out() {
         return;
     }
-    let mut kernel = Kernel::new();
-    let (pod, service) = (at("10.244.0.5"), at("10.96.0.9"));
-    let sent = udp((pod, service), (4000, 53), b"?").bytes();
-    kernel.service(service, 53, 0, None);
-    assert_eq!(kernel.run(FROM_POD, &sent).0, REDIRECT);
-    assert_eq!(kernel.refused().0, 1);
-    kernel.service(service, 53, 0, Some((at("10.244.0.6"), 5353)));
-    let mut served = udp((pod, at("10.244.0.6")), (4000, 5353), b"?");
-    (served.mac_source, served.mac_destination, served.hops) = (HERE, POD_MAC, 63);
-    assert_eq!(kernel.run(FROM_POD, &sent), (REDIRECT, served.bytes()));
-    kernel.end_backend();
-    kernel.service(service, 53, 0, None);
-    let (verdict, out) = kernel.run(FROM_POD, &sent);
-    assert_eq!((verdict, out[23]), (REDIRECT, 1));
-    assert_eq!(kernel.refused().0, 2);
+    for f in FAMILIES {
+        let mut kernel = Kernel::shared();
+        let sent = here(udp(pod(f), service(f), 4000, 53));
+        let refused = (REDIRECT, back(refusal(&sent), FROM_POD));
+        kernel.open(service(f), 53, 0, None);
+        assert_eq!(kernel.run(FROM_POD, &sent.bytes()), refused);
+        assert_eq!(kernel.refused().0, 1);
+        kernel.open(service(f), 53, 0, Some((web(f), 5353)));
+        let served = sent.to(web(f), 5353).handed_over(POD_MAC);
+        assert_eq!(
+            kernel.run(FROM_POD, &sent.bytes()),
+            (REDIRECT, served.bytes())
+        );
+        kernel.end_backend();
+        kernel.open(service(f), 53, 0, None);
+        assert_eq!(kernel.run(FROM_POD, &sent.bytes()), refused);
+        assert_eq!(kernel.refused().0, 2);
+    }
 }
 
 /// Real sockets in namespaces, whose kernels leave checksums to the last device: both a pod's and an outside client's
@@ -283,19 +282,13 @@ fn sockets_are_refused_at_once() {
         return;
     }
     Wires::with(|_| {
-        let mut kernel = Kernel::new();
-        for address in ["10.96.0.9", "fd96::9"] {
-            kernel.service(at(address), 80, 0, None);
+        let mut kernel = Kernel::own();
+        for address in FAMILIES.map(service) {
+            kernel.open(address, 80, 0, None);
         }
-        let own: [&[&str]; 2] = [
-            &["10.244.0.5/32", "fd00::5/128"],
-            &["198.51.100.7/32", "2001:db8:7::7/128"],
-        ];
         // By devices that leave checksums to others, and by one that makes the checksums that were left to it.
-        let devices = ["pod0", "client0", "client1"]
-            .into_iter()
-            .zip([own[0], own[1], own[1]]);
-        for (device, addresses) in devices {
+        let whose: [Host; 3] = [("pod0", pod), ("client0", client), ("client1", client)];
+        for (device, address) in whose {
             let (ready, go_on) = (Barrier::new(2), Barrier::new(2));
             std::thread::scope(|scope| {
                 let (ready, go_on) = (&ready, &go_on);
@@ -305,9 +298,9 @@ fn sockets_are_refused_at_once() {
                     tell.send(nix::unistd::gettid()).unwrap();
                     ready.wait();
                     go_on.wait();
-                    for address in addresses {
-                        let nodad = if address.contains(':') { " nodad" } else { "" };
-                        ip(&format!("addr add {address} dev eth0{nodad}"));
+                    for address in FAMILIES.map(address) {
+                        let rest = if address.is_ipv4() { "/32 dev eth0" } else { "/128 dev eth0 nodad" };
+                        ip(&format!("addr add {address}{rest}"));
                     }
                     ip("link set eth0 up");
                     for (gateway, family) in [("169.254.1.1", "-4"), ("fe80::1", "-6")] {
@@ -315,15 +308,13 @@ fn sockets_are_refused_at_once() {
                         ip(&format!("{family} route add default via {gateway} dev eth0 onlink"));
                     }
                     go_on.wait();
-                    for service in ["10.96.0.9", "fd96::9"].map(at) {
-                        ask(service);
-                    }
+                    FAMILIES.map(service).into_iter().for_each(ask);
                 });
                 let thread = hear.recv().unwrap();
                 ready.wait();
                 let namespace = format!("/proc/{}/task/{thread}/ns/net", std::process::id());
                 ip(&format!(
-                    "link add {device} address 02:00:00:00:02:01 type veth peer name eth0 address 02:00:00:00:02:02 netns {namespace}"
+                    "link add {device} address 02:00:00:00:02:01 type veth peer name eth0 address 02:00:00:00:00:09 netns {namespace}"
                 ));
                 ip(&format!("link set {device} up"));
                 if device == "client1" {
@@ -331,17 +322,12 @@ fn sockets_are_refused_at_once() {
                     let off = ethtool.args(["-K", device, "tx", "off"]).output().unwrap();
                     assert!(off.status.success(), "{off:?}");
                 }
-                let index = nix::net::if_::if_nametoindex(device).unwrap();
                 if device == "pod0" {
-                    for address in ["10.244.0.5", "fd00::5"] {
-                        kernel.pod_on(at(address), index, [2, 0, 0, 0, 2, 2]);
-                    }
-                    kernel.loaded.attach_pod(device).unwrap();
+                    kernel.attach_pod(device);
                 } else {
-                    let name = device.to_owned();
                     let device = Device {
-                        index,
-                        name,
+                        index: nix::net::if_::if_nametoindex(device).unwrap(),
+                        name: device.to_owned(),
                         bus: None,
                     };
                     kernel.attach(&[device], Xdp::Off).unwrap();

@@ -2,56 +2,19 @@
 
 use xebec_dataplane_common::flow::REASON_CHECKSUM;
 
-use super::both::{Datagram, HERE, at, crc32c, sctp};
-use super::{Kernel, OK, PASS, POD_MAC, REDIRECT, SHOT, left_out};
+use super::kernel::Shared;
+use super::packet::{ABORT, DATA, INIT, INIT_ACK, SHUTDOWN_COMPLETE};
+use super::{
+    FAMILIES, Family, Kernel, OK, PASS, POD_MAC, Packet, REDIRECT, SHOT, client, left_out, node,
+    pod, sctp, service, source_port, web,
+};
 
-const DATA: u8 = 0;
-const INIT: u8 = 1;
-const INIT_ACK: u8 = 2;
-const ABORT: u8 = 6;
-const SHUTDOWN_COMPLETE: u8 = 14;
-
-/// Families' clients, Services and backends: of a pod, and of someone outside.
-const FAMILIES: [[&str; 5]; 2] = [
-    [
-        "10.244.0.5",
-        "10.96.0.9",
-        "10.244.0.6",
-        "198.51.100.7",
-        "192.0.2.10",
-    ],
-    [
-        "fd00::5",
-        "fd96::9",
-        "fd00::6",
-        "2001:db8:7::7",
-        "2001:db8::10",
-    ],
-];
-
-fn kernel() -> Kernel {
-    let mut kernel = Kernel::new();
-    kernel.node6(at("2001:db8::10"));
-    kernel.pod_at(at("fd00::5"), true);
-    kernel.pod_at(at("fd00::6"), false);
+/// A ClusterIP and a node port, with the web pod's ports behind them.
+fn served(f: Family) -> Shared {
+    let mut kernel = Kernel::shared();
+    kernel.open(service(f), 80, 0, Some((web(f), 8080)));
+    kernel.node_port(30_080, web(f), 9090);
     kernel
-}
-
-/// What a pod of this node is handed.
-fn handed(mut packet: Datagram) -> Vec<u8> {
-    (packet.mac_source, packet.mac_destination, packet.hops) = (HERE, POD_MAC, 63);
-    packet.bytes()
-}
-
-/// The checksum's place in a frame.
-fn checksum(frame: &mut [u8], v4: bool) -> &mut [u8] {
-    let place = if v4 { 14 + 20 + 8 } else { 14 + 40 + 8 };
-    &mut frame[place..place + 4]
-}
-
-#[test]
-fn the_test_knows_the_checksum() {
-    assert_eq!(crc32c(b"123456789"), 0xe306_9283);
 }
 
 #[test]
@@ -59,61 +22,78 @@ fn services_with_other_ports_serve_it() {
     if left_out() {
         return;
     }
-    for [pod, service, backend, client, node] in FAMILIES.map(|all| all.map(at)) {
-        let mut kernel = kernel();
-        kernel.service(service, 80, 0, Some((backend, 8080)));
-        let every = if pod.is_ipv4() { "0.0.0.0" } else { "::" };
-        kernel.service(at(every), 30_080, 0, Some((backend, 9090)));
+    for f in FAMILIES {
+        let mut kernel = served(f);
         // Chunks of all lengths that count: none, odd ones, and all that a frame takes.
         for (index, length) in [0, 1, 4, 16, 255, 256, 1000, 1444].into_iter().enumerate() {
             let data: Vec<u8> = (0..length).map(|byte| (byte * 7 % 251) as u8).collect();
             let port = 4000 + index as u16;
-            let sent = sctp((pod, service), (port, 80), INIT, &data);
-            let expected = sctp((pod, backend), (port, 8080), INIT, &data);
-            assert_eq!(
-                kernel.run("xebec_from_pod", &sent.bytes()),
-                (REDIRECT, handed(expected)),
-                "{pod} {length}"
-            );
-            let sent = sctp((client, node), (port, 30_080), INIT, &data);
-            let expected = sctp((client, backend), (port, 9090), INIT, &data);
-            let answer = sctp((backend, client), (9090, port), INIT_ACK, &data);
-            let back = sctp((node, client), (30_080, port), INIT_ACK, &data);
-            if index % 2 == 0 {
+            for options in [false, true] {
+                // Where headers leave no room, there are no options.
+                if options && length > 1400 {
+                    continue;
+                }
+                let made = |packet: Packet| match options {
+                    true => packet.with(data.clone()).with_options(),
+                    false => packet.with(data.clone()),
+                };
+                let sent = made(sctp(pod(f), service(f), port, 80, INIT));
+                let expected = sent.to(web(f), 8080).handed_over(POD_MAC);
                 assert_eq!(
-                    kernel.run("xebec_from_network", &sent.bytes()),
-                    (OK, expected.bytes())
+                    kernel.run("xebec_from_pod", &sent.bytes()),
+                    (REDIRECT, expected.bytes()),
+                    "{sent:?}"
                 );
-            } else {
-                assert_eq!(kernel.run_early(0, &sent.bytes()), (PASS, expected.bytes()));
+                let sent = made(sctp(client(f), node(f), port, 30_080, INIT));
+                let expected = sent.to(web(f), 9090);
+                let answer = made(sctp(web(f), client(f), 9090, port, INIT_ACK));
+                let back = answer.from(node(f), 30_080);
+                if index % 2 == 0 || options {
+                    assert_eq!(
+                        kernel.run("xebec_from_network", &sent.bytes()),
+                        (OK, expected.bytes())
+                    );
+                } else {
+                    assert_eq!(kernel.run_early(0, &sent.bytes()), (PASS, expected.bytes()));
+                }
+                assert_eq!(
+                    kernel.run("xebec_to_network", &answer.bytes()),
+                    (OK, back.bytes())
+                );
             }
-            assert_eq!(
-                kernel.run("xebec_to_network", &answer.bytes()),
-                (OK, back.bytes())
-            );
         }
+    }
+}
+
+#[test]
+fn what_is_behind_the_packet_and_wrong_checksums_stay() {
+    if left_out() {
+        return;
+    }
+    for f in FAMILIES {
+        let mut kernel = served(f);
+        let begun = sctp(client(f), node(f), 4000, 30_080, INIT);
+        assert_eq!(kernel.run("xebec_from_network", &begun.bytes()).0, OK);
         // What fills a short frame up is no part of the packet.
-        let (mut sent, mut expected) = (
-            sctp((client, node), (4000, 30_080), DATA, b"").bytes(),
-            sctp((client, backend), (4000, 9090), DATA, b"").bytes(),
-        );
+        let packet = sctp(client(f), node(f), 4000, 30_080, DATA).with(b"");
+        let (mut sent, mut expected) = (packet.bytes(), packet.to(web(f), 9090).bytes());
         sent.extend([0x55; 10]);
         expected.extend([0x55; 10]);
         assert_eq!(kernel.run("xebec_from_network", &sent), (OK, expected));
         // A wrong checksum stays as wrong as it was, and none stays none.
-        let (mut sent, mut expected) = (
-            sctp((client, node), (4000, 30_080), DATA, b"four").bytes(),
-            sctp((client, backend), (4000, 9090), DATA, b"four").bytes(),
-        );
-        checksum(&mut sent, pod.is_ipv4())[1] ^= 0x10;
-        checksum(&mut expected, pod.is_ipv4())[1] ^= 0x10;
+        let mut sent = packet.with(b"four");
+        let mut expected = sent.to(web(f), 9090);
+        sent.crc = Some(sent.crc() ^ 0x1000);
+        expected.crc = Some(expected.crc() ^ 0x1000);
         assert_eq!(
-            kernel.run("xebec_from_network", &sent),
-            (OK, expected.clone())
+            kernel.run("xebec_from_network", &sent.bytes()),
+            (OK, expected.bytes())
         );
-        checksum(&mut sent, pod.is_ipv4()).fill(0);
-        checksum(&mut expected, pod.is_ipv4()).fill(0);
-        assert_eq!(kernel.run("xebec_from_network", &sent), (OK, expected));
+        (sent.crc, expected.crc) = (Some(0), Some(0));
+        assert_eq!(
+            kernel.run("xebec_from_network", &sent.bytes()),
+            (OK, expected.bytes())
+        );
     }
 }
 
@@ -122,20 +102,18 @@ fn to_the_outside_its_port_changes() {
     if left_out() {
         return;
     }
-    for [pod, _, _, client, node] in FAMILIES.map(|all| all.map(at)) {
-        let mut kernel = kernel();
-        let sent = sctp((pod, client), (4000, 80), INIT, b"some tags");
+    for f in FAMILIES {
+        let mut kernel = Kernel::shared();
+        let sent = sctp(pod(f), client(f), 4000, 80, INIT).with(b"some tags");
         let (verdict, out) = kernel.run("xebec_to_network", &sent.bytes());
-        let place = if pod.is_ipv4() { 34 } else { 54 };
-        let port = u16::from_be_bytes([out[place], out[place + 1]]);
+        let port = source_port(&out);
         assert!(port >= 61_000, "{port}");
-        let expected = sctp((node, client), (port, 80), INIT, b"some tags");
+        let expected = sent.from(node(f), port);
         assert_eq!((verdict, out), (OK, expected.bytes()));
-        let answer = sctp((client, node), (80, port), INIT_ACK, b"others");
-        let back = sctp((client, pod), (80, 4000), INIT_ACK, b"others");
+        let answer = sctp(client(f), node(f), 80, port, INIT_ACK).with(b"others");
         assert_eq!(
             kernel.run("xebec_from_network", &answer.bytes()),
-            (OK, back.bytes())
+            (OK, answer.to(pod(f), 4000).bytes())
         );
     }
 }
@@ -146,16 +124,16 @@ fn a_fragment_whose_port_would_change_is_dropped() {
     if left_out() {
         return;
     }
-    let mut kernel = kernel();
-    let [pod, service, backend, ..] = FAMILIES[0].map(at);
-    kernel.service(service, 80, 0, Some((backend, 8080)));
-    kernel.service(service, 81, 0, Some((backend, 81)));
-    for (port, verdict) in [(80, SHOT), (81, REDIRECT)] {
-        let mut sent = sctp((pod, service), (4000, port), INIT, b"").bytes();
-        sent[20] = 0x20;
-        assert_eq!(kernel.run("xebec_from_pod", &sent).0, verdict);
-        let reason = if port == 80 { REASON_CHECKSUM } else { 0 };
-        assert_eq!(kernel.last_event().unwrap().reason, reason);
+    for f in FAMILIES {
+        let mut kernel = served(f);
+        kernel.open(service(f), 81, 0, Some((web(f), 81)));
+        for (port, verdict) in [(80, SHOT), (81, REDIRECT)] {
+            let mut sent = sctp(pod(f), service(f), 4000, port, INIT);
+            sent.fragment(7, 0, true);
+            assert_eq!(kernel.run("xebec_from_pod", &sent.bytes()).0, verdict);
+            let reason = if port == 80 { REASON_CHECKSUM } else { 0 };
+            assert_eq!(kernel.last_event().unwrap().reason, reason);
+        }
     }
 }
 
@@ -164,47 +142,46 @@ fn associations_begin_and_end() {
     if left_out() {
         return;
     }
-    let [_, _, _, client, node] = FAMILIES[0].map(at);
-    let (one, two) = (at("10.244.0.6"), at("10.244.0.5"));
-    for end in [ABORT, SHUTDOWN_COMPLETE] {
-        let mut kernel = kernel();
-        let every = at("0.0.0.0");
-        kernel.service(every, 30_080, 0, Some((one, 9090)));
-        let sent = |chunk| sctp((client, node), (4000, 30_080), chunk, b"").bytes();
-        let seen = |by, chunk| (OK, sctp((client, by), (4000, 9090), chunk, b"").bytes());
-        // Nothing but INIT begins one.
-        for chunk in [DATA, INIT_ACK, ABORT] {
-            let frame = sent(chunk);
+    for f in FAMILIES {
+        for end in [ABORT, SHUTDOWN_COMPLETE] {
+            let mut kernel = Kernel::shared();
+            kernel.node_port(30_080, web(f), 9090);
+            let sent = |chunk| sctp(client(f), node(f), 4000, 30_080, chunk);
+            let seen = |by, chunk| (OK, sent(chunk).to(by, 9090).bytes());
+            // Nothing but INIT begins one.
+            for chunk in [DATA, INIT_ACK, ABORT] {
+                let frame = sent(chunk).bytes();
+                assert_eq!(
+                    kernel.run("xebec_from_network", &frame),
+                    (OK, frame.clone())
+                );
+            }
+            assert_eq!(kernel.translations(), 0);
             assert_eq!(
-                kernel.run("xebec_from_network", &frame),
-                (OK, frame.clone())
+                kernel.run("xebec_from_network", &sent(INIT).bytes()),
+                seen(web(f), INIT)
             );
-        }
-        assert_eq!(kernel.translations(), 0);
-        assert_eq!(
-            kernel.run("xebec_from_network", &sent(INIT)),
-            seen(one, INIT)
-        );
-        // Sent again, it goes where it went; other backends are others'.
-        kernel.service(every, 30_080, 0, Some((two, 9090)));
-        assert_eq!(
-            kernel.run("xebec_from_network", &sent(INIT)),
-            seen(one, INIT)
-        );
-        let answer = sctp((one, client), (9090, 4000), INIT_ACK, b"").bytes();
-        let back = sctp((node, client), (30_080, 4000), INIT_ACK, b"").bytes();
-        assert_eq!(kernel.run("xebec_to_network", &answer), (OK, back));
-        for chunk in [DATA, end] {
+            // Sent again, it goes where it went; other backends are others'.
+            kernel.node_port(30_080, pod(f), 9090);
             assert_eq!(
-                kernel.run("xebec_from_network", &sent(chunk)),
-                seen(one, chunk)
+                kernel.run("xebec_from_network", &sent(INIT).bytes()),
+                seen(web(f), INIT)
             );
+            let answer = sctp(web(f), client(f), 9090, 4000, INIT_ACK);
+            let back = answer.from(node(f), 30_080).bytes();
+            assert_eq!(kernel.run("xebec_to_network", &answer.bytes()), (OK, back));
+            for chunk in [DATA, end] {
+                assert_eq!(
+                    kernel.run("xebec_from_network", &sent(chunk).bytes()),
+                    seen(web(f), chunk)
+                );
+            }
+            // Over, and the next is a new one.
+            assert_eq!(
+                kernel.run("xebec_from_network", &sent(INIT).bytes()),
+                seen(pod(f), INIT)
+            );
+            assert_eq!(kernel.translations(), 2);
         }
-        // Over, and the next is a new one.
-        assert_eq!(
-            kernel.run("xebec_from_network", &sent(INIT)),
-            seen(two, INIT)
-        );
-        assert_eq!(kernel.translations(), 2);
     }
 }

@@ -1,9 +1,12 @@
 //! A network namespace with devices, routes and neighbours, for frames that leave the node.
 
+use std::net::IpAddr;
 use std::process::Command;
 
 use nix::sched::{CloneFlags, unshare};
 use xebec_agent::network::Device;
+
+use super::{FAMILIES, at};
 
 /// The hardware address of the router to the client, and of the other node.
 pub const ROUTER: [u8; 6] = [2, 0, 0, 0, 0, 0xaa];
@@ -20,15 +23,7 @@ pub struct Wires {
 impl Wires {
     /// Runs a test there, on a thread of its own.
     pub fn with(test: impl FnOnce(&Self) + Send) {
-        std::thread::scope(|scope| {
-            let thread = scope.spawn(|| {
-                unshare(CloneFlags::CLONE_NEWNET).unwrap();
-                test(&Self::new());
-            });
-            if let Err(panic) = thread.join() {
-                std::panic::resume_unwind(panic);
-            }
-        });
+        namespace(|| test(&Self::new()));
     }
 
     fn new() -> Self {
@@ -39,22 +34,33 @@ impl Wires {
                 "link add wire{index} address {mac} type veth peer name far{index}"
             ));
             ip(&format!("addr add {network}.10/24 dev wire{index}"));
+            let network = network.replace('.', ":");
+            ip(&format!(
+                "-6 addr add fd00:{network}::10/64 dev wire{index} nodad"
+            ));
             for device in ["wire", "far"] {
                 ip(&format!("link set {device}{index} addrgenmode none"));
                 ip(&format!("link set {device}{index} up"));
             }
         }
-        neighbour("replace", "192.0.2.1", 0, ROUTER);
-        neighbour("replace", "192.0.2.20", 0, OTHER_NODE);
-        neighbour("replace", "203.0.113.20", 1, OTHER_NODE);
+        for f in FAMILIES {
+            neighbour("replace", at(f, [192, 0, 2, 1]), 0, ROUTER);
+            neighbour("replace", at(f, [192, 0, 2, 20]), 0, OTHER_NODE);
+            neighbour("replace", at(f, [203, 0, 113, 20]), 1, OTHER_NODE);
+        }
         for route in [
             "198.51.100.0/24 via 192.0.2.1",
             "10.244.1.0/24 via 192.0.2.20",
             "10.244.2.0/24 via 203.0.113.20",
+            "fd00:198:51:100::/64 via fd00:192:0:2::1",
+            "fd00:10:244:1::/64 via fd00:192:0:2::20",
+            "fd00:10:244:2::/64 via fd00:203:0:113::20",
         ] {
             ip(&format!("route add {route}"));
         }
-        std::fs::write("/proc/sys/net/ipv4/ip_forward", "1").unwrap();
+        for file in ["ipv4/ip_forward", "ipv6/conf/all/forwarding"] {
+            std::fs::write(format!("/proc/sys/net/{file}"), "1").unwrap();
+        }
         Self {
             // The first is as if it were hardware.
             devices: [(0, Some("pci")), (1, None)].map(|(index, bus)| {
@@ -68,14 +74,51 @@ impl Wires {
         }
     }
 
+    /// Sends a frame to a device from its other end.
+    pub fn send(&self, device: u8, frame: &[u8]) {
+        let index = nix::net::if_::if_nametoindex(format!("far{device}").as_str()).unwrap();
+        // SAFETY: the structure holds numbers alone, of which all may be 0.
+        let mut whom: libc::sockaddr_ll = unsafe { std::mem::zeroed() };
+        whom.sll_family = libc::AF_PACKET as u16;
+        whom.sll_ifindex = index as i32;
+        // SAFETY: the socket is closed here, and the kernel reads frame and address within their lengths.
+        unsafe {
+            let socket = libc::socket(libc::AF_PACKET, libc::SOCK_RAW | libc::SOCK_CLOEXEC, 0);
+            assert!(socket >= 0);
+            let sent = libc::sendto(
+                socket,
+                frame.as_ptr().cast(),
+                frame.len(),
+                0,
+                (&raw const whom).cast(),
+                size_of::<libc::sockaddr_ll>() as u32,
+            );
+            libc::close(socket);
+            assert_eq!(sent, frame.len() as isize);
+        }
+    }
+
     /// The first device's index.
     pub fn index(&self) -> u32 {
         self.devices[0].index
     }
 }
 
+/// Runs a test in a network namespace of its own, on a thread that ends with it.
+pub fn namespace(test: impl FnOnce() + Send) {
+    std::thread::scope(|scope| {
+        let thread = scope.spawn(|| {
+            unshare(CloneFlags::CLONE_NEWNET).unwrap();
+            test();
+        });
+        if let Err(panic) = thread.join() {
+            std::panic::resume_unwind(panic);
+        }
+    });
+}
+
 /// Adds or removes a neighbour of a device.
-pub fn neighbour(verb: &str, address: &str, device: u8, mac: [u8; 6]) {
+pub fn neighbour(verb: &str, address: IpAddr, device: u8, mac: [u8; 6]) {
     let mac = mac.map(|byte| format!("{byte:02x}")).join(":");
     ip(&format!(
         "neigh {verb} {address} dev wire{device} lladdr {mac} nud permanent"

@@ -1,0 +1,807 @@
+//! The rules of the dataplane in plain Rust: what becomes of a packet at each hook, and what is remembered of it.
+//!
+//! What chance decides (a backend, a port) is taken over from the programs, and checked to be allowed.
+
+use std::collections::HashMap;
+use std::net::IpAddr;
+
+use crate::packets::{ACK, FIN, Packet, RST, SYN};
+
+/// An end of a flow.
+pub type End = (IpAddr, u16);
+
+/// The ends that a packet names, in its direction.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub struct Ends {
+    pub from: End,
+    pub to: End,
+    pub protocol: u8,
+}
+
+impl Ends {
+    pub fn back(self) -> Self {
+        Self {
+            from: self.to,
+            to: self.from,
+            protocol: self.protocol,
+        }
+    }
+
+    /// The same for both directions.
+    pub fn key(self) -> (End, End, u8) {
+        let (low, high) = (self.from.min(self.to), self.from.max(self.to));
+        (low, high, self.protocol)
+    }
+}
+
+/// What the packets of one direction become.
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub struct Turn {
+    /// The beginner's packets; otherwise the answers.
+    pub forth: bool,
+    /// Where they leave; otherwise where they come in.
+    pub late: bool,
+    pub becomes: Ends,
+    /// Whether the other entry's packets are translated where they leave.
+    pub other_late: bool,
+}
+
+/// What is remembered of a flow under one pair of ends.
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub struct Entry {
+    pub beginner: End,
+    /// The generation of rules by which it was judged; 0 for none.
+    pub judged: u32,
+    pub rule: u32,
+    pub service: u32,
+    /// Number and generation.
+    pub backend: Option<(u32, u32)>,
+    pub turn: Option<Turn>,
+    /// Flags of TCP that were seen from the beginner and the other end, as far as they are told of.
+    pub told: [u8; 2],
+    pub closed: bool,
+    /// When its other entry was last seen to be there.
+    pub paired: u32,
+}
+
+/// The other end answered.
+const ANSWERED: u8 = 0x80;
+
+#[derive(Clone, Debug)]
+pub struct Pod {
+    pub address: IpAddr,
+    pub identity: u32,
+    pub ingress: u32,
+    pub egress: u32,
+}
+
+#[derive(Clone, Copy, Debug)]
+pub struct Backend {
+    pub end: End,
+    pub generation: u32,
+    pub ending: bool,
+}
+
+#[derive(Clone, Debug, Default)]
+pub struct Frontend {
+    pub service: u32,
+    pub affinity: bool,
+    pub external: bool,
+    pub drop_inside: bool,
+    pub drop_outside: bool,
+    pub inside: Vec<u32>,
+    pub outside: Vec<u32>,
+}
+
+/// A packet as a hook sees it.
+#[derive(Clone, Copy, Debug)]
+pub struct Seen {
+    pub ends: Ends,
+    /// Flags of TCP.
+    pub flags: u8,
+    pub ttl: u8,
+    /// Of an error, who sent it to whom; the ends are those of the flow that it is about, from its side.
+    pub carrier: Option<(IpAddr, IpAddr)>,
+    pub later: bool,
+    /// Whether the frame is addressed to the device.
+    pub here: bool,
+}
+
+impl Seen {
+    fn begins(&self) -> bool {
+        self.is_told() && self.carrier.is_none() && self.flags & (SYN | ACK) == SYN
+    }
+
+    /// Whether the protocol's flows say when they begin and end.
+    fn is_told(&self) -> bool {
+        matches!(self.ends.protocol, 6 | 132)
+    }
+
+    /// Whether it may be of a TCP connection that has begun.
+    fn goes_on(&self) -> bool {
+        self.ends.protocol == 6 && self.carrier.is_none() && self.flags & RST == 0
+    }
+
+    fn may_begin(&self) -> bool {
+        self.begins() || self.ends.protocol == 17 && !self.later && self.carrier.is_none()
+    }
+
+    fn sender(&self) -> IpAddr {
+        self.carrier.map_or(self.ends.from.0, |carrier| carrier.0)
+    }
+
+    fn receiver(&self) -> IpAddr {
+        self.carrier.map_or(self.ends.to.0, |carrier| carrier.1)
+    }
+}
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Verdict {
+    Drop,
+    Pass,
+    /// To a pod of this node, or another way than the stack's.
+    Send,
+    /// For a Service without endpoints, to whom it came from.
+    Answer,
+}
+
+/// What becomes of a packet.
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub struct Fate {
+    pub verdict: Verdict,
+    /// What its ends become.
+    pub becomes: Option<Ends>,
+}
+
+const DROP: Fate = Fate {
+    verdict: Verdict::Drop,
+    becomes: None,
+};
+
+const ANSWER: Fate = Fate {
+    verdict: Verdict::Answer,
+    ..DROP
+};
+
+const PASS: Fate = Fate {
+    verdict: Verdict::Pass,
+    ..DROP
+};
+
+/// What a frontend offers to a client.
+enum Offer {
+    NoService,
+    Refused,
+    Dropped,
+    /// Its service, and the backends of which one is chosen.
+    Any(u32, Vec<u32>),
+}
+
+/// What the programs made of the packet, where chance decides.
+#[derive(Clone, Copy, Debug)]
+pub struct Made {
+    pub dropped: bool,
+    pub sent: bool,
+    pub from_port: u16,
+    pub to: End,
+    /// The backend that the programs remember for the client and Service by now.
+    pub remembered: Option<u32>,
+}
+
+pub struct Model {
+    /// In ticks.
+    pub now: u32,
+    pub flows: HashMap<(End, End, u8), Entry>,
+    pub pods: Vec<Pod>,
+    /// Node addresses, and whether they are this node's.
+    pub nodes: HashMap<IpAddr, bool>,
+    pub identities: HashMap<IpAddr, u32>,
+    /// Sets: peer (0 for any), protocol, port.
+    pub sets: HashMap<u32, Vec<(u32, u8, u16)>>,
+    pub generation: u32,
+    pub backends: HashMap<u32, Backend>,
+    /// By address; none for node ports.
+    pub frontends: HashMap<(Option<IpAddr>, bool, u16, u8), Frontend>,
+    pub affinities: HashMap<(IpAddr, u32), (u32, u32)>,
+    pub native: Vec<IpAddr>,
+    pub ports: std::ops::RangeInclusive<u16>,
+}
+
+impl Model {
+    fn pod(&self, address: IpAddr) -> Option<&Pod> {
+        self.pods.iter().find(|pod| pod.address == address)
+    }
+
+    /// The node's address of the same family.
+    fn node(&self, like: IpAddr) -> IpAddr {
+        let mut own = self.nodes.iter().filter(|(_, own)| **own);
+        *own.find(|(address, _)| address.is_ipv4() == like.is_ipv4())
+            .unwrap()
+            .0
+    }
+
+    fn is_own(&self, address: IpAddr) -> bool {
+        self.nodes.get(&address) == Some(&true)
+    }
+
+    fn identity(&self, address: IpAddr) -> u32 {
+        self.identities.get(&address).copied().unwrap_or(2)
+    }
+
+    fn allows(&self, set: u32, peer: u32, ends: Ends) -> bool {
+        set == 0
+            || self.sets.get(&set).is_some_and(|set| {
+                set.iter().any(|(who, protocol, port)| {
+                    (*who == 0 || *who == peer) && *protocol == ends.protocol && *port == ends.to.1
+                })
+            })
+    }
+
+    fn has_backend(&self, entry: &Entry) -> bool {
+        entry.backend.is_none_or(|(number, generation)| {
+            self.backends[&number].generation == generation && generation % 2 == 1
+        })
+    }
+
+    /// Whether the flow was allowed and that holds; and what is known of it: whether this is an answer, its Service.
+    fn known(&mut self, seen: &Seen) -> (bool, bool, u32) {
+        let generation = self.generation;
+        let Some(entry) = self.flows.get_mut(&seen.ends.key()) else {
+            return (false, false, 0);
+        };
+        let reply = entry.beginner != seen.ends.from;
+        if seen.carrier.is_some() {
+            return (entry.judged != 0, true, entry.service);
+        }
+        let old = !reply && entry.judged != generation;
+        if seen.begins() || entry.judged == 0 || old {
+            return (false, reply, entry.service);
+        }
+        // Each end's first flags are told of, and the first answer of what has none.
+        let news = match seen.is_told() {
+            true => seen.flags & (SYN | FIN | RST),
+            false => u8::from(reply),
+        };
+        let told = &mut entry.told[usize::from(reply)];
+        if news & !*told != 0 {
+            if reply && *told == 0 {
+                entry.paired = 0;
+            }
+            *told |= news;
+            if seen.is_told() && news & (FIN | RST) != 0 {
+                entry.closed = true;
+            }
+        }
+        (true, reply, entry.service)
+    }
+
+    /// What the packet becomes by what is remembered of its flow, and whether that is done where it leaves.
+    fn translation(&mut self, seen: &Seen) -> Option<(Ends, bool)> {
+        let key = seen.ends.key();
+        let mut entry = *self.flows.get(&key)?;
+        let turn = entry.turn?;
+        let forth = entry.beginner == seen.ends.from;
+        if turn.forth != forth {
+            return None;
+        }
+        if seen.carrier.is_some() {
+            return Some((turn.becomes, turn.late));
+        }
+        let (connection, answered) = (seen.is_told(), entry.told[1] != 0);
+        if forth && entry.backend.is_some() {
+            // A connection that is sent again before it was answered is the same; later it is another.
+            if seen.begins() && (answered || entry.closed) {
+                return None;
+            }
+            // All but an open connection leave a backend that is gone.
+            let open = connection && answered;
+            if !open && !self.has_backend(&entry) {
+                return None;
+            }
+        }
+        if !forth && !answered {
+            entry.told[1] |= ANSWERED;
+            entry.paired = 0;
+        }
+        let ends = connection && seen.flags & (FIN | RST) != 0;
+        entry.closed = ends || entry.closed && !seen.begins();
+        if ends || entry.paired != self.now {
+            entry.paired = self.now;
+            if !self.pair(&entry, turn, seen.ends) {
+                self.flows.remove(&key);
+                return None;
+            }
+        }
+        self.flows.insert(key, entry);
+        Some((turn.becomes, turn.late))
+    }
+
+    /// Tells the other entry, or makes it again; false if its place is another flow's.
+    fn pair(&mut self, entry: &Entry, turn: Turn, ends: Ends) -> bool {
+        let back = Turn {
+            forth: !turn.forth,
+            late: turn.other_late,
+            becomes: ends.back(),
+            other_late: turn.late,
+        };
+        if let Some(other) = self.flows.get_mut(&turn.becomes.key()) {
+            let same = other.turn.is_some_and(|found| {
+                (found.forth, found.late, found.becomes) == (back.forth, back.late, back.becomes)
+            });
+            if same {
+                other.closed = entry.closed;
+                other.told[1] |= entry.told[1];
+            }
+            return same;
+        }
+        let other = Entry {
+            beginner: if turn.forth {
+                turn.becomes.from
+            } else {
+                turn.becomes.to
+            },
+            turn: Some(back),
+            ..*entry
+        };
+        self.flows.insert(turn.becomes.key(), other);
+        true
+    }
+
+    /// Remembers a flow that is translated; false if the place of its other entry is taken.
+    fn enter_pair(
+        &mut self,
+        new: Entry,
+        ends: Ends,
+        becomes: Ends,
+        late: bool,
+        other_late: bool,
+    ) -> bool {
+        let back = Turn {
+            forth: false,
+            late: other_late,
+            becomes: ends.back(),
+            other_late: late,
+        };
+        if let Some(old) = self.flows.get(&becomes.key()) {
+            let same = old.turn.is_some_and(|found| {
+                (found.forth, found.late, found.becomes) == (back.forth, back.late, back.becomes)
+            });
+            // A connection that ended, and was not translated, leaves its place.
+            let over = old.closed && old.turn.is_none();
+            if !same && !over {
+                return false;
+            }
+        }
+        let new = Entry {
+            paired: self.now,
+            ..new
+        };
+        let (there, here) = (
+            Entry {
+                beginner: becomes.from,
+                turn: Some(back),
+                ..new
+            },
+            Entry {
+                beginner: ends.from,
+                turn: Some(Turn {
+                    forth: true,
+                    late,
+                    becomes,
+                    other_late,
+                }),
+                ..new
+            },
+        );
+        self.flows.insert(becomes.key(), there);
+        self.flows.insert(ends.key(), here);
+        true
+    }
+
+    /// The same with a source port: its own if the source stays whose it was and the place is free, otherwise one of
+    /// the node's. None if there is none.
+    fn enter_with_port(
+        &mut self,
+        new: Entry,
+        ends: Ends,
+        mut becomes: Ends,
+        late: bool,
+        other_late: bool,
+        made: &Made,
+    ) -> Option<Ends> {
+        let fixed = !matches!(ends.protocol, 1 | 6 | 17 | 58 | 132);
+        if (fixed || becomes.from.0 == ends.from.0)
+            && self.enter_pair(new, ends, becomes, late, other_late)
+        {
+            return Some(becomes);
+        }
+        if fixed {
+            return None;
+        }
+        if made.dropped {
+            // Only where none is left.
+            for port in self.ports.clone() {
+                becomes.from.1 = port;
+                if matches!(ends.protocol, 1 | 58) {
+                    becomes.to.1 = port;
+                }
+                assert!(
+                    self.flows.contains_key(&becomes.key()),
+                    "the port {port} is free"
+                );
+            }
+            return None;
+        }
+        assert!(
+            self.ports.contains(&made.from_port),
+            "the port {}",
+            made.from_port
+        );
+        becomes.from.1 = made.from_port;
+        if matches!(ends.protocol, 1 | 58) {
+            becomes.to.1 = made.from_port;
+        }
+        assert!(
+            self.enter_pair(new, ends, becomes, late, other_late),
+            "the port {} is another flow's",
+            made.from_port
+        );
+        Some(becomes)
+    }
+
+    /// Remembers a flow that is not translated here.
+    fn enter(&mut self, seen: &Seen, rule: u32) {
+        let told = [seen.flags & (SYN | FIN | RST), 0];
+        if let Some(old) = self.flows.get_mut(&seen.ends.key()) {
+            let over = old.closed && seen.begins();
+            // What was translated elsewhere on its way here stays translated.
+            if old.turn.is_some() && old.beginner == seen.ends.from && !over {
+                (old.judged, old.rule) = (self.generation, rule);
+                // Judged anew it is still the same: who answered has answered.
+                match seen.begins() {
+                    true => old.told = told,
+                    false => old.told[0] |= told[0],
+                }
+                return;
+            }
+        }
+        let new = Entry {
+            judged: self.generation,
+            rule,
+            told,
+            ..self.plain(seen.ends.from)
+        };
+        self.flows.insert(seen.ends.key(), new);
+    }
+
+    fn plain(&self, beginner: End) -> Entry {
+        Entry {
+            beginner,
+            judged: 0,
+            rule: 0,
+            service: 0,
+            backend: None,
+            turn: None,
+            told: [0; 2],
+            closed: false,
+            paired: 0,
+        }
+    }
+
+    fn offer(&self, ends: Ends, inside: bool) -> Offer {
+        let (address, port) = ends.to;
+        let mut found =
+            self.frontends
+                .get(&(Some(address), address.is_ipv4(), port, ends.protocol));
+        if found.is_none() && self.nodes.get(&address).is_some_and(|own| inside || *own) {
+            found = self
+                .frontends
+                .get(&(None, address.is_ipv4(), port, ends.protocol));
+        }
+        let Some(front) = found else {
+            return Offer::NoService;
+        };
+        let (run, drops) = if inside || !front.external {
+            (&front.inside, front.drop_inside)
+        } else {
+            (&front.outside, front.drop_outside)
+        };
+        if run.is_empty() {
+            return if drops {
+                Offer::Dropped
+            } else {
+                Offer::Refused
+            };
+        }
+        if front.affinity {
+            if let Some((number, generation)) = self.affinities.get(&(ends.from.0, front.service)) {
+                let backend = &self.backends[number];
+                if backend.generation == *generation && generation % 2 == 1 && !backend.ending {
+                    return Offer::Any(front.service, vec![*number]);
+                }
+            }
+        }
+        Offer::Any(front.service, run.clone())
+    }
+
+    /// Whether the ends' Service has no endpoints, and says so.
+    fn refuses(&self, ends: Ends, inside: bool) -> bool {
+        matches!(self.offer(ends, inside), Offer::Refused)
+    }
+
+    /// The backend that the programs chose of those that are offered; none where that can't be seen.
+    fn chosen(&mut self, ends: Ends, service: u32, offered: &[u32], made: &Made) -> Option<u32> {
+        let chosen = if made.dropped {
+            made.remembered
+        } else {
+            let found = offered.iter().copied();
+            // Several may have one address.
+            let mut found = found.filter(|number| self.backends[number].end == made.to);
+            let first = found.next();
+            assert!(
+                first.is_some(),
+                "{:?} is none of the backends {offered:?}",
+                made.to
+            );
+            made.remembered.or(first)
+        };
+        if let Some(number) = made.remembered {
+            assert!(offered.contains(&number), "{number} is none of {offered:?}");
+            let generation = self.backends[&number].generation;
+            self.affinities
+                .insert((ends.from.0, service), (number, generation));
+        }
+        chosen
+    }
+
+    pub fn has_affinity(&self, ends: Ends) -> Option<u32> {
+        let (address, port) = ends.to;
+        let v4 = address.is_ipv4();
+        let own = self
+            .frontends
+            .get(&(Some(address), v4, port, ends.protocol));
+        let node = self
+            .nodes
+            .contains_key(&address)
+            .then_some((None, v4, port, ends.protocol));
+        let front = own.or_else(|| self.frontends.get(&node?))?;
+        front.affinity.then_some(front.service)
+    }
+
+    /// Out of a pod.
+    pub fn leaves_pod(&mut self, pod: usize, seen: &Seen, made: &Made) -> Fate {
+        let pod = self.pods[pod].clone();
+        if seen.sender() != pod.address || seen.ends.from.0 != pod.address {
+            return DROP;
+        }
+        let (yes, reply, service) = self.known(seen);
+        let mut becomes = self.translation(seen).and_then(|(becomes, late)| {
+            // Towards pods of this node there is no other hook.
+            (!late || self.pod(becomes.to.0).is_some()).then_some(becomes)
+        });
+        if !(yes && (becomes.is_some() || reply || service == 0)) {
+            let offer = match becomes.is_none() {
+                true if seen.may_begin() => self.offer(seen.ends, true),
+                true if seen.goes_on() && self.refuses(seen.ends, true) => Offer::Refused,
+                _ => Offer::NoService,
+            };
+            match offer {
+                Offer::Refused if seen.here => return ANSWER,
+                Offer::Refused | Offer::Dropped => return DROP,
+                Offer::NoService => {
+                    let ends = becomes.unwrap_or(seen.ends);
+                    let Some(rule) = self.judged(&pod, seen, ends) else {
+                        return DROP;
+                    };
+                    if seen.carrier.is_none() {
+                        self.enter(seen, rule);
+                    }
+                }
+                Offer::Any(service, offered) => {
+                    let number = self.chosen(seen.ends, service, &offered, made);
+                    let to = |number: &u32| Ends {
+                        to: self.backends[number].end,
+                        ..seen.ends
+                    };
+                    if made.dropped {
+                        // One that may not be asked, or whose place is taken and can't be changed.
+                        let mut offered = number.map_or(offered, |number| vec![number]);
+                        let all = offered.len();
+                        offered.retain(|number| self.judged(&pod, seen, to(number)).is_some());
+                        let refused = offered.len() < all;
+                        assert!(
+                            refused || offered.is_empty(),
+                            "all of {offered:?} may be asked"
+                        );
+                        return DROP;
+                    }
+                    let number = number.unwrap();
+                    let mut ends = to(&number);
+                    let Some(rule) = self.judged(&pod, seen, ends) else {
+                        return DROP;
+                    };
+                    self.forget(seen.ends);
+                    let itself = ends.to.0 == ends.from.0;
+                    if itself {
+                        ends.from.0 = self.node(ends.to.0);
+                    }
+                    let new = Entry {
+                        judged: self.generation,
+                        rule,
+                        service,
+                        backend: Some((number, self.backends[&number].generation)),
+                        told: [seen.flags & SYN, 0],
+                        ..self.plain(seen.ends.from)
+                    };
+                    becomes = self.enter_with_port(new, seen.ends, ends, false, !itself, made);
+                    if becomes.is_none() {
+                        return DROP;
+                    }
+                }
+            }
+        }
+        let receiver = becomes.map_or(seen.receiver(), |ends| ends.to.0);
+        let here = self.pod(receiver).is_some() && seen.ttl > 1;
+        Fate {
+            verdict: if here { Verdict::Send } else { Verdict::Pass },
+            becomes,
+        }
+    }
+
+    /// The rule that lets a pod's packet go to these ends, 0 where none is needed; none if it may not.
+    fn judged(&self, pod: &Pod, seen: &Seen, ends: Ends) -> Option<u32> {
+        if !self.allows(pod.egress, self.identity(ends.to.0), ends) {
+            return None;
+        }
+        let mut rule = if pod.egress != 0 { 42 } else { 0 };
+        if let Some(to) = self.pod(ends.to.0) {
+            if !self.allows(to.ingress, self.identity(seen.ends.from.0), ends) {
+                return None;
+            }
+            if to.ingress != 0 {
+                rule = 42;
+            }
+        }
+        Some(rule)
+    }
+
+    /// The other entry of a flow that is about to begin anew.
+    fn forget(&mut self, ends: Ends) {
+        if let Some(turn) = self.flows.get(&ends.key()).and_then(|entry| entry.turn) {
+            self.flows.remove(&turn.becomes.key());
+        }
+    }
+
+    /// Into a pod, from the stack; `own` is what a process of the node sent.
+    pub fn enters_pod(&mut self, pod: usize, own: bool, seen: &Seen) -> Fate {
+        let pod = self.pods[pod].clone();
+        if seen.receiver() != pod.address || seen.ends.to.0 != pod.address {
+            return DROP;
+        }
+        let (yes, _, _) = self.known(seen);
+        let becomes = self
+            .translation(seen)
+            .and_then(|(ends, late)| late.then_some(ends));
+        if !yes {
+            let asked = pod.ingress != 0 && !own;
+            if asked && !self.allows(pod.ingress, self.identity(seen.ends.from.0), seen.ends) {
+                return DROP;
+            }
+            if seen.carrier.is_none() {
+                self.enter(seen, if asked { 42 } else { 0 });
+            }
+        }
+        Fate { becomes, ..PASS }
+    }
+
+    /// In from the network.
+    pub fn comes_in(&mut self, seen: &Seen, made: &Made) -> Fate {
+        let entry = self.flows.get(&seen.ends.key());
+        let unknown = entry.is_none();
+        let answers = entry.is_some_and(|entry| entry.beginner != seen.ends.from);
+        let known = self
+            .translation(seen)
+            .and_then(|(ends, late)| (!late).then_some(ends));
+        let becomes = match known {
+            Some(ends) => ends,
+            None => {
+                if !seen.may_begin() {
+                    // Where XDP found that its entry no longer holds, tc finds none.
+                    let gone = made.sent && !self.flows.contains_key(&seen.ends.key());
+                    let stray = (unknown || gone) && seen.goes_on() && !self.is_own(seen.ends.to.0);
+                    return match stray && seen.here && self.refuses(seen.ends, false) {
+                        true => ANSWER,
+                        false => PASS,
+                    };
+                }
+                if !seen.begins() && answers {
+                    return PASS;
+                }
+                let (service, offered) = match self.offer(seen.ends, false) {
+                    Offer::Refused if seen.here => return ANSWER,
+                    Offer::NoService | Offer::Refused => return PASS,
+                    Offer::Dropped => return DROP,
+                    Offer::Any(service, offered) => (service, offered),
+                };
+                // Without a hop left it is dropped where it would leave: the choice can't be seen then.
+                assert!(
+                    !made.dropped,
+                    "a new flow to the Service {service} was dropped"
+                );
+                let number = self.chosen(seen.ends, service, &offered, made).unwrap();
+                let mut ends = Ends {
+                    to: self.backends[&number].end,
+                    ..seen.ends
+                };
+                self.forget(seen.ends);
+                let stays = self.is_own(ends.to.0) || self.pod(ends.to.0).is_some();
+                if !stays {
+                    ends.from.0 = self.node(ends.to.0);
+                }
+                let new = Entry {
+                    service,
+                    backend: Some((number, self.backends[&number].generation)),
+                    ..self.plain(seen.ends.from)
+                };
+                match self.enter_with_port(new, seen.ends, ends, false, stays, made) {
+                    Some(ends) => ends,
+                    None => return DROP,
+                }
+            }
+        };
+        let stays = self.is_own(becomes.to.0) || self.pod(becomes.to.0).is_some();
+        let verdict = match (stays, seen.ttl) {
+            (true, _) => Verdict::Pass,
+            (false, 0 | 1) => Verdict::Drop,
+            (false, _) => Verdict::Send,
+        };
+        Fate {
+            verdict,
+            becomes: Some(becomes),
+        }
+    }
+
+    /// Out to the network.
+    pub fn goes_out(&mut self, seen: &Seen, made: &Made) -> Fate {
+        let pod = self.pod(seen.ends.from.0).is_some();
+        if !pod && !self.is_own(seen.ends.from.0) {
+            return PASS;
+        }
+        let before = self.flows.get(&seen.ends.key()).copied();
+        if let Some((ends, true)) = self.translation(seen) {
+            return Fate {
+                becomes: Some(ends),
+                ..PASS
+            };
+        }
+        let answers = before.is_some_and(|entry| entry.beginner != seen.ends.from);
+        if !pod || seen.carrier.is_some() || answers || self.native.contains(&seen.ends.to.0) {
+            return PASS;
+        }
+        let mut new = self.plain(seen.ends.from);
+        if let Some(old) = before {
+            (new.judged, new.rule, new.told) = (old.judged, old.rule, old.told);
+        }
+        let mut ends = seen.ends;
+        ends.from.0 = self.node(ends.to.0);
+        match self.enter_with_port(new, seen.ends, ends, true, false, made) {
+            Some(ends) => Fate {
+                becomes: Some(ends),
+                ..PASS
+            },
+            None => DROP,
+        }
+    }
+}
+
+/// A packet with the ends that it becomes; an error's own sender and receiver, and what it quotes.
+pub fn changed(packet: &Packet, ends: Ends) -> Packet {
+    let mut new = packet.clone();
+    (new.source, new.destination) = (ends.from.0, ends.to.0);
+    new.destination_port = ends.to.1;
+    match ends.protocol {
+        1 | 58 => new.set_source_port(ends.from.1),
+        _ => new.source_port = ends.from.1,
+    }
+    new
+}

@@ -1,0 +1,110 @@
+//! Maps as the kernel holds them, by their names: what the agent never reads or empties, tests do.
+
+use std::marker::PhantomData;
+use std::os::fd::{AsFd, AsRawFd};
+
+use aya::maps::{MapFd, MapInfo};
+use bytemuck::{AnyBitPattern, NoUninit};
+
+/// Commands of bpf(2).
+const LOOKUP: libc::c_long = 1;
+const UPDATE: libc::c_long = 2;
+const DELETE: libc::c_long = 3;
+const NEXT_KEY: libc::c_long = 4;
+
+/// Attributes of these commands (`union bpf_attr`).
+#[repr(C)]
+struct Element {
+    fd: u32,
+    pad: u32,
+    key: u64,
+    value: u64,
+    flags: u64,
+}
+
+/// A map of keys and values of these kinds.
+pub struct Table<K, V> {
+    fd: MapFd,
+    kinds: PhantomData<(K, V)>,
+}
+
+impl<K, V> Table<K, V> {
+    fn call(&self, command: libc::c_long, key: *const u8, value: *mut u8) -> bool {
+        let element = Element {
+            fd: self.fd.as_fd().as_raw_fd() as u32,
+            pad: 0,
+            key: key as u64,
+            value: value as u64,
+            flags: 0,
+        };
+        // SAFETY: the attributes are those of the command; callers give memory of the sizes that the map has.
+        unsafe {
+            libc::syscall(
+                libc::SYS_bpf,
+                command,
+                &raw const element,
+                size_of::<Element>(),
+            ) == 0
+        }
+    }
+}
+
+impl<K: NoUninit + AnyBitPattern, V: NoUninit + AnyBitPattern> Table<K, V> {
+    /// The map of this name among those with these numbers.
+    pub fn find(numbers: &[u32], name: &str) -> Option<Self> {
+        let info = numbers
+            .iter()
+            .map(|number| MapInfo::from_id(*number).unwrap())
+            .find(|info| info.name_as_str() == Some(name))?;
+        let sizes = (info.key_size() as usize, info.value_size() as usize);
+        assert_eq!(sizes, (size_of::<K>(), size_of::<V>()), "{name}");
+        Some(Self {
+            fd: info.fd().unwrap(),
+            kinds: PhantomData,
+        })
+    }
+
+    /// The value of a key.
+    pub fn get(&self, key: &K) -> Option<V> {
+        let mut value = V::zeroed();
+        self.call(LOOKUP, (&raw const *key).cast(), (&raw mut value).cast())
+            .then_some(value)
+    }
+
+    /// Writes an entry.
+    pub fn set(&self, key: &K, mut value: V) {
+        assert!(self.call(UPDATE, (&raw const *key).cast(), (&raw mut value).cast()));
+    }
+
+    /// Removes an entry; false if there is none.
+    pub fn remove(&self, key: &K) -> bool {
+        self.call(DELETE, (&raw const *key).cast(), std::ptr::null_mut())
+    }
+
+    /// All keys.
+    pub fn keys(&self) -> Vec<K> {
+        let mut keys = Vec::new();
+        let mut next = K::zeroed();
+        let mut last = std::ptr::null();
+        while self.call(NEXT_KEY, last, (&raw mut next).cast()) {
+            keys.push(next);
+            last = (&raw const *keys.last().unwrap()).cast();
+        }
+        keys
+    }
+
+    /// All entries.
+    pub fn entries(&self) -> Vec<(K, V)> {
+        self.keys()
+            .into_iter()
+            .filter_map(|key| Some((key, self.get(&key)?)))
+            .collect()
+    }
+
+    /// Removes all entries.
+    pub fn clear(&self) {
+        for key in self.keys() {
+            self.remove(&key);
+        }
+    }
+}
