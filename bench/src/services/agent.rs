@@ -81,12 +81,12 @@ pub fn run(args: Args) -> Result<()> {
     });
     let config = xebec_agent::Config {
         node_name: NODE.to_owned(),
-        node_ip: args.ip,
-        pod_cidr: args.range,
+        node_ips: vec![args.ip],
+        pod_cidrs: vec![args.range],
         socket: socket(&args.dir),
         state_dir: args.dir.join("state"),
         bpf_dir: args.dir.join("bpf"),
-        pod_cgroup: pods(&args.node_cgroup),
+        pod_cgroup: Some(pods(&args.node_cgroup)),
         cgroup_root: args.node_cgroup,
         devices: args.device,
         xdp: if args.xdp {
@@ -95,6 +95,9 @@ pub fn run(args: Args) -> Result<()> {
             xebec_agent::loader::Xdp::Auto
         },
         native: Vec::new(),
+        node_ports: xebec_agent::services::NodePortAddresses::All,
+        l2_announcements: false,
+        serve: xebec_agent::metrics::Addresses::default(),
     };
     runtime.block_on(async {
         let path = args.dir.join(KUBECONFIG);

@@ -219,7 +219,7 @@ async fn serve(args: &Args, shutdown: CancellationToken) -> Result<Arc<ApiServer
     let config = xebec_apiserver::Config {
         listen: vec![args.listen],
         tls: Arc::new(tls),
-        service_cidr: "10.96.0.0/12".parse().context("no range")?,
+        service_cidrs: vec!["10.96.0.0/12".parse().context("no range")?],
         service_account_key_pem: KeyPair::generate()
             .context("could not make a key")?
             .serialize_pem(),
