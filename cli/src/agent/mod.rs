@@ -258,7 +258,7 @@ impl Run {
             devices: self.devices.clone(),
             xdp: self.xdp.into(),
             native: self.cluster_cidr.iter().map(IpNet::trunc).collect(),
-            node_ports: self.ports.node_ports(),
+            node_ports: self.ports.node_ports()?,
             l2_announcements: self.l2_announcements,
             serve: xebec_agent::metrics::Addresses {
                 metrics: self.ports.metrics(),

@@ -18,8 +18,8 @@ pub struct Ports {
     healthz_bind_address: Bind,
     /// Of the node's addresses, only those in these blocks (with commas between) are reached at node ports; the word
     /// `primary` is for the node's own address of each family. All of them by default
-    #[arg(long, default_value = "", hide_default_value = true, value_parser = NodePortAddresses::from_str)]
-    nodeport_addresses: NodePortAddresses,
+    #[arg(long, value_delimiter = ',', value_parser = word)]
+    nodeport_addresses: Vec<String>,
 }
 
 /// An address to listen on, or none.
@@ -40,6 +40,11 @@ fn address(port: u16) -> impl Fn(&str) -> Result<Bind> + Clone {
     }
 }
 
+/// A block of addresses, or the word that stands for some.
+fn word(text: &str) -> Result<String> {
+    NodePortAddresses::from_str(text).map(|_| text.to_owned())
+}
+
 impl Ports {
     /// Where metrics are served.
     pub fn metrics(&self) -> Option<SocketAddr> {
@@ -52,8 +57,9 @@ impl Ports {
     }
 
     /// Where node ports are reached.
-    pub fn node_ports(&self) -> NodePortAddresses {
-        self.nodeport_addresses.clone()
+    pub fn node_ports(&self) -> Result<NodePortAddresses> {
+        let all = self.nodeport_addresses.join(",");
+        all.parse().context("--nodeport-addresses")
     }
 }
 
@@ -87,7 +93,7 @@ mod tests {
 
     #[test]
     fn blocks_of_node_ports() {
-        let of = |args: &[&str]| ports(args).map(|ports| ports.node_ports());
+        let of = |args: &[&str]| ports(args).and_then(|ports| ports.node_ports());
         assert_eq!(of(&[]).unwrap(), NodePortAddresses::All);
         assert_eq!(
             of(&["--nodeport-addresses", "primary"]).unwrap(),
@@ -98,6 +104,8 @@ mod tests {
             of(&["--nodeport-addresses", "192.0.2.0/24,fd00::/64"]).unwrap(),
             NodePortAddresses::Blocks(blocks.to_vec())
         );
-        assert!(of(&["--nodeport-addresses", "eth0"]).is_err());
+        for bad in ["eth0", "primary,192.0.2.0/24"] {
+            assert!(of(&["--nodeport-addresses", bad]).is_err(), "{bad}");
+        }
     }
 }

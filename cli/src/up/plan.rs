@@ -59,7 +59,7 @@ impl Up {
             cluster_domain: CLUSTER_DOMAIN.into(),
             kubelet_port: 10250,
             xdp: self.xdp.into(),
-            node_ports: self.ports.node_ports(),
+            node_ports: self.ports.node_ports()?,
             l2_announcements: !self.load_balancer_cidr.is_empty(),
             metrics: self.ports.metrics(),
             healthz: self.ports.healthz(),
