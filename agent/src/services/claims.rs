@@ -3,10 +3,21 @@
 use hashbrown::HashMap;
 use xebec_dataplane_common::service::FrontendKey;
 
-/// Frontends and their owners, by number; others that ask for the same wait.
+/// Who has written nothing.
+const NOBODY: u32 = u32::MAX;
+
+/// Who has a frontend, and whose value the kernel has: a new owner's comes a little later.
+#[derive(Clone, Copy)]
+struct Owner {
+    who: u32,
+    writer: u32,
+}
+
+/// Frontends and their owners, by number; others that ask for the same wait. The owner is always the first in order
+/// of all that ask.
 #[derive(Default)]
 pub struct Claims {
-    owners: HashMap<FrontendKey, u32>,
+    owners: HashMap<FrontendKey, Owner>,
     waiting: HashMap<FrontendKey, Vec<u32>>,
 }
 
@@ -28,7 +39,30 @@ impl Claims {
     }
 
     pub fn owner(&self, key: &FrontendKey) -> Option<u32> {
-        self.owners.get(key).copied()
+        self.owners.get(key).map(|owner| owner.who)
+    }
+
+    /// The kernel gets this one's value.
+    pub fn write(&mut self, key: &FrontendKey, who: u32) {
+        if let Some(owner) = self.owners.get_mut(key) {
+            owner.writer = who;
+        }
+    }
+
+    /// Whether the kernel has this one's value.
+    pub fn wrote(&self, key: &FrontendKey, who: u32) -> bool {
+        self.owners
+            .get(key)
+            .is_some_and(|owner| owner.writer == who)
+    }
+
+    /// Takes this one's value back; whether the kernel had it.
+    pub fn unwrite(&mut self, key: &FrontendKey, who: u32) -> bool {
+        let wrote = self.wrote(key, who);
+        if wrote {
+            self.write(key, NOBODY);
+        }
+        wrote
     }
 
     /// Asks for a frontend; `before` tells whether the first goes before the second.
@@ -38,22 +72,51 @@ impl Claims {
         who: u32,
         before: impl Fn(u32, u32) -> bool,
     ) -> Claim {
-        let owner = *self.owners.entry(key).or_insert(who);
-        if owner == who {
+        let new = Owner {
+            who,
+            writer: NOBODY,
+        };
+        let owner = self.owners.entry(key).or_insert(new);
+        let other = owner.who;
+        if other == who {
             return Claim::Own;
         }
         let waiting = self.waiting.entry(key).or_default();
-        if before(who, owner) {
+        if before(who, other) {
             waiting.retain(|one| *one != who);
-            waiting.push(owner);
-            self.owners.insert(key, who);
-            Claim::From(owner)
+            waiting.push(other);
+            owner.who = who;
+            Claim::From(other)
         } else {
             if !waiting.contains(&who) {
                 waiting.push(who);
             }
-            Claim::Lost(owner)
+            Claim::Lost(other)
         }
+    }
+
+    /// One that asks has another place in the order; who has the frontend from now on because of that, and who had
+    /// it.
+    pub fn reorder(
+        &mut self,
+        key: &FrontendKey,
+        who: u32,
+        before: impl Fn(u32, u32) -> bool,
+    ) -> Option<(u32, u32)> {
+        let owner = self.owners.get_mut(key)?;
+        let waiting = self.waiting.get_mut(key)?;
+        let first = if owner.who == who {
+            first(waiting, &before)?
+        } else {
+            who
+        };
+        if !before(first, owner.who) {
+            return None;
+        }
+        let last = std::mem::replace(&mut owner.who, first);
+        waiting.retain(|one| *one != first);
+        waiting.push(last);
+        Some((first, last))
     }
 
     /// Gives a claim up; who has the frontend from now on because of that.
@@ -66,25 +129,28 @@ impl Claims {
         let mut next = None;
         if let Some(waiting) = self.waiting.get_mut(key) {
             waiting.retain(|one| *one != who);
-            if self.owners.get(key) == Some(&who) {
-                next = waiting
-                    .iter()
-                    .copied()
-                    .reduce(|a, b| if before(b, a) { b } else { a });
+            if self.owners.get(key).is_some_and(|owner| owner.who == who) {
+                next = first(waiting, &before);
                 waiting.retain(|one| Some(*one) != next);
             }
             if waiting.is_empty() {
                 self.waiting.remove(key);
             }
         }
-        if self.owners.get(key) == Some(&who) {
-            match next {
-                Some(next) => self.owners.insert(*key, next),
-                None => self.owners.remove(key),
-            };
+        match (self.owners.get_mut(key), next) {
+            (Some(owner), Some(next)) if owner.who == who => owner.who = next,
+            (Some(owner), None) if owner.who == who => {
+                self.owners.remove(key);
+            }
+            _ => {}
         }
         next
     }
+}
+
+fn first(waiting: &[u32], before: impl Fn(u32, u32) -> bool) -> Option<u32> {
+    let all = waiting.iter().copied();
+    all.reduce(|a, b| if before(b, a) { b } else { a })
 }
 
 #[cfg(test)]
@@ -113,5 +179,34 @@ mod tests {
         assert_eq!(claims.owner(&key), Some(7));
         assert_eq!(claims.give_up(&key, 7, before), None);
         assert_eq!((claims.len(), claims.waiting.len()), (0, 0));
+    }
+
+    #[test]
+    fn whose_order_changes_loses_it_or_gets_it_and_the_writer_is_remembered() {
+        let key = FrontendKey {
+            address: Ip::EVERY_V4,
+            port: 1,
+            protocol: 6,
+            pad: 0,
+        };
+        let forward = |a: u32, b: u32| a < b;
+        let mut claims = Claims::default();
+        claims.claim(key, 1, forward);
+        claims.write(&key, 1);
+        assert_eq!(claims.reorder(&key, 1, forward), None);
+        for who in [2, 3] {
+            assert_eq!(claims.claim(key, who, forward), Claim::Lost(1));
+        }
+        let first_is_last = |a: u32, b: u32| a != 1 && (b == 1 || a < b);
+        assert_eq!(claims.reorder(&key, 1, first_is_last), Some((2, 1)));
+        assert_eq!(claims.reorder(&key, 1, forward), Some((1, 2)));
+        assert_eq!(claims.reorder(&key, 3, |a, _| a == 3), Some((3, 1)));
+        assert!(claims.wrote(&key, 1));
+        assert_eq!(claims.give_up(&key, 1, first_is_last), None);
+        assert_eq!(
+            (claims.unwrite(&key, 3), claims.unwrite(&key, 1)),
+            (false, true)
+        );
+        assert!(!claims.wrote(&key, 1));
     }
 }

@@ -229,12 +229,11 @@ impl<K: ServiceKernel> Tables<K> {
             return Some(name);
         }
         self.service_changes += 1;
-        let before = entry
-            .service()
-            .map(|before| (before.created, before.extra().problems.clone()));
-        let (created, problems) = before.unwrap_or((view.created, Vec::new()));
+        let before = entry.service();
+        // One that was removed and made again is another, though it may still hold what it had.
+        let moved = before.is_none_or(|before| before.created != view.created);
         let told = &view.extra().problems;
-        if !told.is_empty() && *told != problems {
+        if !told.is_empty() && before.is_none_or(|before| before.extra().problems != *told) {
             let words = told.join("; ");
             self.notices.push(Notice::new(
                 &name,
@@ -243,23 +242,23 @@ impl<K: ServiceKernel> Tables<K> {
                 words,
             ));
         }
-        let moved = created != view.created;
         entry.source = Source::Service(Box::new(view));
         if moved {
-            self.claim_anew(number);
+            self.reorder(number);
         }
         self.mark(number);
         Some(name)
     }
 
     /// Its place among those that ask for the same has changed.
-    fn claim_anew(&mut self, number: u32) {
+    fn reorder(&mut self, number: u32) {
         let units = self.entries.get(number).map(|entry| &entry.units);
         let keys: Vec<_> = units.into_iter().flatten().flat_map(Unit::keys).collect();
         for key in keys {
             let before = |a: u32, b: u32| Self::before(&self.entries, a, b);
-            if let Some(next) = self.claims.give_up(&key, number, before) {
+            if let Some((next, last)) = self.claims.reorder(&key, number, before) {
                 self.mark(next);
+                self.mark(last);
             }
         }
     }
@@ -273,6 +272,7 @@ impl<K: ServiceKernel> Tables<K> {
             if entry.service().is_some() {
                 entry.source = Source::Nobody;
                 self.service_changes += 1;
+                self.reorder(number);
                 self.mark(number);
             }
         }
@@ -399,6 +399,7 @@ impl<K: ServiceKernel> Tables<K> {
                 if let Some(entry) = self.entries.get_mut(number) {
                     entry.source = Source::Nobody;
                 }
+                self.reorder(number);
                 self.mark(number);
             }
         }
@@ -537,7 +538,7 @@ impl<K: ServiceKernel> Tables<K> {
         }
         // A frontend can go from one port of the Service to another.
         let mut kept = Vec::new();
-        if !before.is_empty() || changed.len() > 1 {
+        if units.len() + before.len() > 1 {
             kept.extend(units.iter().flat_map(Unit::keys));
         }
         for (before, at) in changed {

@@ -189,7 +189,7 @@ impl<K: ServiceKernel> Tables<K> {
         self.ranges += new_ranges.len() as u32;
         let added = new_ranges.into_iter().map(|block| ((number, block), true));
         self.batch.ranges.extend(added);
-        self.write_fronts(&unit, known.as_ref());
+        self.write_fronts(entry, &unit, known.as_ref());
         Applied {
             unit: Some(unit),
             before: known,
@@ -203,7 +203,7 @@ impl<K: ServiceKernel> Tables<K> {
         for held in held.filter(|held| held.owned) {
             if self.claims.owner(&held.front.key) != Some(entry) {
                 held.owned = false;
-                self.take_out(&held.front.key);
+                self.take_out(entry, &held.front.key);
             }
         }
         Applied {
@@ -220,7 +220,7 @@ impl<K: ServiceKernel> Tables<K> {
             .iter()
             .filter(|held| !kept.contains(&held.front.key))
         {
-            self.give_up(entry, &held.front.key, held.owned);
+            self.give_up(entry, &held.front.key);
         }
         self.batch.released.extend(&unit.members);
         self.batch.freed.extend(unit.extents());
@@ -276,27 +276,17 @@ impl<K: ServiceKernel> Tables<K> {
     }
 
     /// Gives a frontend up that is, or was, in the kernel.
-    fn give_up(&mut self, entry: u32, key: &FrontendKey, owned: bool) {
+    fn give_up(&mut self, entry: u32, key: &FrontendKey) {
+        self.take_out(entry, key);
         let before = |a: u32, b: u32| Self::before(&self.entries, a, b);
         if let Some(next) = self.claims.give_up(key, entry, before) {
             self.mark(next);
         }
-        if owned {
-            self.take_out(key);
-        }
     }
 
-    /// Removes a frontend from the kernel unless its new owner has put it there already.
-    fn take_out(&mut self, key: &FrontendKey) {
-        let owner = self
-            .claims
-            .owner(key)
-            .and_then(|owner| self.entries.get(owner));
-        let mut held = owner
-            .iter()
-            .flat_map(|entry| &entry.units)
-            .flat_map(|unit| &unit.held);
-        if !held.any(|held| held.owned && held.front.key == *key) {
+    /// Removes a frontend from the kernel unless another has put it there since.
+    fn take_out(&mut self, entry: u32, key: &FrontendKey) {
+        if self.claims.unwrite(key, entry) {
             self.batch.fronts.insert(*key, None);
         }
     }
@@ -427,7 +417,7 @@ impl<K: ServiceKernel> Tables<K> {
     }
 
     /// Has frontends written that are new or changed.
-    fn write_fronts(&mut self, unit: &Unit, known: Option<&Unit>) {
+    fn write_fronts(&mut self, entry: u32, unit: &Unit, known: Option<&Unit>) {
         for held in unit.held.iter().filter(|held| held.owned) {
             let value = unit.value(&held.front);
             let same = known.is_some_and(|before| {
@@ -437,7 +427,8 @@ impl<K: ServiceKernel> Tables<K> {
                     same && one.front.flags != UNKNOWN && before.value(&one.front) == value
                 })
             });
-            if !same {
+            if !same || !self.claims.wrote(&held.front.key, entry) {
+                self.claims.write(&held.front.key, entry);
                 self.batch.fronts.insert(held.front.key, Some(value));
             }
         }
@@ -454,9 +445,9 @@ impl<K: ServiceKernel> Tables<K> {
         for old in &before.held {
             match now.held.iter().find(|held| held.front.key == old.front.key) {
                 None if kept.contains(&old.front.key) => {}
-                None => self.give_up(entry, &old.front.key, old.owned),
+                None => self.give_up(entry, &old.front.key),
                 // Another has it from here on.
-                Some(held) if old.owned && !held.owned => self.take_out(&old.front.key),
+                Some(held) if old.owned && !held.owned => self.take_out(entry, &old.front.key),
                 Some(_) => {}
             }
         }
