@@ -115,6 +115,11 @@ const BENCHMARKS: &[Benchmark] = &[
         run: services::change,
     },
     Benchmark {
+        name: "service-tables",
+        about: "decoded Services into the kernel's maps: rate, memory, and one change",
+        run: |effort| services::tables(effort).map(Outcome::from),
+    },
+    Benchmark {
         name: "service-sync",
         about: "time and memory of a full sync of Services from nothing",
         run: services::sync,

@@ -24,5 +24,7 @@ mod wanted;
 
 pub use addresses::NodePortAddresses;
 pub use metrics::Metrics;
+pub use objects::{EndpointSlice, Service};
 pub(crate) use run::run;
 pub use run::{Options, Services};
+pub use tables::Tables;

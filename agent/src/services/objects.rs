@@ -14,6 +14,7 @@ use serde_json::Value;
 /// A Service.
 #[derive(Clone, Debug)]
 pub struct Service {
+    /// Name, namespace, labels and the like.
     pub metadata: ObjectMeta,
     /// Its fields, or what is wrong with them.
     pub fields: Result<ServiceFields, String>,
@@ -89,6 +90,7 @@ pub struct Ingress {
 /// An EndpointSlice.
 #[derive(Clone, Debug)]
 pub struct EndpointSlice {
+    /// Name, namespace, labels and the like.
     pub metadata: ObjectMeta,
     /// Its fields, or what is wrong with them.
     pub fields: Result<SliceFields, String>,

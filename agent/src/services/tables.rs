@@ -127,7 +127,9 @@ pub struct Tables<K> {
     triggers: Vec<f64>,
     /// When this was made, in the same seconds: what happened before is not this agent's delay.
     began: f64,
+    /// Changes of Services that were told so far.
     pub service_changes: u64,
+    /// Changes of EndpointSlices that were told so far.
     pub endpoint_changes: u64,
     /// A write failed: everything has to be written again.
     broken: bool,

@@ -1,6 +1,6 @@
 //! Frames of `xdp-lb`.
 
-use std::net::{Ipv4Addr, Ipv6Addr};
+use std::net::{IpAddr, SocketAddr};
 
 /// TCP's flags.
 pub const SYN: u8 = 0x02;
@@ -22,10 +22,6 @@ pub enum Content {
     Fragment,
     /// TCP after options of IP.
     Options,
-    /// TCP over IPv6.
-    Tcp6,
-    /// The second fragment over IPv6.
-    Fragment6,
     /// ARP.
     Arp,
 }
@@ -36,9 +32,9 @@ pub struct Frame {
     /// Hardware addresses: to, from.
     pub hardware: [[u8; 6]; 2],
     /// Who sends.
-    pub source: (Ipv4Addr, u16),
-    /// To whom.
-    pub destination: (Ipv4Addr, u16),
+    pub source: SocketAddr,
+    /// To whom, in the same family.
+    pub destination: SocketAddr,
     /// What it is.
     pub content: Content,
 }
@@ -69,7 +65,7 @@ impl Frame {
                 bytes.extend([0x08, 0x06]);
                 bytes.extend([0; 46]);
             }
-            Content::Tcp6 | Content::Fragment6 => {
+            _ if self.source.is_ipv6() => {
                 bytes.extend([0x86, 0xdd]);
                 self.write_ipv6(&mut bytes);
             }
@@ -81,16 +77,25 @@ impl Frame {
         bytes
     }
 
+    fn addresses(&self) -> Vec<u8> {
+        let both = [self.source.ip(), self.destination.ip()];
+        let bytes = both.map(|address| match address {
+            IpAddr::V4(ip) => ip.octets().to_vec(),
+            IpAddr::V6(ip) => ip.octets().to_vec(),
+        });
+        bytes.concat()
+    }
+
     fn transport(&self, pseudo: u32) -> (u8, Vec<u8>) {
         let ports = [
-            self.source.1.to_be_bytes(),
-            self.destination.1.to_be_bytes(),
+            self.source.port().to_be_bytes(),
+            self.destination.port().to_be_bytes(),
         ]
         .concat();
         // Words that nobody reads are 0: `wrap` may put complements there.
         let payload = [0; 8];
         let (protocol, mut segment, place) = match self.content {
-            Content::Udp | Content::Fragment | Content::Fragment6 => {
+            Content::Udp | Content::Fragment => {
                 let length = (8 + payload.len() as u16).to_be_bytes();
                 (UDP, [&ports[..], &length, &[0, 0]].concat(), 6)
             }
@@ -116,7 +121,7 @@ impl Frame {
     }
 
     fn write_ipv4(&self, bytes: &mut Vec<u8>) {
-        let addresses = [self.source.0.octets(), self.destination.0.octets()].concat();
+        let addresses = self.addresses();
         let (protocol, segment) = self.transport(sum(&addresses, 0));
         // One option: no operation, four times.
         let options: &[u8] = match self.content {
@@ -144,17 +149,12 @@ impl Frame {
     }
 
     fn write_ipv6(&self, bytes: &mut Vec<u8>) {
-        let addresses = [
-            self.source.0.to_ipv6_mapped().octets(),
-            // Nobody's address.
-            Ipv6Addr::new(0x2001, 0xdb8, 0, 0, 0, 0, 0, 1).octets(),
-        ]
-        .concat();
+        let addresses = self.addresses();
         let (protocol, segment) = self.transport(sum(&addresses, 0));
         // The header of a fragment: what follows it, its place, its number.
         let fragment = [protocol, 0, 0x05, 0xc8, 0, 0, 0, 1];
         let (next, extra): (u8, &[u8]) = match self.content {
-            Content::Fragment6 => (44, &fragment),
+            Content::Fragment => (44, &fragment),
             _ => (protocol, &[]),
         };
         bytes.extend([0x60, 0, 0, 0]);
@@ -172,20 +172,34 @@ mod tests {
 
     #[test]
     fn checksums_are_right() {
-        for content in [Content::Tcp(SYN), Content::Udp, Content::Options] {
-            let frame = Frame {
-                hardware: [[2; 6]; 2],
-                source: (Ipv4Addr::new(192, 0, 2, 2), 40_000),
-                destination: (Ipv4Addr::new(10, 200, 0, 1), 30_080),
-                content,
-            };
-            let bytes = frame.bytes();
-            let header = usize::from(bytes[14] & 15) * 4;
-            // A right sum over everything with its checksum has every bit set.
-            assert_eq!(folded(sum(&bytes[14..14 + header], 0)), [0, 0]);
-            let segment = &bytes[14 + header..];
-            let pseudo = sum(&bytes[26..34], u32::from(bytes[23]) + segment.len() as u32);
-            assert_eq!(folded(sum(segment, pseudo)), [0, 0], "{content:?}");
+        for (source, destination) in [
+            ("192.0.2.2:40000", "10.200.0.1:30080"),
+            ("[2001:db8::2]:40000", "[fd00:200::1]:30080"),
+        ] {
+            for content in [Content::Tcp(SYN), Content::Udp, Content::Options] {
+                let (Ok(source), Ok(destination)) = (source.parse(), destination.parse()) else {
+                    panic!("{source} or {destination} is no address");
+                };
+                let frame = Frame {
+                    hardware: [[2; 6]; 2],
+                    source,
+                    destination,
+                    content,
+                };
+                let bytes = frame.bytes();
+                let (next, addresses, header) = match source {
+                    SocketAddr::V4(_) => (23, 26..34, usize::from(bytes[14] & 15) * 4),
+                    SocketAddr::V6(_) => (20, 22..54, 40),
+                };
+                // A right sum over everything with its checksum has every bit set.
+                if source.is_ipv4() {
+                    assert_eq!(folded(sum(&bytes[14..14 + header], 0)), [0, 0]);
+                }
+                let segment = &bytes[14 + header..];
+                let pseudo = u32::from(bytes[next]) + segment.len() as u32;
+                let pseudo = sum(&bytes[addresses], pseudo);
+                assert_eq!(folded(sum(segment, pseudo)), [0, 0], "{content:?}");
+            }
         }
     }
 }

@@ -23,17 +23,20 @@ mod scenario;
 mod wrap;
 
 use std::collections::BTreeMap;
-use std::net::{Ipv4Addr, SocketAddrV4};
+use std::net::IpAddr;
 
 use anyhow::{Context, Result};
 use aya::programs::loaded_programs;
 use serde_json::Value;
 
 use crate::row::{Aim, Case, Row, median, number};
-use crate::services::{NODE_IP, NODE_PORT, Network, OUTSIDE, PORT, Part, XebecStage};
+use crate::services::{
+    NODE_IP, NODE_IP6, NODE_PORT, Network, OUTSIDE, OUTSIDE6, PORT, Part, XebecStage, backend,
+    backend6,
+};
 use crate::{Effort, Outcome};
 use kernel::Kind;
-use pound::{Order, Pounded};
+use pound::{Order, Pounded, Target};
 use scenario::{Flows, LEFT_OUT, SCENARIOS};
 
 /// A program that is measured: what it is, its name in the kernel, its kind, and the device that its frames come in at.
@@ -71,8 +74,10 @@ const NAME: usize = 15;
 fn aim(subject: &Subject, name: &str) -> Aim {
     let balancer = subject.kind == Kind::Xdp;
     match name {
-        "tcp-v4-lru-hit" | "udp-v4-lru-hit" => Aim::AtMost(if balancer { 100.0 } else { 150.0 }),
-        "tcp-v4-lru-diverse" | "udp-v4-lru-diverse" => {
+        "tcp-v4-lru-hit" | "udp-v4-lru-hit" | "tcp-v6-lru-hit" | "udp-v6-lru-hit" => {
+            Aim::AtMost(if balancer { 100.0 } else { 150.0 })
+        }
+        "tcp-v4-lru-diverse" | "udp-v4-lru-diverse" | "tcp-v6-lru-diverse" => {
             Aim::AtMost(if balancer { 180.0 } else { 300.0 })
         }
         "tcp-v4-lru-256k" if balancer => Aim::AtMost(400.0),
@@ -230,9 +235,7 @@ fn ids() -> Result<Vec<(u32, String)>> {
 struct Setting {
     device: u32,
     hardware: [[u8; 6]; 2],
-    sender: Option<Ipv4Addr>,
-    service: SocketAddrV4,
-    nowhere: SocketAddrV4,
+    targets: [Target; 2],
 }
 
 impl Setting {
@@ -257,28 +260,38 @@ impl Setting {
             links(&stage.stage.node, "-json link show dev o0")?[0].clone()
         };
         let near = mac(&device)?;
+        // A port of a backend where nobody serves.
+        let nowhere: [IpAddr; 2] = [backend(2).into(), backend6(2).into()];
+        let target = |sender, service: (IpAddr, u16), six: bool| Target {
+            sender,
+            service: service.into(),
+            nowhere: (nowhere[usize::from(six)], 9).into(),
+        };
         Ok(if subject.pod {
-            let address = inside[0]["addr_info"]
-                .as_array()
-                .into_iter()
-                .flatten()
-                .find(|one| one["family"] == "inet")
-                .and_then(|one| one["local"].as_str()?.parse().ok())
-                .context("the pod has no IPv4 address")?;
+            let address = |family: &str| -> Result<IpAddr> {
+                let all = inside[0]["addr_info"].as_array().into_iter().flatten();
+                let mut global = all.filter(|one| one["scope"] == "global");
+                global
+                    .find(|one| one["family"] == family)
+                    .and_then(|one| one["local"].as_str()?.parse().ok())
+                    .with_context(|| format!("the pod has no address of {family}"))
+            };
             Self {
                 device: index(&device)?,
                 hardware: [near, mac(&inside[0])?],
-                sender: Some(address),
-                service: SocketAddrV4::new(OUTSIDE, PORT),
-                nowhere: SocketAddrV4::new(Ipv4Addr::new(10, 244, 2, 2), 9),
+                targets: [
+                    target(Some(address("inet")?), (OUTSIDE.into(), PORT), false),
+                    target(Some(address("inet6")?), (OUTSIDE6.into(), PORT), true),
+                ],
             }
         } else {
             Self {
                 device: index(&device)?,
                 hardware: [near, [2, 0, 0, 0, 0, 9]],
-                sender: None,
-                service: SocketAddrV4::new(NODE_IP, NODE_PORT),
-                nowhere: SocketAddrV4::new(Ipv4Addr::new(10, 244, 2, 2), 9),
+                targets: [
+                    target(None, (NODE_IP.into(), NODE_PORT), false),
+                    target(None, (NODE_IP6.into(), NODE_PORT), true),
+                ],
             }
         })
     }
@@ -289,9 +302,7 @@ impl Setting {
             kind,
             device: self.device,
             hardware: self.hardware,
-            sender: self.sender,
-            service: self.service,
-            nowhere: self.nowhere,
+            targets: self.targets,
             scenario,
             samples,
             round: 0,

@@ -1,6 +1,6 @@
 //! The part that runs programs on frames: in the node's network namespace, where the kernel knows its devices.
 
-use std::net::{Ipv4Addr, SocketAddrV4};
+use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr};
 
 use anyhow::{Context, Result, ensure};
 use serde::{Deserialize, Serialize};
@@ -10,7 +10,7 @@ use super::frame::{Content, Frame};
 use super::kernel::{Kind, Program};
 use super::scenario::{Becomes, Flows, SCENARIOS, Scenario};
 use super::wrap::{self, Pick, Vary};
-use crate::services::part;
+use crate::services::{BACKENDS, TARGET_PORT, backend, backend6, part};
 
 /// Runs before anything counts.
 const WARM: u32 = 2_000;
@@ -23,6 +23,17 @@ const LOOPS: usize = 30;
 /// As above.
 const LOOP: u32 = 1_000;
 
+/// What there is of one family.
+#[derive(Clone, Copy, Serialize, Deserialize)]
+pub struct Target {
+    /// The one sender, if not any number of them.
+    pub sender: Option<IpAddr>,
+    /// The Service.
+    pub service: SocketAddr,
+    /// What is no Service.
+    pub nowhere: SocketAddr,
+}
+
 /// Which program, on what.
 #[derive(Serialize, Deserialize)]
 pub struct Order {
@@ -34,12 +45,8 @@ pub struct Order {
     pub device: u32,
     /// Hardware addresses: the device's own, the sender's.
     pub hardware: [[u8; 6]; 2],
-    /// The one sender, if not any number of them.
-    pub sender: Option<Ipv4Addr>,
-    /// The Service.
-    pub service: SocketAddrV4,
-    /// What is no Service.
-    pub nowhere: SocketAddrV4,
+    /// Of IPv4 and of IPv6.
+    pub targets: [Target; 2],
     /// The scenario's place in the list.
     pub scenario: usize,
     /// Single runs that count.
@@ -69,54 +76,73 @@ pub fn run() -> Result<()> {
 }
 
 impl Order {
+    fn target(&self, scenario: &Scenario) -> &Target {
+        &self.targets[usize::from(scenario.six)]
+    }
+
     /// The frame of flow 0 as [`wrap`] takes it, and where the flow's number goes.
     fn template(&self, scenario: &Scenario, content: Content) -> (Vec<u8>, Option<Vary>) {
         let spare = match content {
-            Content::Tcp(_) => [40, 44],
-            Content::Udp => [42, 44],
+            Content::Tcp(_) => [6, 10],
+            Content::Udp => [8, 10],
             _ => return (self.frame(scenario, content, 0), None),
         };
         let place = self.scenario as u32;
-        let port = match (self.sender, self.kind) {
+        let target = self.target(scenario);
+        let port = match (target.sender, self.kind) {
             (Some(_), _) => 1_024 + place * 7_919 % 64_000,
             (None, Kind::Xdp) => 1_024 + place * 2_000,
             (None, Kind::Classifier) => 2_024 + place * 2_000,
         };
         let vary = Vary {
-            address: self.sender.is_none(),
+            six: scenario.six,
+            address: target.sender.is_none(),
             port: port as u16,
             spare,
         };
-        // 198.51.0.0/16, other senders than those of single runs.
-        let sender = self.sender.unwrap_or(Ipv4Addr::new(198, 51, 0, 0));
+        // Other senders than those of single runs.
+        let sender = target.sender.unwrap_or(if scenario.six {
+            Ipv6Addr::new(0x2001, 0xdb8, 1, 0, 0, 0, 0, 0).into()
+        } else {
+            Ipv4Addr::new(198, 51, 0, 0).into()
+        });
         (self.from(scenario, content, (sender, 0)), Some(vary))
     }
 
     /// A frame of flow number `flow` of the scenario.
     fn frame(&self, scenario: &Scenario, content: Content, flow: u32) -> Vec<u8> {
         let place = self.scenario as u32;
-        let source = match self.sender {
+        let source = match self.target(scenario).sender {
             // One address has ports alone; scenarios next to each other have none in common.
             Some(sender) => (sender, (1_024 + (place * 7_919 + flow) % 64_000) as u16),
-            // 198.18.0.0/15 is for benchmarks.
-            None => (
-                Ipv4Addr::from_bits(0xc612_0000 + (flow & 0x1_ffff)),
-                (1_024 + place * 2_000 + (flow >> 17) % 2_000) as u16,
-            ),
+            None => {
+                let low = flow & 0x1_ffff;
+                let address = if scenario.six {
+                    let [high, low] = [(low >> 16) as u16, low as u16];
+                    Ipv6Addr::new(0x2001, 0xdb8, 2, 0, 0, 0, high, low).into()
+                } else {
+                    // 198.18.0.0/15 is for benchmarks.
+                    Ipv4Addr::from_bits(0xc612_0000 + low).into()
+                };
+                (
+                    address,
+                    (1_024 + place * 2_000 + (flow >> 17) % 2_000) as u16,
+                )
+            }
         };
         self.from(scenario, content, source)
     }
 
-    fn from(&self, scenario: &Scenario, content: Content, source: (Ipv4Addr, u16)) -> Vec<u8> {
-        let target = if scenario.service {
-            self.service
-        } else {
-            self.nowhere
-        };
+    fn from(&self, scenario: &Scenario, content: Content, source: (IpAddr, u16)) -> Vec<u8> {
+        let target = self.target(scenario);
         Frame {
             hardware: self.hardware,
-            source,
-            destination: (*target.ip(), target.port()),
+            source: source.into(),
+            destination: if scenario.service {
+                target.service
+            } else {
+                target.nowhere
+            },
             content,
         }
         .bytes()
@@ -218,7 +244,9 @@ fn looped(
     known: u32,
     wrong: &mut Vec<String>,
 ) -> Result<Option<f64>> {
-    if order.sender.is_some() && matches!(scenario.flows, Flows::Fresh | Flows::Half(_)) {
+    if order.target(scenario).sender.is_some()
+        && matches!(scenario.flows, Flows::Fresh | Flows::Half(_))
+    {
         return Ok(None);
     }
     if let Some(begins) = scenario.begins {
@@ -286,11 +314,19 @@ fn differs(
     match scenario.becomes {
         Becomes::Sent if dropped => Some(format!("dropped (verdict {verdict})")),
         Becomes::Sent => {
-            let address = after.get(30..34)?;
-            let port = after.get(36..38)?;
-            let sent = address[..3] == [10, 244, 2]
-                && (2..=11).contains(&address[3])
-                && *port == crate::services::TARGET_PORT.to_be_bytes();
+            let (address, port) = if scenario.six {
+                let bytes: [u8; 16] = after.get(38..54)?.try_into().ok()?;
+                (IpAddr::from(bytes), after.get(56..58)?)
+            } else {
+                let bytes: [u8; 4] = after.get(30..34)?.try_into().ok()?;
+                (IpAddr::from(bytes), after.get(36..38)?)
+            };
+            let mut backends = BACKENDS;
+            let sent = backends.any(|last| match address {
+                IpAddr::V4(ip) => ip == backend(last),
+                IpAddr::V6(ip) => ip == backend6(last),
+            });
+            let sent = sent && *port == TARGET_PORT.to_be_bytes();
             (!sent).then(|| format!("not sent to a backend (verdict {verdict})"))
         }
         Becomes::Same if dropped => Some(format!("dropped (verdict {verdict})")),

@@ -36,6 +36,8 @@ pub struct Scenario {
     pub flows: Flows,
     /// What begins the flows, before anything is measured.
     pub begins: Option<Content>,
+    /// Whether they are of IPv6.
+    pub six: bool,
     /// Whether they go to a Service.
     pub service: bool,
     /// What shall become of them.
@@ -48,6 +50,7 @@ const fn hit(name: &'static str, content: Content, begins: Content, flows: Flows
         content,
         flows,
         begins: Some(begins),
+        six: false,
         service: true,
         becomes: Becomes::Sent,
     }
@@ -59,9 +62,15 @@ const fn other(name: &'static str, content: Content, service: bool, becomes: Bec
         content,
         flows: Flows::One,
         begins: None,
+        six: false,
         service,
         becomes,
     }
+}
+
+const fn six(mut scenario: Scenario) -> Scenario {
+    scenario.six = true;
+    scenario
 }
 
 const KNOWN: Content = Content::Tcp(ACK);
@@ -71,6 +80,13 @@ const NEW: Content = Content::Tcp(SYN);
 pub const SCENARIOS: &[Scenario] = &[
     hit("tcp-v4-lru-hit", KNOWN, NEW, Flows::One),
     hit("udp-v4-lru-hit", Content::Udp, Content::Udp, Flows::One),
+    six(hit("tcp-v6-lru-hit", KNOWN, NEW, Flows::One)),
+    six(hit(
+        "udp-v6-lru-hit",
+        Content::Udp,
+        Content::Udp,
+        Flows::One,
+    )),
     hit("tcp-v4-lru-diverse", KNOWN, NEW, Flows::Many(4_096)),
     hit(
         "udp-v4-lru-diverse",
@@ -78,12 +94,15 @@ pub const SCENARIOS: &[Scenario] = &[
         Content::Udp,
         Flows::Many(4_096),
     ),
+    six(hit("tcp-v6-lru-diverse", KNOWN, NEW, Flows::Many(4_096))),
+    hit("tcp-v4-lru-256k", KNOWN, NEW, Flows::Many(262_144)),
     hit("tcp-v4-syn", NEW, NEW, Flows::One),
     Scenario {
         name: "tcp-v4-rst-miss",
         content: Content::Tcp(RST),
         flows: Flows::Fresh,
         begins: None,
+        six: false,
         service: true,
         becomes: Becomes::SameOrDropped,
     },
@@ -92,6 +111,7 @@ pub const SCENARIOS: &[Scenario] = &[
         content: NEW,
         flows: Flows::Fresh,
         begins: None,
+        six: false,
         service: true,
         becomes: Becomes::Sent,
     },
@@ -100,12 +120,13 @@ pub const SCENARIOS: &[Scenario] = &[
         content: Content::Udp,
         flows: Flows::Fresh,
         begins: None,
+        six: false,
         service: true,
         becomes: Becomes::Sent,
     },
     hit("tcp-v4-lru-warmup", NEW, NEW, Flows::Half(4_096)),
     other("pass-v4-no-vip", KNOWN, false, Becomes::Same),
-    other("pass-v6-no-vip", Content::Tcp6, false, Becomes::Same),
+    six(other("pass-v6-no-vip", KNOWN, false, Becomes::Same)),
     other("pass-v4-icmp", Content::Echo, true, Becomes::SameOrDropped),
     other("pass-non-ip", Content::Arp, false, Becomes::Same),
     other(
@@ -120,12 +141,12 @@ pub const SCENARIOS: &[Scenario] = &[
         true,
         Becomes::SameOrDropped,
     ),
-    other(
+    six(other(
         "drop-v6-frag",
-        Content::Fragment6,
-        false,
+        Content::Fragment,
+        true,
         Becomes::SameOrDropped,
-    ),
+    )),
 ];
 
 /// Those of the kernel's names that are not, and why.
@@ -135,7 +156,7 @@ pub const LEFT_OUT: &[(&str, &str)] = &[
         "a flow is always entered, so there is no choice of a backend without it: see tcp-v4-lru-miss",
     ),
     (
-        "tcp-v6-lru-hit, udp-v6-lru-hit, tcp-v6-lru-diverse, tcp-v4v6-lru-hit",
-        "the stage has no IPv6 Services yet",
+        "tcp-v4v6-lru-hit",
+        "a frontend's backends are of its own family: nothing is encapsulated",
     ),
 ];

@@ -25,30 +25,42 @@ pub enum Pick {
 /// Where a flow's number goes.
 #[derive(Clone, Copy, Debug)]
 pub struct Vary {
-    /// Whether the lower half of the sender's address is part of it, else the port alone.
+    /// Whether the frame is of IPv6.
+    pub six: bool,
+    /// Whether the last two bytes of the sender's address are part of it, else the port alone.
     pub address: bool,
     /// The port of flow 0.
     pub port: u16,
-    /// Where two words are that take the complements of address and port.
+    /// Where in the segment two words are that take the complements of address and port.
     pub spare: [i16; 2],
 }
 
 impl Vary {
+    /// Where the last two bytes of the sender's address are.
+    fn sender(self) -> i16 {
+        if self.six { 36 } else { 28 }
+    }
+
+    /// Where the segment begins.
+    fn segment(self) -> i16 {
+        if self.six { 54 } else { 34 }
+    }
+
+    fn spare(self, which: usize) -> i16 {
+        self.segment() + self.spare[which]
+    }
+
     /// Whether the byte at this place is written for each flow, or is a checksum's.
     pub fn writes(self, place: usize) -> bool {
-        let words = [ADDRESS, NUMBER, PORT, self.spare[0], self.spare[1]];
-        words
-            .iter()
-            .any(|word| place == *word as usize || place == *word as usize + 1)
+        let number = if self.six { self.sender() } else { NUMBER };
+        let ports = [self.segment(), self.spare(0), self.spare(1)];
+        let mut words = [self.sender(), number].into_iter().chain(ports);
+        words.any(|word| place == word as usize || place == word as usize + 1)
     }
 }
 
-/// Where the lower half of the sender's IPv4 address is.
-const ADDRESS: i16 = 28;
-/// Where IP's number is.
+/// Where IPv4's number is.
 const NUMBER: i16 = 18;
-/// Where the sender's port is.
-const PORT: i16 = 34;
 
 const MAP_LOOKUP: i32 = 1;
 const PRANDOM: i32 = 7;
@@ -189,11 +201,13 @@ fn instructions(
             code.extend([
                 op(0xbf, 5, 7, 0, 0),
                 op(0x57, 5, 0, 0, 0xffff),
-                op(0x6b, 2, 5, ADDRESS, 0),
+                op(0x6b, 2, 5, vary.sender(), 0),
                 op(0xa7, 5, 0, 0, 0xffff),
-                op(0x6b, 2, 5, NUMBER, 0),
-                op(0x6b, 2, 5, vary.spare[0], 0),
+                op(0x6b, 2, 5, vary.spare(0), 0),
             ]);
+            if !vary.six {
+                code.push(op(0x6b, 2, 5, NUMBER, 0));
+            }
         }
         code.extend([
             op(0xbf, 5, 7, 0, 0),
@@ -201,9 +215,9 @@ fn instructions(
             op(0x07, 5, 0, 0, i32::from(vary.port)),
             op(0x57, 5, 0, 0, 0xffff),
             op(0xdc, 5, 0, 0, 16),
-            op(0x6b, 2, 5, PORT, 0),
+            op(0x6b, 2, 5, vary.segment(), 0),
             op(0xa7, 5, 0, 0, 0xffff),
-            op(0x6b, 2, 5, vary.spare[1], 0),
+            op(0x6b, 2, 5, vary.spare(1), 0),
         ]);
     }
     code.push(op(0xbf, 1, 6, 0, 0));

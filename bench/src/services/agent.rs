@@ -34,12 +34,12 @@ pub struct Args {
     /// The benchmark's folder
     #[arg(long)]
     dir: PathBuf,
-    /// The node's address
+    /// The node's addresses
     #[arg(long)]
-    ip: IpAddr,
-    /// The node's range of pods
+    ip: Vec<IpAddr>,
+    /// The node's ranges of pods
     #[arg(long)]
-    range: ipnet::IpNet,
+    range: Vec<ipnet::IpNet>,
     /// The cgroup v2 folder of the node
     #[arg(long)]
     node_cgroup: PathBuf,
@@ -81,8 +81,8 @@ pub fn run(args: Args) -> Result<()> {
     });
     let config = xebec_agent::Config {
         node_name: NODE.to_owned(),
-        node_ips: vec![args.ip],
-        pod_cidrs: vec![args.range],
+        node_ips: args.ip,
+        pod_cidrs: args.range,
         socket: socket(&args.dir),
         state_dir: args.dir.join("state"),
         bpf_dir: args.dir.join("bpf"),

@@ -22,8 +22,9 @@ use serde_json::{Value, json};
 use tokio_util::sync::CancellationToken;
 use xebec_apiserver::{ApiServer, UserInfo};
 
-use super::list::{self, NAMESPACE, Pair};
+use super::list::{self, NAMESPACE, Objects};
 use super::part;
+use super::stage::NodeAddresses;
 
 /// Writes at the same time.
 const WRITERS: usize = 64;
@@ -41,10 +42,8 @@ pub struct Args {
 /// What to write.
 #[derive(Serialize, Deserialize)]
 pub enum Order {
-    /// The nodes and the pod; node, its range and its address.
-    Rig {
-        nodes: Vec<(String, String, IpAddr)>,
-    },
+    /// The nodes and the pod.
+    Rig { nodes: Vec<(String, NodeAddresses)> },
     /// So many Services with so many endpoints each, and the two that the benchmark adds.
     Load { count: usize, endpoints: usize },
     /// The one backend of the Service that moves.
@@ -96,7 +95,7 @@ async fn obey(client: &kube::Client, order: Order) -> Result<Value> {
             let listed = list::services(count, endpoints)?;
             let extra = [list::outside(), list::moving()];
             let all = listed.iter().map(list::pair).chain(extra);
-            futures::stream::iter(all.map(|pair| create_pair(client, pair)))
+            futures::stream::iter(all.map(|pair| create_all(client, pair)))
                 .buffer_unordered(WRITERS)
                 .try_collect::<Vec<()>>()
                 .await?;
@@ -104,7 +103,7 @@ async fn obey(client: &kube::Client, order: Order) -> Result<Value> {
         }
         Order::Point { backend } => {
             let slices: Api<EndpointSlice> = Api::namespaced(client.clone(), NAMESPACE);
-            let endpoints = json!({"endpoints": [list::endpoint(list::backend(backend))]});
+            let endpoints = json!({"endpoints": [list::endpoint(list::backend(backend).into())]});
             let asked = part::now()?;
             slices
                 .patch(
@@ -126,7 +125,7 @@ async fn obey(client: &kube::Client, order: Order) -> Result<Value> {
             one.cluster_ip = list::EXTRA;
             let asked = part::now()?;
             if present {
-                create_pair(client, list::pair(&one)).await?;
+                create_all(client, list::pair(&one)).await?;
             } else {
                 let services: Api<Service> = Api::namespaced(client.clone(), NAMESPACE);
                 let slices: Api<EndpointSlice> = Api::namespaced(client.clone(), NAMESPACE);
@@ -143,11 +142,13 @@ async fn obey(client: &kube::Client, order: Order) -> Result<Value> {
     }
 }
 
-async fn create_pair(client: &kube::Client, pair: Pair) -> Result<()> {
+async fn create_all(client: &kube::Client, objects: Objects) -> Result<()> {
     let services: Api<Service> = Api::namespaced(client.clone(), NAMESPACE);
     let slices: Api<EndpointSlice> = Api::namespaced(client.clone(), NAMESPACE);
-    create(&slices, pair.slice).await?;
-    create(&services, pair.service).await
+    for slice in objects.slices {
+        create(&slices, slice).await?;
+    }
+    create(&services, objects.service).await
 }
 
 async fn create<K>(api: &Api<K>, object: Value) -> Result<()>
@@ -163,16 +164,18 @@ where
 }
 
 /// Two nodes and the pod that asks.
-async fn rig(client: &kube::Client, nodes: &[(String, String, IpAddr)]) -> Result<()> {
+async fn rig(client: &kube::Client, nodes: &[(String, NodeAddresses)]) -> Result<()> {
     let all: Api<Node> = Api::all(client.clone());
-    for (name, range, address) in nodes {
-        let node = json!({
+    for (name, node) in nodes {
+        let object = json!({
             "metadata": {"name": name},
-            "spec": {"podCIDR": range, "podCIDRs": [range]},
+            "spec": {"podCIDR": node.ranges[0], "podCIDRs": node.ranges},
         });
-        create(&all, node).await?;
+        create(&all, object).await?;
+        let addresses = node.ips.iter();
+        let addresses = addresses.map(|ip| json!({"type": "InternalIP", "address": ip}));
         let status = json!({"status": {
-            "addresses": [{"type": "InternalIP", "address": address}],
+            "addresses": addresses.collect::<Vec<_>>(),
             "conditions": [{"type": "Ready", "status": "True"}],
         }});
         all.patch_status(name, &PatchParams::default(), &Patch::Merge(&status))
@@ -219,7 +222,10 @@ async fn serve(args: &Args, shutdown: CancellationToken) -> Result<Arc<ApiServer
     let config = xebec_apiserver::Config {
         listen: vec![args.listen],
         tls: Arc::new(tls),
-        service_cidrs: vec!["10.96.0.0/12".parse().context("no range")?],
+        service_cidrs: ["10.96.0.0/12", "fd00:96::/108"]
+            .into_iter()
+            .map(|range| range.parse().context("no range"))
+            .collect::<Result<_>>()?,
         service_account_key_pem: KeyPair::generate()
             .context("could not make a key")?
             .serialize_pem(),

@@ -1,7 +1,7 @@
 //! The Services of the benchmark: those that kube-proxy's rule sets were written for, and as many more as are asked for.
 
 use std::io::Read;
-use std::net::Ipv4Addr;
+use std::net::{IpAddr, Ipv4Addr, Ipv6Addr};
 use std::path::{Path, PathBuf};
 
 use anyhow::{Context, Result, ensure};
@@ -102,30 +102,40 @@ pub fn backend(last: u8) -> Ipv4Addr {
     Ipv4Addr::new(10, 244, 2, last)
 }
 
-/// A Service and its only EndpointSlice.
-pub struct Pair {
+/// Its other address.
+pub fn backend6(last: u8) -> Ipv6Addr {
+    Ipv6Addr::new(0xfd00, 0x244, 2, 0, 0, 0, 0, u16::from(last))
+}
+
+/// A Service and its EndpointSlices, one of each family.
+pub struct Objects {
     /// The Service.
     pub service: Value,
-    /// The slice.
-    pub slice: Value,
+    /// The slices.
+    pub slices: Vec<Value>,
 }
 
 /// As the API takes it.
-pub fn pair(listed: &Listed) -> Pair {
+pub fn pair(listed: &Listed) -> Objects {
     let spec = json!({
         "clusterIP": listed.cluster_ip,
         "ports": [{"name": "http", "protocol": listed.protocol, "port": listed.port, "targetPort": listed.target_port}],
     });
     let ports = json!([{"name": "http", "protocol": listed.protocol, "port": listed.target_port}]);
-    objects(&listed.name, spec, ports, &listed.endpoints)
+    objects(&listed.name, spec, ports, &v4(&listed.endpoints))
 }
 
-/// A Service that is reached from outside by TCP and UDP, and from pods by UDP.
-pub fn outside() -> Pair {
-    let backends: Vec<Ipv4Addr> = BACKENDS.map(backend).collect();
+/// A Service of both families that is reached from outside by TCP and UDP, and from pods by UDP.
+pub fn outside() -> Objects {
+    let backends = BACKENDS.map(|last| IpAddr::from(backend(last)));
+    let backends: Vec<IpAddr> = backends
+        .chain(BACKENDS.map(|last| IpAddr::from(backend6(last))))
+        .collect();
     let spec = json!({
         "type": "NodePort",
+        "ipFamilyPolicy": "RequireDualStack",
         "clusterIP": OUTSIDE,
+        "clusterIPs": [IpAddr::from(OUTSIDE), IpAddr::from(OUTSIDE6)],
         "ports": [
             {"name": "tcp", "protocol": "TCP", "port": PORT, "targetPort": TARGET_PORT, "nodePort": NODE_PORT},
             {"name": "udp", "protocol": "UDP", "port": PORT, "targetPort": TARGET_PORT, "nodePort": NODE_PORT},
@@ -139,49 +149,65 @@ pub fn outside() -> Pair {
 }
 
 /// A Service with one backend, which changes.
-pub fn moving() -> Pair {
+pub fn moving() -> Objects {
     let spec = json!({
         "clusterIP": MOVING,
         "ports": [{"name": "http", "protocol": "TCP", "port": PORT, "targetPort": TARGET_PORT}],
     });
     let ports = json!([{"name": "http", "protocol": "TCP", "port": TARGET_PORT}]);
-    objects("moving", spec, ports, &[backend(*BACKENDS.start())])
+    objects("moving", spec, ports, &[backend(*BACKENDS.start()).into()])
 }
 
 /// The address of [`outside`].
 pub const OUTSIDE: Ipv4Addr = Ipv4Addr::new(10, 96, 255, 1);
+/// Its other address.
+pub const OUTSIDE6: Ipv6Addr = Ipv6Addr::new(0xfd00, 0x96, 0, 0, 0, 0, 0, 0x1001);
 /// The address of the Service that comes and goes.
 pub const EXTRA: Ipv4Addr = Ipv4Addr::new(10, 96, 255, 3);
 /// The address of [`moving`].
 pub const MOVING: Ipv4Addr = Ipv4Addr::new(10, 96, 255, 2);
 
-fn objects(name: &str, mut spec: Value, ports: Value, endpoints: &[Ipv4Addr]) -> Pair {
+fn v4(addresses: &[Ipv4Addr]) -> Vec<IpAddr> {
+    addresses.iter().map(|one| IpAddr::from(*one)).collect()
+}
+
+fn objects(name: &str, mut spec: Value, ports: Value, endpoints: &[IpAddr]) -> Objects {
     // Without a selector, so that no controller has a say.
     spec["sessionAffinity"] = json!("None");
-    Pair {
+    let slice = |family: &str, six: bool| {
+        let endpoints = endpoints.iter().filter(|one| one.is_ipv6() == six);
+        let endpoints: Vec<Value> = endpoints.map(|address| endpoint(*address)).collect();
+        (!six || !endpoints.is_empty()).then(|| {
+            json!({
+                "apiVersion": "discovery.k8s.io/v1",
+                "kind": "EndpointSlice",
+                "metadata": {
+                    "name": format!("{name}-{}", if six { 2 } else { 1 }),
+                    "namespace": NAMESPACE,
+                    "labels": {"kubernetes.io/service-name": name},
+                },
+                "addressType": family,
+                "ports": ports,
+                "endpoints": endpoints,
+            })
+        })
+    };
+    Objects {
         service: json!({
             "apiVersion": "v1",
             "kind": "Service",
             "metadata": {"name": name, "namespace": NAMESPACE},
             "spec": spec,
         }),
-        slice: json!({
-            "apiVersion": "discovery.k8s.io/v1",
-            "kind": "EndpointSlice",
-            "metadata": {
-                "name": format!("{name}-1"),
-                "namespace": NAMESPACE,
-                "labels": {"kubernetes.io/service-name": name},
-            },
-            "addressType": "IPv4",
-            "ports": ports,
-            "endpoints": endpoints.iter().map(|address| endpoint(*address)).collect::<Vec<_>>(),
-        }),
+        slices: [slice("IPv4", false), slice("IPv6", true)]
+            .into_iter()
+            .flatten()
+            .collect(),
     }
 }
 
 /// One endpoint of a slice; those that are there live on the node `other`.
-pub fn endpoint(address: Ipv4Addr) -> Value {
+pub fn endpoint(address: IpAddr) -> Value {
     json!({"addresses": [address], "conditions": {"ready": true}, "nodeName": "other"})
 }
 

@@ -8,12 +8,14 @@ mod matrix;
 pub mod part;
 mod stage;
 mod sync;
+mod tables;
 mod traffic;
 mod wire;
 
 pub use change::{run as change, watch};
-pub use list::{NODE_PORT, OUTSIDE, PORT, TARGET_PORT};
+pub use list::{BACKENDS, NODE_PORT, OUTSIDE, OUTSIDE6, PORT, TARGET_PORT, backend, backend6};
 pub use part::{Network, PART, Part};
-pub use stage::{NODE_IP, XebecStage, first_service};
+pub use stage::{NODE_IP, NODE_IP6, XebecStage, first_service};
 pub use sync::run as sync;
+pub use tables::run as tables;
 pub use traffic::run as traffic;

@@ -6,12 +6,13 @@
 //! ```
 //! Each is a network namespace; what differs between variants is only what the node does with the packets.
 
-use std::net::{IpAddr, Ipv4Addr, SocketAddr, SocketAddrV4};
+use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr, SocketAddrV4};
 use std::path::{Path, PathBuf};
 use std::process::{Command, Stdio};
 use std::time::Duration;
 
 use anyhow::{Context, Result, ensure};
+use serde::{Deserialize, Serialize};
 use serde_json::Value;
 use xebec_tests::{eventually, succeed};
 
@@ -22,8 +23,10 @@ use crate::cleanup::OnInterrupt;
 
 /// The node's address, as in kube-proxy's rule sets.
 pub const NODE_IP: Ipv4Addr = Ipv4Addr::new(10, 200, 0, 1);
+/// Its other address.
+pub const NODE_IP6: Ipv6Addr = Ipv6Addr::new(0xfd00, 0x200, 0, 0, 0, 0, 0, 1);
 const OTHER_IP: Ipv4Addr = Ipv4Addr::new(10, 200, 0, 2);
-const NODE_RANGE: &str = "10.244.1.0/24";
+const OTHER_IP6: Ipv6Addr = Ipv6Addr::new(0xfd00, 0x200, 0, 0, 0, 0, 0, 2);
 const OTHER_RANGE: &str = "10.244.2.0/24";
 /// The pod's address where no agent gives it one.
 const POD_IP: &str = "10.244.1.2/32";
@@ -32,6 +35,28 @@ const GATEWAY: &str = "169.254.1.1";
 const API_PORT: u16 = 6443;
 /// How long an agent or an API server may take to start.
 const PATIENCE: Duration = Duration::from_secs(120);
+
+/// A node as the API has it: one of each family, IPv4 first.
+#[derive(Serialize, Deserialize)]
+pub struct NodeAddresses {
+    /// Ranges of pods.
+    pub ranges: [String; 2],
+    /// Its own.
+    pub ips: [IpAddr; 2],
+}
+
+impl NodeAddresses {
+    /// Of node number `number`.
+    fn new(number: u8, v4: Ipv4Addr, v6: Ipv6Addr) -> Self {
+        Self {
+            ranges: [
+                format!("10.244.{number}.0/24"),
+                format!("fd00:244:{number}::/64"),
+            ],
+            ips: [v4.into(), v6.into()],
+        }
+    }
+}
 
 /// Node, outside client and backends, wired.
 pub struct Stage {
@@ -55,20 +80,26 @@ impl Stage {
         for part in [&node, &others, &outside] {
             part.run("ip", "link set lo up")?;
         }
-        wire(&node, &others, "b0", NODE_IP, OTHER_IP, 24)?;
+        let client = |last| {
+            let v6 = Ipv6Addr::new(0x2001, 0xdb8, 0, 0, 0, 0, 0, last);
+            (Ipv4Addr::new(192, 0, 2, last as u8), v6)
+        };
         wire(
             &node,
-            &outside,
-            "o0",
-            Ipv4Addr::new(192, 0, 2, 1),
-            Ipv4Addr::new(192, 0, 2, 2),
-            24,
+            &others,
+            "b0",
+            (NODE_IP, NODE_IP6),
+            (OTHER_IP, OTHER_IP6),
         )?;
+        wire(&node, &outside, "o0", client(1), client(2))?;
         more_ports(&outside)?;
-        for address in &backends {
+        for (address, last) in backends.iter().zip(BACKENDS) {
             others.run("ip", &format!("addr add {address}/32 dev eth0"))?;
+            let other = list::backend6(last);
+            others.run("ip", &format!("addr add {other}/128 dev eth0 nodad"))?;
         }
         sysctl(&node, "net/ipv4/ip_forward", "1")?;
+        sysctl(&node, "net/ipv6/conf/all/forwarding", "1")?;
         let port = TARGET_PORT.to_string();
         let server_cpu = crate::traffic::SERVER_CPU.to_string();
         let mut words = vec!["--cpu", &server_cpu, "serve", "--port", &port];
@@ -151,14 +182,14 @@ impl Stage {
     }
 }
 
-/// Joins a namespace to the node's by a veth pair; the node is its default route.
+/// Joins a namespace to the node's by a veth pair, with an address of each family at both ends; the node is its default
+/// route.
 fn wire(
     node: &Part,
     other: &Part,
     device: &str,
-    near: Ipv4Addr,
-    far: Ipv4Addr,
-    prefix: u8,
+    near: (Ipv4Addr, Ipv6Addr),
+    far: (Ipv4Addr, Ipv6Addr),
 ) -> Result<()> {
     node.run(
         "ip",
@@ -168,20 +199,24 @@ fn wire(
         ),
     )?;
     sysctl(node, &format!("net/ipv4/conf/{device}/rp_filter"), "0")?;
-    node.run("ip", &format!("addr add {near}/{prefix} dev {device}"))?;
-    node.run("ip", &format!("link set {device} up"))?;
-    other.run("ip", &format!("addr add {far}/{prefix} dev eth0"))?;
-    other.run("ip", "link set eth0 up")?;
-    other.run("ip", &format!("route add default via {near}"))?;
+    for (part, device, (v4, v6)) in [(node, device, near), (other, "eth0", far)] {
+        part.run("ip", &format!("addr add {v4}/24 dev {device}"))?;
+        part.run("ip", &format!("addr add {v6}/64 dev {device} nodad"))?;
+        part.run("ip", &format!("link set {device} up"))?;
+    }
+    other.run("ip", &format!("route add default via {}", near.0))?;
+    other.run("ip", &format!("-6 route add default via {}", near.1))?;
     // No ARP in the middle of a measurement.
-    for (part, ip, device, mac) in [
+    for (part, ips, device, mac) in [
         (node, far, device, mac(other, "eth0")?),
         (other, near, "eth0", mac(node, device)?),
     ] {
-        part.run(
-            "ip",
-            &format!("neigh replace {ip} lladdr {mac} dev {device} nud permanent"),
-        )?;
+        for ip in [IpAddr::from(ips.0), IpAddr::from(ips.1)] {
+            part.run(
+                "ip",
+                &format!("neigh replace {ip} lladdr {mac} dev {device} nud permanent"),
+            )?;
+        }
     }
     Ok(())
 }
@@ -240,15 +275,17 @@ impl XebecStage {
             &["control", "--dir", &path, "--listen", &listen],
         )?;
         control.hear::<Value>()?;
-        let node = |name: &str, range: &str, ip: Ipv4Addr| {
-            (name.to_owned(), range.to_owned(), IpAddr::from(ip))
-        };
-        control.ask::<Value>(&control::Order::Rig {
-            nodes: vec![
-                node(agent::NODE, NODE_RANGE, NODE_IP),
-                node("other", OTHER_RANGE, OTHER_IP),
-            ],
-        })?;
+        let nodes = vec![
+            (
+                agent::NODE.to_owned(),
+                NodeAddresses::new(1, NODE_IP, NODE_IP6),
+            ),
+            (
+                "other".to_owned(),
+                NodeAddresses::new(2, OTHER_IP, OTHER_IP6),
+            ),
+        ];
+        control.ask::<Value>(&control::Order::Rig { nodes })?;
         control.ask::<Value>(&control::Order::Load {
             count: services,
             endpoints,
@@ -266,17 +303,15 @@ impl XebecStage {
     /// to others.
     pub fn start_agent(&mut self, xdp: bool) -> Result<u64> {
         ensure!(self.agent.is_none(), "the agent runs already");
-        let (dir, ip) = (self.dir.0.display().to_string(), NODE_IP.to_string());
+        let dir = self.dir.0.display().to_string();
+        let node = NodeAddresses::new(1, NODE_IP, NODE_IP6);
+        let ips = node.ips.map(|ip| ip.to_string());
         let cgroup = self.cgroup.node.display().to_string();
         // Its BPF filesystem, and with it what is pinned there, ends with it.
         let mut words = vec![
             "agent",
             "--dir",
             &dir,
-            "--ip",
-            &ip,
-            "--range",
-            NODE_RANGE,
             "--node-cgroup",
             &cgroup,
             "--device",
@@ -284,6 +319,9 @@ impl XebecStage {
             "--device",
             "o0",
         ];
+        for (ip, range) in ips.iter().zip(&node.ranges) {
+            words.extend(["--ip", ip, "--range", range]);
+        }
         words.extend(xdp.then_some("--xdp"));
         let mut agent = Part::start(Network::Of(&self.stage.node), true, &words)?;
         let started: Value = agent.hear()?;

@@ -4,7 +4,6 @@
 
 mod cases;
 mod full;
-mod measure;
 mod model;
 
 use std::cell::RefCell;
