@@ -146,14 +146,22 @@ fn enter(all: &mut Scratch) -> bool {
         // SAFETY: as in `find`.
         unsafe {
             if (*old).turn != other || (*old).to != all.back {
-                let over = (*old).closed != 0 && (*old).turn == TURN_NONE;
-                if !over && !(*old).is_replaceable(all.to.protocol, now) {
-                    return false;
-                }
+                let over = (*old).closed != 0 && (*old).turn == TURN_NONE
+                    || (*old).is_replaceable(all.to.protocol, now);
                 if (*old).turn != TURN_NONE {
                     FlowKey::write(&(*old).to, &mut all.other);
-                    let _ = FLOWS.remove(&all.other);
+                    // A full table has forgotten the other half of a flow: what is left of it holds no port.
+                    let half = flow::entry(&all.other);
+                    let whole = !half.is_null() && (*half).turn == (*old).other;
+                    if whole && over {
+                        let _ = FLOWS.remove(&all.other);
+                    }
                     FlowKey::write(&all.to, &mut all.other);
+                    if whole && !over {
+                        return false;
+                    }
+                } else if !over {
+                    return false;
                 }
             }
         }

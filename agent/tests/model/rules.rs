@@ -347,6 +347,17 @@ impl Model {
         true
     }
 
+    /// Whether an entry keeps its place: a connection that ended and was not translated leaves it, and so does what
+    /// is left of a flow whose other half is gone.
+    fn is_held(&self, entry: &Entry) -> bool {
+        let Some(turn) = entry.turn else {
+            return !entry.closed;
+        };
+        let half = self.flows.get(&turn.becomes.key());
+        let half = half.and_then(|half| half.turn);
+        half.is_some_and(|half| (half.forth, half.late) == (!turn.forth, turn.other_late))
+    }
+
     /// Remembers a flow that is translated; false if the place of its other entry is taken.
     fn enter_pair(
         &mut self,
@@ -366,9 +377,7 @@ impl Model {
             let same = old.turn.is_some_and(|found| {
                 (found.forth, found.late, found.becomes) == (back.forth, back.late, back.becomes)
             });
-            // A connection that ended, and was not translated, leaves its place.
-            let over = old.closed && old.turn.is_none();
-            if !same && !over {
+            if !same && self.is_held(old) {
                 return false;
             }
         }
@@ -425,8 +434,9 @@ impl Model {
                 if matches!(ends.protocol, 1 | 58) {
                     becomes.to.1 = port;
                 }
+                let taken = self.flows.get(&becomes.key());
                 assert!(
-                    self.flows.contains_key(&becomes.key()),
+                    taken.is_some_and(|entry| self.is_held(entry)),
                     "the port {port} is free"
                 );
             }

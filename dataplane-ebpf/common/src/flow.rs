@@ -79,6 +79,10 @@ pub const fn longest_idle(protocol: u8) -> u32 {
 /// (`nf_conntrack_tcp_timeout_fin_wait`); after that another flow may have the port.
 const CLOSED_IDLE: u32 = ticks(121 * SECOND);
 
+/// Nobody has answered yet: as long as Linux's connection tracking waits for that
+/// (`nf_conntrack_tcp_timeout_syn_sent`).
+const UNANSWERED_IDLE: u32 = ticks(121 * SECOND);
+
 /// A flow: what was decided for it, and what its packets become. One that is translated has two entries: one for its
 /// tuple before, one for its tuple after. Each says what the packets of one direction become, and the key of each is
 /// made of what the other's packets become.
@@ -134,8 +138,10 @@ impl Flow {
     /// Whether another flow may take its place.
     #[inline(always)]
     pub const fn is_replaceable(&self, protocol: u8, now: u32) -> bool {
+        let idle = now.wrapping_sub(self.seen);
         self.is_forgotten(protocol, now)
-            || self.closed != 0 && now.wrapping_sub(self.seen) > CLOSED_IDLE
+            || self.closed != 0 && idle > CLOSED_IDLE
+            || self.told[1] == 0 && idle > UNANSWERED_IDLE
     }
 }
 
@@ -279,6 +285,7 @@ mod tests {
     fn a_half_closed_connection_holds_but_its_port_may_be_taken() {
         let mut flow = Flow::zeroed();
         flow.closed = 1;
+        flow.told[1] = 1;
         let after = |seconds: u64| ticks(seconds * SECOND);
         assert!(!flow.is_replaceable(crate::TCP, after(120)));
         assert!(flow.is_replaceable(crate::TCP, after(123)));
@@ -288,5 +295,12 @@ mod tests {
         assert!(flow.is_replaceable(crate::TCP, after(6 * 3_600 + 2)));
         assert!(!flow.is_forgotten(crate::UDP, after(60)));
         assert!(flow.is_forgotten(crate::UDP, after(63)));
+    }
+
+    #[test]
+    fn a_connection_without_an_answer_holds_its_port_for_two_minutes() {
+        let flow = Flow::zeroed();
+        assert!(!flow.is_replaceable(crate::TCP, ticks(120 * SECOND)));
+        assert!(flow.is_replaceable(crate::TCP, ticks(123 * SECOND)));
     }
 }
