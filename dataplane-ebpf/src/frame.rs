@@ -1,6 +1,6 @@
 //! A frame as the hooks see it: its bytes at hand, and its checksums through the kernel's helpers or by hand.
 
-use core::ptr::{read_volatile, write_unaligned};
+use core::ptr::{read_unaligned, read_volatile, write_volatile};
 
 use aya_ebpf::helpers::generated::bpf_l4_csum_replace;
 use aya_ebpf::programs::{TcContext, XdpContext};
@@ -71,14 +71,24 @@ pub trait Frame {
     /// Where the bytes that are at hand begin and end.
     fn bounds(&self) -> (usize, usize);
 
-    /// Writes a value.
-    fn write<T: Copy>(&self, at: usize, value: &T) -> Option<()>;
-
-    /// Mends the IPv4 header's checksum at `at` for four bytes that change.
-    fn mend_ip(&self, at: usize, old: u32, new: u32) -> Option<()>;
-
     /// Mends a transport's checksum at `at`.
     fn mend_transport(&self, at: usize, change: Change) -> Option<()>;
+
+    /// Writes a value of whole words of two bytes over bytes that are at hand. The kernel makes the packet this program's own before it starts,
+    /// where it is shared; what it sums up of a packet that came in does not change, because a header's own checksum
+    /// makes up for it, or a transport's, which is mended by the kernel.
+    #[inline(always)]
+    fn write<T: Copy>(&self, at: usize, value: &T) -> Option<()> {
+        self.header(at, size_of::<T>())?.set(0, value);
+        Some(())
+    }
+
+    /// Mends the IPv4 header's checksum at `at` for four bytes that change.
+    #[inline(always)]
+    fn mend_ip(&self, at: usize, old: u32, new: u32) -> Option<()> {
+        let checksum: u16 = self.read(at)?;
+        self.write(at, &mended(checksum, difference(differ(0, old, new))))
+    }
 
     /// The place of some bytes, which may be read until the frame is changed.
     #[inline(always)]
@@ -104,7 +114,8 @@ pub trait Frame {
     }
 }
 
-/// A header's first byte. Callers read what they asked for when they got it, before the frame is changed.
+/// A header's first byte. Callers read and write what they asked for when they got it, before a helper changes the
+/// frame.
 #[derive(Clone, Copy)]
 pub struct Header(usize);
 
@@ -116,6 +127,26 @@ impl Header {
         // where the CPU has efficient unaligned access, and otherwise checks it; `read_unaligned` would make a load
         // of each byte.
         unsafe { read_volatile((self.0 + offset) as *const T) }
+    }
+
+    /// Writes a value of whole words of two bytes.
+    #[inline(always)]
+    pub fn set<T: Copy>(self, offset: usize, value: &T) {
+        let (size, from) = (size_of::<T>(), value as *const T as usize);
+        let to = self.0 + offset;
+        let mut done = 0;
+        // SAFETY: as in `at`.
+        unsafe {
+            while done + 4 <= size {
+                let word = read_unaligned((from + done) as *const u32);
+                write_volatile((to + done) as *mut u32, word);
+                done += 4;
+            }
+            if done + 2 <= size {
+                let word = read_unaligned((from + done) as *const u16);
+                write_volatile((to + done) as *mut u16, word);
+            }
+        }
     }
 
     /// An IPv6 address.
@@ -134,17 +165,6 @@ impl Frame for TcContext {
     #[inline(always)]
     fn bounds(&self) -> (usize, usize) {
         (self.data(), self.data_end())
-    }
-
-    #[inline(always)]
-    fn write<T: Copy>(&self, at: usize, value: &T) -> Option<()> {
-        self.skb.store(at, value, 0).ok()
-    }
-
-    #[inline(always)]
-    fn mend_ip(&self, at: usize, old: u32, new: u32) -> Option<()> {
-        self.l3_csum_replace(at, u64::from(old), u64::from(new), 4)
-            .ok()
     }
 
     #[inline(always)]
@@ -171,20 +191,6 @@ impl Frame for XdpContext {
     #[inline(always)]
     fn bounds(&self) -> (usize, usize) {
         (self.data(), self.data_end())
-    }
-
-    #[inline(always)]
-    fn write<T: Copy>(&self, at: usize, value: &T) -> Option<()> {
-        let place = self.place(at, size_of::<T>())?;
-        // SAFETY: the place was checked against the frame's end.
-        unsafe { write_unaligned(place as *mut T, *value) };
-        Some(())
-    }
-
-    #[inline(always)]
-    fn mend_ip(&self, at: usize, old: u32, new: u32) -> Option<()> {
-        let checksum: u16 = self.read(at)?;
-        self.write(at, &mended(checksum, difference(differ(0, old, new))))
     }
 
     #[inline(always)]

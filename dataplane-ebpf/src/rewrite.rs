@@ -6,7 +6,7 @@ use xebec_dataplane_common::nat::Tuple;
 use xebec_dataplane_common::{ICMP, ICMP6, SCTP, TCP, UDP};
 
 use crate::crc;
-use crate::frame::{Change, Frame, differ, differ_ip, difference};
+use crate::frame::{Change, Frame, differ, differ_ip, difference, mended};
 use crate::packet::{ETHERNET, IPV6, Packet};
 
 /// Where a packet's addresses lie within its network header, and IPv4's checksum.
@@ -114,10 +114,19 @@ fn change(ctx: &impl Frame, packet: &Packet, to: &Tuple) -> Option<()> {
             ctx.write(transport, &[to.source_port, to.destination_port])?;
         }
     }
-    let places = places(packet.is_v6());
-    address(ctx, ETHERNET, places.source, &old.source, &to.source)?;
-    let (old, new) = (&old.destination, &to.destination);
-    address(ctx, ETHERNET, places.destination, old, new)
+    let at = places(packet.is_v6());
+    if packet.is_v6() {
+        let header = ctx.header(ETHERNET, IPV6)?;
+        header.set(at.source, &to.source);
+        header.set(at.destination, &to.destination);
+    } else {
+        let header = ctx.header(ETHERNET, 20)?;
+        let checksum: u16 = header.at(IP_CHECKSUM);
+        header.set(IP_CHECKSUM, &mended(checksum, difference(sum)));
+        header.set(at.source, &to.source.as_v4());
+        header.set(at.destination, &to.destination.as_v4());
+    }
+    Some(())
 }
 
 /// Gives an SCTP packet its new ports and a checksum that fits.
