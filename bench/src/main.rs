@@ -129,6 +129,11 @@ const BENCHMARKS: &[Benchmark] = &[
         about: "nanoseconds per packet of the programs, in the scenarios of the kernel's xdp-lb",
         run: lb::run,
     },
+    Benchmark {
+        name: "xdp-live",
+        about: "live frames per second through XDP, beside a bare redirect",
+        run: |effort| lb::live::run(effort).map(Outcome::from),
+    },
 ];
 
 fn main() -> ExitCode {

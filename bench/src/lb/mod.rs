@@ -18,6 +18,7 @@
 
 mod frame;
 mod kernel;
+pub mod live;
 pub mod pound;
 mod scenario;
 mod wrap;

@@ -34,6 +34,9 @@ pub struct Target {
     pub nowhere: SocketAddr,
 }
 
+/// A frame, and where the number of its flow goes.
+pub type Template = (Vec<u8>, Option<Vary>);
+
 /// Which program, on what.
 #[derive(Serialize, Deserialize)]
 pub struct Order {
@@ -81,7 +84,7 @@ impl Order {
     }
 
     /// The frame of flow 0 as [`wrap`] takes it, and where the flow's number goes.
-    fn template(&self, scenario: &Scenario, content: Content) -> (Vec<u8>, Option<Vary>) {
+    fn template(&self, scenario: &Scenario, content: Content) -> Template {
         let spare = match content {
             Content::Tcp(_) => [6, 10],
             Content::Udp => [8, 10],
@@ -107,6 +110,24 @@ impl Order {
             Ipv4Addr::new(198, 51, 0, 0).into()
         });
         (self.from(scenario, content, (sender, 0)), Some(vary))
+    }
+
+    /// How many flows the scenario has, and what begins them and what goes on, as [`wrap`] takes it.
+    pub fn frames(&self) -> Result<(u32, Template, Template)> {
+        let scenario = SCENARIOS
+            .get(self.scenario)
+            .context("there is no such scenario")?;
+        let flows = match scenario.flows {
+            Flows::One => 1,
+            Flows::Many(flows) | Flows::Half(flows) => flows,
+            Flows::Fresh => 0,
+        };
+        let begins = scenario.begins.unwrap_or(scenario.content);
+        Ok((
+            flows,
+            self.template(scenario, begins),
+            self.template(scenario, scenario.content),
+        ))
     }
 
     /// A frame of flow number `flow` of the scenario.

@@ -160,3 +160,8 @@ pub const LEFT_OUT: &[(&str, &str)] = &[
         "a frontend's backends are of its own family: nothing is encapsulated",
     ),
 ];
+
+/// The place of a scenario among [`SCENARIOS`].
+pub fn place(name: &str) -> Option<usize> {
+    SCENARIOS.iter().position(|one| one.name == name)
+}

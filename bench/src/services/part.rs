@@ -46,6 +46,10 @@ enum Role {
     Agent(agent::Args),
     /// Runs programs on frames
     Pound,
+    /// Sends live frames
+    Live,
+    /// Drops what comes in at a device
+    Sink { device: String },
 }
 
 /// Runs as a part, when the arguments say so.
@@ -78,6 +82,8 @@ pub fn main() -> Result<()> {
         Role::Control(control) => control::run(control),
         Role::Agent(agent) => agent::run(agent),
         Role::Pound => crate::lb::pound::run(),
+        Role::Live => crate::lb::live::send(),
+        Role::Sink { device } => crate::lb::live::sink(&device),
     }
 }
 

@@ -63,7 +63,8 @@ pub struct Stage {
     /// The node's namespace.
     pub node: Part,
     outside: Option<Part>,
-    _server: Part,
+    /// What has the backends.
+    pub server: Part,
 }
 
 impl Stage {
@@ -111,7 +112,7 @@ impl Stage {
         Ok(Self {
             node,
             outside: Some(outside),
-            _server: server,
+            server,
         })
     }
 
