@@ -23,6 +23,18 @@ fn capacities(stage: &Stage) -> [u32; 3] {
     })
 }
 
+/// The kernel's memory for all maps of the agent, in kB, each of which there is once.
+fn kernel_memory(stage: &Stage) -> u64 {
+    let rows = stage.try_ask("GET", "/tables/maps", "").unwrap();
+    let rows = rows.as_array().unwrap();
+    for name in ["FRONTENDS", "SLOTS", "BACKENDS", "RANGES", "FLOWS"] {
+        let count = rows.iter().filter(|row| row["map"] == name).count();
+        assert_eq!(count, 1, "{name}: {rows:?}");
+    }
+    let bytes = rows.iter().map(|row| row["memory_bytes"].as_u64().unwrap());
+    bytes.sum::<u64>() / 1_000
+}
+
 /// Larger than the first sizes: Services, endpoints of each, and what the maps begin with.
 fn load() -> (u32, u32, Option<[[u32; 4]; 2]>) {
     match std::env::var("XEBEC_TEST_SERVICES") {
@@ -57,7 +69,7 @@ fn maps_grow_under_traffic_and_nobody_notices() {
     stage.wait_until_ready();
     stage.connect();
     assert_eq!(stage.silent(0..100), [0; 0]);
-    let first = capacities(&stage);
+    let (first, memory) = (capacities(&stage), kernel_memory(&stage));
     let talk = Talk::begin(stage.dial(talked));
     let begun = Instant::now();
     stage.add(100..count, endpoints);
@@ -75,7 +87,8 @@ fn maps_grow_under_traffic_and_nobody_notices() {
     assert_eq!(backends, wanted * f64::from(endpoints));
     let (asked, longest, again) = talk.end();
     println!(
-        "{count} Services x {endpoints} in {synced:?}; {first:?} to {grown:?}; the open connection asked {asked} times, at most for {longest:?}"
+        "{count} Services x {endpoints} in {synced:?}; {first:?} to {grown:?}; the open connection asked {asked} times, at most for {longest:?}; the kernel's maps went from {memory} to {} kB",
+        kernel_memory(&stage)
     );
     assert_eq!(again, 0, "no packet of the open connection was lost");
     assert_eq!(stage.api.events(), []);
