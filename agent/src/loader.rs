@@ -170,7 +170,10 @@ impl Loaded {
                 let_go = true;
             }
         }
-        self.keep_filters(&devices.iter().map(|device| device.name.as_str()).collect())?;
+        // Pods' devices have filters at the same places.
+        let network = devices.iter().map(|device| device.name.as_str());
+        let pods = self.attached.pods.iter().map(String::as_str);
+        self.keep_filters(&network.chain(pods).collect())?;
         let mut served = Vec::new();
         for device in devices {
             // tc first: it also has what XDP leaves.

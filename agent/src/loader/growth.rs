@@ -227,7 +227,6 @@ impl Loaded {
         let before = std::mem::replace(&mut self.ebpf, grown.ebpf);
         self.without_express = grown.without_express;
         let attached = std::mem::take(&mut self.attached);
-        // What sends flows to backends last: what takes them comes first.
         for device in attached.pods {
             match self.attach_pod(&device) {
                 // It went meanwhile.
@@ -236,7 +235,8 @@ impl Loaded {
             }
         }
         let mut by = Vec::new();
-        if let Some((devices, xdp)) = attached.network {
+        if let Some((mut devices, xdp)) = attached.network {
+            devices.retain(|device| nix::net::if_::if_nametoindex(device.name.as_str()).is_ok());
             by = self.attach_network(&devices, xdp).await?;
         }
         if let Some(cgroup) = attached.cgroup {

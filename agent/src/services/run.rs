@@ -164,6 +164,19 @@ impl Services {
         self.paused.store(true, Ordering::Release);
     }
 
+    /// What the API had at first is in the kernel, and backends that nobody has claimed go; false while some of it waits
+    /// for larger maps: it is not to be missing when programs take over from those of an agent before this one.
+    fn settle(&self) -> bool {
+        let mut tables = self.tables();
+        if self.paused.load(Ordering::Acquire) || tables.waits_for_growth() {
+            return false;
+        }
+        if let Err(error) = tables.settle(Instant::now()) {
+            Tables::<ServiceMaps>::warn_of(&error);
+        }
+        true
+    }
+
     /// Brings the kernel in step; what users are to be told.
     fn sync(
         &self,
@@ -174,6 +187,10 @@ impl Services {
     ) {
         let began = Instant::now();
         let mut tables = self.tables();
+        if self.paused.load(Ordering::Acquire) {
+            // Who paused it tells when to go on.
+            return Default::default();
+        }
         let outcome = tables.sync(began);
         let metrics = &self.metrics;
         metrics.sync_seconds.observe(began.elapsed().as_secs_f64());
@@ -452,11 +469,6 @@ async fn keep(
         if !(listed.done && sliced.done && known) {
             continue;
         }
-        if services.paused.load(Ordering::Acquire) {
-            // Who paused it tells when to go on.
-            again = None;
-            continue;
-        }
         let (notices, changes, later) = services.sync();
         let retry_addresses = again.filter(|_| node_news);
         again = later
@@ -469,16 +481,11 @@ async fn keep(
                 .into_iter()
                 .for_each(|(name, error)| tell_of_health(&teller, &name, error));
         }
-        // What does not fit yet is not missing when programs take over from those of an agent before this one.
-        if services.tables().waits_for_growth() {
-            continue;
-        }
-        if let Some(ready) = ready.take() {
-            if let Err(error) = services.tables().settle(Instant::now()) {
-                Tables::<ServiceMaps>::warn_of(&error);
+        if ready.is_some() && services.settle() {
+            if let Some(ready) = ready.take() {
+                // Nobody waits any more when the agent is stopping.
+                let _ = ready.send(());
             }
-            // Nobody waits any more when the agent is stopping.
-            let _ = ready.send(());
         }
     }
 }

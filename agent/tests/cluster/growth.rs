@@ -109,25 +109,52 @@ fn maps_grow_under_traffic_and_nobody_notices() {
 
 #[test]
 fn at_the_bound_an_event_tells_and_the_rest_works() {
+    bounded(Options::default());
+}
+
+/// As on kernels without tcx.
+#[test]
+fn filters_take_over_as_well() {
+    bounded(Options {
+        filters: true,
+        ..Options::default()
+    });
+}
+
+/// With XDP on the network's device.
+#[test]
+fn xdp_takes_over_as_well() {
+    bounded(Options {
+        xdp: true,
+        ..Options::default()
+    });
+}
+
+fn bounded(options: Options) {
     if left_out() {
         return;
     }
     let _alone = alone();
     let options = Options {
         sizes: Some([[128, 64, 256, 64], [512, 512, 4_096, 64]]),
-        ..Options::default()
+        ..options
     };
     let mut stage = Stage::new();
-    stage.add(0..50, 2);
+    let [object, slice] = service(2_000, "TCP", 100_000, 2);
+    stage.api.set("endpointslices", [slice]);
+    stage.api.set("services", [object]);
+    stage.add(0..49, 2);
     stage.start(&options);
     stage.wait_until_ready();
     stage.connect();
-    stage.add(50..200, 2);
+    assert_eq!(stage.silent(0..49), [0; 0]);
+    let talk = Talk::begin(stage.dial(2_000));
+    stage.add(49..199, 2);
     stage.wait("the maps grow", |stage| {
         stage.metric("xebec_services") == Some(200.0)
             && stage.metric("xebec_services_lacking_room") == Some(0.0)
     });
-    assert_eq!(stage.silent(0..200), [0; 0]);
+    assert_eq!(stage.silent(0..199), [0; 0]);
     assert_eq!(
         stage.api.events(),
         [],
@@ -145,12 +172,12 @@ fn at_the_bound_an_event_tells_and_the_rest_works() {
     assert!(words.contains("4096 backends"), "{words}");
     assert_eq!(stage.metric("xebec_services_lacking_room"), Some(1.0));
     // Those that are there go on, and others come.
-    stage.add(200..300, 2);
+    stage.add(199..299, 2);
     stage.wait("more Services", |stage| {
         stage.metric("xebec_services") == Some(301.0)
             && stage.metric("xebec_services_lacking_room") == Some(1.0)
     });
-    assert_eq!(stage.silent(0..300), [0; 0]);
+    assert_eq!(stage.silent(0..299), [0; 0]);
     // Room is made, and it fits.
     stage.add(1_000..1_001, 20);
     stage.wait("it fits", |stage| {
@@ -159,4 +186,12 @@ fn at_the_bound_an_event_tells_and_the_rest_works() {
     std::thread::sleep(Duration::from_millis(100));
     assert_eq!(stage.silent(1_000..1_001), [0; 0]);
     assert_eq!(stage.api.events().len(), 1);
+    // The next agent takes over from all of that.
+    stage.kill();
+    stage.start(&options);
+    stage.wait_until_ready();
+    assert_eq!(stage.silent(0..299), [0; 0]);
+    let (asked, _, again) = talk.end();
+    assert!(asked > 100, "{asked}");
+    assert_eq!(again, 0, "no packet of the open connection was lost");
 }

@@ -51,6 +51,10 @@ pub struct Options {
     pub sizes: Option<[[u32; 4]; 2]>,
     /// A file as ip-masq-agent has it.
     pub ip_masq: Option<PathBuf>,
+    /// As on kernels without tcx.
+    pub filters: bool,
+    /// XDP on the device that leads to the other node.
+    pub xdp: bool,
 }
 
 /// Runs the agent that the settings tell of, if there are any.
@@ -88,7 +92,11 @@ pub fn run_agent() {
         pod_cgroup: Some(cgroup.join("pods")),
         cgroup_root: cgroup,
         devices: vec!["net".into()],
-        xdp: Xdp::Off,
+        xdp: if settings["xdp"] == true {
+            Xdp::Generic
+        } else {
+            Xdp::Off
+        },
         native: Vec::new(),
         node_ports: xebec_agent::services::NodePortAddresses::All,
         l2_announcements: false,
@@ -241,6 +249,7 @@ impl Stage {
         let settings = json!({
             "dir": self.place.dir.path(), "cgroup": self.place.cgroup,
             "sizes": options.sizes, "ip_masq": options.ip_masq,
+            "xdp": options.xdp,
         });
         let _ = std::fs::remove_file(self.path("agent.sock"));
         let log = std::fs::OpenOptions::new()
@@ -255,6 +264,17 @@ impl Stage {
             .stdin(Stdio::null())
             .stdout(log.try_clone().unwrap())
             .stderr(log);
+        if options.xdp {
+            // As on a wire, frames have their checksums.
+            self.other.run(|| {
+                let mut ethtool = Command::new("ethtool");
+                let off = ethtool.args(["-K", "far", "tx", "off"]).output().unwrap();
+                assert!(off.status.success(), "{off:?}");
+            });
+        }
+        if options.filters {
+            command.env("XEBEC_TC", "clsact");
+        }
         self.agent = Some(self.node.run(|| command.spawn().unwrap()));
     }
 
