@@ -21,6 +21,13 @@ fn part_agent() {
     stage::run_agent();
 }
 
+/// The client that other tests start in the node's cgroup.
+#[test]
+#[ignore = "a client of other tests, which start it"]
+fn part_client() {
+    stage::run_client();
+}
+
 /// Stages have API servers and agents of the same addresses, each in its own namespace; one at a time is enough for
 /// a small machine.
 static ONE: std::sync::Mutex<()> = std::sync::Mutex::new(());

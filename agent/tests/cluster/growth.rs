@@ -71,6 +71,7 @@ fn maps_grow_under_traffic_and_nobody_notices() {
     assert_eq!(stage.silent(0..100), [0; 0]);
     let (first, memory) = (capacities(&stage), kernel_memory(&stage));
     let talk = Talk::begin(stage.dial(talked));
+    let dialing = stage.keep_dialing(talked);
     let begun = Instant::now();
     stage.add(100..count, endpoints);
     let wanted = f64::from(count + 1);
@@ -79,6 +80,9 @@ fn maps_grow_under_traffic_and_nobody_notices() {
         is("xebec_services", wanted) && is("xebec_services_lacking_room", 0.0)
     });
     let synced = begun.elapsed();
+    let dials = dialing.end();
+    println!("new connections of pod and node meanwhile: {dials:?}");
+    assert!(dials.iter().all(|one| one.made > 50 && one.bad == 0));
     assert_eq!(stage.silent(0..count), [0; 0], "each answers");
     let grown = capacities(&stage);
     let grew = first.iter().zip(&grown).all(|(first, grown)| grown > first);
@@ -149,6 +153,7 @@ fn bounded(options: Options) {
     stage.connect();
     assert_eq!(stage.silent(0..49), [0; 0]);
     let talk = Talk::begin(stage.dial(2_000));
+    let dialing = stage.keep_dialing(2_000);
     stage.add(49..199, 2);
     stage.wait("the maps grow", |stage| {
         stage.metric("xebec_services") == Some(200.0)
@@ -186,6 +191,9 @@ fn bounded(options: Options) {
     std::thread::sleep(Duration::from_millis(100));
     assert_eq!(stage.silent(1_000..1_001), [0; 0]);
     assert_eq!(stage.api.events().len(), 1);
+    let dials = dialing.end();
+    println!("new connections of pod and node meanwhile: {dials:?}");
+    assert!(dials.iter().all(|one| one.made > 50 && one.bad == 0));
     // The next agent takes over from all of that.
     stage.kill();
     stage.start(&options);

@@ -642,3 +642,105 @@ impl Stage {
         rows.collect()
     }
 }
+
+/// Connections one after another.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Dials {
+    /// How many.
+    pub made: u32,
+    /// How many of them failed, or had to send something again.
+    pub bad: u32,
+}
+
+/// Makes new connections to a Service until `is_over`, each of which asks and hears.
+fn dial_on(number: u32, is_over: impl Fn() -> bool) -> Dials {
+    let to = SocketAddr::from((frontend(number), PORT));
+    let once = || -> std::io::Result<u32> {
+        let mut stream = TcpStream::connect_timeout(&to, Duration::from_secs(5))?;
+        stream.set_read_timeout(Some(Duration::from_secs(5)))?;
+        let mut answer = [0; 4];
+        stream.write_all(b"ping")?;
+        stream.read_exact(&mut answer)?;
+        Ok(retransmissions(&stream))
+    };
+    let mut dials = Dials::default();
+    while !is_over() {
+        dials.made += 1;
+        let outcome = once();
+        if !matches!(outcome, Ok(0)) {
+            eprintln!("a new connection: {outcome:?} sent again");
+            dials.bad += 1;
+        }
+        std::thread::sleep(Duration::from_millis(1));
+    }
+    dials
+}
+
+/// Which Service a client asks, where this executable is started again as one.
+const CLIENT: &str = "XEBEC_TEST_CLIENT";
+/// The test that is such a client.
+const PART_CLIENT: &str = "part_client";
+
+/// Makes connections until standard input ends, from the cgroup that the agent's hooks are at: sockets are translated.
+pub fn run_client() {
+    let Ok(settings) = std::env::var(CLIENT) else {
+        return;
+    };
+    let (number, cgroup) = settings.split_once(' ').unwrap();
+    std::fs::write(Path::new(cgroup).join("cgroup.procs"), "0").unwrap();
+    let over = std::sync::Arc::new(std::sync::atomic::AtomicBool::new(false));
+    let ended = over.clone();
+    std::thread::spawn(move || {
+        let _ = std::io::stdin().read(&mut [0]);
+        ended.store(true, std::sync::atomic::Ordering::Relaxed);
+    });
+    let is_over = || over.load(std::sync::atomic::Ordering::Relaxed);
+    let dials = dial_on(number.parse().unwrap(), is_over);
+    println!("dials {} {}", dials.made, dials.bad);
+}
+
+/// New connections all the time, until it ends: of the pod, packet by packet, and of a process of the node, by sockets.
+pub struct Dialing {
+    over: std::sync::Arc<std::sync::atomic::AtomicBool>,
+    pod: std::thread::JoinHandle<Dials>,
+    node: Child,
+}
+
+impl Stage {
+    /// To a TCP Service.
+    pub fn keep_dialing(&self, number: u32) -> Dialing {
+        let over = std::sync::Arc::new(std::sync::atomic::AtomicBool::new(false));
+        let ended = over.clone();
+        let is_over = move || ended.load(std::sync::atomic::Ordering::Relaxed);
+        let pod = self
+            .pod
+            .run(|| std::thread::spawn(move || dial_on(number, is_over)));
+        let mut command = Command::new(std::env::current_exe().unwrap());
+        command
+            .args([PART_CLIENT, "--exact", "--ignored", "--nocapture"])
+            .env(CLIENT, format!("{number} {}", self.place.cgroup.display()))
+            .stdin(Stdio::piped())
+            .stdout(Stdio::piped());
+        let node = self.node.run(|| command.spawn().unwrap());
+        Dialing { over, pod, node }
+    }
+}
+
+impl Dialing {
+    /// Those of the pod and those of the node.
+    pub fn end(mut self) -> [Dials; 2] {
+        self.over.store(true, std::sync::atomic::Ordering::Relaxed);
+        drop(self.node.stdin.take());
+        let output = self.node.wait_with_output().unwrap();
+        let text = String::from_utf8(output.stdout).unwrap();
+        let line = text.split("dials ").nth(1);
+        let line = line.and_then(|rest| rest.lines().next());
+        let mut words = line.unwrap_or_else(|| panic!("{text}")).split(' ');
+        let mut number = || words.next().unwrap().parse().unwrap();
+        let node = Dials {
+            made: number(),
+            bad: number(),
+        };
+        [self.pod.join().unwrap(), node]
+    }
+}
