@@ -230,7 +230,12 @@ async fn answer(request: Request<Incoming>, tables: &Tables) -> Response<Body> {
                     "healthy": true,
                     "endpoints": endpoints.list().await.len(),
                     "devices": tables.served.words(),
-                    "packets": {"forwarded": counters.forwarded, "dropped": counters.dropped},
+                    "packets": {
+                        "forwarded": counters.forwarded,
+                        "dropped": counters.dropped,
+                        "refused": counters.refused,
+                        "no_port": counters.no_port,
+                    },
                     "translated": {"tc": counters.translated, "xdp": counters.translated_early},
                     "flow_events": {"produced": counters.produced, "lost": counters.lost},
                 }),

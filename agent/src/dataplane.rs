@@ -1,14 +1,13 @@
 //! The pods' side of the dataplane: policy and hooks of each pod's device.
 
 use std::net::IpAddr;
-use std::path::PathBuf;
 use std::time::Duration;
 
 use anyhow::{Context, Result};
 use tokio::sync::{Mutex, watch};
 
 use crate::link::Wires;
-use crate::loader::{self, Loaded};
+use crate::loader::Loaded;
 use crate::maps::PolicyMaps;
 use crate::policy::compile::Name;
 use crate::policy::watch::Shared;
@@ -33,8 +32,6 @@ pub struct Dataplane {
     pub programs: Mutex<Loaded>,
     /// True once all of the API's state is known; sent again with every change.
     pub synced: watch::Receiver<bool>,
-    /// The BPF filesystem.
-    pub dir: PathBuf,
 }
 
 impl Dataplane {
@@ -78,6 +75,6 @@ impl Dataplane {
             engine.disconnect(*address)?;
         }
         drop(engine);
-        loader::forget_pod(&self.dir, device)
+        self.programs.lock().await.detach_pod(device)
     }
 }

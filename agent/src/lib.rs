@@ -9,6 +9,7 @@ pub mod endpoints;
 pub mod flows;
 pub mod forwarding;
 pub mod gateway;
+mod growth;
 pub mod host_ports;
 mod ipam;
 pub mod link;
@@ -71,11 +72,15 @@ pub struct Config {
     pub l2_announcements: bool,
     /// Where metrics and health are served.
     pub serve: metrics::Addresses,
+    /// How large the maps of Services are at first, and at most.
+    pub sizes: loader::Sizes,
+    /// A file as ip-masq-agent has it: towards whom pods keep their addresses, besides `native`.
+    pub ip_masq: Option<PathBuf>,
 }
 
 /// Runs until `shutdown`; pods stay connected, Services translated and policy enforced as they were.
 pub async fn run(client: kube::Client, config: Config, shutdown: CancellationToken) -> Result<()> {
-    let mut programs = loader::Loaded::new(&config.bpf_dir)?;
+    let mut programs = loader::Loaded::with_sizes(&config.bpf_dir, config.sizes)?;
     let mut maps = programs.maps()?;
     maps.services
         .set_scope(scope::of(config.pod_cgroup.as_deref())?)?;
@@ -91,10 +96,12 @@ pub async fn run(client: kube::Client, config: Config, shutdown: CancellationTok
     let (synced, mut is_synced) = watch::channel(false);
     let (nodes, nodes_told) = watch::channel(None);
     check_addresses(&config.node_ips)?;
+    let (kept, follow_file) = keep_addresses(&config, &shutdown)?;
     let network = network::run(
         maps.network,
         config.node_ips.clone(),
         config.native.clone(),
+        kept,
         nodes_told.clone(),
         shutdown.clone(),
     );
@@ -104,7 +111,6 @@ pub async fn run(client: kube::Client, config: Config, shutdown: CancellationTok
         engine: engine.clone(),
         programs: Mutex::new(programs),
         synced: is_synced.clone(),
-        dir: config.bpf_dir.clone(),
     });
     let endpoints = connect(&config, Some(dataplane.clone()))?;
     let before = maps.services.all_backends()?;
@@ -174,6 +180,12 @@ pub async fn run(client: kube::Client, config: Config, shutdown: CancellationTok
         services_ready,
         shutdown.clone(),
     );
+    let growth = growth::run(
+        tables.clone(),
+        dataplane.clone(),
+        config.sizes,
+        shutdown.clone(),
+    );
     let tables = api::Tables {
         endpoints: endpoints.clone(),
         services: Some(tables),
@@ -200,10 +212,46 @@ pub async fn run(client: kube::Client, config: Config, shutdown: CancellationTok
     };
     let api = api::run(config.socket.clone(), tables, shutdown.clone());
     tokio::try_join!(
-        policy, services, network, nodes, routes, follow, take_over, api, metrics, sockets,
-        announce
+        policy,
+        services,
+        network,
+        nodes,
+        routes,
+        follow,
+        take_over,
+        api,
+        metrics,
+        sockets,
+        announce,
+        growth,
+        follow_file
     )
     .map(drop)
+}
+
+/// The blocks towards which pods keep their addresses, as a file says, and what follows that file.
+fn keep_addresses(
+    config: &Config,
+    shutdown: &CancellationToken,
+) -> Result<(
+    watch::Receiver<Vec<IpNet>>,
+    impl Future<Output = Result<()>> + use<>,
+)> {
+    let (blocks, follower) = match &config.ip_masq {
+        Some(path) => {
+            let (blocks, follower) = masquerade::follow(path, false)?;
+            (blocks, Some(follower))
+        }
+        None => (watch::channel(Vec::new()).1, None),
+    };
+    let shutdown = shutdown.clone();
+    let following = async move {
+        match follower {
+            Some(follower) => follower.run(shutdown).await,
+            None => Ok(()),
+        }
+    };
+    Ok((blocks, following))
 }
 
 /// Announces load balancers' addresses on the devices that lead to the outside, if this is asked for.

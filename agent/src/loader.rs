@@ -1,23 +1,24 @@
 //! Loads the eBPF programs, attaches them, and keeps them attached beyond the agent's life by pinned links.
 
 mod express;
+mod growth;
 pub mod measure;
 mod tc;
 
 use std::path::{Path, PathBuf};
 
 use anyhow::{Context, Result};
+use aya::Ebpf;
 use aya::maps::{HashMap, MapData};
 use aya::programs::links::FdLink;
 use aya::programs::{
     CgroupAttachMode, CgroupSockAddr, Program, ProgramError, SchedClassifier, TcAttachType,
 };
-use aya::{Ebpf, EbpfLoader};
-use xebec_dataplane_common::LAYOUT;
 
 use crate::maps::{FlowMaps, NetworkMaps, PolicyMaps, ServiceMaps, SocketMap, take};
 use crate::network::Device;
 pub use express::{By, Xdp};
+pub use growth::{Grown, Sizes, Step};
 pub use tc::detach;
 
 /// Folder of the pinned links of socket hooks.
@@ -76,6 +77,8 @@ pub struct Loaded {
     /// A BPF filesystem of our own.
     dir: PathBuf,
     attaching: tc::Attaching,
+    pins: growth::Pins,
+    attached: growth::Attached,
     /// Why this kernel refuses the XDP program, if it does.
     without_express: Option<String>,
 }
@@ -98,34 +101,27 @@ impl Loaded {
     /// Loads every program; the kernel checks them. Flows are those of the agent before this one, if it had the
     /// same layout; everything else is filled anew.
     pub fn new(dir: &Path) -> Result<Self> {
+        Self::with_sizes(dir, Sizes::default())
+    }
+
+    /// The same, with maps of Services that are so large where no agent before this one needed larger ones.
+    pub fn with_sizes(dir: &Path, sizes: Sizes) -> Result<Self> {
         mount(dir)?;
-        let maps = dir.join(format!("maps-{LAYOUT}"));
-        std::fs::create_dir_all(&maps)
-            .with_context(|| format!("could not make {}", maps.display()))?;
         for links in [CGROUP_LINKS, POD_LINKS, NETWORK_LINKS] {
             let links = dir.join(links);
             std::fs::create_dir_all(&links)
                 .with_context(|| format!("could not make {}", links.display()))?;
         }
-        let mut ebpf = EbpfLoader::new()
-            .default_map_pin_directory(&maps)
-            .load(object()?)
-            .context("the kernel refused the eBPF maps (is this root?)")?;
-        for name in SOCKET_HOOKS {
-            let program = hook::<CgroupSockAddr>(&mut ebpf, name)?;
-            checked(name, || program.load())?;
-        }
-        for (_, name) in POD_HOOKS.iter().chain(NETWORK_HOOKS) {
-            let program = hook::<SchedClassifier>(&mut ebpf, name)?;
-            checked(name, || program.load())?;
-        }
-        let without_express = Self::load_express(&mut ebpf)?;
+        let pins = growth::Pins::new(dir)?;
+        let (mut ebpf, without_express) = pins.load(sizes)?;
         Ok(Self {
             without_express,
             express: take(&mut ebpf, "EXPRESS")?,
             ebpf,
             dir: dir.to_path_buf(),
             attaching: tc::Attaching::new(dir)?,
+            pins,
+            attached: growth::Attached::default(),
         })
     }
 
@@ -143,7 +139,15 @@ impl Loaded {
     /// Attaches the hooks of a pod's device. Where an agent before this one attached its own, they are replaced
     /// in place: no packet passes unjudged.
     pub fn attach_pod(&mut self, device: &str) -> Result<()> {
-        self.attach(POD_LINKS, POD_HOOKS, device)
+        self.attach(POD_LINKS, POD_HOOKS, device)?;
+        self.attached.pods.insert(device.to_owned());
+        Ok(())
+    }
+
+    /// Lets go of the links of a pod's device, which is gone or about to go.
+    pub fn detach_pod(&mut self, device: &str) -> Result<()> {
+        self.attached.pods.remove(device);
+        forget_pod(&self.dir, device)
     }
 
     /// Attaches the hooks of devices that lead to other nodes and the outside, and lets go of all others. Gives who
@@ -166,7 +170,10 @@ impl Loaded {
                 let_go = true;
             }
         }
-        self.keep_filters(&devices.iter().map(|device| device.name.as_str()).collect())?;
+        // Pods' devices have filters at the same places.
+        let network = devices.iter().map(|device| device.name.as_str());
+        let pods = self.attached.pods.iter().map(String::as_str);
+        self.keep_filters(&network.chain(pods).collect())?;
         let mut served = Vec::new();
         for device in devices {
             // tc first: it also has what XDP leaves.
@@ -178,6 +185,7 @@ impl Loaded {
             }
             served.push(by);
         }
+        self.attached.network = Some((devices.to_vec(), xdp));
         Ok(served)
     }
 
@@ -207,6 +215,7 @@ impl Loaded {
             std::fs::remove_file(&path)
                 .with_context(|| format!("could not remove {}", path.display()))?;
         }
+        self.attached.cgroup = Some(cgroup.to_path_buf());
         Ok(())
     }
 }

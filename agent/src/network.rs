@@ -203,11 +203,12 @@ pub(crate) fn settings_of(node: &[IpAddr]) -> Result<Settings> {
 }
 
 /// Keeps the maps in step with the nodes until `shutdown`; `native` are addresses besides theirs that know the way
-/// to pods.
+/// to pods, and `kept` those that see pods' own addresses because somebody says so.
 pub(crate) async fn run(
     mut maps: NetworkMaps,
     node_ips: Vec<IpAddr>,
     native: Vec<IpNet>,
+    mut kept: Receiver<Vec<IpNet>>,
     mut nodes: Receiver<Nodes>,
     shutdown: CancellationToken,
 ) -> Result<()> {
@@ -218,12 +219,16 @@ pub(crate) async fn run(
         tokio::select! {
             () = shutdown.cancelled() => return Ok(()),
             changed = nodes.changed() => if changed.is_err() { return Ok(()) },
+            // Nobody says so any more only when nobody ever does.
+            Ok(()) = kept.changed() => {}
         }
         let Some(told) = nodes.borrow_and_update().clone() else {
             continue;
         };
         let blocks = told.values().flat_map(blocks);
-        let wanted: BTreeSet<IpNet> = blocks.chain(native.iter().copied()).collect();
+        let kept = kept.borrow_and_update().clone();
+        let native = native.iter().copied();
+        let wanted: BTreeSet<IpNet> = blocks.chain(native).chain(kept).collect();
         for block in wanted.difference(&installed) {
             maps.set_native(*block)?;
         }

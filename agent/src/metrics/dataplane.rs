@@ -10,6 +10,7 @@ use prometheus_client::metrics::gauge::ConstGauge;
 use crate::bpf_maps::Held;
 use crate::flows::Flows;
 use crate::maps::batch;
+use crate::maps::ports::Ports;
 
 /// Counters of packets and events, read when somebody asks.
 pub(super) struct Packets(pub Flows);
@@ -50,6 +51,16 @@ impl Collector for Packets {
                 "Packets that were dropped",
                 counters.dropped,
             ),
+            (
+                "xebec_refused_packets",
+                "Packets to Services without endpoints that were answered with a reset or an ICMP error",
+                counters.refused,
+            ),
+            (
+                "xebec_nat_no_port_packets",
+                "Packets that were dropped because no port was free to translate them to",
+                counters.no_port,
+            ),
         ] {
             let metric = encoder.encode_descriptor(name, help, None, MetricType::Counter)?;
             ConstCounter::new(value).encode(metric)?;
@@ -63,6 +74,43 @@ impl Collector for Packets {
         ] {
             let labels = [("hook", hook)];
             ConstCounter::new(value).encode(metric.encode_family(&labels)?)?;
+        }
+        Ok(())
+    }
+}
+
+/// The node's ports that translated flows hold, counted (by this function) when somebody asks.
+#[derive(Debug)]
+pub(super) struct NatPorts(pub fn() -> Result<Ports>);
+
+impl Collector for NatPorts {
+    fn encode(&self, mut encoder: DescriptorEncoder) -> std::fmt::Result {
+        let ports = match (self.0)() {
+            Ok(ports) => ports,
+            Err(error) => {
+                tracing::warn!(error = format!("{error:#}"), "metrics lack the ports");
+                return Ok(());
+            }
+        };
+        for (name, help, value) in [
+            (
+                "xebec_nat_ports_used",
+                "Translated flows that hold a port of the node; those to different ends may hold the same",
+                ports.used,
+            ),
+            (
+                "xebec_nat_ports_used_most",
+                "Ports of the node that translated flows to the one end with the most of them hold",
+                ports.busiest,
+            ),
+            (
+                "xebec_nat_ports",
+                "Ports of the node that translated flows to each end may hold",
+                ports.available,
+            ),
+        ] {
+            let metric = encoder.encode_descriptor(name, help, None, MetricType::Gauge)?;
+            ConstGauge::new(value).encode(metric)?;
         }
         Ok(())
     }
@@ -152,11 +200,34 @@ mod tests {
             "xebec_events_lost_total 0\n",
             "xebec_forwarded_packets_total 0\n",
             "xebec_dropped_packets_total 0\n",
+            "xebec_refused_packets_total 0\n",
+            "xebec_nat_no_port_packets_total 0\n",
             "xebec_translated_packets_total{hook=\"tc\"} 0\n",
             "xebec_translated_packets_total{hook=\"xdp\"} 0\n",
         ] {
             assert!(told.contains(line), "{told}");
         }
+    }
+
+    #[test]
+    fn ports_are_told_with_how_many_there_are() {
+        let told = text(NatPorts(|| {
+            Ok(Ports {
+                used: 9,
+                busiest: 7,
+                available: 4_536,
+            })
+        }));
+        for line in [
+            "xebec_nat_ports_used 9\n",
+            "xebec_nat_ports_used_most 7\n",
+            "xebec_nat_ports 4536\n",
+        ] {
+            assert!(told.contains(line), "{told}");
+        }
+        // What can't be counted is left out, and the rest is told.
+        let told = text(NatPorts(|| anyhow::bail!("no map")));
+        assert_eq!(told, "# EOF\n");
     }
 
     /// Room that no other test's map has.

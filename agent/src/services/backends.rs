@@ -7,7 +7,7 @@ use std::time::Instant;
 
 use hashbrown::{DefaultHashBuilder, HashTable};
 use xebec_dataplane_common::ip::Ip;
-use xebec_dataplane_common::service::{Backend, ON_THIS_NODE};
+use xebec_dataplane_common::service::{Backend, ENDING, ON_THIS_NODE};
 
 use super::extents::REST;
 
@@ -27,24 +27,40 @@ impl Target {
     }
 }
 
+/// What a port of a Service says of a backend.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct State {
+    /// It is on this node.
+    pub local: bool,
+    /// It gets nothing new.
+    pub ending: bool,
+}
+
 /// Of [`Held::holders`]: the backend is on this node.
 const HERE: u32 = 1 << 31;
+/// The backend gets nothing new.
+const ENDS: u32 = 1 << 30;
 
 struct Held {
     target: Target,
     generation: u32,
-    /// How many ports of Services have it; with none, it is not there. [`HERE`] besides.
+    /// How many ports of Services have it; with none, it is not there. [`HERE`] and [`ENDS`] besides.
     holders: u32,
 }
 
 impl Held {
-    /// Whether that is news: it is on this node.
-    fn is_here(&mut self, local: bool) -> bool {
-        let news = local && self.holders & HERE == 0;
-        if news {
+    /// Takes what is said of it; whether that is news. Who says that it is here is believed. Whether it ends, all say
+    /// alike, if not at the same moment: the last one is believed.
+    fn is_now(&mut self, state: State) -> bool {
+        let before = self.holders;
+        if state.local {
             self.holders |= HERE;
         }
-        news
+        self.holders &= !ENDS;
+        if state.ending {
+            self.holders |= ENDS;
+        }
+        self.holders != before
     }
 }
 
@@ -105,13 +121,14 @@ impl Backends {
     }
 
     /// The number of a backend, held once more. None when there is no room.
-    pub fn hold(&mut self, target: Target, local: bool) -> Option<u32> {
+    pub fn hold(&mut self, target: Target, state: State) -> Option<u32> {
         if let Some(number) = self.find(&target) {
             self.held[number as usize].holders += 1;
-            self.set_local(number, local);
+            self.set_state(number, state);
             return Some(number);
         }
-        let holders = 1 | if local { HERE } else { 0 };
+        let flag = |set, flag| if set { flag } else { 0 };
+        let holders = 1 | flag(state.local, HERE) | flag(state.ending, ENDS);
         let number = match self.free.pop() {
             Some(number) => {
                 let held = &mut self.held[number as usize];
@@ -141,9 +158,9 @@ impl Backends {
         Some(number)
     }
 
-    /// Where a backend is, which is held. Slices can disagree: who says that it is here is believed.
-    pub fn set_local(&mut self, number: u32, local: bool) {
-        if self.held[number as usize].is_here(local) {
+    /// What a port says of a backend that it holds.
+    pub fn set_state(&mut self, number: u32, state: State) {
+        if self.held[number as usize].is_now(state) {
             self.changed.push(number);
         }
     }
@@ -152,7 +169,7 @@ impl Backends {
     pub fn release(&mut self, number: u32, now: Instant) {
         let held = &mut self.held[number as usize];
         held.holders -= 1;
-        if held.holders & !HERE > 0 {
+        if held.holders & !(HERE | ENDS) > 0 {
             return;
         }
         held.generation = held.generation.wrapping_add(1);
@@ -165,6 +182,17 @@ impl Backends {
         self.gone.push(target);
         self.changed.push(number);
         self.resting.push_back((now, number));
+    }
+
+    /// Takes one [`Self::hold`] back. Who was there for nobody else was never named: the number can be given at once.
+    pub fn undo(&mut self, number: u32, now: Instant) {
+        let (rested, gone) = (self.resting.len(), self.gone.len());
+        self.release(number, now);
+        if self.resting.len() > rested {
+            self.resting.pop_back();
+            self.gone.truncate(gone);
+            self.free.push(number);
+        }
     }
 
     /// Who went since this was last asked for, and did not come back.
@@ -195,18 +223,25 @@ impl Backends {
     /// The entry as the kernel has it.
     pub fn entry(&self, number: u32) -> Backend {
         let held = &self.held[number as usize];
-        let here = if held.holders & HERE != 0 {
-            ON_THIS_NODE
-        } else {
-            0
-        };
+        let flag = |bit, flag| if held.holders & bit != 0 { flag } else { 0 };
+        let flags = flag(HERE, ON_THIS_NODE) | flag(ENDS, ENDING);
         Backend {
             address: held.target.ip,
             port: held.target.port.to_be(),
             // The protocol is for who reads the map: an agent after this one, a person.
-            flags: here | u16::from(held.target.protocol) << 8,
+            flags: flags | u16::from(held.target.protocol) << 8,
             generation: held.generation,
         }
+    }
+
+    /// All entries as the kernel has them, or is about to.
+    pub fn all(&self) -> impl Iterator<Item = (u32, Backend)> + use<'_> {
+        (1..self.held.len() as u32).map(|number| (number, self.entry(number)))
+    }
+
+    /// How many numbers rest.
+    pub fn resting(&self) -> u32 {
+        self.resting.len() as u32
     }
 
     /// Numbers whose entries have to be written; each is named once.
@@ -245,6 +280,7 @@ impl Backends {
                 protocol,
             };
             let known = there && protocol != 0 && self.find(&target).is_none();
+            let ends = if entry.flags & ENDING != 0 { ENDS } else { 0 };
             // Who can't be told apart from another is gone.
             let generation = entry.generation.wrapping_add(u32::from(there && !known));
             self.held.push(Held {
@@ -252,8 +288,8 @@ impl Backends {
                 generation,
                 holders: match entry.flags & ON_THIS_NODE {
                     _ if !known => 0,
-                    0 => 1,
-                    _ => 1 | HERE,
+                    0 => 1 | ends,
+                    _ => 1 | HERE | ends,
                 },
             });
             if known {
@@ -288,10 +324,14 @@ mod tests {
     fn one_number_for_all_and_generations_that_only_rise() {
         let now = Instant::now();
         let mut backends = Backends::new(3);
-        let one = backends.hold(target(1), false).unwrap();
-        assert_eq!(backends.hold(target(1), false), Some(one));
-        let two = backends.hold(target(2), true).unwrap();
-        assert_eq!(backends.hold(target(3), false), None);
+        let [here, there] = [true, false].map(|local| State {
+            local,
+            ..State::default()
+        });
+        let one = backends.hold(target(1), there).unwrap();
+        assert_eq!(backends.hold(target(1), there), Some(one));
+        let two = backends.hold(target(2), here).unwrap();
+        assert_eq!(backends.hold(target(3), there), None);
         assert_eq!(backends.take_changed(), [one, two]);
         assert_eq!(
             (backends.entry(one).generation, backends.entry(two).flags),
@@ -303,10 +343,25 @@ mod tests {
         assert_eq!(backends.take_changed(), [one]);
         assert_eq!(backends.entry(one).generation, 2);
         // Its number rests before another gets it, under another generation.
-        assert!(!backends.wake(now) && backends.hold(target(3), false).is_none());
+        assert!(!backends.wake(now) && backends.hold(target(3), there).is_none());
         assert!(backends.wake(now + REST));
-        assert_eq!(backends.hold(target(3), false), Some(one));
+        assert_eq!(backends.hold(target(3), there), Some(one));
         assert_eq!(backends.entry(one).generation, 3);
         assert_eq!((backends.used(), backends.room()), (2, 0));
+        // One that ends, and stays after all.
+        backends.take_changed();
+        let ends = State {
+            local: false,
+            ending: true,
+        };
+        for (state, flags) in [(ends, ON_THIS_NODE | ENDING), (there, ON_THIS_NODE)] {
+            backends.set_state(two, state);
+            backends.set_state(two, state);
+            assert_eq!(backends.take_changed(), [two]);
+            assert_eq!(backends.entry(two).flags, flags | 6 << 8);
+        }
+        backends.set_state(two, ends);
+        backends.release(two, now);
+        assert_eq!(backends.entry(two).flags & ENDING, 0);
     }
 }

@@ -1,6 +1,7 @@
 //! Keeps the kernel in step with the API's Services.
 
 use std::net::IpAddr;
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
 
@@ -52,7 +53,8 @@ pub struct Options {
 pub struct Services {
     tables: Arc<Mutex<Tables<ServiceMaps>>>,
     metrics: Metrics,
-    need: signal::Sender<Room>,
+    lack: signal::Sender<Option<Room>>,
+    paused: Arc<AtomicBool>,
     announced: signal::Sender<Vec<Announced>>,
     gone: mpsc::UnboundedSender<sockets::Backend>,
     rewritten: Arc<Notify>,
@@ -69,11 +71,11 @@ impl Services {
         gone: mpsc::UnboundedSender<sockets::Backend>,
     ) -> Self {
         let tables = Tables::new(maps, node_name, before);
-        let need = signal::Sender::new(tables.used());
         Self {
             tables: Arc::new(Mutex::new(tables)),
             metrics: Metrics::default(),
-            need,
+            lack: signal::Sender::default(),
+            paused: Arc::default(),
             announced: signal::Sender::default(),
             gone,
             rewritten: Arc::default(),
@@ -94,9 +96,25 @@ impl Services {
         self.metrics.clone()
     }
 
-    /// How much room in the maps everything would need; more than there is when something does not fit.
-    pub fn need(&self) -> signal::Receiver<Room> {
-        self.need.subscribe()
+    /// Roughly how much room in the maps everything would need, while something does not fit.
+    pub fn lack(&self) -> signal::Receiver<Option<Room>> {
+        self.lack.subscribe()
+    }
+
+    /// How much room in the maps everything would need.
+    pub fn need(&self) -> Room {
+        self.tables().whole_need()
+    }
+
+    /// From here on larger maps come for what does not fit, unless [`Self::refuse_growth`] says that they do not.
+    pub fn expect_growth(&self) {
+        self.tables().expect_growth();
+    }
+
+    /// No larger maps come for those that do not fit now, and why; users are told.
+    pub fn refuse_growth(&self, why: &str) {
+        self.tables().refuse_growth(why);
+        self.rewritten.notify_one();
     }
 
     /// Load balancers' addresses, to be announced on the node's network.
@@ -109,12 +127,54 @@ impl Services {
         self.tables().room()
     }
 
-    /// Everything goes into these maps, which have room for at least as much as those before; numbers and
-    /// generations of backends stay. When it returns, programs that have them can take over.
+    /// All backends go into the map of backends among these, which has room for at least as many. From here on nothing
+    /// changes in the kernel, until [`Self::change_backends`].
+    pub fn copy_backends(&self, maps: &mut ServiceMaps) -> Result<()> {
+        let mut tables = self.tables();
+        self.bring_up(&mut tables);
+        tables.copy_backends(maps)
+    }
+
+    /// All programs that are attached have these maps, of which only that of backends is another than before.
+    pub fn change_backends(&self, maps: ServiceMaps) {
+        self.tables().change_backends(maps);
+        self.go_on();
+    }
+
+    /// Everything goes into these maps, which have room for at least as much as those before; the map of backends is
+    /// the same. When it returns, programs that have them can take over; from here on nothing changes in the kernel,
+    /// until [`Self::go_on`].
     pub fn rewrite(&self, maps: ServiceMaps) -> Result<()> {
-        let outcome = self.tables().rewrite(maps, Instant::now());
+        let mut tables = self.tables();
+        self.bring_up(&mut tables);
+        tables.rewrite(maps, Instant::now())
+    }
+
+    /// Programs with these maps are attached, and those before are not.
+    pub fn go_on(&self) {
+        self.paused.store(false, Ordering::Release);
         self.rewritten.notify_one();
-        outcome
+    }
+
+    /// Nothing is left to be written to the maps before, and nothing will be.
+    fn bring_up(&self, tables: &mut Tables<ServiceMaps>) {
+        if let Err(error) = tables.sync(Instant::now()) {
+            Tables::<ServiceMaps>::warn_of(&error);
+        }
+        self.paused.store(true, Ordering::Release);
+    }
+
+    /// What the API had at first is in the kernel, and backends that nobody has claimed go; false while some of it waits
+    /// for larger maps: it is not to be missing when programs take over from those of an agent before this one.
+    fn settle(&self) -> bool {
+        let mut tables = self.tables();
+        if self.paused.load(Ordering::Acquire) || tables.waits_for_growth() {
+            return false;
+        }
+        if let Err(error) = tables.settle(Instant::now()) {
+            Tables::<ServiceMaps>::warn_of(&error);
+        }
+        true
     }
 
     /// Brings the kernel in step; what users are to be told.
@@ -127,6 +187,10 @@ impl Services {
     ) {
         let began = Instant::now();
         let mut tables = self.tables();
+        if self.paused.load(Ordering::Acquire) {
+            // Who paused it tells when to go on.
+            return Default::default();
+        }
         let outcome = tables.sync(began);
         let metrics = &self.metrics;
         metrics.sync_seconds.observe(began.elapsed().as_secs_f64());
@@ -170,9 +234,10 @@ impl Services {
         let used = tables.used();
         metrics.backends.set(i64::from(used.backends) - 1);
         metrics.set_room(used, tables.room());
-        let need = tables.need();
-        self.need
-            .send_if_modified(|before| std::mem::replace(before, need) != need);
+        // Told each time while something lacks: what was tried since may have changed nothing.
+        let lack = (lacking > 0).then(|| tables.need());
+        self.lack
+            .send_if_modified(|before| std::mem::replace(before, lack).is_some() || lack.is_some());
         let notices = tables.take_notices();
         let full = notices
             .iter()
@@ -416,12 +481,11 @@ async fn keep(
                 .into_iter()
                 .for_each(|(name, error)| tell_of_health(&teller, &name, error));
         }
-        if let Some(ready) = ready.take() {
-            if let Err(error) = services.tables().settle(Instant::now()) {
-                Tables::<ServiceMaps>::warn_of(&error);
+        if ready.is_some() && services.settle() {
+            if let Some(ready) = ready.take() {
+                // Nobody waits any more when the agent is stopping.
+                let _ = ready.send(());
             }
-            // Nobody waits any more when the agent is stopping.
-            let _ = ready.send(());
         }
     }
 }

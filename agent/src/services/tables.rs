@@ -18,7 +18,7 @@ use super::notices::{Notice, Reason};
 use super::objects::{EndpointSlice, Service};
 use super::pool::{LOCAL, Places, Slab, Texts};
 use super::select::READY;
-use super::unit::Unit;
+use super::unit::{Unit, target};
 use super::view::{ServiceView, SliceView, full_name, slice_names, triggered};
 use super::wanted::{Wanted, of_host_port, of_service};
 use crate::announce::Announced;
@@ -45,8 +45,10 @@ pub struct Entry {
     pub slices: Vec<(u64, SliceView)>,
     pub units: Vec<Unit>,
     dirty: bool,
-    /// It was told of that it does not fit.
+    /// It does not fit.
     pub full: bool,
+    /// It was told of that it does not fit.
+    told: bool,
     /// Port and number of endpoints that health checks are answered with; port 0 for none.
     health: (u16, u32),
 }
@@ -60,6 +62,7 @@ impl Entry {
             units: Vec::new(),
             dirty: false,
             full: false,
+            told: false,
             health: (0, 0),
         }
     }
@@ -133,6 +136,8 @@ pub struct Tables<K> {
     pub endpoint_changes: u64,
     /// A write failed: everything has to be written again.
     broken: bool,
+    /// Larger maps come for what does not fit, unless somebody says that they do not.
+    grows: bool,
 }
 
 fn unix_now() -> f64 {
@@ -175,6 +180,7 @@ impl<K: ServiceKernel> Tables<K> {
             service_changes: 0,
             endpoint_changes: 0,
             broken: false,
+            grows: false,
         }
     }
 
@@ -502,18 +508,78 @@ impl<K: ServiceKernel> Tables<K> {
         self.backends.grow(room.backends);
         self.ranges = 0;
         self.backends.change_all();
-        let all: Vec<u32> = self.entries.iter().map(|(number, _)| number).collect();
+        let mut all: Vec<u32> = self.entries.iter().map(|(number, _)| number).collect();
+        // The last is the first that gets room: who had it has it again, whoever else comes.
+        all.sort_by_key(|number| !self.lacking.contains_key(number));
+        self.dirty.clear();
         for number in all {
             if let Some(entry) = self.entries.get_mut(number) {
                 entry.units.iter_mut().for_each(Unit::forget);
+                entry.dirty = true;
             }
-            self.mark(number);
+            self.dirty.push(number);
         }
         for (address, whose) in &self.node_addresses {
             self.kernel.set_node_address(*address, *whose)?;
         }
         self.broken = false;
         self.sync(now)
+    }
+
+    /// Writes all backends, and nothing else, into a map that is to take the place of the one that is.
+    pub fn copy_backends(&self, kernel: &mut K) -> Result<()> {
+        let mut all = self.backends.all();
+        loop {
+            let some: Vec<(u32, Backend)> = all.by_ref().take(AT_ONCE).collect();
+            if some.is_empty() {
+                return Ok(());
+            }
+            kernel.set_backends(&some)?;
+        }
+    }
+
+    /// A larger map of backends, with all that the one before has, has taken its place; all other maps are the same.
+    pub fn change_backends(&mut self, kernel: K) {
+        self.kernel = kernel;
+        self.backends.grow(self.kernel.room().backends);
+        let lacking: Vec<u32> = self.lacking.keys().copied().collect();
+        lacking.into_iter().for_each(|number| self.mark(number));
+    }
+
+    /// From here on larger maps come for what does not fit, unless [`Self::refuse_growth`] says that they do not.
+    pub fn expect_growth(&mut self) {
+        self.grows = true;
+    }
+
+    /// No larger maps come for those that do not fit now, and why.
+    pub fn refuse_growth(&mut self, why: &str) {
+        let lacking: Vec<u32> = self.lacking.keys().copied().collect();
+        lacking
+            .into_iter()
+            .for_each(|number| self.tell_of_lack(number, why));
+    }
+
+    /// Whether somebody does not fit, and larger maps may come.
+    pub fn waits_for_growth(&self) -> bool {
+        let untold = |number: &u32| self.entries.get(*number).is_some_and(|entry| !entry.told);
+        self.grows && self.lacking.keys().any(untold)
+    }
+
+    /// Tells once that an entry does not fit, when that is sure to last.
+    fn tell_of_lack(&mut self, number: u32, why: &str) {
+        let Some(entry) = self.entries.get_mut(number) else {
+            return;
+        };
+        if std::mem::replace(&mut entry.told, true) {
+            return;
+        }
+        let lack = self.lacking.get(&number).copied().unwrap_or_default();
+        let words = format!(
+            "the dataplane has no room for all of it: {} frontends, {} chunks of slots, {} backends and {} source ranges are missing; {why}",
+            lack.frontends, lack.chunks, lack.backends, lack.ranges
+        );
+        let notice = Notice::new(&entry.name, entry.service(), Reason::DataplaneFull, words);
+        self.notices.push(notice);
     }
 
     /// Brings one entry in step.
@@ -561,14 +627,14 @@ impl<K: ServiceKernel> Tables<K> {
             return;
         };
         entry.units = units;
-        if std::mem::replace(&mut entry.full, full) != full && full {
-            let words = format!(
-                "the dataplane has no room for all of it: {} frontends, {} chunks of slots, {} backends and {} source ranges are missing",
-                lack.frontends, lack.chunks, lack.backends, lack.ranges
-            );
-            let notice = Notice::new(&entry.name, entry.service(), Reason::DataplaneFull, words);
-            self.notices.push(notice);
+        entry.full = full;
+        entry.told &= full;
+        if full && !self.grows {
+            self.tell_of_lack(number, "its maps do not grow");
         }
+        let Some(entry) = self.entries.get_mut(number) else {
+            return;
+        };
         if entry.health != health {
             entry.health = health;
             let (port, count) = health;
@@ -678,6 +744,40 @@ impl<K: ServiceKernel> Tables<K> {
             backends: sum.backends.saturating_add(one.backends),
             ranges: sum.ranges.saturating_add(one.ranges),
         })
+    }
+
+    /// How much room everything would need, looked at more closely than by [`Self::need`]: what does not fit for one
+    /// reason may not fit for another, and backends that many lack are needed once.
+    pub fn whole_need(&self) -> Room {
+        let mut need = self.used();
+        let mut backends = HashSet::new();
+        let lacking = self.lacking.keys();
+        for entry in lacking.filter_map(|number| self.entries.get(*number)) {
+            for wanted in &entry.wanted(&self.places) {
+                let held: HashSet<_> = entry.units.iter().flat_map(Unit::keys).collect();
+                let fresh = wanted.fronts.iter().filter(|one| !held.contains(&one.key));
+                need.frontends = need.frontends.saturating_add(fresh.count() as u32);
+                need.chunks = need.chunks.saturating_add(self.chunks_for(wanted));
+                need.ranges = need.ranges.saturating_add(wanted.ranges.len() as u32);
+                let targets = wanted.ends.iter().map(|end| target(end, wanted));
+                let missing = targets.filter(|one| self.backends.find(one).is_none());
+                backends.extend(missing.map(|one| self.hasher.hash_one(one) as u32));
+            }
+        }
+        // Those that rest have their numbers still.
+        let missing = backends.len() as u32 + self.backends.resting();
+        need.backends = need.backends.saturating_add(missing);
+        // All of it fits, and yet somebody lacks: no free chunks lie side by side in that number.
+        let room = self.room();
+        if need.chunks <= room.chunks && !self.lacking.is_empty() && !self.extents.rests() {
+            let fits = need.frontends <= room.frontends
+                && need.backends <= room.backends
+                && need.ranges <= room.ranges;
+            if fits {
+                need.chunks = room.chunks + 1;
+            }
+        }
+        need
     }
 
     /// How many Services there are, and how many of them do not fit.

@@ -3,12 +3,12 @@
 use ipnet::IpNet;
 use xebec_dataplane_common::service::{Frontend, FrontendKey, Run};
 
-use super::backends::Target;
+use super::backends::{State, Target};
 use super::claims::Claim;
 use super::maglev;
 use super::notices::{Notice, Reason};
 use super::pool::LOCAL;
-use super::select::{SERVING, TERMINATING};
+use super::select::{READY, SERVING, TERMINATING};
 use super::slots::{chunk_count, chunks, fingerprint, slots};
 use super::tables::Tables;
 use super::view::Algorithm;
@@ -325,20 +325,29 @@ impl<K: ServiceKernel> Tables<K> {
             all: Vec::with_capacity(wanted.ends.len()),
         };
         let held = known.map_or(&[][..], |unit| &unit.members);
+        let mut chosen = vec![false; wanted.ends.len()];
+        for (index, _) in wanted.runs.iter().flat_map(|run| &run.members) {
+            chosen[*index as usize] = true;
+        }
         for (index, end) in wanted
             .ends
             .iter()
             .enumerate()
             .filter(|(index, _)| needed[*index])
         {
-            let (target, local) = (target(end, wanted), end.traits & LOCAL != 0);
+            let target = target(end, wanted);
+            let state = State {
+                local: end.traits & LOCAL != 0,
+                // Where no other is left it gets what is new, too, and clients stay with it.
+                ending: end.traits & READY == 0 && !chosen[index],
+            };
             let there = self.backends.find(&target);
             let number = match there.filter(|number| held.binary_search(number).is_ok()) {
                 Some(number) => {
-                    self.backends.set_local(number, local);
+                    self.backends.set_state(number, state);
                     number
                 }
-                None => match self.backends.hold(target, local) {
+                None => match self.backends.hold(target, state) {
                     Some(number) => number,
                     None => continue,
                 },
@@ -356,11 +365,13 @@ impl<K: ServiceKernel> Tables<K> {
         let new = members
             .iter()
             .filter(|number| held.binary_search(number).is_err());
-        self.batch.released.extend(new);
+        // The moment does not matter: they do not rest.
+        let now = std::time::Instant::now();
+        new.for_each(|number| self.backends.undo(*number, now));
     }
 
     /// How many chunks all runs need.
-    fn chunks_for(&self, wanted: &Wanted) -> u32 {
+    pub(super) fn chunks_for(&self, wanted: &Wanted) -> u32 {
         let runs = wanted.runs.iter().map(|run| match run.algorithm {
             Algorithm::Maglev => chunk_count(maglev::size(run.members.len()) as usize),
             Algorithm::Random => chunk_count(run.members.len()),

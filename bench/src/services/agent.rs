@@ -97,6 +97,8 @@ pub fn run(args: Args) -> Result<()> {
         native: Vec::new(),
         node_ports: xebec_agent::services::NodePortAddresses::All,
         l2_announcements: false,
+        sizes: xebec_agent::loader::Sizes::default(),
+        ip_masq: None,
         serve: xebec_agent::metrics::Addresses::default(),
     };
     runtime.block_on(async {

@@ -181,6 +181,7 @@ fn many_values() -> Value {
         "nodePortAddresses": ["primary", "192.0.2.0/24"], "devices": ["eth0"], "xdp": "off", "metricsBindAddress": "",
         "healthz": {"address": "[::]", "port": 10_300}, "bpf": {"autoMount": false}, "cni": {"exclusive": false},
         "seLinuxOptions": {"type": "spc_t", "level": "s0"}, "podAnnotations": {"example.org/a": "b"},
+        "ipMasq": {"enabled": true, "config": {"nonMasqueradeCIDRs": ["10.0.0.0/8"], "masqLinkLocal": true}},
     })
 }
 
@@ -195,7 +196,7 @@ fn all_objects() -> Vec<Value> {
 #[test]
 fn a_strict_api_server_takes_all_manifests() {
     let objects = all_objects();
-    assert_eq!(objects.len(), 18);
+    assert_eq!(objects.len(), 19);
     for object in objects {
         assert_eq!(refusals(&object), Vec::<String>::new(), "{object}");
     }
@@ -245,6 +246,45 @@ fn the_plain_manifests_are_the_charts() {
         }
         assert_eq!(documents(&read(&path)), documents(&text), "{name}");
     }
+}
+
+#[test]
+fn the_agent_reads_what_the_config_map_says() {
+    let objects = documents(&rendered(&many_values()));
+    let of = |kind: &str| objects.iter().find(|one| one["kind"] == kind).unwrap();
+    let pod = &of("DaemonSet")["spec"]["template"]["spec"];
+    let named = |of: &Value| {
+        let all = of.as_array().unwrap().iter();
+        let mut all = all.filter(|one| one["name"] == "ip-masq");
+        all.next().unwrap().clone()
+    };
+    let volume = &named(&pod["volumes"])["configMap"];
+    let container = &pod["containers"][0];
+    let item = &volume["items"][0];
+    let file = format!(
+        "{}/{}",
+        named(&container["volumeMounts"])["mountPath"]
+            .as_str()
+            .unwrap(),
+        item["path"].as_str().unwrap()
+    );
+    assert_eq!(file, xebec_agent::masquerade::DEFAULT_PATH);
+    let flag = Value::from(format!("--ip-masq-config={file}"));
+    assert!(container["args"].as_array().unwrap().contains(&flag));
+    let map = of("ConfigMap");
+    assert_eq!(map["metadata"]["name"], volume["name"]);
+    let text = map["data"][item["key"].as_str().unwrap()].as_str().unwrap();
+    // The agent takes it as the chart writes it.
+    let dir = tempfile::tempdir().unwrap();
+    let path = dir.path().join("ip-masq-agent");
+    std::fs::write(&path, text).unwrap();
+    let (blocks, _follower) = xebec_agent::masquerade::follow(&path, false).unwrap();
+    let blocks: Vec<String> = blocks.borrow().iter().map(ToString::to_string).collect();
+    assert_eq!(blocks, ["10.0.0.0/8", "fe80::/10"]);
+    // Without it nothing is followed, and by itself the flag means the same file.
+    let plain = rendered(&json!({}));
+    assert!(!plain.contains("ip-masq"), "{plain}");
+    assert!(takes(&["agent", "--ip-masq-config"]).is_ok());
 }
 
 /// The command line, as `main` knows it.

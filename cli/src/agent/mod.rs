@@ -75,6 +75,10 @@ struct Run {
     /// Blocks with routes to all pods, such as the cluster's range of pods: packets to them keep a pod's address
     #[arg(long, alias = "native-routing-cidr", value_delimiter = ',')]
     cluster_cidr: Vec<IpNet>,
+    /// A file as ip-masq-agent has it, followed as it changes: packets of pods to its nonMasqueradeCIDRs keep the pod's
+    /// address, by default those to private addresses. Without this flag, packets to all but the cluster are masqueraded
+    #[arg(long, value_name = "PATH", num_args = 0..=1, default_missing_value = xebec_agent::masquerade::DEFAULT_PATH)]
+    ip_masq_config: Option<PathBuf>,
     /// Devices that lead to other nodes and the outside; by default those of the node's address and the default route
     #[arg(long, value_delimiter = ',')]
     devices: Vec<String>,
@@ -260,6 +264,8 @@ impl Run {
             native: self.cluster_cidr.iter().map(IpNet::trunc).collect(),
             node_ports: self.ports.node_ports()?,
             l2_announcements: self.l2_announcements,
+            sizes: xebec_agent::loader::Sizes::default(),
+            ip_masq: self.ip_masq_config.clone(),
             serve: xebec_agent::metrics::Addresses {
                 metrics: self.ports.metrics(),
                 healthz: self.ports.healthz(),

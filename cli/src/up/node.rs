@@ -137,6 +137,8 @@ impl NodeConfig {
                 .collect(),
             node_ports: self.node_ports.clone(),
             l2_announcements: self.l2_announcements,
+            sizes: xebec_agent::loader::Sizes::default(),
+            ip_masq: None,
             serve: xebec_agent::metrics::Addresses {
                 metrics: self.metrics,
                 healthz: self.healthz,

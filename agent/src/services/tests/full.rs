@@ -3,7 +3,7 @@
 use std::time::Duration;
 
 use serde_json::json;
-use xebec_dataplane_common::service::Backend;
+use xebec_dataplane_common::service::{Backend, ENDING};
 
 use super::{Plain, ROOM, World, service, slice};
 use crate::maps::Room;
@@ -95,6 +95,7 @@ fn what_does_not_fit_is_named_and_the_rest_goes_on() {
 fn larger_maps_take_over_with_the_same_numbers() {
     let small = Room { chunks: 3, ..ROOM };
     let mut world = World::with(small);
+    world.tables.expect_growth();
     world
         .tables
         .set_node_addresses([("192.0.2.1".parse().unwrap(), 1)].into())
@@ -103,6 +104,8 @@ fn larger_maps_take_over_with_the_same_numbers() {
         add(&mut world, number, 20);
     }
     assert_eq!((served(&world, 1), served(&world, 2)), (Some(20), None));
+    // Users are not told of what is about to fit.
+    assert!(world.told().is_empty() && world.tables.waits_for_growth());
     let backends = world.kernel.0.borrow().backends.clone();
     let number = world.kernel.0.borrow().named()["10.96.1.1:80/TCP"].service;
     // Something is decided and not yet written when the maps are replaced.
@@ -135,6 +138,124 @@ fn larger_maps_take_over_with_the_same_numbers() {
     let (used, need) = (world.tables.used(), world.tables.need());
     assert_eq!((used, need), (need, used));
     assert_eq!(used.chunks, 5);
+    assert!(world.told().is_empty() && !world.tables.waits_for_growth());
+}
+
+#[test]
+fn a_larger_map_of_backends_takes_over_by_itself() {
+    let small = Room {
+        backends: 1 + 25,
+        ..ROOM
+    };
+    let mut world = World::with(small);
+    world.tables.expect_growth();
+    add(&mut world, 1, 20);
+    // They share most of them.
+    for number in [2, 3] {
+        let name = format!("s{number}");
+        world.service(service(
+            &name,
+            json!({"clusterIPs": [format!("10.96.1.{number}")]}),
+        ));
+        let ips: Vec<String> = (0..30).map(|at| format!("10.9.0.{at}")).collect();
+        let all: Vec<(&str, &str, &str)> = ips.iter().map(|ip| (&**ip, "a", "r")).collect();
+        world.slice(slice(&name, &name, &all));
+    }
+    world.sync();
+    assert_eq!(
+        [1, 2, 3].map(|number| served(&world, number)),
+        [Some(20), None, None]
+    );
+    let need = world.tables.whole_need();
+    assert_eq!((need.backends, need.frontends), (1 + 20 + 30, 3));
+    let larger = Plain::new(Room {
+        backends: need.backends,
+        ..ROOM
+    });
+    {
+        let (from, mut to) = (world.kernel.0.borrow(), larger.0.borrow_mut());
+        to.frontends = from.frontends.clone();
+        to.chunks = from.chunks.clone();
+    }
+    world.tables.copy_backends(&mut larger.clone()).unwrap();
+    let all = |kernel: &Plain| kernel.0.borrow().backends.clone();
+    assert_eq!(all(&larger), all(&world.kernel));
+    world.tables.change_backends(larger.clone());
+    world.kernel = larger;
+    world.sync();
+    assert_eq!(
+        [1, 2, 3].map(|number| served(&world, number)),
+        [Some(20), Some(30), Some(30)]
+    );
+    assert!(world.told().is_empty() && !world.tables.waits_for_growth());
+}
+
+#[test]
+fn who_had_room_keeps_it_when_maps_grow_and_still_do_not_do() {
+    let small = Room { chunks: 3, ..ROOM };
+    let mut world = World::with(small);
+    world.tables.expect_growth();
+    for number in 1..=3 {
+        add(&mut world, number, 20);
+    }
+    // The one that fits is the last by age and by number.
+    add(&mut world, 1, 400);
+    add(&mut world, 2, 400);
+    assert_eq!(served(&world, 1), Some(20));
+    world.tables.remove_service("n/s1");
+    world.tables.remove_slice("n/s1");
+    world.sync();
+    while world.tables.wants_another_try() {
+        world.sync();
+    }
+    assert_eq!((served(&world, 2), served(&world, 3)), (None, Some(20)));
+    let larger = Plain::new(Room { chunks: 26, ..ROOM });
+    world.now += Duration::from_millis(25);
+    world.tables.rewrite(larger.clone(), world.now).unwrap();
+    world.kernel = larger;
+    world.sync();
+    assert_eq!((served(&world, 2), served(&world, 3)), (None, Some(20)));
+    // Now it is sure, and told once.
+    assert!(world.told().is_empty());
+    for _ in 0..2 {
+        world.tables.refuse_growth("they may not");
+    }
+    let notices = world.tables.take_notices();
+    assert_eq!(notices.len(), 1);
+    assert!(notices[0].words.ends_with("; they may not"), "{notices:?}");
+}
+
+#[test]
+fn who_ends_or_is_not_ready_gets_nothing_new_from_affinity() {
+    let mut world = World::new();
+    let flags = |world: &World| {
+        let maps = world.kernel.0.borrow();
+        let there = maps
+            .backends
+            .values()
+            .filter(|one| one.generation & 1 == 1)
+            .map(|one| (std::net::IpAddr::from(one.address), one.flags & ENDING != 0));
+        let all: std::collections::BTreeMap<_, _> = there.collect();
+        all.into_values().collect::<Vec<bool>>()
+    };
+    world.service(service("s1", json!({"clusterIPs": ["10.96.1.1"]})));
+    let tell = |world: &mut World, states: [&str; 2]| {
+        world.slice(slice(
+            "s1",
+            "s1",
+            &[("10.1.0.1", "a", states[0]), ("10.1.0.2", "a", states[1])],
+        ));
+        world.sync();
+        flags(world)
+    };
+    assert_eq!(tell(&mut world, ["r", "r"]), [false, false]);
+    // One that ends and still answers, and one that was ready before.
+    assert_eq!(tell(&mut world, ["st", "r"]), [true, false]);
+    assert_eq!(tell(&mut world, ["r", "r"]), [false, false]);
+    assert_eq!(tell(&mut world, ["", "r"]), [true, false]);
+    // Where nobody else is left, clients stay with those that end.
+    assert_eq!(tell(&mut world, ["st", "st"]), [false, false]);
+    assert_eq!(tell(&mut world, ["st", "r"]), [true, false]);
 }
 
 #[test]
