@@ -7,7 +7,7 @@ use xebec_dataplane_common::nat::Tuple;
 use xebec_dataplane_common::{ICMP, ICMP6, TCP, UDP};
 
 use crate::frame::{Change, Frame, differ, differ_ip, difference, mended};
-use crate::packet::{ETHERNET, Packet, Quote, quote};
+use crate::packet::{ETHERNET, Packet, quote};
 use crate::rewrite::{address, places};
 
 /// Translates an error about a flow that becomes `to`, and tells in it whom the error itself is for. False if it could
@@ -35,7 +35,6 @@ fn change(ctx: &TcContext, packet: &Packet, to: &Tuple) -> Option<()> {
     }
     address(ctx, ETHERNET, at.source, &carrier.0, &sender)?;
     address(ctx, ETHERNET, at.destination, &carrier.1, &to.destination)?;
-    let quote = quote(ctx, packet)?;
     // It went the other way, so its source is the translation's destination. IPv4's header makes up for the change by
     // its own checksum.
     let (source, destination) = (&to.destination, &to.source);
@@ -44,16 +43,16 @@ fn change(ctx: &TcContext, packet: &Packet, to: &Tuple) -> Option<()> {
         let sum = differ_ip(sum, &old.source, destination);
         mend(ctx, packet, sum, false)?;
     }
-    let network = quote.network;
+    let network = quote(packet);
     address(ctx, network, at.source, &old.destination, source)?;
     address(ctx, network, at.destination, &old.source, destination)?;
-    quoted(ctx, packet, to, quote)
+    quoted(ctx, packet, to)
 }
 
 /// Changes the transport header of the packet that the error quotes.
 #[inline(always)]
-fn quoted(ctx: &TcContext, packet: &Packet, to: &Tuple, quote: Quote) -> Option<()> {
-    let (at, old) = (quote.transport, &packet.tuple);
+fn quoted(ctx: &TcContext, packet: &Packet, to: &Tuple) -> Option<()> {
+    let (at, old) = (usize::from(packet.quoted), &packet.tuple);
     if old.protocol == ICMP || old.protocol == ICMP6 {
         // The identifier stands for both ports.
         let mut sum = differ(0, old.source_port.into(), to.source_port.into());

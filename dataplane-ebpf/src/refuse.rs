@@ -1,5 +1,6 @@
-//! Answering for Services without endpoints: TCP is reset, and the senders of other protocols learn that the port is
-//! unreachable. The packet itself becomes the answer, which goes back the way it came.
+//! Answering what goes no further. For Services without endpoints TCP is reset, and the senders of other protocols learn
+//! that the port is unreachable; what can't be sent on is answered as a router does. The packet itself becomes the
+//! answer, which goes back the way it came.
 
 use aya_ebpf::bindings::__sk_buff;
 use aya_ebpf::helpers::generated::{
@@ -8,11 +9,15 @@ use aya_ebpf::helpers::generated::{
 use aya_ebpf::macros::map;
 use aya_ebpf::maps::PerCpuArray;
 use aya_ebpf::programs::TcContext;
+use xebec_dataplane_common::flow::{
+    REASON_NO_ROUTE, REASON_NO_SERVICE, REASON_TOO_BIG, REASON_TTL, SECOND,
+};
 use xebec_dataplane_common::ip::Ip;
-use xebec_dataplane_common::{ICMP, ICMP6, TCP};
+use xebec_dataplane_common::{ICMP, ICMP6, TCP, UDP};
 
-use crate::flow::{ACK, FIN, RST, SYN};
+use crate::flow::{ACK, FIN, RST, SYN, now_ns};
 use crate::frame::{Change, Frame, difference, mended};
+use crate::nat;
 use crate::packet::{ETHERNET, IPV6, Packet};
 use crate::rewrite::pair;
 use crate::scratch::settle;
@@ -43,6 +48,82 @@ struct Answer {
 #[map]
 static ANSWER: PerCpuArray<Answer> = PerCpuArray::with_max_entries(1, 0);
 
+/// A Service has no endpoints.
+pub const NO_PORT: u32 = 2;
+/// A packet has no hop left.
+pub const EXCEEDED: u32 = 3;
+/// It is too big for its way.
+pub const TOO_BIG: u32 = 4;
+/// No route leads there.
+pub const NO_ROUTE: u32 = 5;
+/// A route says that nobody may go there.
+pub const PROHIBITED: u32 = 6;
+
+/// What events say of it.
+#[inline(always)]
+pub fn reason(why: u32) -> u8 {
+    match why {
+        NO_PORT => REASON_NO_SERVICE,
+        EXCEEDED => REASON_TTL,
+        TOO_BIG => REASON_TOO_BIG,
+        _ => REASON_NO_ROUTE,
+    }
+}
+
+/// Type and code of its error.
+#[inline(always)]
+fn kind(why: u32, v6: bool) -> (u8, u8) {
+    match (why, v6) {
+        (EXCEEDED, false) => (11, 0),
+        (TOO_BIG, false) => (3, 4),
+        (NO_ROUTE, false) => (3, 0),
+        (PROHIBITED, false) => (3, 13),
+        (_, false) => (3, 3),
+        (EXCEEDED, true) => (3, 0),
+        (TOO_BIG, true) => (2, 0),
+        (NO_ROUTE, true) => (1, 0),
+        (PROHIBITED, true) => (1, 1),
+        (_, true) => (1, 4),
+    }
+}
+
+/// What may be sent of ICMP errors (RFC 1812, 4.3.2.8): time that was not used up yet.
+struct Allowance {
+    /// When it was last counted, in ns of the monotonic clock.
+    counted: u64,
+    /// ns that are left.
+    left: u64,
+}
+
+#[map]
+static ALLOWANCE: PerCpuArray<Allowance> = PerCpuArray::with_max_entries(1, 0);
+
+/// So much time may be saved up.
+const SAVED: u64 = SECOND / 20;
+
+/// Whether an error may be sent; then it counts.
+#[inline(always)]
+fn may_tell() -> bool {
+    let rate = nat::settings().errors;
+    if rate == 0 {
+        return true;
+    }
+    let Some(allowance) = ALLOWANCE.get_ptr_mut(0) else {
+        return false;
+    };
+    let (now, price) = (now_ns(), SECOND / u64::from(rate));
+    // SAFETY: the entry is this CPU's own, and no program of tc interrupts another on a CPU.
+    unsafe {
+        let most = if price > SAVED { price } else { SAVED };
+        let saved = (*allowance).left + now.saturating_sub((*allowance).counted);
+        let left = if saved > most { most } else { saved };
+        let may = left >= price;
+        (*allowance).counted = now;
+        (*allowance).left = if may { left - price } else { left };
+        may
+    }
+}
+
 /// `PACKET_HOST`: the frame was for this device, and for no others.
 const FOR_THIS_HOST: u32 = 0;
 
@@ -54,10 +135,10 @@ pub fn is_for_this_host(ctx: &TcContext) -> bool {
     unsafe { (*skb).pkt_type == FOR_THIS_HOST }
 }
 
-/// Makes the packet the answer to itself, but for its hardware addresses. False if there is none to it, and then it
-/// must be dropped.
+/// Makes the packet the answer to itself, but for its hardware addresses; `mtu` are the bytes that it may have where it
+/// has too many. False if there is no answer, and then it must be dropped.
 #[inline(never)]
-pub fn answer(ctx: &TcContext, packet: &Packet) -> bool {
+pub fn answer(ctx: &TcContext, packet: &Packet, why: u32, mtu: u32) -> bool {
     // Whom nobody can have been is not answered, nor what is about something else, nor a part of a datagram.
     if packet.is_error() || packet.is_later() || !is_single(&packet.tuple.source) {
         return false;
@@ -67,10 +148,10 @@ pub fn answer(ctx: &TcContext, packet: &Packet) -> bool {
     };
     // SAFETY: the entry is this CPU's own, and no program of tc interrupts another on a CPU.
     let answer = unsafe { &mut *answer };
-    if packet.tuple.protocol == TCP {
+    if why == NO_PORT && packet.tuple.protocol == TCP {
         reset(ctx, packet, answer).is_some()
     } else {
-        unreachable(ctx, packet, answer).is_some()
+        may_tell() && told(ctx, packet, answer, (why, mtu)).is_some()
     }
 }
 
@@ -130,7 +211,8 @@ fn reset(ctx: &TcContext, packet: &Packet, answer: &mut Answer) -> Option<()> {
     words[BEFORE + 3] = (5 << 28 | u32::from(flags) << 16).to_be();
     words[BEFORE + 4] = 0;
     // The class stays, without what it says of congestion.
-    let sum = network(packet, answer, TCP_HEADER as u32, TCP, class & 0xfc);
+    let class = class & 0xfc;
+    let sum = network(packet, answer, (TCP_HEADER as u32, TCP, class), NO_PORT);
     let own = sum_of::<{ TCP_HEADER / 4 }>(&answer.words, BEFORE);
     settle();
     put(ctx, packet, answer, TCP_HEADER as u32)?;
@@ -147,9 +229,14 @@ fn reset(ctx: &TcContext, packet: &Packet, answer: &mut Answer) -> Option<()> {
     ctx.mend_transport(at, change(difference(sum), true))
 }
 
-/// An ICMP error: the port is unreachable.
+/// An ICMP error.
 #[inline(always)]
-fn unreachable(ctx: &TcContext, packet: &Packet, answer: &mut Answer) -> Option<()> {
+fn told(
+    ctx: &TcContext,
+    packet: &Packet,
+    answer: &mut Answer,
+    (why, mtu): (u32, u32),
+) -> Option<()> {
     let (total, _) = outer(ctx, packet)?;
     let skb: *const __sk_buff = ctx.skb.skb;
     // SAFETY: the kernel gives a valid context for the whole call.
@@ -172,16 +259,14 @@ fn unreachable(ctx: &TcContext, packet: &Packet, answer: &mut Answer) -> Option<
     if loaded != 0 {
         return None;
     }
-    let (protocol, kind, code) = if packet.is_v6() {
-        (ICMP6, 1, 4)
-    } else {
-        (ICMP, 3, 3)
-    };
+    let v6 = packet.is_v6();
+    let (kind, code) = kind(why, v6);
+    let protocol = if v6 { ICMP6 } else { ICMP };
     let length = ICMP_HEADER as u32 + quoted;
     // Such errors are of the network's own class.
-    let pseudo = network(packet, answer, length, protocol, 0xc0);
+    let pseudo = network(packet, answer, (length, protocol, 0xc0), why);
     answer.words[BEFORE] = u32::from_ne_bytes([kind, code, 0, 0]);
-    answer.words[BEFORE + 1] = 0;
+    answer.words[BEFORE + 1] = if why == TOO_BIG { mtu.to_be() } else { 0 };
     // SAFETY: so many words were written just above.
     let sum = unsafe {
         bpf_csum_diff(
@@ -195,33 +280,38 @@ fn unreachable(ctx: &TcContext, packet: &Packet, answer: &mut Answer) -> Option<
     if sum < 0 {
         return None;
     }
-    let mut sum = sum as u64;
-    let mut filler = 0;
-    if packet.is_v6() {
-        filler = !mended(0xffff, difference(pseudo));
-        sum += pseudo + u64::from(filler);
-        let [a, b] = filler.to_ne_bytes();
-        answer.words[BEFORE + 1] = u32::from_ne_bytes([0, 0, a, b]);
-    }
-    let checksum = mended(0xffff, difference(sum)).to_ne_bytes();
+    // IPv4's errors have no pseudo header.
+    let pseudo = if v6 { pseudo } else { 0 };
+    let checksum = mended(0xffff, difference(sum as u64 + pseudo)).to_ne_bytes();
     answer.words[BEFORE] = u32::from_ne_bytes([kind, code, checksum[0], checksum[1]]);
     settle();
     put(ctx, packet, answer, length)?;
-    if packet.is_v6() {
-        // Where the last device still makes the refused datagram's checksum, it makes it over this error, without the
-        // pseudo header, and writes it into the error's unused bytes. With the pseudo header's sum in them, they come
-        // out as they were; otherwise the helper makes them 0.
-        let change = |by| Change {
-            by: u32::from(by),
-            pseudo: false,
-            udp: false,
-            v6: true,
-        };
-        let at = ETHERNET + IPV6;
-        ctx.mend_transport(at + 2, change(!filler))?;
-        ctx.mend_transport(at + 6, change(filler))?;
+    // Where the last device still makes the checksum of what is answered, it makes it over this error, without the
+    // pseudo header, and writes it to where it had its place, whatever is there now. If before that the pseudo header's
+    // sum is there, it writes just what should be there: the whole's sum, with both, is none.
+    let transport = usize::from(packet.transport);
+    let at = match packet.tuple.protocol {
+        TCP => transport + 16,
+        UDP => transport + 6,
+        _ => return Some(()),
+    };
+    if transport != ETHERNET + network_length(packet) {
+        return Some(());
     }
-    Some(())
+    let Some(right) = ctx.read::<u16>(at) else {
+        return Some(());
+    };
+    let probe = Change {
+        by: 1,
+        pseudo: false,
+        udp: false,
+        v6,
+    };
+    // The helper leaves alone what the last device makes.
+    ctx.mend_transport(at, probe)?;
+    let is_left = ctx.read::<u16>(at)? == right;
+    let sum = !mended(0xffff, difference(pseudo));
+    ctx.write(at, &if is_left { sum } else { right })
 }
 
 /// Bytes of the answer's network header.
@@ -230,11 +320,23 @@ fn network_length(packet: &Packet) -> usize {
     if packet.is_v6() { IPV6 } else { IPV4 }
 }
 
-/// Writes the network header, from whom the packet was for to its sender; gives the sum of the pseudo header.
+/// Writes the network header, to the packet's sender from whom it was for, or from this node where that is who speaks;
+/// gives the sum of the pseudo header.
 #[inline(always)]
-fn network(packet: &Packet, answer: &mut Answer, length: u32, protocol: u8, class: u8) -> u64 {
+fn network(
+    packet: &Packet,
+    answer: &mut Answer,
+    (length, protocol, class): (u32, u8, u8),
+    why: u32,
+) -> u64 {
     let words = &mut answer.words;
-    let (from, to) = (&packet.tuple.destination, &packet.tuple.source);
+    let (mut from, to) = (packet.tuple.destination.words(), &packet.tuple.source);
+    if why != NO_PORT {
+        let node = nat::settings().node(to);
+        if node.is_some() {
+            from = node;
+        }
+    }
     let sum = u64::from(length.to_be()) + u64::from(u32::from(protocol).to_be());
     if packet.is_v6() {
         words[0] = (6 << 28 | u32::from(class) << 20).to_be();
