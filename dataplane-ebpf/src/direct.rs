@@ -22,7 +22,7 @@ use crate::maps::{FLOWS, NATIVE};
 use crate::nat::{self, Turn};
 use crate::packet::{ETHERNET, ETHERTYPE_IPV4, ETHERTYPE_IPV6, IPV6};
 use crate::rewrite::{self, pair};
-use crate::scratch::{Scratch, settle};
+use crate::scratch::{Scratch, scratch, settle};
 use crate::translate::{self, Plan};
 use crate::way;
 
@@ -114,15 +114,25 @@ pub fn find_way(ctx: &TcContext, all: &mut Scratch) -> u32 {
     all.to.destination = home;
     settle();
     let more = more(all.packet.is_v6());
-    let why = way::find(ctx, all, more as u16);
+    let why = way::find(ctx, more as u16);
     all.way.mtu = all.way.mtu.saturating_sub(more);
     why
 }
 
 /// Puts the packet into another, from `to`'s source to its destination.
+#[inline(always)]
+pub fn wrap(ctx: &TcContext) -> bool {
+    xebec_wrap(ctx.skb.skb) != 0
+}
+
+/// The same; checked by itself and once.
+#[unsafe(no_mangle)]
 #[inline(never)]
-pub fn wrap(ctx: &TcContext, all: &mut Scratch) -> bool {
-    put_on(ctx, all).is_some()
+extern "C" fn xebec_wrap(skb: *mut __sk_buff) -> u32 {
+    let Some(all) = scratch() else {
+        return 0;
+    };
+    u32::from(put_on(&TcContext::new(skb), all).is_some())
 }
 
 #[inline(always)]
@@ -208,9 +218,19 @@ pub fn is_wrapped(all: &Scratch) -> bool {
 
 /// Takes the packet out of another, and the backend from its option; none, and nothing changed, if it has no such
 /// option.
+#[inline(always)]
+pub fn unwrap(ctx: &TcContext) -> bool {
+    xebec_unwrap(ctx.skb.skb) != 0
+}
+
+/// The same; checked by itself and once.
+#[unsafe(no_mangle)]
 #[inline(never)]
-pub fn unwrap(ctx: &TcContext, all: &mut Scratch) -> bool {
-    take_off(ctx, all).is_some()
+extern "C" fn xebec_unwrap(skb: *mut __sk_buff) -> u32 {
+    let Some(all) = scratch() else {
+        return 0;
+    };
+    u32::from(take_off(&TcContext::new(skb), all).is_some())
 }
 
 #[inline(always)]

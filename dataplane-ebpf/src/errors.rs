@@ -2,6 +2,7 @@
 //! before it was translated. Without them, a sender behind a translation never learns that nobody listens, or that
 //! its packets are too long.
 
+use aya_ebpf::bindings::__sk_buff;
 use aya_ebpf::programs::TcContext;
 use xebec_dataplane_common::nat::Tuple;
 use xebec_dataplane_common::{ICMP, ICMP6, TCP, UDP};
@@ -9,12 +10,23 @@ use xebec_dataplane_common::{ICMP, ICMP6, TCP, UDP};
 use crate::frame::{Change, Frame, differ, differ_ip, difference, mended};
 use crate::packet::{ETHERNET, Packet, quote};
 use crate::rewrite::{address, places};
+use crate::scratch::scratch;
 
 /// Translates an error about a flow that becomes `to`, and tells in it whom the error itself is for. False if it could
 /// not be changed wholly, and then it must be dropped.
+#[inline(always)]
+pub fn apply(ctx: &TcContext) -> bool {
+    xebec_translate_error(ctx.skb.skb) != 0
+}
+
+/// The same; checked by itself and once.
+#[unsafe(no_mangle)]
 #[inline(never)]
-pub fn apply(ctx: &TcContext, packet: &Packet, to: &Tuple) -> bool {
-    change(ctx, packet, to).is_some()
+extern "C" fn xebec_translate_error(skb: *mut __sk_buff) -> u32 {
+    let Some(all) = scratch() else {
+        return 0;
+    };
+    u32::from(change(&TcContext::new(skb), &all.packet, &all.to).is_some())
 }
 
 #[inline(always)]

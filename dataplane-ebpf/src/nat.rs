@@ -207,8 +207,23 @@ pub fn forget(all: &mut Scratch) {
 
 /// Enters a translated flow with a source port that is free; `to` has the rest. Its own port is kept if it can be and
 /// the source stays whose it was. False if no port was found.
+#[inline(always)]
+pub fn enter_with_port() -> bool {
+    xebec_enter_with_port() != 0
+}
+
+/// The same; checked by itself and once.
+#[unsafe(no_mangle)]
 #[inline(never)]
-pub fn enter_with_port(all: &mut Scratch) -> bool {
+extern "C" fn xebec_enter_with_port() -> u32 {
+    match scratch() {
+        Some(all) => u32::from(search(all)),
+        None => 0,
+    }
+}
+
+#[inline(always)]
+fn search(all: &mut Scratch) -> bool {
     let protocol = all.packet.tuple.protocol;
     // Others have no port that could be changed.
     let fixed = !matches!(protocol, TCP | UDP | SCTP | ICMP | ICMP6);

@@ -32,7 +32,7 @@ pub fn xebec_from_network(ctx: TcContext) -> i32 {
     if is_tagged(&ctx) || packet::read(&ctx, &mut all.packet) != Read::Ip {
         return TC_ACT_OK as i32;
     }
-    let plan = if direct::is_wrapped(all) && direct::unwrap(&ctx, all) {
+    let plan = if direct::is_wrapped(all) && direct::unwrap(&ctx) {
         settle();
         if read_again(&ctx, all) != Read::Ip {
             return deny(&ctx, all, INGRESS, REASON_INVALID);
@@ -54,7 +54,7 @@ pub fn xebec_from_network(ctx: TcContext) -> i32 {
     if !stays {
         // To a backend of another node, or from it back to the client: the stack would take our own source address
         // for a forgery. The way is found before anything is entered or changed: what is answered is what came.
-        let why = way::find(&ctx, all, 0);
+        let why = way::find(&ctx, 0);
         if why != GO {
             return refused(&ctx, all, why);
         }
@@ -94,7 +94,7 @@ fn sent_directly(ctx: &TcContext, all: &mut Scratch, plan: Plan) -> i32 {
         return deny(ctx, all, EGRESS, REASON_NO_MAPPING);
     }
     settle();
-    if !direct::wrap(ctx, all) {
+    if !direct::wrap(ctx) {
         return deny(ctx, all, EGRESS, REASON_INVALID);
     }
     tell::count(As::Translated);
@@ -105,9 +105,9 @@ fn sent_directly(ctx: &TcContext, all: &mut Scratch, plan: Plan) -> i32 {
 #[inline(always)]
 fn changed(ctx: &TcContext, all: &Scratch) -> bool {
     if all.packet.is_error() {
-        errors::apply(ctx, &all.packet, &all.to)
+        errors::apply(ctx)
     } else {
-        rewrite::apply(ctx, &all.packet, &all.to)
+        rewrite::apply(ctx)
     }
 }
 
@@ -173,7 +173,7 @@ fn masquerade(flow: *mut Flow, all: &mut Scratch) -> bool {
     all.to.set(&all.packet.tuple);
     all.to.source = nat::settings().node(&all.to.destination);
     // Without an address of its family there is no way out.
-    all.to.source.is_some() && nat::enter_with_port(all)
+    all.to.source.is_some() && nat::enter_with_port()
 }
 
 /// Drops what goes no further, and tells its sender why, by the device and the router that the packet came by.
@@ -189,14 +189,10 @@ fn refused(ctx: &TcContext, all: &mut Scratch, why: u32) -> i32 {
     if why == refuse::NO_PORT {
         all.told.service = all.choice.service;
     }
-    tell::tell(&all.packet, &all.told);
+    tell::tell();
     tell::count(As::Dropped);
     settle();
-    if !here
-        || why == way::LOST
-        || !refuse::answer(ctx, &all.packet, why, all.way.mtu)
-        || !rewrite::turn_round(ctx)
-    {
+    if !here || why == way::LOST || !refuse::answer(ctx, why) || !rewrite::turn_round(ctx) {
         return TC_ACT_SHOT as i32;
     }
     if why == refuse::NO_PORT {
@@ -211,7 +207,7 @@ fn refused(ctx: &TcContext, all: &mut Scratch, why: u32) -> i32 {
 fn deny(ctx: &TcContext, all: &mut Scratch, direction: u8, reason: u8) -> i32 {
     all.told.begin(ctx, direction);
     all.told.reason = reason;
-    tell::tell(&all.packet, &all.told);
+    tell::tell();
     tell::count(As::Dropped);
     TC_ACT_SHOT as i32
 }

@@ -10,7 +10,6 @@ use xebec_dataplane_common::flow::{
     TURN_LATE,
 };
 use xebec_dataplane_common::ip::Ip;
-use xebec_dataplane_common::nat::Tuple;
 use xebec_dataplane_common::policy::Endpoint;
 
 use crate::balance::{self, CHOSEN, Client};
@@ -67,15 +66,15 @@ pub fn xebec_from_pod(ctx: TcContext) -> i32 {
         let reason = decide(&ctx, all, &from, up);
         if reason != 0 {
             all.told.reason = reason;
-            tell::tell(&all.packet, &all.told);
+            tell::tell();
             settle();
             return if all.refused != 0 {
-                answered(&ctx, all, &from, refuse::NO_PORT)
+                answered(&ctx, &from, refuse::NO_PORT)
             } else {
                 dropped()
             };
         }
-        tell::tell(&all.packet, &all.told);
+        tell::tell();
     }
     settle();
     let mut by_route = false;
@@ -84,16 +83,16 @@ pub fn xebec_from_pod(ctx: TcContext) -> i32 {
         by_route = all.to.source != all.packet.tuple.source
             && !translate::is_endpoint(&all.to.destination);
         if by_route {
-            let why = way::find(&ctx, all, 0);
+            let why = way::find(&ctx, 0);
             if why != GO {
                 all.told.begin(&ctx, EGRESS);
                 all.told.reason = refuse::reason(why);
-                tell::tell(&all.packet, &all.told);
-                return answered(&ctx, all, &from, why);
+                tell::tell();
+                return answered(&ctx, &from, why);
             }
             settle();
         }
-        if !rewritten(&ctx, &all.packet, &all.to) {
+        if !rewritten(&ctx, &all.packet) {
             return deny(&ctx, all, EGRESS, REASON_CHECKSUM);
         }
     }
@@ -226,16 +225,16 @@ fn begin(all: &mut Scratch) -> bool {
         all.to.source = node;
         all.begun.other = TURN_BACK;
     }
-    nat::enter_with_port(all)
+    nat::enter_with_port()
 }
 
 /// Gives the packet its new addresses and ports.
 #[inline(always)]
-fn rewritten(ctx: &TcContext, packet: &Packet, to: &Tuple) -> bool {
+fn rewritten(ctx: &TcContext, packet: &Packet) -> bool {
     if packet.is_error() {
-        errors::apply(ctx, packet, to)
+        errors::apply(ctx)
     } else {
-        rewrite::apply(ctx, packet, to)
+        rewrite::apply(ctx)
     }
 }
 
@@ -290,7 +289,7 @@ pub fn xebec_to_pod(ctx: TcContext) -> i32 {
             );
             if all.told.rule == 0 {
                 all.told.reason = REASON_POLICY;
-                tell::tell(&all.packet, &all.told);
+                tell::tell();
                 return dropped();
             }
         }
@@ -298,10 +297,10 @@ pub fn xebec_to_pod(ctx: TcContext) -> i32 {
         if !all.packet.is_error() {
             flow::enter(all, up);
         }
-        tell::tell(&all.packet, &all.told);
+        tell::tell();
     }
     settle();
-    if all.turned != 0 && !rewritten(&ctx, &all.packet, &all.to) {
+    if all.turned != 0 && !rewritten(&ctx, &all.packet) {
         return deny(&ctx, all, INGRESS, REASON_CHECKSUM);
     }
     tell::count(As::Forwarded);
@@ -343,7 +342,7 @@ fn tell_known(ctx: &TcContext, all: &mut Scratch, direction: u8) {
         all.told.rule = all.known.rule;
         all.told.reply = all.known.reply;
         all.told.service = all.known.service;
-        tell::tell(&all.packet, &all.told);
+        tell::tell();
     }
 }
 
@@ -352,17 +351,17 @@ fn tell_known(ctx: &TcContext, all: &mut Scratch, direction: u8) {
 fn deny(ctx: &TcContext, all: &mut Scratch, direction: u8, reason: u8) -> i32 {
     all.told.begin(ctx, direction);
     all.told.reason = reason;
-    tell::tell(&all.packet, &all.told);
+    tell::tell();
     dropped()
 }
 
 /// Drops what goes no further and tells its pod why, by the pod's own device: rules judge what a pod sends, not this.
 #[inline(always)]
-fn answered(ctx: &TcContext, all: &Scratch, from: &Endpoint, why: u32) -> i32 {
+fn answered(ctx: &TcContext, from: &Endpoint, why: u32) -> i32 {
     tell::count(As::Dropped);
     if why == way::LOST
         || !refuse::is_for_this_host(ctx)
-        || !refuse::answer(ctx, &all.packet, why, all.way.mtu)
+        || !refuse::answer(ctx, why)
         || !rewrite::forward_to(ctx, from.mac)
     {
         return TC_ACT_SHOT as i32;

@@ -20,7 +20,7 @@ use crate::frame::{Change, Frame, difference, mended};
 use crate::nat;
 use crate::packet::{ETHERNET, IPV6, Packet};
 use crate::rewrite::pair;
-use crate::scratch::settle;
+use crate::scratch::{scratch, settle};
 
 /// Bytes of an IPv4 header without options.
 const IPV4: usize = 20;
@@ -135,10 +135,29 @@ pub fn is_for_this_host(ctx: &TcContext) -> bool {
     unsafe { (*skb).pkt_type == FOR_THIS_HOST }
 }
 
-/// Makes the packet the answer to itself, but for its hardware addresses; `mtu` are the bytes that it may have where it
-/// has too many. False if there is no answer, and then it must be dropped.
+/// Makes the packet the answer to itself, but for its hardware addresses. False if there is no answer, and then it must
+/// be dropped.
+#[inline(always)]
+pub fn answer(ctx: &TcContext, why: u32) -> bool {
+    xebec_answer(ctx.skb.skb, why) != 0
+}
+
+/// The same; checked by itself and once.
+#[unsafe(no_mangle)]
 #[inline(never)]
-pub fn answer(ctx: &TcContext, packet: &Packet, why: u32, mtu: u32) -> bool {
+extern "C" fn xebec_answer(skb: *mut __sk_buff, why: u32) -> u32 {
+    let Some(all) = scratch() else {
+        return 0;
+    };
+    u32::from(is_answered(
+        &TcContext::new(skb),
+        &all.packet,
+        (why, all.way.mtu),
+    ))
+}
+
+#[inline(always)]
+fn is_answered(ctx: &TcContext, packet: &Packet, (why, mtu): (u32, u32)) -> bool {
     // Whom nobody can have been is not answered, nor what is about something else, nor a part of a datagram.
     if packet.is_error() || packet.is_later() || !is_single(&packet.tuple.source) {
         return false;

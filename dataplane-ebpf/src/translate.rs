@@ -113,7 +113,7 @@ pub fn begin(all: &mut Scratch) -> bool {
     if all.to.source == all.packet.tuple.source {
         all.begun.other = TURN_BACK | TURN_LATE;
     }
-    nat::enter_with_port(all)
+    nat::enter_with_port()
 }
 
 /// Whether the packet's way ends on this node; otherwise it goes to another node, or back to a client.

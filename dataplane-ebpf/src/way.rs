@@ -15,7 +15,7 @@ use crate::frame::Frame;
 use crate::packet::{ETHERNET, IPV6, Packet};
 use crate::refuse;
 use crate::rewrite;
-use crate::scratch::Scratch;
+use crate::scratch::{Scratch, scratch};
 
 const AF_INET: u8 = 2;
 const AF_INET6: u8 = 10;
@@ -103,8 +103,23 @@ pub fn length_of_each(ctx: &TcContext, packet: &Packet) -> Option<u16> {
 
 /// Looks for the way of a packet that becomes `to`, before anything of it is changed: [`GO`] if there is one, or why
 /// not: [`LOST`], or what its sender is told. Before it leaves it gets so many bytes `more`.
+#[inline(always)]
+pub fn find(ctx: &TcContext, more: u16) -> u32 {
+    xebec_find_way(ctx.skb.skb, u32::from(more))
+}
+
+/// The same; checked by itself and once.
+#[unsafe(no_mangle)]
 #[inline(never)]
-pub fn find(ctx: &TcContext, all: &mut Scratch, more: u16) -> u32 {
+extern "C" fn xebec_find_way(skb: *mut __sk_buff, more: u32) -> u32 {
+    match scratch() {
+        Some(all) => look(&TcContext::new(skb), all, more as u16),
+        None => LOST,
+    }
+}
+
+#[inline(always)]
+fn look(ctx: &TcContext, all: &mut Scratch, more: u16) -> u32 {
     if all.packet.ttl <= 1 {
         return refuse::EXCEEDED;
     }

@@ -303,7 +303,8 @@ impl<'a> Run<'a> {
             packet.mac_destination = [2, 0, 0, 0, 0, 3];
         }
         packet.no_checksum = self.world.random.random_bool(0.1);
-        if place != Place::Node && self.world.random.random_bool(0.02) {
+        let seldom = if place == Place::Network { 0.15 } else { 0.02 };
+        if place != Place::Node && self.world.random.random_bool(seldom) {
             packet.ttl = self.world.random.random_range(0..3);
         }
         (place, Body::Plain(packet))

@@ -1,5 +1,6 @@
 //! Building packets, and a kernel with the programs and a few pods to run them.
 
+mod direct;
 mod errors;
 mod express;
 mod flows;
