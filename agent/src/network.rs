@@ -15,7 +15,7 @@ use rtnetlink::{Handle, RouteMessageBuilder};
 use tokio::sync::watch::Receiver;
 use tokio_util::sync::CancellationToken;
 use xebec_dataplane_common::ip::Ip;
-use xebec_dataplane_common::nat::Settings;
+use xebec_dataplane_common::nat::{DIRECT_TCP, DIRECT_UDP, Settings};
 
 use crate::link;
 use crate::loader::By;
@@ -154,6 +154,30 @@ impl Served {
     }
 }
 
+/// How flows from outside reach backends of other nodes.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, serde::Serialize, serde::Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum LbMode {
+    /// Masqueraded: backends see this node, and answers come back through it.
+    #[default]
+    Snat,
+    /// Backends see the client, and their nodes answer it directly.
+    Dsr,
+    /// That for TCP and SCTP, and UDP is masqueraded.
+    Hybrid,
+}
+
+impl LbMode {
+    /// As the programs are told it.
+    const fn direct(self) -> u32 {
+        match self {
+            Self::Snat => 0,
+            Self::Dsr => DIRECT_TCP | DIRECT_UDP,
+            Self::Hybrid => DIRECT_TCP,
+        }
+    }
+}
+
 /// The ports that no socket of the node gets by itself: those beyond the range that the kernel gives out.
 fn settings(node: &[IpAddr], local_range: &str) -> Result<Settings> {
     let mut words = local_range.split_whitespace().map(str::parse::<u16>);
@@ -213,10 +237,14 @@ pub(crate) async fn run(
     mut maps: NetworkMaps,
     node_ips: Vec<IpAddr>,
     native: Vec<IpNet>,
+    mode: LbMode,
     mut nodes: Receiver<Nodes>,
     shutdown: CancellationToken,
 ) -> Result<()> {
-    let settings = settings_of(&node_ips)?;
+    let settings = Settings {
+        direct: mode.direct(),
+        ..settings_of(&node_ips)?
+    };
     let mut installed = BTreeMap::new();
     let mut begun = false;
     loop {

@@ -250,8 +250,6 @@ fn answers_go_straight_to_the_client() {
                 Ok::<_, std::io::Error>(back)
             });
             if said.is_err() {
-                eprintln!("DBG {:?} {:?}", asked.maps.as_ref().unwrap().flows.count(), backends.maps.as_ref().unwrap().flows.count());
-                for s in [&client,&asked.space,&backends.space,&pod] { s.run(|| { let o=std::process::Command::new("sh").arg("-c").arg("ip -s link; ip neigh; ip r; nstat -as 2>/dev/null | head -40").output().unwrap(); eprintln!("DBG {}", String::from_utf8_lossy(&o.stdout)); }); }
                 // Who still listens must not wait for ever.
                 let _ = pod.run(|| TcpStream::connect(listener.local_addr().unwrap()));
             }

@@ -3,8 +3,10 @@
 //! answer, which goes back the way it came.
 
 use aya_ebpf::bindings::__sk_buff;
+use aya_ebpf::bindings::bpf_adj_room_mode::BPF_ADJ_ROOM_MAC;
 use aya_ebpf::helpers::generated::{
-    bpf_csum_diff, bpf_skb_change_tail, bpf_skb_load_bytes, bpf_skb_store_bytes,
+    bpf_csum_diff, bpf_skb_adjust_room, bpf_skb_change_tail, bpf_skb_load_bytes,
+    bpf_skb_store_bytes,
 };
 use aya_ebpf::macros::map;
 use aya_ebpf::maps::PerCpuArray;
@@ -257,6 +259,7 @@ fn told(
     (why, mtu): (u32, u32),
 ) -> Option<()> {
     let (total, _) = outer(ctx, packet)?;
+    let left = left_to_device(ctx, packet);
     let skb: *const __sk_buff = ctx.skb.skb;
     // SAFETY: the kernel gives a valid context for the whole call.
     let there = unsafe { (*skb).len }.checked_sub(ETHERNET as u32)?;
@@ -286,51 +289,87 @@ fn told(
     let pseudo = network(packet, answer, (length, protocol, 0xc0), why);
     answer.words[BEFORE] = u32::from_ne_bytes([kind, code, 0, 0]);
     answer.words[BEFORE + 1] = if why == TOO_BIG { mtu.to_be() } else { 0 };
-    // SAFETY: so many words were written just above.
-    let sum = unsafe {
-        bpf_csum_diff(
-            core::ptr::null_mut(),
-            0,
-            &raw mut answer.words[BEFORE],
-            (length + 3) & !3,
-            0,
-        )
-    };
-    if sum < 0 {
+    let network = network_length(packet) as u32;
+    let rest = quoted.checked_sub(network)?;
+    if rest > QUOTE - IPV4 as u32 {
         return None;
     }
+    let words = &raw mut answer.words;
+    // SAFETY: all of the quote and a word more were written just above, and the rest ends with it.
+    let (head, tail) = unsafe {
+        let (first, size, behind) = if v6 {
+            ((*words).as_mut_ptr().add(BEFORE), 48, IPV6 / 4)
+        } else {
+            ((*words).as_mut_ptr().add(BEFORE), 28, IPV4 / 4)
+        };
+        let last = (*words).as_mut_ptr().add(QUOTED + behind);
+        let null = core::ptr::null_mut();
+        (
+            bpf_csum_diff(null, 0, first, size, 0),
+            bpf_csum_diff(null, 0, last, (rest + 3) & !3, 0),
+        )
+    };
+    if head < 0 || tail < 0 {
+        return None;
+    }
+    // Once the last device has made a checksum, all that it covers has this sum.
+    let tail = if left == OWN {
+        tail as u64
+    } else {
+        u64::from(!(left as u16))
+    };
     // IPv4's errors have no pseudo header.
     let pseudo = if v6 { pseudo } else { 0 };
-    let checksum = mended(0xffff, difference(sum as u64 + pseudo)).to_ne_bytes();
+    let checksum = mended(0xffff, difference(head as u64 + tail + pseudo)).to_ne_bytes();
     answer.words[BEFORE] = u32::from_ne_bytes([kind, code, checksum[0], checksum[1]]);
     settle();
-    put(ctx, packet, answer, length)?;
-    // Where the last device still makes the checksum of what is answered, it makes it over this error, without the
-    // pseudo header, and writes it to where it had its place, whatever is there now. If before that the pseudo header's
-    // sum is there, it writes just what should be there: the whole's sum, with both, is none.
+    let (first, more) = if v6 {
+        (&raw const answer.words[0], IPV6 + ICMP_HEADER)
+    } else {
+        (&raw const answer.words[FIRST4], IPV4 + ICMP_HEADER)
+    };
+    // What is quoted stays where it is, and the error's headers come before it: so what the last device does is right.
+    let skb = ctx.skb.skb;
+    // SAFETY: the context is the kernel's, and the headers have so many bytes.
+    let put = unsafe {
+        bpf_skb_change_tail(skb, ETHERNET as u32 + quoted, 0) == 0
+            && bpf_skb_adjust_room(skb, more as i32, BPF_ADJ_ROOM_MAC, 0) == 0
+            && bpf_skb_store_bytes(skb, ETHERNET as u32, first.cast(), more as u32, 0) == 0
+    };
+    put.then_some(())
+}
+
+/// The packet has a checksum of its own.
+const OWN: u32 = 1 << 16;
+
+/// What stands in the place of a checksum that the last device makes from there on, or [`OWN`].
+#[inline(always)]
+fn left_to_device(ctx: &TcContext, packet: &Packet) -> u32 {
     let transport = usize::from(packet.transport);
     let at = match packet.tuple.protocol {
         TCP => transport + 16,
         UDP => transport + 6,
-        _ => return Some(()),
+        _ => return OWN,
     };
     if transport != ETHERNET + network_length(packet) {
-        return Some(());
+        return OWN;
     }
-    let Some(right) = ctx.read::<u16>(at) else {
-        return Some(());
+    let Some(found) = ctx.read::<u16>(at) else {
+        return OWN;
     };
     let probe = Change {
         by: 1,
         pseudo: false,
         udp: false,
-        v6,
+        v6: packet.is_v6(),
     };
     // The helper leaves alone what the last device makes.
-    ctx.mend_transport(at, probe)?;
-    let is_left = ctx.read::<u16>(at)? == right;
-    let sum = !mended(0xffff, difference(pseudo));
-    ctx.write(at, &if is_left { sum } else { right })
+    let _ = ctx.mend_transport(at, probe);
+    if ctx.read::<u16>(at) == Some(found) {
+        return u32::from(found);
+    }
+    let _ = ctx.write(at, &found);
+    OWN
 }
 
 /// Bytes of the answer's network header.
