@@ -304,7 +304,9 @@ impl<'a> Run<'a> {
         }
         packet.no_checksum = self.world.random.random_bool(0.1);
         let seldom = if place == Place::Network { 0.15 } else { 0.02 };
-        if place != Place::Node && self.world.random.random_bool(seldom) {
+        // Overheard it would be dropped after its flow was entered, and the choice could not be seen.
+        let here = packet.mac_destination == DEVICE_MAC;
+        if place != Place::Node && here && self.world.random.random_bool(seldom) {
             packet.ttl = self.world.random.random_range(0..3);
         }
         (place, Body::Plain(packet))
