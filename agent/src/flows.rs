@@ -14,7 +14,8 @@ use tokio::sync::broadcast;
 use tokio_util::sync::CancellationToken;
 use xebec_dataplane_common::flow::{
     Counters, DROPPED, EGRESS, Event, REASON_CHECKSUM, REASON_FRAGMENT, REASON_INVALID,
-    REASON_NO_MAPPING, REASON_NO_SERVICE, REASON_POLICY, REASON_SOURCE,
+    REASON_NO_MAPPING, REASON_NO_ROUTE, REASON_NO_SERVICE, REASON_POLICY, REASON_SOURCE,
+    REASON_TOO_BIG, REASON_TTL,
 };
 use xebec_dataplane_common::ip::Ip;
 use xebec_dataplane_common::{ICMP, ICMP6, SCTP, TCP, UDP};
@@ -301,6 +302,9 @@ fn reason(number: u8) -> &'static str {
         REASON_CHECKSUM => "ERROR_WHILE_CORRECTING_L4_CHECKSUM",
         REASON_NO_SERVICE => "SERVICE_BACKEND_NOT_FOUND",
         REASON_NO_MAPPING => "NO_MAPPING_FOR_NAT_MASQUERADE",
+        REASON_TOO_BIG => "FRAGMENTATION_NEEDED",
+        REASON_NO_ROUTE => "FIB_LOOKUP_FAILED",
+        REASON_TTL => "TTL_EXCEEDED",
         REASON_FRAGMENT => "FIRST_LOGICAL_DATAGRAM_FRAGMENT_NOT_FOUND",
         _ => "DROP_REASON_UNKNOWN",
     }

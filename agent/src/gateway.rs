@@ -32,7 +32,7 @@ pub async fn open(config: &Config) -> Result<()> {
     let mut programs = loader::Loaded::new(&config.bpf_dir)?;
     let mut maps = programs.maps()?;
     for block in &config.native {
-        maps.network.set_native(*block)?;
+        maps.network.set_native(*block, None)?;
     }
     // To the programs, the nodes are here what pods are on a node.
     for node in &config.nodes {

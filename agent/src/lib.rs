@@ -66,6 +66,8 @@ pub struct Config {
     pub xdp: loader::Xdp,
     /// Addresses that have routes to pods, besides the nodes and the pods themselves.
     pub native: Vec<IpNet>,
+    /// How flows from outside reach backends of other nodes; all nodes must have the same.
+    pub lb_mode: network::LbMode,
     /// Where node ports are reached.
     pub node_ports: services::NodePortAddresses,
     /// Whether one of the nodes announces load balancers' addresses by ARP and neighbour discovery.
@@ -102,6 +104,7 @@ pub async fn run(client: kube::Client, config: Config, shutdown: CancellationTok
         config.node_ips.clone(),
         config.native.clone(),
         kept,
+        config.lb_mode,
         nodes_told.clone(),
         shutdown.clone(),
     );

@@ -1,7 +1,7 @@
 //! The node's way to others: which devices lead there, which addresses know the way to pods, which ports
 //! translated flows use.
 
-use std::collections::BTreeSet;
+use std::collections::{BTreeMap, BTreeSet};
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr};
 use std::sync::{Arc, OnceLock};
 
@@ -15,7 +15,7 @@ use rtnetlink::{Handle, RouteMessageBuilder};
 use tokio::sync::watch::Receiver;
 use tokio_util::sync::CancellationToken;
 use xebec_dataplane_common::ip::Ip;
-use xebec_dataplane_common::nat::Settings;
+use xebec_dataplane_common::nat::{DIRECT_TCP, DIRECT_UDP, Settings};
 
 use crate::link;
 use crate::loader::By;
@@ -154,6 +154,30 @@ impl Served {
     }
 }
 
+/// How flows from outside reach backends of other nodes.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, serde::Serialize, serde::Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum LbMode {
+    /// Masqueraded: backends see this node, and answers come back through it.
+    #[default]
+    Snat,
+    /// Backends see the client, and their nodes answer it directly.
+    Dsr,
+    /// That for TCP and SCTP, and UDP is masqueraded.
+    Hybrid,
+}
+
+impl LbMode {
+    /// As the programs are told it.
+    const fn direct(self) -> u32 {
+        match self {
+            Self::Snat => 0,
+            Self::Dsr => DIRECT_TCP | DIRECT_UDP,
+            Self::Hybrid => DIRECT_TCP,
+        }
+    }
+}
+
 /// The ports that no socket of the node gets by itself: those beyond the range that the kernel gives out.
 fn settings(node: &[IpAddr], local_range: &str) -> Result<Settings> {
     let mut words = local_range.split_whitespace().map(str::parse::<u16>);
@@ -188,8 +212,13 @@ fn settings(node: &[IpAddr], local_range: &str) -> Result<Settings> {
         ports,
         first_node_port: NODE_PORTS.0,
         last_node_port: NODE_PORTS.1,
+        errors: ERRORS,
+        direct: 0,
     })
 }
+
+/// How many ICMP errors each CPU may send in a second, as Linux does (`net.ipv4.icmp_msgs_per_sec`).
+const ERRORS: u32 = 1_000;
 
 /// The first and the last port that Services may have at nodes (`--service-node-port-range`).
 const NODE_PORTS: (u16, u16) = (30_000, 32_767);
@@ -209,11 +238,15 @@ pub(crate) async fn run(
     node_ips: Vec<IpAddr>,
     native: Vec<IpNet>,
     mut kept: Receiver<Vec<IpNet>>,
+    mode: LbMode,
     mut nodes: Receiver<Nodes>,
     shutdown: CancellationToken,
 ) -> Result<()> {
-    let settings = settings_of(&node_ips)?;
-    let mut installed = BTreeSet::new();
+    let settings = Settings {
+        direct: mode.direct(),
+        ..settings_of(&node_ips)?
+    };
+    let mut installed = BTreeMap::new();
     let mut begun = false;
     loop {
         tokio::select! {
@@ -225,15 +258,18 @@ pub(crate) async fn run(
         let Some(told) = nodes.borrow_and_update().clone() else {
             continue;
         };
-        let blocks = told.values().flat_map(blocks);
         let kept = kept.borrow_and_update().clone();
-        let native = native.iter().copied();
-        let wanted: BTreeSet<IpNet> = blocks.chain(native).chain(kept).collect();
-        for block in wanted.difference(&installed) {
-            maps.set_native(*block)?;
+        let others = native.iter().chain(&kept).map(|block| (*block, None));
+        let wanted: Blocks = others.chain(told.values().flat_map(blocks)).collect();
+        for (block, home) in &wanted {
+            if installed.get(block) != Some(home) {
+                maps.set_native(*block, *home)?;
+            }
         }
-        for block in installed.difference(&wanted) {
-            maps.remove_native(*block)?;
+        for block in installed.keys() {
+            if !wanted.contains_key(block) {
+                maps.remove_native(*block)?;
+            }
         }
         installed = wanted;
         // Translation begins when it is known for whom not.
@@ -244,10 +280,20 @@ pub(crate) async fn run(
     }
 }
 
+/// Blocks of addresses, and the address of the node that has them.
+type Blocks = BTreeMap<IpNet, Option<IpAddr>>;
+
 /// The addresses of a node and of its pods.
-fn blocks(node: &NodeView) -> impl Iterator<Item = IpNet> {
-    let addresses = node.addresses.iter().copied().map(IpNet::from);
-    addresses.chain(node.pod_ranges.iter().map(IpNet::trunc))
+fn blocks(node: &NodeView) -> impl Iterator<Item = (IpNet, Option<IpAddr>)> {
+    let addresses = node.addresses.iter();
+    let addresses = addresses.map(|address| (IpNet::from(*address), Some(*address)));
+    let home = |range: &IpNet| {
+        let v4 = range.addr().is_ipv4();
+        let mut all = node.addresses.iter().copied();
+        all.find(|address| address.is_ipv4() == v4)
+    };
+    let ranges = node.pod_ranges.iter();
+    addresses.chain(ranges.map(move |range| (range.trunc(), home(range))))
 }
 
 #[cfg(test)]
@@ -271,10 +317,21 @@ mod tests {
     fn a_node_is_its_addresses_and_its_ranges() {
         let node = NodeView {
             addresses: vec![[192, 0, 2, 7].into()],
-            pod_ranges: vec!["10.244.1.0/24".parse().unwrap()],
+            pod_ranges: ["10.244.1.0/24", "fd00:1::/64"]
+                .map(|range| range.parse().unwrap())
+                .to_vec(),
             ..NodeView::default()
         };
-        let found: Vec<String> = blocks(&node).map(|block| block.to_string()).collect();
-        assert_eq!(found, ["192.0.2.7/32", "10.244.1.0/24"]);
+        let found: Vec<String> = blocks(&node)
+            .map(|(block, home)| format!("{block} {home:?}"))
+            .collect();
+        assert_eq!(
+            found,
+            [
+                "192.0.2.7/32 Some(192.0.2.7)",
+                "10.244.1.0/24 Some(192.0.2.7)",
+                "fd00:1::/64 None"
+            ]
+        );
     }
 }

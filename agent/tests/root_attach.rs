@@ -304,7 +304,9 @@ fn a_networks_filters_send_on_and_are_let_go() {
             "192.0.2.10/32",
             "192.0.2.20/32",
         ] {
-            maps.network.set_native(block.parse().unwrap()).unwrap();
+            maps.network
+                .set_native(block.parse().unwrap(), None)
+                .unwrap();
         }
         maps.network
             .set_settings(Settings {

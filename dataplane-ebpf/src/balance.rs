@@ -92,6 +92,15 @@ pub fn is_frontend(tuple: &Tuple) -> bool {
     frontend(tuple, true).is_some()
 }
 
+/// The number of the Service that a destination at any node is of; 0 for none.
+#[inline(never)]
+pub fn service(tuple: &Tuple) -> u32 {
+    match frontend(tuple, true) {
+        Some(frontend) => frontend.service,
+        None => 0,
+    }
+}
+
 /// Chooses a backend for a new flow.
 #[inline(never)]
 pub fn choose(tuple: &Tuple, client: &Client, choice: &mut Choice) -> u32 {

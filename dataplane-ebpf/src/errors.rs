@@ -2,19 +2,31 @@
 //! before it was translated. Without them, a sender behind a translation never learns that nobody listens, or that
 //! its packets are too long.
 
+use aya_ebpf::bindings::__sk_buff;
 use aya_ebpf::programs::TcContext;
 use xebec_dataplane_common::nat::Tuple;
 use xebec_dataplane_common::{ICMP, ICMP6, TCP, UDP};
 
 use crate::frame::{Change, Frame, differ, differ_ip, difference, mended};
-use crate::packet::{ETHERNET, Packet, Quote, quote};
+use crate::packet::{ETHERNET, Packet, quote};
 use crate::rewrite::{address, places};
+use crate::scratch::scratch;
 
 /// Translates an error about a flow that becomes `to`, and tells in it whom the error itself is for. False if it could
 /// not be changed wholly, and then it must be dropped.
+#[inline(always)]
+pub fn apply(ctx: &TcContext) -> bool {
+    xebec_translate_error(ctx.skb.skb) != 0
+}
+
+/// The same; checked by itself and once.
+#[unsafe(no_mangle)]
 #[inline(never)]
-pub fn apply(ctx: &TcContext, packet: &Packet, to: &Tuple) -> bool {
-    change(ctx, packet, to).is_some()
+extern "C" fn xebec_translate_error(skb: *mut __sk_buff) -> u32 {
+    let Some(all) = scratch() else {
+        return 0;
+    };
+    u32::from(change(&TcContext::new(skb), &all.packet, &all.to).is_some())
 }
 
 #[inline(always)]
@@ -35,7 +47,6 @@ fn change(ctx: &TcContext, packet: &Packet, to: &Tuple) -> Option<()> {
     }
     address(ctx, ETHERNET, at.source, &carrier.0, &sender)?;
     address(ctx, ETHERNET, at.destination, &carrier.1, &to.destination)?;
-    let quote = quote(ctx, packet)?;
     // It went the other way, so its source is the translation's destination. IPv4's header makes up for the change by
     // its own checksum.
     let (source, destination) = (&to.destination, &to.source);
@@ -44,16 +55,16 @@ fn change(ctx: &TcContext, packet: &Packet, to: &Tuple) -> Option<()> {
         let sum = differ_ip(sum, &old.source, destination);
         mend(ctx, packet, sum, false)?;
     }
-    let network = quote.network;
+    let network = quote(packet);
     address(ctx, network, at.source, &old.destination, source)?;
     address(ctx, network, at.destination, &old.source, destination)?;
-    quoted(ctx, packet, to, quote)
+    quoted(ctx, packet, to)
 }
 
 /// Changes the transport header of the packet that the error quotes.
 #[inline(always)]
-fn quoted(ctx: &TcContext, packet: &Packet, to: &Tuple, quote: Quote) -> Option<()> {
-    let (at, old) = (quote.transport, &packet.tuple);
+fn quoted(ctx: &TcContext, packet: &Packet, to: &Tuple) -> Option<()> {
+    let (at, old) = (usize::from(packet.quoted), &packet.tuple);
     if old.protocol == ICMP || old.protocol == ICMP6 {
         // The identifier stands for both ports.
         let mut sum = differ(0, old.source_port.into(), to.source_port.into());

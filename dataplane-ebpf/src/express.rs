@@ -5,10 +5,9 @@
 
 use core::mem::zeroed;
 
-use aya_ebpf::EbpfContext as _;
 use aya_ebpf::bindings::xdp_action::{XDP_DROP, XDP_PASS, XDP_TX};
 use aya_ebpf::bindings::{BPF_FIB_LKUP_RET_SUCCESS, bpf_fib_lookup};
-use aya_ebpf::helpers::generated::{bpf_fib_lookup as ask_routes, bpf_redirect};
+use aya_ebpf::helpers::generated::bpf_redirect;
 use aya_ebpf::macros::xdp;
 use aya_ebpf::programs::XdpContext;
 use xebec_dataplane_common::nat::{BACK_BY_QUEUE, Tuple};
@@ -16,15 +15,12 @@ use xebec_dataplane_common::{ICMP, ICMP6, SCTP, TCP, UDP};
 
 use crate::frame::Frame;
 use crate::maps::EXPRESS;
-use crate::nat;
-use crate::packet::{self, ETHERNET, IPV6, Packet};
+use crate::packet::{self, Packet};
 use crate::rewrite;
 use crate::scratch::{scratch, settle};
 use crate::tell::{self, As};
 use crate::translate::{self, Plan};
-
-const AF_INET: u8 = 2;
-const AF_INET6: u8 = 10;
+use crate::way;
 
 /// Where a frame goes that leaves the node.
 struct Way {
@@ -104,44 +100,13 @@ fn is_simple(ctx: &XdpContext, packet: &Packet) -> bool {
 fn find_way(ctx: &XdpContext, packet: &Packet, to: &Tuple, way: &mut Way) -> bool {
     // SAFETY: the kernel's structure holds numbers alone, of which all may be 0.
     let mut route: bpf_fib_lookup = unsafe { zeroed() };
-    route.ifindex = ctx.ingress_ifindex() as u32;
-    // Whoever begins a flow to another node gets this node's address, which all others here have already.
-    let source = nat::settings().node(&to.destination);
-    // What does not fit the way's MTU is tc's: the stack answers for it.
-    if packet.is_v6() {
-        let (Some(length), Some(first)) =
-            (ctx.read::<u16>(ETHERNET + 4), ctx.read::<u32>(ETHERNET))
-        else {
-            return false;
-        };
-        route.family = AF_INET6;
-        route.__bindgen_anon_1.tot_len = u16::from_be(length).saturating_add(IPV6 as u16);
-        // Traffic class and flow label, without the version.
-        route.__bindgen_anon_2.flowinfo = first & 0x0fff_ffff_u32.to_be();
-        route.__bindgen_anon_3.ipv6_src = source.0;
-        route.__bindgen_anon_4.ipv6_dst = to.destination.0;
-    } else {
-        let (Some(length), Some(service)) =
-            (ctx.read::<u16>(ETHERNET + 2), ctx.read::<u8>(ETHERNET + 1))
-        else {
-            return false;
-        };
-        route.family = AF_INET;
-        route.__bindgen_anon_1.tot_len = u16::from_be(length);
-        route.__bindgen_anon_2.tos = service;
-        route.__bindgen_anon_3.ipv4_src = source.as_v4();
-        route.__bindgen_anon_4.ipv4_dst = to.destination.as_v4();
-    }
-    // SAFETY: context and structure are valid, and the size is the structure's.
-    let found = unsafe {
-        ask_routes(
-            ctx.as_ptr(),
-            &mut route,
-            size_of::<bpf_fib_lookup>() as i32,
-            0,
-        )
+    let device = ctx.ingress_ifindex() as u32;
+    // What does not fit the way's MTU is tc's: it answers for it.
+    let Some(length) = way::length(ctx, packet) else {
+        return false;
     };
-    if found != i64::from(BPF_FIB_LKUP_RET_SUCCESS) {
+    let found = way::ask(ctx, packet, to, &mut route, (device, length));
+    if found != Some(i64::from(BPF_FIB_LKUP_RET_SUCCESS)) {
         return false;
     }
     // A device without the program may have no queues for such frames, or may not be one that has frames at all: it
@@ -151,7 +116,7 @@ fn find_way(ctx: &XdpContext, packet: &Packet, to: &Tuple, way: &mut Way) -> boo
         return false;
     };
     way.device = route.ifindex;
-    way.back = back == BACK_BY_QUEUE && route.ifindex as usize == ctx.ingress_ifindex();
+    way.back = back == BACK_BY_QUEUE && route.ifindex == device;
     way.hardware = [route.dmac, route.smac];
     true
 }

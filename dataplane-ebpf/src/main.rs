@@ -4,6 +4,7 @@
 
 mod balance;
 mod crc;
+mod direct;
 mod errors;
 mod express;
 mod flow;
@@ -20,6 +21,7 @@ mod scratch;
 mod socket;
 mod tell;
 mod translate;
+mod way;
 
 #[cfg(not(test))]
 #[panic_handler]

@@ -75,9 +75,10 @@ pub static RULES: HashMap<RuleKey, u32> = HashMap::with_max_entries(524_288, NO_
 #[map]
 pub static CIDRS: LpmTrie<CidrKey, u32> = LpmTrie::with_max_entries(131_072, NO_PREALLOC);
 
-/// Address blocks that know the way to pods: nodes and pods' ranges.
+/// Address blocks that know the way to pods: nodes and pods' ranges. The value is the address of the node that has them,
+/// of the same family, if one does.
 #[map]
-pub static NATIVE: LpmTrie<Ip, u8> = LpmTrie::with_max_entries(16_384, NO_PREALLOC);
+pub static NATIVE: LpmTrie<Ip, Ip> = LpmTrie::with_max_entries(16_384, NO_PREALLOC);
 
 /// Devices with the XDP hook, by index: they take frames that it sends on. The value is how they send back what they
 /// received.

@@ -4,11 +4,11 @@ use core::ffi::c_void;
 
 use aya_ebpf::helpers::bpf_get_prandom_u32;
 use aya_ebpf::helpers::generated::bpf_loop;
-use xebec_dataplane_common::flow::{Flow, FlowKey, TURN_BACK, TURN_FORTH, TURN_NONE};
+use xebec_dataplane_common::flow::{Flow, FlowKey, TURN_BACK, TURN_DIRECT, TURN_FORTH, TURN_NONE};
 use xebec_dataplane_common::nat::Settings;
 use xebec_dataplane_common::{ICMP, ICMP6, SCTP, TCP, UDP};
 
-use crate::flow::{self, FIN, RST, begins, now};
+use crate::flow::{self, ACK, FIN, RST, SYN, begins, now};
 use crate::maps::{FLOWS, SETTINGS};
 use crate::scratch::{Scratch, scratch, settle};
 use crate::tell::{self, As};
@@ -30,6 +30,8 @@ pub fn settings() -> Settings {
         ports: 0,
         first_node_port: 0,
         last_node_port: 0,
+        errors: 0,
+        direct: 0,
     })
 }
 
@@ -42,6 +44,8 @@ pub enum Turn {
     Entry,
     /// Where it leaves.
     Exit,
+    /// Where it comes in it goes to the backend's node as it is.
+    Direct,
 }
 
 /// What a packet becomes, if its flow is translated and that still holds, and where.
@@ -60,7 +64,10 @@ pub fn find(flow: *mut Flow, all: &mut Scratch, up: bool) -> Turn {
         if turn & (TURN_FORTH | TURN_BACK) != mine {
             return Turn::None;
         }
-        let place = if flow::is_late(turn) {
+        let direct = turn & TURN_DIRECT != 0;
+        let place = if direct {
+            Turn::Direct
+        } else if flow::is_late(turn) {
             Turn::Exit
         } else {
             Turn::Entry
@@ -96,6 +103,14 @@ pub fn find(flow: *mut Flow, all: &mut Scratch, up: bool) -> Turn {
             (*flow).closed = 1;
         }
         all.to.set(&(*flow).to);
+        if direct {
+            // Answers go another way: the client's own words tell that there was one.
+            if connection && packet.tcp_flags & (SYN | ACK) == ACK {
+                (*flow).told[1] = flow::ANSWERED;
+            }
+            (*flow).seen = now;
+            return place;
+        }
         if ends || (*flow).paired != now {
             (*flow).paired = now;
             (*flow).seen = now;
@@ -148,7 +163,7 @@ fn enter(all: &mut Scratch) -> bool {
             if (*old).turn != other || (*old).to != all.back {
                 let over = (*old).closed != 0 && (*old).turn == TURN_NONE
                     || (*old).is_replaceable(all.to.protocol, now);
-                if (*old).turn != TURN_NONE {
+                if (*old).turn != TURN_NONE && (*old).turn & TURN_DIRECT == 0 {
                     FlowKey::write(&(*old).to, &mut all.other);
                     // A full table has forgotten the other half of a flow: what is left of it holds no port.
                     let half = flow::entry(&all.other);
@@ -191,7 +206,7 @@ pub fn forget(all: &mut Scratch) {
     };
     // SAFETY: as in `find`.
     unsafe {
-        if (*flow).turn != TURN_NONE {
+        if (*flow).turn != TURN_NONE && (*flow).turn & TURN_DIRECT == 0 {
             FlowKey::write(&(*flow).to, &mut all.other);
             let _ = FLOWS.remove(&all.other);
         }
@@ -200,8 +215,23 @@ pub fn forget(all: &mut Scratch) {
 
 /// Enters a translated flow with a source port that is free; `to` has the rest. Its own port is kept if it can be and
 /// the source stays whose it was. False if no port was found.
+#[inline(always)]
+pub fn enter_with_port() -> bool {
+    xebec_enter_with_port() != 0
+}
+
+/// The same; checked by itself and once.
+#[unsafe(no_mangle)]
 #[inline(never)]
-pub fn enter_with_port(all: &mut Scratch) -> bool {
+extern "C" fn xebec_enter_with_port() -> u32 {
+    match scratch() {
+        Some(all) => u32::from(search(all)),
+        None => 0,
+    }
+}
+
+#[inline(always)]
+fn search(all: &mut Scratch) -> bool {
     let protocol = all.packet.tuple.protocol;
     // Others have no port that could be changed.
     let fixed = !matches!(protocol, TCP | UDP | SCTP | ICMP | ICMP6);

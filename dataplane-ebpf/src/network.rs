@@ -2,27 +2,25 @@
 //! to the outside.
 
 use aya_ebpf::bindings::{__sk_buff, TC_ACT_OK, TC_ACT_SHOT};
-use aya_ebpf::helpers::generated::{bpf_redirect, bpf_redirect_neigh};
+use aya_ebpf::helpers::generated::bpf_redirect;
 use aya_ebpf::macros::classifier;
-use aya_ebpf::maps::lpm_trie::Key;
 use aya_ebpf::programs::TcContext;
 use xebec_dataplane_common::flow::{
-    EGRESS, Flow, FlowKey, INGRESS, REASON_CHECKSUM, REASON_NO_MAPPING, REASON_NO_SERVICE,
-    TURN_BACK, TURN_FORTH, TURN_LATE,
+    EGRESS, Flow, FlowKey, INGRESS, REASON_CHECKSUM, REASON_INVALID, REASON_NO_MAPPING, TURN_BACK,
+    TURN_FORTH, TURN_LATE,
 };
-use xebec_dataplane_common::ip::Ip;
-use xebec_dataplane_common::nat::Tuple;
 
+use crate::direct;
 use crate::errors;
 use crate::flow;
-use crate::maps::NATIVE;
 use crate::nat::{self, Turn};
-use crate::packet::{self, Packet, Read};
+use crate::packet::{self, Read};
 use crate::refuse;
 use crate::rewrite;
 use crate::scratch::{Scratch, scratch, settle};
 use crate::tell::{self, As};
 use crate::translate::{self, Plan};
+use crate::way::{self, GO};
 
 /// What comes in: answers to translated flows, and flows to Services. All else is the stack's.
 #[classifier]
@@ -34,18 +32,36 @@ pub fn xebec_from_network(ctx: TcContext) -> i32 {
     if is_tagged(&ctx) || packet::read(&ctx, &mut all.packet) != Read::Ip {
         return TC_ACT_OK as i32;
     }
-    let plan = translate::plan(all);
+    let plan = if direct::is_wrapped(all) && direct::unwrap(&ctx) {
+        settle();
+        if read_again(&ctx, all) != Read::Ip {
+            return deny(&ctx, all, INGRESS, REASON_INVALID);
+        }
+        settle();
+        direct::plan(all)
+    } else {
+        translate::plan(all)
+    };
     settle();
     match plan {
         Plan::Leave => return TC_ACT_OK as i32,
-        Plan::Known => {}
-        Plan::Begins => {
-            if !translate::begin(all) {
-                return deny(&ctx, all, EGRESS, REASON_NO_MAPPING);
-            }
-        }
-        Plan::Refuse => return refused(&ctx, all),
+        Plan::Refuse => return refused(&ctx, all, refuse::NO_PORT),
         Plan::Drop => return TC_ACT_SHOT as i32,
+        Plan::Direct | Plan::BeginsDirect => return sent_directly(&ctx, all, plan),
+        Plan::Known | Plan::Begins => {}
+    }
+    let stays = translate::stays(&all.to);
+    if !stays {
+        // To a backend of another node, or from it back to the client: the stack would take our own source address
+        // for a forgery. The way is found before anything is entered or changed: what is answered is what came.
+        let why = way::find(&ctx, 0);
+        if why != GO {
+            return refused(&ctx, all, why);
+        }
+        settle();
+    }
+    if plan == Plan::Begins && !translate::begin(all) {
+        return deny(&ctx, all, EGRESS, REASON_NO_MAPPING);
     }
     settle();
     if !changed(&ctx, all) {
@@ -53,16 +69,45 @@ pub fn xebec_from_network(ctx: TcContext) -> i32 {
     }
     tell::count(As::Translated);
     settle();
-    forward(&ctx, &all.packet, &all.to)
+    if stays {
+        TC_ACT_OK as i32
+    } else {
+        way::go(&ctx, all)
+    }
+}
+
+/// Reads what was inside another packet.
+#[inline(never)]
+fn read_again(ctx: &TcContext, all: &mut Scratch) -> Read {
+    packet::read(ctx, &mut all.packet)
+}
+
+/// Sends a packet to the node of its backend as it is.
+#[inline(always)]
+fn sent_directly(ctx: &TcContext, all: &mut Scratch, plan: Plan) -> i32 {
+    let why = direct::find_way(ctx, all);
+    if why != GO {
+        return refused(ctx, all, why);
+    }
+    settle();
+    if plan == Plan::BeginsDirect && !direct::begin(all) {
+        return deny(ctx, all, EGRESS, REASON_NO_MAPPING);
+    }
+    settle();
+    if !direct::wrap(ctx) {
+        return deny(ctx, all, EGRESS, REASON_INVALID);
+    }
+    tell::count(As::Translated);
+    way::leave(all)
 }
 
 /// Gives the packet its new addresses and ports.
 #[inline(always)]
 fn changed(ctx: &TcContext, all: &Scratch) -> bool {
     if all.packet.is_error() {
-        errors::apply(ctx, &all.packet, &all.to)
+        errors::apply(ctx)
     } else {
-        rewrite::apply(ctx, &all.packet, &all.to)
+        rewrite::apply(ctx)
     }
 }
 
@@ -72,21 +117,6 @@ fn is_tagged(ctx: &TcContext) -> bool {
     let skb: *const __sk_buff = ctx.skb.skb;
     // SAFETY: the kernel gives a valid context for the whole call.
     unsafe { (*skb).vlan_present != 0 }
-}
-
-/// Sends on what was translated, if it does not stay.
-#[inline(always)]
-fn forward(ctx: &TcContext, packet: &Packet, to: &Tuple) -> i32 {
-    if translate::stays(to) {
-        return TC_ACT_OK as i32;
-    }
-    // To a backend of another node, or from it back to the client: the stack would take our own source address
-    // for a forgery.
-    if !rewrite::hop(ctx, packet) {
-        return TC_ACT_SHOT as i32;
-    }
-    // SAFETY: the kernel gives a valid context, and without parameters the helper asks the routing table.
-    unsafe { bpf_redirect_neigh((*ctx.skb.skb).ifindex, core::ptr::null_mut(), 0, 0) as i32 }
 }
 
 /// What goes out: pods' packets to whoever has no route to pods bear the node's address, and what answers a Service's
@@ -111,7 +141,7 @@ pub fn xebec_to_network(ctx: TcContext) -> i32 {
         if !pod || all.packet.is_error() || flow::answers(flow, up) {
             return TC_ACT_OK as i32;
         }
-        if is_native(&all.packet.tuple.destination) || nat::settings().ports == 0 {
+        if translate::is_native(&all.packet.tuple.destination) || nat::settings().ports == 0 {
             return TC_ACT_OK as i32;
         }
         if !masquerade(flow, all) {
@@ -143,32 +173,31 @@ fn masquerade(flow: *mut Flow, all: &mut Scratch) -> bool {
     all.to.set(&all.packet.tuple);
     all.to.source = nat::settings().node(&all.to.destination);
     // Without an address of its family there is no way out.
-    all.to.source.is_some() && nat::enter_with_port(all)
+    all.to.source.is_some() && nat::enter_with_port()
 }
 
-/// Whether an address knows the way to pods.
+/// Drops what goes no further, and tells its sender why, by the device and the router that the packet came by.
 #[inline(always)]
-fn is_native(address: &Ip) -> bool {
-    NATIVE.get(&Key::new(128, *address)).is_some()
-}
-
-/// Answers for a Service without endpoints, by the device and to the router that the packet came by.
-#[inline(always)]
-fn refused(ctx: &TcContext, all: &mut Scratch) -> i32 {
+fn refused(ctx: &TcContext, all: &mut Scratch, why: u32) -> i32 {
     // What was sent to many, or to another and merely overheard, is the stack's to drop.
-    if !refuse::is_for_this_host(ctx) {
+    let here = refuse::is_for_this_host(ctx);
+    if why == refuse::NO_PORT && !here {
         return TC_ACT_OK as i32;
     }
     all.told.begin(ctx, INGRESS);
-    all.told.reason = REASON_NO_SERVICE;
-    all.told.service = all.choice.service;
-    tell::tell(&all.packet, &all.told);
+    all.told.reason = refuse::reason(why);
+    if why == refuse::NO_PORT {
+        all.told.service = all.choice.service;
+    }
+    tell::tell();
     tell::count(As::Dropped);
     settle();
-    if !refuse::answer(ctx, &all.packet) || !rewrite::turn_round(ctx) {
+    if !here || why == way::LOST || !refuse::answer(ctx, why) || !rewrite::turn_round(ctx) {
         return TC_ACT_SHOT as i32;
     }
-    tell::count(As::Refused);
+    if why == refuse::NO_PORT {
+        tell::count(As::Refused);
+    }
     // SAFETY: the kernel gives a valid context for the whole call.
     unsafe { bpf_redirect((*ctx.skb.skb).ifindex, 0) as i32 }
 }
@@ -178,7 +207,7 @@ fn refused(ctx: &TcContext, all: &mut Scratch) -> i32 {
 fn deny(ctx: &TcContext, all: &mut Scratch, direction: u8, reason: u8) -> i32 {
     all.told.begin(ctx, direction);
     all.told.reason = reason;
-    tell::tell(&all.packet, &all.told);
+    tell::tell();
     tell::count(As::Dropped);
     TC_ACT_SHOT as i32
 }

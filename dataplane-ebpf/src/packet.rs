@@ -21,8 +21,8 @@ const ETHERTYPE_ARP: u16 = 0x0806_u16.to_be();
 
 /// Headers of an ordinary packet are at hand with this many bytes.
 const USUAL: u32 = (ETHERNET + 60 + 20) as u32;
-/// Those of an error, with the packet that it quotes.
-const WITH_QUOTE: u32 = (ETHERNET + 60 + 8 + 60 + 20) as u32;
+/// Those of an error, with the packet that it quotes and extension headers of both.
+const WITH_QUOTE: u32 = (FURTHEST + 20) as u32;
 
 /// Extension headers of IPv6 that are read past.
 const EXTENSIONS: usize = 6;
@@ -434,57 +434,75 @@ impl Kind {
     }
 }
 
-/// Where the quoted packet's headers lie: its network header, and its transport's.
-#[derive(Clone, Copy)]
-pub struct Quote {
-    pub network: usize,
-    pub transport: usize,
-}
-
-/// Finds the packet that an error quotes.
+/// Where the network header of the packet lies that an error quotes.
 #[inline(always)]
-pub fn quote(ctx: &impl Frame, packet: &Packet) -> Option<Quote> {
-    let network = usize::from(packet.transport) + 8;
-    let first: u8 = ctx.header(network, 20)?.at(0);
-    if packet.is_v6() {
-        return Some(Quote {
-            network,
-            transport: network + IPV6,
-        });
-    }
-    let words = usize::from(first & 0x0f);
-    if words < 5 {
-        return None;
-    }
-    Some(Quote {
-        network,
-        transport: network + words * 4,
-    })
+pub fn quote(packet: &Packet) -> usize {
+    usize::from(packet.transport) + 8
 }
 
 /// Takes the flow from the packet that an ICMP error quotes; it went the other way. The error may come from a router
 /// on the way; the flow is between the quoted ends.
 #[inline(always)]
 fn quoted(ctx: &TcContext, packet: &mut Packet) -> Option<()> {
-    let quote = quote(ctx, packet)?;
-    packet.quoted = quote.transport as u16;
+    let quote = quote(packet);
     // The carrier's addresses are read again rather than copied: LLVM breaks over a copy within the structure.
     if packet.is_v6() {
         let header = ctx.header(ETHERNET, IPV6)?;
         packet.carrier.0 = header.ip(8);
         packet.carrier.1 = header.ip(24);
-        let header = ctx.header(quote.network, IPV6)?;
+        let header = ctx.header(quote, IPV6)?;
         packet.tuple.protocol = header.at(6);
         packet.tuple.destination = header.ip(8);
         packet.tuple.source = header.ip(24);
+        packet.quoted = (quote + IPV6) as u16;
+        settle();
+        quoted_extensions(ctx, packet)
     } else {
         let header = ctx.header(ETHERNET, 20)?;
         packet.carrier.0 = Ip::v4(header.at(12));
         packet.carrier.1 = Ip::v4(header.at(16));
-        let header = ctx.header(quote.network, 20)?;
+        let header = ctx.header(quote, 20)?;
+        let words = usize::from(header.at::<u8>(0) & 0x0f);
+        // A later fragment has no ports.
+        if words < 5 || u16::from_be(header.at(6)) & 0x1fff != 0 {
+            return None;
+        }
         packet.tuple.protocol = header.at(9);
         packet.tuple.destination = Ip::v4(header.at(12));
         packet.tuple.source = Ip::v4(header.at(16));
+        packet.quoted = (quote + words * 4) as u16;
+        Some(())
+    }
+}
+
+/// Reads past the extension headers of the packet that an error quotes.
+#[inline(always)]
+fn quoted_extensions(ctx: &TcContext, packet: &mut Packet) -> Option<()> {
+    for _ in 0..EXTENSIONS {
+        let protocol = packet.tuple.protocol;
+        if !is_extension(protocol) {
+            break;
+        }
+        let at = usize::from(packet.quoted);
+        let header = ctx.header(at, 8)?;
+        packet.tuple.protocol = header.at(0);
+        let words = usize::from(header.at::<u8>(1));
+        let length = match protocol {
+            FRAGMENT => {
+                // A later fragment has no ports.
+                if u16::from_be(header.at(2)) >> 3 != 0 {
+                    return None;
+                }
+                8
+            }
+            AUTHENTICATION => 8 + words * 4,
+            _ => 8 + words * 8,
+        };
+        if at + length > FURTHEST {
+            return None;
+        }
+        packet.quoted = (at + length) as u16;
+        settle();
     }
     Some(())
 }

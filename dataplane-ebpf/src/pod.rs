@@ -10,7 +10,6 @@ use xebec_dataplane_common::flow::{
     TURN_LATE,
 };
 use xebec_dataplane_common::ip::Ip;
-use xebec_dataplane_common::nat::Tuple;
 use xebec_dataplane_common::policy::Endpoint;
 
 use crate::balance::{self, CHOSEN, Client};
@@ -25,6 +24,7 @@ use crate::rewrite;
 use crate::scratch::{Scratch, scratch, settle};
 use crate::tell::{self, As};
 use crate::translate;
+use crate::way::{self, GO};
 
 /// What comes out of a pod: its source is checked, a Service's address becomes a backend's, then come the pod's egress
 /// rules, and the ingress rules of a pod of this node, to which the packet is then handed without going through the
@@ -53,7 +53,7 @@ pub fn xebec_from_pod(ctx: TcContext) -> i32 {
     flow::find(flow, &all.packet, up, &mut all.known);
     // A packet to a pod of this node meets no other hook. All others are translated where they leave, if so.
     all.turned = match nat::find(flow, all, up) {
-        Turn::None => 0,
+        Turn::None | Turn::Direct => 0,
         Turn::Entry => 1,
         Turn::Exit => u8::from(translate::is_endpoint(&all.to.destination)),
     };
@@ -66,27 +66,46 @@ pub fn xebec_from_pod(ctx: TcContext) -> i32 {
         let reason = decide(&ctx, all, &from, up);
         if reason != 0 {
             all.told.reason = reason;
-            tell::tell(&all.packet, &all.told);
+            tell::tell();
             settle();
             return if all.refused != 0 {
-                answered(&ctx, &all.packet, &from)
+                answered(&ctx, &from, refuse::NO_PORT)
             } else {
                 dropped()
             };
         }
-        tell::tell(&all.packet, &all.told);
+        tell::tell();
     }
     settle();
-    tell::count(As::Forwarded);
-    let receiver = if all.turned != 0 {
-        if !rewritten(&ctx, &all.packet, &all.to) {
+    let mut by_route = false;
+    if all.turned != 0 {
+        // What bears the node's address already, the stack would take for a forgery.
+        by_route = all.to.source != all.packet.tuple.source
+            && !translate::is_endpoint(&all.to.destination);
+        if by_route {
+            let why = way::find(&ctx, 0);
+            if why != GO {
+                all.told.begin(&ctx, EGRESS);
+                all.told.reason = refuse::reason(why);
+                tell::tell();
+                return answered(&ctx, &from, why);
+            }
+            settle();
+        }
+        if !rewritten(&ctx, &all.packet) {
             return deny(&ctx, all, EGRESS, REASON_CHECKSUM);
         }
+    }
+    tell::count(As::Forwarded);
+    settle();
+    if by_route {
+        return way::go(&ctx, all);
+    }
+    let receiver = if all.turned != 0 {
         &all.to.destination
     } else {
         all.packet.receiver()
     };
-    settle();
     match endpoint(receiver) {
         Some(pod) => hand_over(&ctx, &all.packet, &pod),
         None => TC_ACT_OK as i32,
@@ -194,22 +213,28 @@ fn begin(all: &mut Scratch) -> bool {
         told: [all.packet.tcp_flags & SYN, 0],
         ..flow::plain()
     };
-    if all.to.destination == all.packet.tuple.source {
-        // A pod that reaches itself must take the node for the other end: no stack accepts its own address from
-        // outside.
-        all.to.source = nat::settings().node(&all.to.destination);
+    let node = nat::settings().node(&all.to.destination);
+    // A pod that reaches itself must take the node for the other end: no stack accepts its own address from outside.
+    // A backend that has no route to pods must take it for that, too; what the flow's packets become is one thing, so
+    // it is done here, and not where they leave.
+    if all.to.destination == all.packet.tuple.source
+        || node.is_some()
+            && !translate::is_endpoint(&all.to.destination)
+            && !translate::is_native(&all.to.destination)
+    {
+        all.to.source = node;
         all.begun.other = TURN_BACK;
     }
-    nat::enter_with_port(all)
+    nat::enter_with_port()
 }
 
 /// Gives the packet its new addresses and ports.
 #[inline(always)]
-fn rewritten(ctx: &TcContext, packet: &Packet, to: &Tuple) -> bool {
+fn rewritten(ctx: &TcContext, packet: &Packet) -> bool {
     if packet.is_error() {
-        errors::apply(ctx, packet, to)
+        errors::apply(ctx)
     } else {
-        rewrite::apply(ctx, packet, to)
+        rewrite::apply(ctx)
     }
 }
 
@@ -264,7 +289,7 @@ pub fn xebec_to_pod(ctx: TcContext) -> i32 {
             );
             if all.told.rule == 0 {
                 all.told.reason = REASON_POLICY;
-                tell::tell(&all.packet, &all.told);
+                tell::tell();
                 return dropped();
             }
         }
@@ -272,10 +297,10 @@ pub fn xebec_to_pod(ctx: TcContext) -> i32 {
         if !all.packet.is_error() {
             flow::enter(all, up);
         }
-        tell::tell(&all.packet, &all.told);
+        tell::tell();
     }
     settle();
-    if all.turned != 0 && !rewritten(&ctx, &all.packet, &all.to) {
+    if all.turned != 0 && !rewritten(&ctx, &all.packet) {
         return deny(&ctx, all, INGRESS, REASON_CHECKSUM);
     }
     tell::count(As::Forwarded);
@@ -317,7 +342,7 @@ fn tell_known(ctx: &TcContext, all: &mut Scratch, direction: u8) {
         all.told.rule = all.known.rule;
         all.told.reply = all.known.reply;
         all.told.service = all.known.service;
-        tell::tell(&all.packet, &all.told);
+        tell::tell();
     }
 }
 
@@ -326,21 +351,24 @@ fn tell_known(ctx: &TcContext, all: &mut Scratch, direction: u8) {
 fn deny(ctx: &TcContext, all: &mut Scratch, direction: u8, reason: u8) -> i32 {
     all.told.begin(ctx, direction);
     all.told.reason = reason;
-    tell::tell(&all.packet, &all.told);
+    tell::tell();
     dropped()
 }
 
-/// Answers a pod for a Service without endpoints, by its own device: rules judge what a pod sends, not this.
+/// Drops what goes no further and tells its pod why, by the pod's own device: rules judge what a pod sends, not this.
 #[inline(always)]
-fn answered(ctx: &TcContext, packet: &Packet, from: &Endpoint) -> i32 {
+fn answered(ctx: &TcContext, from: &Endpoint, why: u32) -> i32 {
     tell::count(As::Dropped);
-    if !refuse::is_for_this_host(ctx)
-        || !refuse::answer(ctx, packet)
+    if why == way::LOST
+        || !refuse::is_for_this_host(ctx)
+        || !refuse::answer(ctx, why)
         || !rewrite::forward_to(ctx, from.mac)
     {
         return TC_ACT_SHOT as i32;
     }
-    tell::count(As::Refused);
+    if why == refuse::NO_PORT {
+        tell::count(As::Refused);
+    }
     // SAFETY: the helper takes numbers alone.
     unsafe { bpf_redirect_peer(from.ifindex, 0) as i32 }
 }

@@ -1,5 +1,6 @@
 //! Changing a packet's addresses and ports, and keeping its checksums right.
 
+use aya_ebpf::bindings::__sk_buff;
 use aya_ebpf::programs::{TcContext, XdpContext};
 use xebec_dataplane_common::ip::Ip;
 use xebec_dataplane_common::nat::Tuple;
@@ -8,6 +9,7 @@ use xebec_dataplane_common::{ICMP, ICMP6, SCTP, TCP, UDP};
 use crate::crc;
 use crate::frame::{Change, Frame, differ, differ_ip, difference, mended};
 use crate::packet::{ETHERNET, IPV6, Packet};
+use crate::scratch::scratch;
 
 /// Where a packet's addresses lie within its network header, and IPv4's checksum.
 #[derive(Clone, Copy)]
@@ -36,9 +38,19 @@ pub const fn places(v6: bool) -> Places {
 pub const IP_CHECKSUM: usize = 10;
 
 /// Gives the packet the addresses and ports of `to`; false if it can't be changed, and then it must be dropped.
+#[inline(always)]
+pub fn apply(ctx: &TcContext) -> bool {
+    xebec_rewrite(ctx.skb.skb) != 0
+}
+
+/// The same; checked by itself and once.
+#[unsafe(no_mangle)]
 #[inline(never)]
-pub fn apply(ctx: &TcContext, packet: &Packet, to: &Tuple) -> bool {
-    change(ctx, packet, to).is_some()
+extern "C" fn xebec_rewrite(skb: *mut __sk_buff) -> u32 {
+    let Some(all) = scratch() else {
+        return 0;
+    };
+    u32::from(change(&TcContext::new(skb), &all.packet, &all.to).is_some())
 }
 
 /// The same for XDP.

@@ -11,10 +11,12 @@ use xebec_dataplane_common::flow::{Flow, FlowKey};
 use xebec_dataplane_common::nat::Tuple;
 
 use crate::balance::Choice;
+use crate::direct::Outer;
 use crate::flow::Known;
 use crate::packet::Packet;
 use crate::policy::Question;
 use crate::tell::Told;
+use crate::way::Way;
 
 /// What is known of a packet.
 pub struct Scratch {
@@ -48,6 +50,10 @@ pub struct Scratch {
     pub entered: u8,
     /// 1 where it is for a Service without endpoints, and its sender is to be told.
     pub refused: u8,
+    /// The way that it takes.
+    pub way: Way,
+    /// The packet that it is put into.
+    pub outer: Outer,
 }
 
 #[map]

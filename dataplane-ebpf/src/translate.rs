@@ -1,14 +1,16 @@
 //! What becomes of a packet from the network: answers to translated flows, and new flows to Services. Both hooks of a
 //! device that leads there ask here.
 
+use aya_ebpf::maps::lpm_trie::Key;
 use xebec_dataplane_common::flow::{Flow, FlowKey, TURN_BACK, TURN_FORTH, TURN_LATE};
 use xebec_dataplane_common::ip::Ip;
 use xebec_dataplane_common::nat::Tuple;
 use xebec_dataplane_common::{TCP, UDP};
 
 use crate::balance::{self, CHOSEN, Client};
+use crate::direct;
 use crate::flow::{self, RST, begins};
-use crate::maps::ENDPOINTS;
+use crate::maps::{ENDPOINTS, NATIVE};
 use crate::nat::{self, Turn};
 use crate::packet::Packet;
 use crate::scratch::Scratch;
@@ -20,6 +22,10 @@ pub enum Plan {
     Leave,
     /// Its translation is known.
     Known,
+    /// It goes to its backend's node as it is.
+    Direct,
+    /// The same, and begins a flow.
+    BeginsDirect,
     /// It begins a flow to a backend that was chosen: [`begin`] enters the translation, and nothing before it.
     Begins,
     /// There is no backend: its sender is told.
@@ -28,14 +34,15 @@ pub enum Plan {
     Drop,
 }
 
-/// Looks for a packet's translation: what it becomes stands in `to`; of one that begins, its destination alone. A hook
-/// may still leave the packet to the other one then: that finds the translation again, or chooses a backend itself.
+/// Looks for a packet's translation: what it becomes stands in `to`; of one that begins, all but the port. A hook may still leave the packet to the other one then: that finds the translation again, or chooses a backend itself.
 #[inline(always)]
 pub fn plan(all: &mut Scratch) -> Plan {
     let up = FlowKey::write(&all.packet.tuple, &mut all.key);
     let flow = flow::entry(&all.key);
-    if nat::find(flow, all, up) == Turn::Entry {
-        return Plan::Known;
+    match nat::find(flow, all, up) {
+        Turn::Entry => return Plan::Known,
+        Turn::Direct => return Plan::Direct,
+        Turn::None | Turn::Exit => {}
     }
     if !may_begin(&all.packet) {
         // The stack itself resets what comes to the node's own addresses.
@@ -60,6 +67,13 @@ pub fn plan(all: &mut Scratch) -> Plan {
             all.to.set(&all.packet.tuple);
             all.to.destination = all.choice.address;
             all.to.destination_port = all.choice.port;
+            // Who answers from this node sees the client itself; the answers leave through here anyway.
+            if !stays(&all.to) {
+                if direct::is_meant(all) {
+                    return Plan::BeginsDirect;
+                }
+                all.to.source = nat::settings().node(&all.to.destination);
+            }
             Plan::Begins
         }
         balance::REFUSE => Plan::Refuse,
@@ -96,13 +110,10 @@ pub fn begin(all: &mut Scratch) -> bool {
         other: TURN_BACK,
         ..flow::plain()
     };
-    if stays(&all.to) {
-        // Who answers from this node sees the client itself; the answers leave through here anyway.
+    if all.to.source == all.packet.tuple.source {
         all.begun.other = TURN_BACK | TURN_LATE;
-    } else {
-        all.to.source = nat::settings().node(&all.to.destination);
     }
-    nat::enter_with_port(all)
+    nat::enter_with_port()
 }
 
 /// Whether the packet's way ends on this node; otherwise it goes to another node, or back to a client.
@@ -123,4 +134,10 @@ pub fn is_node(address: &Ip) -> bool {
 pub fn is_endpoint(address: &Ip) -> bool {
     // SAFETY: only whether it is there counts.
     unsafe { ENDPOINTS.get(address) }.is_some()
+}
+
+/// Whether an address knows the way to pods.
+#[inline(always)]
+pub fn is_native(address: &Ip) -> bool {
+    NATIVE.get(&Key::new(128, *address)).is_some()
 }

@@ -181,8 +181,8 @@ impl PolicyKernel for PolicyMaps {
 
 /// Translation: settings, and who needs none.
 pub struct NetworkMaps {
-    settings: Array<MapData, [u8; 40]>,
-    native: LpmTrie<MapData, [u8; 16], u8>,
+    settings: Array<MapData, [u8; size_of::<Settings>()]>,
+    native: LpmTrie<MapData, [u8; 16], [u8; 16]>,
 }
 
 impl NetworkMaps {
@@ -196,14 +196,15 @@ impl NetworkMaps {
     /// Tells the programs of the node.
     pub fn set_settings(&mut self, settings: Settings) -> Result<()> {
         self.settings
-            .set(0, must_cast::<_, [u8; 40]>(settings), 0)
+            .set(0, must_cast::<_, [u8; size_of::<Settings>()]>(settings), 0)
             .context("could not write the settings of translation")
     }
 
-    /// From here on packets to this block keep their source.
-    pub fn set_native(&mut self, block: IpNet) -> Result<()> {
+    /// From here on packets to this block keep their source; `home` is the node that has it, if one does.
+    pub fn set_native(&mut self, block: IpNet, home: Option<IpAddr>) -> Result<()> {
+        let home = home.map_or(Ip::NONE, Ip::from);
         self.native
-            .insert(&block_key(block), 1, 0)
+            .insert(&block_key(block), must_cast::<_, [u8; 16]>(home), 0)
             .context("the map of native address blocks is full")
     }
 

@@ -8,7 +8,7 @@ mod rules;
 mod traffic;
 mod world;
 
-use crate::packets::wires::{ip, namespace};
+use crate::packets::wires::{ip, namespace, routed};
 use crate::packets::{Kernel, left_out};
 
 /// How many packets go through a hook.
@@ -29,6 +29,7 @@ fn programs_and_model_agree() {
     eprintln!("XEBEC_MODEL_SEED={seed}");
     let wanted = number("XEBEC_MODEL_PACKETS").unwrap_or(PACKETS);
     namespace(|| {
+        routed();
         ip("link set lo address 02:00:00:00:00:02");
         let devices = [0, 1, 2].map(|pod| {
             ip(&format!(

@@ -126,6 +126,14 @@ impl Seen {
         self.begins() || self.ends.protocol == 17 && !self.later && self.carrier.is_none()
     }
 
+    /// Without a hop left: its sender is told, but not of errors and of parts of datagrams.
+    fn exceeded(&self) -> Fate {
+        match self.here && !self.later && self.carrier.is_none() {
+            true => EXCEEDED,
+            false => DROP,
+        }
+    }
+
     fn sender(&self) -> IpAddr {
         self.carrier.map_or(self.ends.from.0, |carrier| carrier.0)
     }
@@ -143,6 +151,8 @@ pub enum Verdict {
     Send,
     /// For a Service without endpoints, to whom it came from.
     Answer,
+    /// To whom it came from: it has no hop left.
+    Exceeded,
 }
 
 /// What becomes of a packet.
@@ -160,6 +170,11 @@ const DROP: Fate = Fate {
 
 const ANSWER: Fate = Fate {
     verdict: Verdict::Answer,
+    ..DROP
+};
+
+const EXCEEDED: Fate = Fate {
+    verdict: Verdict::Exceeded,
     ..DROP
 };
 
@@ -222,6 +237,11 @@ impl Model {
 
     fn is_own(&self, address: IpAddr) -> bool {
         self.nodes.get(&address) == Some(&true)
+    }
+
+    /// Whether a packet's way ends on this node.
+    fn is_here(&self, address: IpAddr) -> bool {
+        self.is_own(address) || self.pod(address).is_some()
     }
 
     fn identity(&self, address: IpAddr) -> u32 {
@@ -555,13 +575,18 @@ impl Model {
             );
             made.remembered.or(first)
         };
-        if let Some(number) = made.remembered {
-            assert!(offered.contains(&number), "{number} is none of {offered:?}");
-            let generation = self.backends[&number].generation;
-            self.affinities
-                .insert((ends.from.0, service), (number, generation));
-        }
+        self.remember(ends, service, offered, made);
         chosen
+    }
+
+    /// Takes over which backend a client has.
+    fn remember(&mut self, ends: Ends, service: u32, offered: &[u32], made: &Made) -> Option<u32> {
+        let number = made.remembered?;
+        assert!(offered.contains(&number), "{number} is none of {offered:?}");
+        let generation = self.backends[&number].generation;
+        self.affinities
+            .insert((ends.from.0, service), (number, generation));
+        Some(number)
     }
 
     pub fn has_affinity(&self, ends: Ends) -> Option<u32> {
@@ -631,8 +656,9 @@ impl Model {
                         return DROP;
                     };
                     self.forget(seen.ends);
-                    let itself = ends.to.0 == ends.from.0;
-                    if itself {
+                    // Whom the backend must take for the node: the pod itself, or one that has no way to pods.
+                    let as_node = ends.to.0 == ends.from.0 || !self.native.contains(&ends.to.0);
+                    if as_node {
                         ends.from.0 = self.node(ends.to.0);
                     }
                     let new = Entry {
@@ -643,7 +669,7 @@ impl Model {
                         told: [seen.flags & SYN, 0],
                         ..self.plain(seen.ends.from)
                     };
-                    becomes = self.enter_with_port(new, seen.ends, ends, false, !itself, made);
+                    becomes = self.enter_with_port(new, seen.ends, ends, false, !as_node, made);
                     if becomes.is_none() {
                         return DROP;
                     }
@@ -651,6 +677,16 @@ impl Model {
             }
         }
         let receiver = becomes.map_or(seen.receiver(), |ends| ends.to.0);
+        let as_node = becomes.is_some_and(|becomes| becomes.from.0 != seen.ends.from.0);
+        if as_node && self.pod(receiver).is_none() {
+            return match seen.ttl {
+                0 | 1 => seen.exceeded(),
+                _ => Fate {
+                    verdict: Verdict::Send,
+                    becomes,
+                },
+            };
+        }
         let here = self.pod(receiver).is_some() && seen.ttl > 1;
         Fate {
             verdict: if here { Verdict::Send } else { Verdict::Pass },
@@ -733,7 +769,18 @@ impl Model {
                     Offer::Dropped => return DROP,
                     Offer::Any(service, offered) => (service, offered),
                 };
-                // Without a hop left it is dropped where it would leave: the choice can't be seen then.
+                if seen.ttl <= 1 && (made.dropped || made.sent) {
+                    // Which one it would have been can't be seen, but not one that is here.
+                    let number = self.remember(seen.ends, service, &offered, made);
+                    let chosen = number.map_or(offered, |number| vec![number]);
+                    assert!(
+                        chosen
+                            .iter()
+                            .any(|one| !self.is_here(self.backends[one].end.0)),
+                        "one of {chosen:?} is here"
+                    );
+                    return seen.exceeded();
+                }
                 assert!(
                     !made.dropped,
                     "a new flow to the Service {service} was dropped"
@@ -744,7 +791,7 @@ impl Model {
                     ..seen.ends
                 };
                 self.forget(seen.ends);
-                let stays = self.is_own(ends.to.0) || self.pod(ends.to.0).is_some();
+                let stays = self.is_here(ends.to.0);
                 if !stays {
                     ends.from.0 = self.node(ends.to.0);
                 }
@@ -759,10 +806,9 @@ impl Model {
                 }
             }
         };
-        let stays = self.is_own(becomes.to.0) || self.pod(becomes.to.0).is_some();
-        let verdict = match (stays, seen.ttl) {
+        let verdict = match (self.is_here(becomes.to.0), seen.ttl) {
             (true, _) => Verdict::Pass,
-            (false, 0 | 1) => Verdict::Drop,
+            (false, 0 | 1) => return seen.exceeded(),
             (false, _) => Verdict::Send,
         };
         Fate {

@@ -33,8 +33,13 @@ pub fn far_pod(family: Family, index: u8) -> IpAddr {
     at(family, [10, 244, 1, 1 + index])
 }
 
-/// Backends of a family.
-const BACKENDS: u32 = 11;
+/// A backend outside of the cluster.
+pub fn outsider(family: Family) -> IpAddr {
+    at(family, [203, 0, 113, 77])
+}
+
+/// How many backends a family has, and one.
+const BACKENDS: u32 = 12;
 
 /// A frontend's address (none for node ports), port, and number of its Service.
 pub fn frontends(family: Family) -> Vec<(Option<IpAddr>, u16, u32)> {
@@ -117,7 +122,9 @@ impl World {
                     1..=3 => pod_address((number - 1) as usize + (base / 100) as usize * PODS),
                     4..=8 => far_pod(family, (number - 4) as u8),
                     9 => node(family),
-                    _ => far_node(family),
+                    10 => far_node(family),
+                    // Without a route to pods.
+                    _ => outsider(family),
                 };
                 let backend = Backend {
                     end: (address, 8080),

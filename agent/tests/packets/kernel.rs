@@ -98,6 +98,7 @@ impl DerefMut for Shared {
 impl Kernel {
     /// The kernel that is loaded once for all tests, emptied; needs root.
     pub fn shared() -> Shared {
+        super::wires::routed();
         let mut kernel = SHARED.lock().unwrap_or_else(PoisonError::into_inner);
         match &mut *kernel {
             Some(kernel) => kernel.reset(),
@@ -170,18 +171,18 @@ impl Kernel {
                 self.policy().set_identity(address, identity).unwrap();
             }
         }
-        for block in [
-            "10.244.0.0/24",
-            "10.244.1.0/24",
-            "192.0.2.10/32",
-            "192.0.2.20/32",
-            "fd00:10:244::/64",
-            "fd00:10:244:1::/64",
-            "fd00:192:0:2::10/128",
-            "fd00:192:0:2::20/128",
+        for (block, node) in [
+            ("10.244.0.0/24", "192.0.2.10"),
+            ("10.244.1.0/24", "192.0.2.20"),
+            ("192.0.2.10/32", "192.0.2.10"),
+            ("192.0.2.20/32", "192.0.2.20"),
+            ("fd00:10:244::/64", "fd00:192:0:2::10"),
+            ("fd00:10:244:1::/64", "fd00:192:0:2::20"),
+            ("fd00:192:0:2::10/128", "fd00:192:0:2::10"),
+            ("fd00:192:0:2::20/128", "fd00:192:0:2::20"),
         ] {
-            let native = block.parse().unwrap();
-            self.maps.network.set_native(native).unwrap();
+            let (native, node) = (block.parse().unwrap(), node.parse().unwrap());
+            self.maps.network.set_native(native, Some(node)).unwrap();
         }
         self.endpoints();
         self.policy().set_generation(0).unwrap();

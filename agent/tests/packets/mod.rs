@@ -1,5 +1,6 @@
 //! Building packets, and a kernel with the programs and a few pods to run them.
 
+mod direct;
 mod errors;
 mod express;
 mod flows;
@@ -12,6 +13,7 @@ mod refuse;
 mod sctp;
 mod services;
 pub mod table;
+mod ways;
 pub mod wires;
 
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr};
@@ -113,5 +115,7 @@ pub fn settings(first_port: u16, ports: u16) -> Settings {
         ports,
         first_node_port: 30_000,
         last_node_port: 32_767,
+        errors: 0,
+        direct: 0,
     }
 }

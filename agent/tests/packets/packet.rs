@@ -202,7 +202,7 @@ pub fn error(
 
 /// What a Service without endpoints answers to a packet.
 pub fn refusal(to: &Packet) -> Packet {
-    let (from, back) = (to.destination, to.source);
+    let from = to.destination;
     let mut answer = match to.transport {
         Transport::Tcp(flags) => {
             let mut reset = to.back(RST).with(b"");
@@ -217,14 +217,17 @@ pub fn refusal(to: &Packet) -> Packet {
             }
             reset
         }
-        _ => {
-            let mut error = error(from, back, Why::NoPort, to, 448);
-            error.class = 0xc0;
-            error
-        }
+        _ => return told_by(from, to, Why::NoPort),
     };
     answer.label = 0;
     answer
+}
+
+/// What a node says of a packet that it can't send on.
+pub fn told_by(node: IpAddr, about: &Packet, why: Why) -> Packet {
+    let mut error = error(node, about.source, why, about, 448);
+    (error.class, error.label) = (0xc0, 0);
+    error
 }
 
 const PAYLOAD: &[u8] = b"what the packet carries must stay";

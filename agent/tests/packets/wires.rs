@@ -1,7 +1,9 @@
 //! A network namespace with devices, routes and neighbours, for frames that leave the node.
 
 use std::net::IpAddr;
+use std::os::fd::{AsRawFd, FromRawFd, OwnedFd};
 use std::process::Command;
+use std::time::{Duration, Instant};
 
 use nix::sched::{CloneFlags, unshare};
 use xebec_agent::network::Device;
@@ -58,9 +60,7 @@ impl Wires {
         ] {
             ip(&format!("route add {route}"));
         }
-        for file in ["ipv4/ip_forward", "ipv6/conf/all/forwarding"] {
-            std::fs::write(format!("/proc/sys/net/{file}"), "1").unwrap();
-        }
+        forward();
         Self {
             // The first is as if it were hardware.
             devices: [(0, Some("pci")), (1, None)].map(|(index, bus)| {
@@ -98,9 +98,89 @@ impl Wires {
         }
     }
 
+    /// Hears what comes out at a device's other end, from here on.
+    pub fn ear(&self, device: u8) -> Ear {
+        let index = nix::net::if_::if_nametoindex(format!("far{device}").as_str()).unwrap();
+        // SAFETY: the structure holds numbers alone, of which all may be 0.
+        let mut whom: libc::sockaddr_ll = unsafe { std::mem::zeroed() };
+        whom.sll_family = libc::AF_PACKET as u16;
+        whom.sll_protocol = (libc::ETH_P_ALL as u16).to_be();
+        whom.sll_ifindex = index as i32;
+        // SAFETY: the socket is the ear's own, and the kernel reads the address within its length.
+        unsafe {
+            let kind = libc::SOCK_RAW | libc::SOCK_CLOEXEC;
+            let protocol = i32::from((libc::ETH_P_ALL as u16).to_be());
+            let socket = libc::socket(libc::AF_PACKET, kind, protocol);
+            assert!(socket >= 0);
+            let socket = OwnedFd::from_raw_fd(socket);
+            let length = size_of::<libc::sockaddr_ll>() as u32;
+            let bound = libc::bind(socket.as_raw_fd(), (&raw const whom).cast(), length);
+            assert_eq!(bound, 0);
+            Ear(socket)
+        }
+    }
+
     /// The first device's index.
     pub fn index(&self) -> u32 {
         self.devices[0].index
+    }
+}
+
+thread_local! {
+    static ROUTED: std::cell::Cell<bool> = const { std::cell::Cell::new(false) };
+}
+
+/// Puts this thread, once, into a network namespace in which the loopback routes everything to the outside.
+pub fn routed() {
+    if ROUTED.replace(true) {
+        return;
+    }
+    unshare(CloneFlags::CLONE_NEWNET).unwrap();
+    ip("link set lo up");
+    ip("link add out0 type veth peer name out1");
+    for device in ["out0", "out1"] {
+        ip(&format!("link set {device} up"));
+    }
+    forward();
+    for family in ["-4", "-6"] {
+        ip(&format!("{family} route add default dev out0"));
+    }
+}
+
+/// Makes the namespace a router's.
+fn forward() {
+    for file in ["ipv4/ip_forward", "ipv6/conf/all/forwarding"] {
+        std::fs::write(format!("/proc/sys/net/{file}"), "1").unwrap();
+    }
+}
+
+/// What comes out of a device.
+pub struct Ear(OwnedFd);
+
+impl Ear {
+    /// Waits for this frame.
+    pub fn hears(&self, frame: &[u8]) {
+        let mut others = Vec::new();
+        let end = Instant::now() + Duration::from_secs(3);
+        while Instant::now() < end {
+            let mut room = [0; 2048];
+            // SAFETY: the kernel writes within the room.
+            let length = unsafe {
+                let flags = libc::MSG_DONTWAIT;
+                libc::recv(
+                    self.0.as_raw_fd(),
+                    room.as_mut_ptr().cast(),
+                    room.len(),
+                    flags,
+                )
+            };
+            match usize::try_from(length) {
+                Ok(length) if room[..length] == *frame => return,
+                Ok(length) => others.push(room[..length].to_vec()),
+                Err(_) => std::thread::sleep(Duration::from_millis(5)),
+            }
+        }
+        panic!("{frame:02x?} did not come, but {others:02x?}");
     }
 }
 

@@ -1,4 +1,5 @@
 //! Network namespaces that end with the test, and what tc has there.
+#![allow(dead_code, reason = "not every test needs all of it")]
 
 use std::net::{Ipv4Addr, UdpSocket};
 use std::path::PathBuf;

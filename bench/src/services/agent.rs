@@ -95,6 +95,7 @@ pub fn run(args: Args) -> Result<()> {
             xebec_agent::loader::Xdp::Auto
         },
         native: Vec::new(),
+        lb_mode: xebec_agent::network::LbMode::Snat,
         node_ports: xebec_agent::services::NodePortAddresses::All,
         l2_announcements: false,
         sizes: xebec_agent::loader::Sizes::default(),

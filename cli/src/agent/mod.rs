@@ -3,6 +3,7 @@
 mod cgroup;
 mod cleanup;
 mod cni;
+mod lb_mode;
 #[cfg(test)]
 mod manifests;
 mod node_object;
@@ -21,6 +22,7 @@ use tracing::{info, warn};
 
 use crate::paths::{Layout, NodeLayout, private_dir};
 use crate::up::XdpMode;
+use lb_mode::LbMode;
 use node_object::Found;
 pub use ports::Ports;
 
@@ -85,6 +87,10 @@ struct Run {
     /// Node ports by XDP on these devices; tc serves what XDP does not
     #[arg(long, value_enum, env = "XEBEC_XDP", default_value_t)]
     xdp: XdpMode,
+    /// How clients outside reach backends of other nodes by node ports, load balancers' and external addresses. All
+    /// nodes need the same
+    #[arg(long, alias = "bpf-lb-mode", value_enum, default_value_t)]
+    lb_mode: LbMode,
     /// The host's cgroup v2 hierarchy, or the folder with all hierarchies; by default where it is mounted
     #[arg(long)]
     cgroup_root: Option<PathBuf>,
@@ -261,6 +267,7 @@ impl Run {
             pod_cgroup,
             devices: self.devices.clone(),
             xdp: self.xdp.into(),
+            lb_mode: self.lb_mode.into(),
             native: self.cluster_cidr.iter().map(IpNet::trunc).collect(),
             node_ports: self.ports.node_ports()?,
             l2_announcements: self.l2_announcements,

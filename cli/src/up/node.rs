@@ -129,6 +129,8 @@ impl NodeConfig {
             pod_cgroup: Some(self.pod_cgroup.clone()),
             devices: Vec::new(),
             xdp: self.xdp,
+            // All nodes are on this machine.
+            lb_mode: xebec_agent::network::LbMode::Snat,
             // The host of several nodes is none of them, but has routes to their pods.
             native: self
                 .cable

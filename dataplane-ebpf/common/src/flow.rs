@@ -128,6 +128,9 @@ pub const TURN_BACK: u8 = 2;
 /// Set where packets are translated when they leave, by routes chosen before; else when they come in.
 pub const TURN_LATE: u8 = 4;
 
+/// Set where packets go to the backend's node as they are, and answers come by another way: there is no other entry.
+pub const TURN_DIRECT: u8 = 8;
+
 impl Flow {
     /// Whether it was silent for so long that it holds no more.
     #[inline(always)]
@@ -200,12 +203,18 @@ pub const REASON_INVALID: u8 = 134;
 
 /// `ERROR_WHILE_CORRECTING_L4_CHECKSUM`.
 pub const REASON_CHECKSUM: u8 = 154;
+/// `FRAGMENTATION_NEEDED`.
+pub const REASON_TOO_BIG: u8 = 157;
 /// `SERVICE_BACKEND_NOT_FOUND`.
 pub const REASON_NO_SERVICE: u8 = 158;
 /// `NO_MAPPING_FOR_NAT_MASQUERADE`.
 pub const REASON_NO_MAPPING: u8 = 167;
+/// `FIB_LOOKUP_FAILED`.
+pub const REASON_NO_ROUTE: u8 = 169;
 /// `FIRST_LOGICAL_DATAGRAM_FRAGMENT_NOT_FOUND`.
 pub const REASON_FRAGMENT: u8 = 175;
+/// `TTL_EXCEEDED`.
+pub const REASON_TTL: u8 = 196;
 
 /// Counters of one CPU.
 #[repr(C)]
@@ -258,7 +267,7 @@ mod tests {
             [offset_of!(Event, verdict), offset_of!(Event, set)],
             [46, 52]
         );
-        assert_eq!(crate::LAYOUT, 7, "raise it with every change of a layout");
+        assert_eq!(crate::LAYOUT, 8, "raise it with every change of a layout");
     }
 
     fn tuple(source: (u32, u16), destination: (u32, u16)) -> Tuple {

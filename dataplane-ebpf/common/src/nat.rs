@@ -66,7 +66,17 @@ pub struct Settings {
     pub first_node_port: u16,
     /// Last node port.
     pub last_node_port: u16,
+    /// How many ICMP errors each CPU may send in a second, and as many at once as in 50 ms; 0 for no limit.
+    pub errors: u32,
+    /// Which flows from outside backends of other nodes answer directly (direct server return): [`DIRECT_TCP`],
+    /// [`DIRECT_UDP`].
+    pub direct: u32,
 }
+
+/// Those of TCP and SCTP.
+pub const DIRECT_TCP: u32 = 1;
+/// Those of UDP.
+pub const DIRECT_UDP: u32 = 1 << 1;
 
 impl Settings {
     /// The node's address of the same family as this one.
@@ -76,6 +86,12 @@ impl Settings {
     }
 }
 
+/// The port of Geneve (RFC 8926, 3.3).
+pub const GENEVE_PORT: u16 = 6081;
+/// The header of the option that tells the backend: a class for experiments, a type that is critical, and five words of
+/// data. These are the backend's address, its port, and two bytes of 0.
+pub const GENEVE_OPTION: u32 = 0xff58_8105;
+
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -83,7 +99,7 @@ mod tests {
 
     #[test]
     fn layouts_are_what_the_kernel_side_was_built_with() {
-        assert_eq!([size_of::<Tuple>(), size_of::<Settings>()], [40, 40]);
+        assert_eq!([size_of::<Tuple>(), size_of::<Settings>()], [40, 48]);
         assert_eq!(
             [
                 offset_of!(Tuple, source_port),
