@@ -1,13 +1,13 @@
 //! Places that packets come from and go to (a pod, a node, a machine outside), and sockets of theirs.
 //!
-//! A socket belongs to the network namespace and the cgroup in which it was made, wherever it is used afterwards; so
-//! a test has sockets of all places in its own hands.
+//! A socket belongs to the network namespace and the cgroup in which it was made, wherever it is used afterwards, and
+//! is connected by somebody there; so a test has sockets of all places in its own hands.
 
 use std::collections::BTreeMap;
 use std::fs::File;
 use std::io::{self, BufRead, BufReader, ErrorKind, Read, Write};
 use std::net::{Ipv6Addr, SocketAddr, TcpListener, TcpStream, UdpSocket};
-use std::os::fd::AsRawFd;
+use std::os::fd::{AsRawFd, OwnedFd};
 use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex, PoisonError};
@@ -101,6 +101,11 @@ impl Place {
         )
     }
 
+    /// Whether sockets meet the socket programs of a node.
+    pub fn meets_programs(&self) -> bool {
+        self.cgroup.is_some()
+    }
+
     /// Runs something there.
     pub fn run<T: Send>(&self, work: impl FnOnce() -> T + Send) -> Result<T> {
         let netns = self.netns.as_deref().map(File::open).transpose();
@@ -124,7 +129,7 @@ impl Place {
     }
 
     /// A socket of this place, made there and not yet connected.
-    fn socket(&self, protocol: Protocol, v4: bool) -> io::Result<std::os::fd::OwnedFd> {
+    fn socket(&self, protocol: Protocol, v4: bool) -> io::Result<OwnedFd> {
         let family = if v4 {
             AddressFamily::Inet
         } else {
@@ -137,6 +142,13 @@ impl Place {
         self.run(|| socket(family, kind, SockFlag::SOCK_CLOEXEC, None))
             .map_err(io::Error::other)?
             .map_err(Into::into)
+    }
+
+    /// Connects a socket; the socket programs ask where the caller is.
+    fn connect(&self, socket: &OwnedFd, to: SocketAddr) -> io::Result<nix::Result<()>> {
+        let to = SockaddrStorage::from(to);
+        let connected = self.run(|| connect(socket.as_raw_fd(), &to));
+        connected.map_err(io::Error::other)
     }
 
     /// A connection, or a connected socket for datagrams.
@@ -162,7 +174,7 @@ impl Place {
         if let Some(from) = from {
             bind(socket.as_raw_fd(), &SockaddrStorage::from(from))?;
         }
-        let connected = connect(socket.as_raw_fd(), &SockaddrStorage::from(to));
+        let connected = self.connect(&socket, to)?;
         connected.map_err(|error| match error {
             nix::errno::Errno::EINPROGRESS => io::Error::from(ErrorKind::TimedOut),
             error => error.into(),
@@ -173,6 +185,17 @@ impl Place {
         };
         talk.set_patience(PATIENCE)?;
         Ok(talk)
+    }
+
+    /// Begins to connect and waits for nothing.
+    pub fn begin(&self, to: SocketAddr) -> io::Result<TcpStream> {
+        let stream = TcpStream::from(self.socket(Protocol::Tcp, to.is_ipv4())?);
+        stream.set_nonblocking(true)?;
+        let socket = OwnedFd::from(stream);
+        match self.connect(&socket, to)? {
+            Ok(()) | Err(nix::errno::Errno::EINPROGRESS) => Ok(socket.into()),
+            Err(error) => Err(error.into()),
+        }
     }
 
     /// A socket for datagrams that is connected to nobody.
@@ -197,8 +220,7 @@ impl Place {
         let mut by_name = BTreeMap::new();
         for _ in 0..count {
             let answer = self.ask(protocol, to);
-            let answer =
-                answer.with_context(|| format!("{} to {protocol:?} {to}", self.name))?;
+            let answer = answer.with_context(|| format!("{} to {protocol:?} {to}", self.name))?;
             *by_name.entry(answer.name).or_default() += 1;
         }
         Ok(by_name)
@@ -219,7 +241,7 @@ impl Place {
         };
         let time = nix::sys::time::TimeVal::new(0, SILENCE.as_micros() as i64);
         setsockopt(&socket, sockopt::SendTimeout, &time)?;
-        let connected = connect(socket.as_raw_fd(), &SockaddrStorage::from(to));
+        let connected = self.connect(&socket, to)?;
         match (protocol, connected) {
             (Protocol::Tcp, Err(nix::errno::Errno::EINPROGRESS)) => return Ok(true),
             (_, Err(error)) => return told(Err(error.into())),
@@ -242,7 +264,8 @@ pub struct Answer {
 }
 
 impl Answer {
-    fn read(text: &str) -> io::Result<Self> {
+    /// Reads what a [`Server`] writes.
+    pub fn read(text: &str) -> io::Result<Self> {
         let (name, client) = text.trim_end().split_once(' ').ok_or_else(|| {
             io::Error::new(ErrorKind::UnexpectedEof, format!("answered {text:?}"))
         })?;
@@ -392,13 +415,9 @@ impl Drop for Server {
         self.stop.store(true, Ordering::Relaxed);
         // Whoever waits for a connection stops waiting.
         let socket: &TcpListener = &self.listener;
-        let _ = nix::sys::socket::shutdown(
-            socket.as_raw_fd(),
-            nix::sys::socket::Shutdown::Both,
-        );
+        let _ = nix::sys::socket::shutdown(socket.as_raw_fd(), nix::sys::socket::Shutdown::Both);
         for thread in self.threads.drain(..) {
             let _ = thread.join();
         }
     }
 }
-

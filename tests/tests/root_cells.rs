@@ -4,13 +4,31 @@
 mod cells;
 
 use anyhow::Result;
-use cells::world::World;
+use cells::{bad_input, endpoints, faults, frontends, life, policies, world::World};
 use xebec_tests::{Machine, assert_nothing_left};
 
 /// A scenario's name and what runs it.
 type Scenario = (&'static str, fn(&mut World) -> Result<()>);
 
-const SCENARIOS: [Scenario; 1] = [("every frontend", cells::frontends::every_frontend)];
+const SCENARIOS: [Scenario; 17] = [
+    ("every frontend", frontends::every_frontend),
+    ("host ports", frontends::host_ports),
+    ("hairpin", frontends::hairpin),
+    ("nobody there", frontends::nobody_there),
+    ("external traffic", policies::external_traffic),
+    ("internal traffic", policies::internal_traffic),
+    ("source ranges", policies::source_ranges),
+    ("not ready", endpoints::not_ready),
+    ("near ones", endpoints::near_ones),
+    ("same ones", endpoints::same_ones),
+    ("written by hand", endpoints::written_by_hand),
+    ("removed", life::removed),
+    ("terminating", life::terminating),
+    ("same address", bad_input::same_address),
+    ("slices that disagree", bad_input::slices_that_disagree),
+    ("crowd", bad_input::crowd),
+    ("killed", faults::killed),
+];
 
 #[test]
 fn what_services_promise() -> Result<()> {
@@ -18,14 +36,22 @@ fn what_services_promise() -> Result<()> {
     let before = Machine::now()?;
     let mut world = World::up(&outside)?;
     // By a part of a name, one scenario alone is run.
+    let mut failed = Vec::new();
     let wanted = std::env::var("XEBEC_CELL").unwrap_or_default();
     for (name, scenario) in SCENARIOS {
         if name.contains(&wanted) {
             let begun = std::time::Instant::now();
-            scenario(&mut world).map_err(|error| error.context(name))?;
+            let outcome = scenario(&mut world);
             println!("{name}: {:.1} s", begun.elapsed().as_secs_f32());
+            if let Err(error) = outcome {
+                failed.push(format!("{name}: {error:#}"));
+            }
         }
     }
+    if !failed.is_empty() {
+        eprintln!("--- log of the cluster ---\n{}", world.cluster.log());
+    }
     world.down()?;
+    assert!(failed.is_empty(), "{}", failed.join("\n"));
     assert_nothing_left(&before)
 }

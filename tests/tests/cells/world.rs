@@ -34,6 +34,8 @@ pub const OUTSIDE: [&str; 2] = ["10.245.0.200", "fd00:10:245::c8"];
 pub const OUTSIDE_TOO: [&str; 2] = ["10.245.0.199", "fd00:10:245::c7"];
 /// Addresses that the machine outside sends to the first node.
 pub const EXTERNAL: [&str; 2] = ["198.51.100.20", "2001:db8:51::20"];
+/// Addresses of the machine outside, which the nodes reach by it.
+pub const BEYOND: [&str; 2] = ["198.51.100.77", "2001:db8:51::77"];
 const NETNS: &str = "xebec-test-cells";
 const CABLE: &str = "xbcells0";
 
@@ -45,11 +47,6 @@ pub fn of<T: Copy>(pair: [T; 2], v4: bool) -> T {
 pub fn ip(text: &str) -> Result<IpAddr> {
     text.parse()
         .with_context(|| format!("{text:?} is no address"))
-}
-
-/// The address as text, with a port.
-pub fn at(text: &str, port: u16) -> Result<SocketAddr> {
-    Ok(SocketAddr::new(ip(text)?, port))
 }
 
 fn ip_command(line: &str) -> Result<()> {
@@ -72,11 +69,15 @@ impl Outside {
         ip_command(&format!("link set {CABLE} addrgenmode none"))?;
         ip_command(&format!("link set {CABLE} up"))?;
         for (own, length) in [(0, 24), (1, 64)] {
-            for address in [OUTSIDE[own], OUTSIDE_TOO[own]] {
-                let dad = if own == 1 { " nodad" } else { "" };
-                ip_command(&format!(
-                    "-n {NETNS} addr add {address}/{length} dev eth0{dad}"
-                ))?;
+            let dad = if own == 1 { " nodad" } else { "" };
+            let (first, second) = (OUTSIDE[own], OUTSIDE_TOO[own]);
+            for address in [
+                format!("{first}/{length} dev eth0{dad}"),
+                // What does not ask for it is not sent from it.
+                format!("{second}/{length} dev eth0{dad} preferred_lft 0"),
+                format!("{} dev lo", BEYOND[own]),
+            ] {
+                ip_command(&format!("-n {NETNS} addr add {address}"))?;
             }
         }
         for device in ["eth0", "lo"] {
@@ -206,6 +207,34 @@ pub fn service(name: &str, mut spec: Value) -> Value {
     })
 }
 
+/// Slices of both families for a Service without a selector; each endpoint with what else is to be said of it.
+pub fn slices(service: &str, endpoints: &[([IpAddr; 2], Value)]) -> Vec<Value> {
+    let slice = |v4: bool| {
+        let family = if v4 { "IPv4" } else { "IPv6" };
+        let one = |(addresses, more): &([IpAddr; 2], Value)| {
+            let mut endpoint = more.clone();
+            endpoint["addresses"] = json!([of(*addresses, v4)]);
+            endpoint
+        };
+        json!({
+            "apiVersion": "discovery.k8s.io/v1",
+            "kind": "EndpointSlice",
+            "metadata": {
+                "name": format!("{service}-{}", family.to_lowercase()),
+                "namespace": NAMESPACE,
+                "labels": {"kubernetes.io/service-name": service},
+            },
+            "addressType": family,
+            "endpoints": endpoints.iter().map(one).collect::<Vec<_>>(),
+            "ports": [
+                {"name": "tcp", "port": TARGET},
+                {"name": "udp", "port": TARGET, "protocol": "UDP"},
+            ],
+        })
+    };
+    FAMILIES.map(slice).into()
+}
+
 impl World {
     pub fn up(outside: &Outside) -> Result<Self> {
         let cluster = Cluster::up(
@@ -233,6 +262,10 @@ impl World {
         world.find_nodes()?;
         outside.plug(&world.nodes)?;
         for node in world.nodes.keys() {
+            for (to, by) in BEYOND.iter().zip(OUTSIDE) {
+                let route = ["ip", "route", "add", to, "via", by];
+                world.cluster.in_node(node, &route)?;
+            }
             let zone = format!("topology.kubernetes.io/zone=zone-{node}");
             world.cluster.k(&["label", "node", node, &zone])?;
         }
@@ -250,13 +283,16 @@ impl World {
 
     fn find_nodes(&mut self) -> Result<()> {
         for node in items(&self.cluster.get(&["nodes"])?) {
-            let name = node["metadata"]["name"].as_str().context("a nameless node")?;
+            let name = node["metadata"]["name"]
+                .as_str()
+                .context("a nameless node")?;
             let addresses = node["status"]["addresses"].as_array().into_iter().flatten();
             let own = addresses.filter(|one| one["type"] == "InternalIP");
             let addresses = both(own.map(|one| parsed(&one["address"])));
             let addresses = addresses.with_context(|| format!("{name} lacks a family"))?;
             let place = Place::new(name, Some(self.cluster.netns(name)), Some(cgroup(name)?));
-            self.nodes.insert(name.to_owned(), Node { addresses, place });
+            self.nodes
+                .insert(name.to_owned(), Node { addresses, place });
         }
         Ok(())
     }
@@ -272,7 +308,10 @@ impl World {
                 let path = format!("nodes/{node}/cri/netns/{sandbox}");
                 let netns = self.cluster.run_dir().join(path);
                 let name = endpoint["pod"].as_str().unwrap_or_default().to_owned();
-                found.insert(name.clone(), Place::new(&name, Some(netns), Some(cgroup(node)?)));
+                found.insert(
+                    name.clone(),
+                    Place::new(&name, Some(netns), Some(cgroup(node)?)),
+                );
             }
         }
         for pod in items(&pods) {
@@ -287,11 +326,15 @@ impl World {
     }
 
     pub fn pod(&self, name: &str) -> Result<&Pod> {
-        self.pods.get(name).with_context(|| format!("no pod {name}"))
+        self.pods
+            .get(name)
+            .with_context(|| format!("no pod {name}"))
     }
 
     pub fn node(&self, name: &str) -> Result<&Node> {
-        self.nodes.get(name).with_context(|| format!("no node {name}"))
+        self.nodes
+            .get(name)
+            .with_context(|| format!("no node {name}"))
     }
 
     pub fn apply(&self, objects: &[Value]) -> Result<()> {
@@ -307,7 +350,10 @@ impl World {
     /// The ClusterIPs of a Service.
     pub fn cluster_ips(&self, name: &str) -> Result<[IpAddr; 2]> {
         let service = self.cluster.get(&["service", name, "-n", NAMESPACE])?;
-        let ips = service["spec"]["clusterIPs"].as_array().into_iter().flatten();
+        let ips = service["spec"]["clusterIPs"]
+            .as_array()
+            .into_iter()
+            .flatten();
         both(ips.map(parsed)).with_context(|| format!("{name} lacks a family"))
     }
 
@@ -351,6 +397,23 @@ impl World {
         Ok(())
     }
 
+    /// Waits until the agents of both nodes have these pods behind each ClusterIP, those that end included.
+    pub fn settled_on(&self, service: &str, pods: &[&str]) -> Result<()> {
+        self.settled(service, pods.len())?;
+        for node in self.nodes.keys() {
+            for pod in pods {
+                let addresses = self.pod(pod)?.addresses;
+                let targets = addresses.map(|ip| SocketAddr::new(ip, TARGET).to_string());
+                eventually(&format!("{service} has {pod} on {node}"), MINUTE, || {
+                    let rows = Value::from(self.rows(node, service)?).to_string();
+                    let has = |target: &String| rows.contains(&format!("\"{target}\""));
+                    Ok(targets.iter().all(has))
+                })?;
+            }
+        }
+        Ok(())
+    }
+
     pub fn down(mut self) -> Result<()> {
         self.servers.clear();
         self.cluster.down()
@@ -373,7 +436,10 @@ fn cgroup(node: &str) -> Result<PathBuf> {
 pub fn answered(what: &str, by_name: &BTreeMap<String, usize>, wanted: &[&str]) -> Result<()> {
     let names: BTreeSet<&str> = by_name.keys().map(String::as_str).collect();
     let wanted: BTreeSet<&str> = wanted.iter().copied().collect();
-    ensure!(names == wanted, "{what}: {by_name:?} answered, not {wanted:?}");
+    ensure!(
+        names == wanted,
+        "{what}: {by_name:?} answered, not {wanted:?}"
+    );
     Ok(())
 }
 
