@@ -84,7 +84,10 @@ fn frontend(tuple: &Tuple, inside: bool) -> Option<&'static Frontend> {
     key.address = tuple.destination.every();
     // SAFETY: as above.
     let found = unsafe { FRONTENDS.get(&key) }?;
-    (whose == OWN || found.flags & THIS_NODE == 0).then_some(found)
+    if whose != OWN && found.flags & THIS_NODE != 0 {
+        return None;
+    }
+    Some(found)
 }
 
 /// Whether a destination inside the cluster is a Service's.

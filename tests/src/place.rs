@@ -18,6 +18,7 @@ use anyhow::{Context, Result, anyhow};
 use nix::sys::socket::{
     AddressFamily, SockFlag, SockType, SockaddrStorage, bind, connect, setsockopt, socket, sockopt,
 };
+use nix::sys::time::TimeVal;
 
 /// How long an answer may take; nothing is lost on the way, so that only what is dropped takes that long.
 const PATIENCE: Duration = Duration::from_secs(3);
@@ -153,24 +154,25 @@ impl Place {
 
     /// A connection, or a connected socket for datagrams.
     pub fn talk(&self, protocol: Protocol, to: SocketAddr) -> io::Result<Talk> {
-        self.talk_from(protocol, None, to)
+        self.talk_from(protocol, None, to, PATIENCE)
     }
 
-    /// The same from an address or port, which may have been used just before.
+    /// The same from an address or port, which may have been used just before, with another patience.
     pub fn talk_from(
         &self,
         protocol: Protocol,
         from: Option<SocketAddr>,
         to: SocketAddr,
+        patience: Duration,
     ) -> io::Result<Talk> {
         let socket = self.socket(protocol, to.is_ipv4())?;
         setsockopt(&socket, sockopt::ReuseAddr, &true)?;
         // For TCP it also limits the time to connect.
-        setsockopt(
-            &socket,
-            sockopt::SendTimeout,
-            &nix::sys::time::TimeVal::new(PATIENCE.as_secs() as i64, 0),
-        )?;
+        let time = TimeVal::new(
+            patience.as_secs() as i64,
+            i64::from(patience.subsec_micros()),
+        );
+        setsockopt(&socket, sockopt::SendTimeout, &time)?;
         if let Some(from) = from {
             bind(socket.as_raw_fd(), &SockaddrStorage::from(from))?;
         }
@@ -183,7 +185,7 @@ impl Place {
             Protocol::Tcp => Talk::Tcp(BufReader::new(socket.into())),
             Protocol::Udp => Talk::Udp(socket.into()),
         };
-        talk.set_patience(PATIENCE)?;
+        talk.set_patience(patience)?;
         Ok(talk)
     }
 
@@ -239,7 +241,7 @@ impl Place {
             Ok(()) | Err(ErrorKind::ConnectionRefused) => Ok(false),
             Err(kind) => Err(anyhow!("{} to {protocol:?} {to}: {kind}", self.name)),
         };
-        let time = nix::sys::time::TimeVal::new(0, SILENCE.as_micros() as i64);
+        let time = TimeVal::new(0, SILENCE.as_micros() as i64);
         setsockopt(&socket, sockopt::SendTimeout, &time)?;
         let connected = self.connect(&socket, to)?;
         match (protocol, connected) {
@@ -269,7 +271,9 @@ impl Answer {
         let (name, client) = text.trim_end().split_once(' ').ok_or_else(|| {
             io::Error::new(ErrorKind::UnexpectedEof, format!("answered {text:?}"))
         })?;
-        let client = client.parse().map_err(io::Error::other)?;
+        let client = client
+            .parse()
+            .map_err(|error| io::Error::other(format!("answered {text:?}: {error}")))?;
         Ok(Self {
             name: name.to_owned(),
             client,
@@ -355,12 +359,16 @@ fn canonical(address: SocketAddr) -> SocketAddr {
 }
 
 impl Server {
-    /// Starts one.
+    /// Starts one at all addresses.
     pub fn start(place: &Place, name: &str, port: u16) -> Result<Self> {
-        let at = (Ipv6Addr::UNSPECIFIED, port);
+        Self::start_at(place, name, (Ipv6Addr::UNSPECIFIED, port).into())
+    }
+
+    /// Starts one at this address alone.
+    pub fn start_at(place: &Place, name: &str, at: SocketAddr) -> Result<Self> {
         let (listener, socket) = place
             .run(|| Ok::<_, io::Error>((TcpListener::bind(at)?, UdpSocket::bind(at)?)))?
-            .with_context(|| format!("{}: could not listen at port {port}", place.name))?;
+            .with_context(|| format!("{}: could not listen at {at}", place.name))?;
         socket.set_read_timeout(Some(GLANCE))?;
         let stop = Arc::new(AtomicBool::new(false));
         let (ends, own) = (stop.clone(), name.to_owned());

@@ -158,8 +158,9 @@ pub fn same_ones(world: &mut World) -> Result<()> {
 
 /// Services without a selector: slices, or the older Endpoints, that somebody wrote; their backend may be no pod.
 pub fn written_by_hand(world: &mut World) -> Result<()> {
-    let outside = Server::start(&world.outside, "outside", TARGET)?;
     let addresses: [IpAddr; 2] = [ip(BEYOND[0])?, ip(BEYOND[1])?];
+    let at = addresses.map(|address| SocketAddr::new(address, TARGET));
+    let outside = at.map(|at| Server::start_at(&world.outside, "outside", at));
     let a2 = world.pod("a2")?.addresses;
     let mut objects = vec![service("manual", json!({})), service("older", json!({}))];
     let other = json!({"conditions": {"ready": true}});
@@ -188,6 +189,8 @@ pub fn written_by_hand(world: &mut World) -> Result<()> {
             }
         }
     }
-    drop(outside);
+    for server in outside {
+        drop(server?);
+    }
     world.delete(&["manual", "older"])
 }

@@ -8,7 +8,7 @@ use std::time::Duration;
 use anyhow::{Context, Result, ensure};
 use serde_json::{Value, json};
 use xebec_tests::eventually;
-use xebec_tests::place::{PROTOCOLS, Place, Protocol};
+use xebec_tests::place::{PROTOCOLS, Place, Protocol, SILENCE};
 
 use super::world::{
     FAMILIES, MINUTE, NAMESPACE, OUTSIDE, OUTSIDE_TOO, PORT, World, ip, of, service, spread,
@@ -206,8 +206,7 @@ pub fn source_ranges(world: &mut World) -> Result<()> {
         let node_port = SocketAddr::new(of(world.node("node1")?.addresses, v4), FENCED_PORT);
         let ask = |from: &str, protocol, to| -> Result<String> {
             let from = Some(SocketAddr::new(ip(from)?, 0));
-            let mut talk = world.outside.talk_from(protocol, from, to)?;
-            talk.set_patience(xebec_tests::place::SILENCE)?;
+            let mut talk = world.outside.talk_from(protocol, from, to, SILENCE)?;
             Ok(talk.ask()?.name)
         };
         eventually("a node announces the address", MINUTE, || {

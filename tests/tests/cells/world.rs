@@ -15,6 +15,9 @@ pub const MINUTE: Duration = Duration::from_secs(60);
 pub const NAMESPACE: &str = "cells";
 /// Where pods answer.
 pub const TARGET: u16 = 9000;
+/// Where `a1` answers what comes by its host port. A backend that is a Service's, too, would not be gone with the
+/// Service's endpoint.
+const HOST_TARGET: u16 = 9001;
 /// The port that Services have.
 pub const PORT: u16 = 80;
 /// The port of the pod `a1` at its node.
@@ -34,8 +37,8 @@ pub const OUTSIDE: [&str; 2] = ["10.245.0.200", "fd00:10:245::c8"];
 pub const OUTSIDE_TOO: [&str; 2] = ["10.245.0.199", "fd00:10:245::c7"];
 /// Addresses that the machine outside sends to the first node.
 pub const EXTERNAL: [&str; 2] = ["198.51.100.20", "2001:db8:51::20"];
-/// Addresses of the machine outside, which the nodes reach by it.
-pub const BEYOND: [&str; 2] = ["198.51.100.77", "2001:db8:51::77"];
+/// Addresses of the machine outside, which the nodes reach by it; not of those to which pods go by their own address.
+pub const BEYOND: [&str; 2] = ["192.175.48.77", "2001:db8:51::77"];
 const NETNS: &str = "xebec-test-cells";
 const CABLE: &str = "xbcells0";
 
@@ -171,7 +174,7 @@ fn pod(name: &str, node: &str) -> Value {
     if name == "a1" {
         container["ports"] = ["TCP", "UDP"]
             .map(|protocol| {
-                json!({"name": protocol.to_lowercase(), "containerPort": TARGET, "hostPort": HOST_PORT, "protocol": protocol})
+                json!({"name": protocol.to_lowercase(), "containerPort": HOST_TARGET, "hostPort": HOST_PORT, "protocol": protocol})
             })
             .into_iter()
             .collect();
@@ -273,6 +276,9 @@ impl World {
             Ok(world.cluster.ready_pods(NAMESPACE, "app=web")?.len() == 3)
         })?;
         eventually("the pods have addresses", MINUTE, || world.find_pods())?;
+        let a1 = &world.pod("a1")?.place.without_sockets();
+        let host = Server::start(a1, "a1", HOST_TARGET)?;
+        world.servers.push(host);
         for (name, pod) in &world.pods {
             world
                 .servers
@@ -383,13 +389,15 @@ impl World {
         for node in self.nodes.keys() {
             let what = format!("{service} has {backends} backends on {node}");
             eventually(&what, MINUTE, || {
-                let rows = self.rows(node, service)?;
-                let mut rows = rows.iter().filter(|row| row["type"] == "ClusterIP");
+                let rows_of = self.rows(node, service)?;
+                let mut rows = rows_of.iter().filter(|row| row["type"] == "ClusterIP");
                 let count = |row: &Value| row["inside"].as_array().map(Vec::len);
                 let all = rows.by_ref().map(|row| (count(row), row["state"].clone()));
                 let all: Vec<_> = all.collect();
                 ensure!(all.len() >= 4, "the frontends are {all:?}");
                 let right = |one: &(Option<usize>, Value)| one.0 == Some(backends) && one.1 == "ok";
+                let text = Value::from(rows_of).to_string();
+                ensure!(!text.contains("\"number\":0,"), "not yet written");
                 ensure!(all.iter().all(right), "the backends are {all:?}");
                 Ok(true)
             })?;
@@ -399,7 +407,6 @@ impl World {
 
     /// Waits until the agents of both nodes have these pods behind each ClusterIP, those that end included.
     pub fn settled_on(&self, service: &str, pods: &[&str]) -> Result<()> {
-        self.settled(service, pods.len())?;
         for node in self.nodes.keys() {
             for pod in pods {
                 let addresses = self.pod(pod)?.addresses;
@@ -411,7 +418,7 @@ impl World {
                 })?;
             }
         }
-        Ok(())
+        self.settled(service, pods.len())
     }
 
     pub fn down(mut self) -> Result<()> {
@@ -433,7 +440,7 @@ fn cgroup(node: &str) -> Result<PathBuf> {
 }
 
 /// Fails unless exactly these have answered.
-pub fn answered(what: &str, by_name: &BTreeMap<String, usize>, wanted: &[&str]) -> Result<()> {
+fn answered(what: &str, by_name: &BTreeMap<String, usize>, wanted: &[&str]) -> Result<()> {
     let names: BTreeSet<&str> = by_name.keys().map(String::as_str).collect();
     let wanted: BTreeSet<&str> = wanted.iter().copied().collect();
     ensure!(
@@ -443,10 +450,18 @@ pub fn answered(what: &str, by_name: &BTreeMap<String, usize>, wanted: &[&str]) 
     Ok(())
 }
 
-/// Asks often enough that each of a few backends answers.
+/// Asks until each of these has answered, and a few times at least; fails if another answers or one never does.
 pub fn spread(place: &Place, protocol: Protocol, to: SocketAddr, wanted: &[&str]) -> Result<()> {
-    let count = if wanted.len() > 1 { 40 } else { 4 };
-    let by_name = place.ask_many(protocol, to, count)?;
+    const LEAST: usize = 6;
+    const MOST: usize = 100;
+    let mut by_name = BTreeMap::new();
     let what = format!("{} to {protocol:?} {to}", place.name);
+    for count in 1..=MOST {
+        let answer = place.ask(protocol, to).with_context(|| what.clone())?;
+        *by_name.entry(answer.name).or_default() += 1;
+        if count >= LEAST && by_name.len() >= wanted.len() {
+            break;
+        }
+    }
     answered(&what, &by_name, wanted)
 }
