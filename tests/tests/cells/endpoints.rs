@@ -12,7 +12,7 @@ use super::world::{
     BEYOND, FAMILIES, MINUTE, NAMESPACE, PORT, TARGET, World, ip, of, service, slices, spread,
 };
 
-const STICKY_PORT: u16 = 30_103;
+const STICKY_PORT: u16 = 30_013;
 
 /// `publishNotReadyAddresses`: a pod that is not ready is asked all the same.
 pub fn not_ready(world: &mut World) -> Result<()> {

@@ -20,8 +20,8 @@ use super::world::{
     EXTERNAL, FAMILIES, MINUTE, NAMESPACE, PORT, World, ip, of, service, slices, spread,
 };
 
-const LASTING_PORT: u16 = 30_106;
-const TWIN_PORT: u16 = 30_107;
+const LASTING_PORT: u16 = 30_016;
+const TWIN_PORT: u16 = 30_017;
 /// Between two questions.
 const PAUSE: Duration = Duration::from_millis(5);
 
@@ -84,8 +84,11 @@ fn node_processes(world: &World) -> Result<BTreeMap<String, i32>> {
     Ok(found)
 }
 
+/// The key of an object and how it is changed.
+type Edit<'a> = (String, &'a dyn Fn(&mut Value));
+
 /// Changes objects behind the API server's back, while it does not run.
-fn edit(world: &World, objects: &[(String, &dyn Fn(&mut Value))]) -> Result<()> {
+fn edit(world: &World, objects: &[Edit<'_>]) -> Result<()> {
     let runtime = tokio::runtime::Runtime::new().context("could not start a runtime")?;
     runtime.block_on(async {
         let store = Embedded::open(&world.cluster.data().join("store"), Options::default())?;

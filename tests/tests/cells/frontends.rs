@@ -9,7 +9,7 @@ use xebec_tests::place::{PROTOCOLS, Place};
 
 use super::world::{EXTERNAL, FAMILIES, HOST_PORT, OUTSIDE, PORT, World, ip, of, service, spread};
 
-const NODE_PORT: u16 = 30_100;
+const NODE_PORT: u16 = 30_010;
 const ALL: [&str; 3] = ["a1", "a2", "b1"];
 
 /// ClusterIPs, external addresses and node ports of both nodes, by TCP and UDP of both families: from pods (one of them
@@ -82,7 +82,7 @@ pub fn host_ports(world: &mut World) -> Result<()> {
 
 /// A pod that reaches itself through its Service.
 pub fn hairpin(world: &mut World) -> Result<()> {
-    let spec = json!({"type": "NodePort", "selector": {"name": "a1"}, "nodePort": NODE_PORT + 5});
+    let spec = json!({"type": "NodePort", "selector": {"name": "a1"}, "nodePort": NODE_PORT + 20});
     world.apply(&[service("self", spec)])?;
     world.settled("self", 1)?;
     let (ips, place) = (world.cluster_ips("self")?, &world.pod("a1")?.place);
@@ -93,7 +93,7 @@ pub fn hairpin(world: &mut World) -> Result<()> {
                 spread(place, protocol, SocketAddr::new(of(ips, v4), PORT), &["a1"])?;
                 for node in &nodes {
                     let node = node.as_ref().map_err(|error| anyhow!("{error:#}"))?;
-                    let to = SocketAddr::new(of(node.addresses, v4), NODE_PORT + 5);
+                    let to = SocketAddr::new(of(node.addresses, v4), NODE_PORT + 20);
                     spread(place, protocol, to, &["a1"])?;
                 }
             }
@@ -105,7 +105,7 @@ pub fn hairpin(world: &mut World) -> Result<()> {
 /// A Service without endpoints refuses at once, by a reset or an ICMP error, whoever asks.
 pub fn nobody_there(world: &mut World) -> Result<()> {
     let spec =
-        json!({"type": "NodePort", "nodePort": NODE_PORT + 6, "selector": {"app": "nobody"}});
+        json!({"type": "NodePort", "nodePort": NODE_PORT + 21, "selector": {"app": "nobody"}});
     world.apply(&[service("none", spec)])?;
     world.settled("none", 0)?;
     let ips = world.cluster_ips("none")?;
@@ -118,7 +118,7 @@ pub fn nobody_there(world: &mut World) -> Result<()> {
             wanted.push((place.without_sockets(), cluster_ip));
         }
         for node in world.nodes.values() {
-            let port = SocketAddr::new(of(node.addresses, v4), NODE_PORT + 6);
+            let port = SocketAddr::new(of(node.addresses, v4), NODE_PORT + 21);
             wanted.push((node.place.clone(), cluster_ip));
             wanted.push((node.place.clone(), port));
             wanted.push((world.outside.clone(), port));

@@ -10,15 +10,15 @@ use xebec_tests::place::{Answer, PROTOCOLS, Place, Protocol, Talk};
 
 use super::world::{FAMILIES, MINUTE, PORT, World, of, service, slices, spread};
 
-const LIFE_PORT: u16 = 30_104;
-const ENDING_PORT: u16 = 30_105;
+const LIFE_PORT: u16 = 30_014;
+const ENDING_PORT: u16 = 30_015;
 
 /// A Service of node ports whose slices the test writes.
 fn by_hand(name: &str, port: u16) -> Value {
     service(name, json!({"type": "NodePort", "nodePort": port}))
 }
 
-/// Writes the slices of a Service and waits until both nodes obey them; the last is how many are behind it.
+/// Writes the slices of a Service and waits until both nodes have these pods behind it.
 fn write(world: &World, name: &str, endpoints: &[(&str, Value)], wanted: &[&str]) -> Result<()> {
     let mut all = Vec::new();
     for (pod, conditions) in endpoints {

@@ -14,8 +14,8 @@ use super::world::{
     FAMILIES, MINUTE, NAMESPACE, OUTSIDE, OUTSIDE_TOO, PORT, World, ip, of, service, spread,
 };
 
-const LOCAL_PORT: u16 = 30_101;
-const FENCED_PORT: u16 = 30_102;
+const LOCAL_PORT: u16 = 30_011;
+const FENCED_PORT: u16 = 30_012;
 
 /// Asks once, and fails unless this one answers and sees this client.
 fn seen_as(
