@@ -6,7 +6,7 @@ use xebec_dataplane_common::ip::Ip;
 use xebec_dataplane_common::nat::Tuple;
 use xebec_dataplane_common::service::{
     Affinity, AffinityKey, Backend, CHUNK, DROP_INSIDE, DROP_OUTSIDE, ENDING, EXTERNAL, Frontend,
-    FrontendKey, HASH_INSIDE, HASH_OUTSIDE, OWN, RangeKey, Run, SOURCE_RANGES,
+    FrontendKey, HASH_INSIDE, HASH_OUTSIDE, OWN, RangeKey, Run, SOURCE_RANGES, THIS_NODE,
 };
 
 use crate::flow::now_ns;
@@ -83,7 +83,11 @@ fn frontend(tuple: &Tuple, inside: bool) -> Option<&'static Frontend> {
     }
     key.address = tuple.destination.every();
     // SAFETY: as above.
-    unsafe { FRONTENDS.get(&key) }
+    let found = unsafe { FRONTENDS.get(&key) }?;
+    if whose != OWN && found.flags & THIS_NODE != 0 {
+        return None;
+    }
+    Some(found)
 }
 
 /// Whether a destination inside the cluster is a Service's.

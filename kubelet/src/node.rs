@@ -39,6 +39,9 @@ const ASK_AGAIN: Duration = Duration::from_millis(25);
 const ASK_AGAIN_AT_START: Duration = Duration::from_millis(200);
 const ASK_AGAIN_LATER: Duration = Duration::from_secs(1);
 const START: Duration = Duration::from_secs(30);
+/// For so long a node that was ready before this kubelet began is not called unready because its runtime or network
+/// is only beginning, too: its pods run on, and Services would stop sending to them.
+const BENEFIT: Duration = Duration::from_secs(10);
 
 /// What the node's status depends on.
 #[derive(Clone, PartialEq)]
@@ -119,6 +122,8 @@ async fn keep(client: kube::Client, config: Arc<Config>, eyes: &mut Eyes) {
     let mut written: Option<Facts> = None;
     let mut round = 0u32;
     let started = Instant::now();
+    let was_ready = is_ready(&node);
+    let mut held = false;
     let mut again = ASK_AGAIN;
     let mut ticks = tokio::time::interval(RENEW_EVERY);
     ticks.set_missed_tick_behavior(MissedTickBehavior::Delay);
@@ -141,7 +146,8 @@ async fn keep(client: kube::Client, config: Arc<Config>, eyes: &mut Eyes) {
                     ASK_AGAIN_LATER
                 };
                 again = (again * 2).min(longest);
-                if waits == Some(&eyes.readiness().await) {
+                let over = held && started.elapsed() >= BENEFIT;
+                if waits == Some(&eyes.readiness().await) && !over {
                     continue;
                 }
             }
@@ -176,7 +182,11 @@ async fn keep(client: kube::Client, config: Arc<Config>, eyes: &mut Eyes) {
         if facts.readiness.message().is_none() {
             again = ASK_AGAIN;
         }
-        if written.as_ref() != Some(&facts) || round >= STATUS_EVERY {
+        if was_ready && facts.readiness.message().is_some() && started.elapsed() < BENEFIT {
+            (written, held) = (Some(facts), true);
+            continue;
+        }
+        if std::mem::take(&mut held) || written.as_ref() != Some(&facts) || round >= STATUS_EVERY {
             match write_status(&nodes, &config, &eyes.runtime, &facts).await {
                 Ok(()) => (written, round) = (Some(facts), 0),
                 Err(error) => {
@@ -186,6 +196,14 @@ async fn keep(client: kube::Client, config: Arc<Config>, eyes: &mut Eyes) {
             }
         }
     }
+}
+
+/// Whether the API says that the node is ready.
+fn is_ready(node: &Node) -> bool {
+    let status = node.status.as_ref();
+    let conditions = status.and_then(|status| status.conditions.as_ref());
+    let mut all = conditions.into_iter().flatten();
+    all.any(|one| one.type_ == "Ready" && one.status == "True")
 }
 
 /// Registers the node, however long that takes.

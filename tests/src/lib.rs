@@ -2,6 +2,7 @@
 //! picture of the machine to compare before and after.
 
 pub mod ethtool;
+pub mod place;
 
 use std::collections::BTreeSet;
 use std::io::{Read, Write};
@@ -186,12 +187,20 @@ impl Cluster {
 
     /// What a node's agent says of itself.
     pub fn agent_status(&self, node: &str) -> Result<Value> {
+        self.ask_agent(node, "/status")
+    }
+
+    /// What a node's agent answers to a request for this path.
+    pub fn ask_agent(&self, node: &str, path: &str) -> Result<Value> {
         let socket = self.dir.join(format!("run/nodes/{node}/agent.sock"));
         let mut stream = UnixStream::connect(&socket)
             .with_context(|| format!("could not connect to {}", socket.display()))?;
-        stream
-            .write_all(b"GET /status HTTP/1.1\r\nhost: agent\r\nconnection: close\r\n\r\n")
-            .context("could not ask the agent")?;
+        // By HTTP/1.0 nothing comes in chunks.
+        write!(
+            stream,
+            "GET {path} HTTP/1.0\r\nhost: agent\r\nconnection: close\r\n\r\n"
+        )
+        .context("could not ask the agent")?;
         let mut text = String::new();
         stream
             .read_to_string(&mut text)

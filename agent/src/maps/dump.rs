@@ -16,6 +16,7 @@ use xebec_dataplane_common::nat::Tuple;
 use xebec_dataplane_common::service::{
     Backend, CHUNK, Chunk, DIRECT_RETURN, DROP_INSIDE, DROP_OUTSIDE, EXTERNAL, Frontend,
     FrontendKey, HASH_INSIDE, HASH_OUTSIDE, KEEP_SOURCE, ON_THIS_NODE, Run, SOURCE_RANGES,
+    THIS_NODE,
 };
 use xebec_dataplane_common::{ICMP, ICMP6, SCTP, TCP, UDP};
 
@@ -170,6 +171,7 @@ fn flags(flags: u32) -> Vec<&'static str> {
         (DROP_INSIDE, "drop-inside"),
         (DROP_OUTSIDE, "drop-outside"),
         (DIRECT_RETURN, "direct-return"),
+        (THIS_NODE, "this-node"),
     ]
     .iter()
     .filter(|(flag, _)| flags & flag != 0)

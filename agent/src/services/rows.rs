@@ -5,7 +5,7 @@ use std::net::{IpAddr, SocketAddr};
 use serde_json::{Value, json};
 use xebec_dataplane_common::service::{
     DIRECT_RETURN, DROP_INSIDE, DROP_OUTSIDE, EXTERNAL, FrontendKey, HASH_INSIDE, HASH_OUTSIDE,
-    KEEP_SOURCE, SOURCE_RANGES,
+    KEEP_SOURCE, SOURCE_RANGES, THIS_NODE,
 };
 
 use super::pool::LOCAL;
@@ -32,6 +32,7 @@ fn flag_names(flags: u32) -> Vec<&'static str> {
         (DROP_OUTSIDE, "drop-outside"),
         (EXTERNAL, "external"),
         (DIRECT_RETURN, "direct-return"),
+        (THIS_NODE, "this-node"),
     ]
     .into_iter()
     .filter(|(flag, _)| flags & flag != 0)

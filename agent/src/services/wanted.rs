@@ -6,7 +6,7 @@ use ipnet::IpNet;
 use xebec_dataplane_common::ip::Ip;
 use xebec_dataplane_common::service::{
     DROP_INSIDE, DROP_OUTSIDE, EXTERNAL, FrontendKey, HASH_INSIDE, HASH_OUTSIDE, KEEP_SOURCE,
-    SOURCE_RANGES,
+    SOURCE_RANGES, THIS_NODE,
 };
 
 use super::maglev::Candidate;
@@ -374,7 +374,7 @@ pub fn of_host_port(port: &HostPort) -> Vec<Wanted> {
         fronts: vec![Front {
             key: key(address, port.host_port, port.protocol),
             kind: Kind::HostPort,
-            flags: EXTERNAL | KEEP_SOURCE,
+            flags: EXTERNAL | KEEP_SOURCE | THIS_NODE,
             inside: 0,
             outside: 0,
         }],

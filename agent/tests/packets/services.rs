@@ -7,6 +7,7 @@ use xebec_dataplane_common::flow::REASON_NO_SERVICE;
 use xebec_dataplane_common::ip::Ip;
 use xebec_dataplane_common::service::{
     DROP_INSIDE, DROP_OUTSIDE, ENDING, EXTERNAL, HASH_INSIDE, ON_THIS_NODE, SOURCE_RANGES,
+    THIS_NODE,
 };
 
 use super::packet::INIT;
@@ -273,6 +274,30 @@ fn a_pod_asks_for_a_node_port() {
         assert_eq!(
             kernel.run("xebec_from_pod", &no_node),
             (OK, no_node.clone())
+        );
+    }
+}
+
+/// A host port is its own node's: at another node's address it is left to that node.
+#[test]
+fn a_host_port_is_at_this_node_alone() {
+    if left_out() {
+        return;
+    }
+    for f in FAMILIES {
+        let mut kernel = Kernel::shared();
+        let every = Ip::from(web(f)).every();
+        kernel.open(every, 8081, THIS_NODE, Some((web(f), 8080)));
+        let sent = tcp(pod(f), node(f), 4000, 8081, "S");
+        let seen = sent.to(web(f), 8080).handed_over(POD_MAC);
+        assert_eq!(
+            kernel.run("xebec_from_pod", &sent.bytes()),
+            (REDIRECT, seen.bytes())
+        );
+        let elsewhere = tcp(pod(f), far_node(f), 4001, 8081, "S").bytes();
+        assert_eq!(
+            kernel.run("xebec_from_pod", &elsewhere),
+            (OK, elsewhere.clone())
         );
     }
 }

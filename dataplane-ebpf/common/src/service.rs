@@ -65,6 +65,8 @@ pub const DROP_OUTSIDE: u32 = 1 << 5;
 pub const EXTERNAL: u32 = 1 << 6;
 /// Backends answer outside clients directly (direct server return).
 pub const DIRECT_RETURN: u32 = 1 << 7;
+/// A node port of this node alone (`hostPort`): at another node's addresses it is none.
+pub const THIS_NODE: u32 = 1 << 8;
 
 /// Slots in a chunk: a cache line.
 pub const CHUNK: usize = 16;

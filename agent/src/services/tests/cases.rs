@@ -3,6 +3,7 @@
 use serde_json::json;
 use xebec_dataplane_common::service::{
     DROP_INSIDE, DROP_OUTSIDE, EXTERNAL, HASH_INSIDE, HASH_OUTSIDE, KEEP_SOURCE, SOURCE_RANGES,
+    THIS_NODE,
 };
 
 use super::{World, service, slice};
@@ -522,7 +523,7 @@ fn host_ports_are_frontends_after_services() {
             Some((pod.clone(), pod.clone())),
             "{frontend}"
         );
-        assert_eq!(world.flags(frontend), EXTERNAL | KEEP_SOURCE);
+        assert_eq!(world.flags(frontend), EXTERNAL | KEEP_SOURCE | THIS_NODE);
     }
     assert_eq!(world.served("[::]:8080/TCP").unwrap().0, ["[fd00::5]:80"]);
     let spec = json!({"type": "NodePort", "ports": [{"name": "p", "port": 80, "nodePort": 30080}]});

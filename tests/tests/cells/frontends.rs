@@ -1,0 +1,139 @@
+//! Kinds of frontends: cluster addresses, node ports, external addresses and host ports, from everywhere.
+
+use std::io::ErrorKind;
+use std::net::{IpAddr, SocketAddr};
+
+use anyhow::{Result, anyhow, ensure};
+use serde_json::json;
+use xebec_tests::place::{PROTOCOLS, Place};
+
+use super::world::{EXTERNAL, FAMILIES, HOST_PORT, OUTSIDE, PORT, World, ip, of, service, spread};
+
+const NODE_PORT: u16 = 30_010;
+const ALL: [&str; 3] = ["a1", "a2", "b1"];
+
+/// ClusterIPs, external addresses and node ports of both nodes, by TCP and UDP of both families: from pods (one of them
+/// a backend itself) with and without socket programs, from both nodes, and what is not for the cluster alone from
+/// outside and from the machine that carries the nodes.
+pub fn every_frontend(world: &mut World) -> Result<()> {
+    let spec = json!({
+        "type": "NodePort", "selector": {"app": "web"}, "nodePort": NODE_PORT, "externalIPs": EXTERNAL,
+    });
+    world.apply(&[service("plain", spec)])?;
+    world.settled("plain", 3)?;
+    let cluster_ips = world.cluster_ips("plain")?;
+    let (a1, b1, late) = (world.pod("a1")?, world.pod("b1")?, world.pod("late")?);
+    let nodes = [world.node("node1")?, world.node("node2")?];
+    let inside = [
+        a1.place.clone(),
+        a1.place.without_sockets(),
+        b1.place.clone(),
+        b1.place.without_sockets(),
+        late.place.clone(),
+        late.place.without_sockets(),
+        nodes[0].place.clone(),
+        nodes[1].place.clone(),
+    ];
+    for v4 in FAMILIES {
+        let at = |ip: IpAddr, port: u16| SocketAddr::new(ip, port);
+        let cluster_ip = at(of(cluster_ips, v4), PORT);
+        let external = at(ip(of(EXTERNAL, v4))?, PORT);
+        let ports = nodes.map(|node| at(of(node.addresses, v4), NODE_PORT));
+        let mut wanted: Vec<(&Place, SocketAddr)> = Vec::new();
+        for place in &inside {
+            wanted.extend([cluster_ip, external, ports[0], ports[1]].map(|to| (place, to)));
+        }
+        wanted.extend([external, ports[0], ports[1]].map(|to| (&world.outside, to)));
+        wanted.extend(ports.map(|to| (&world.machine, to)));
+        for (place, to) in wanted {
+            for protocol in PROTOCOLS {
+                spread(place, protocol, to, &ALL)?;
+            }
+        }
+    }
+    world.delete(&["plain"])
+}
+
+/// Ports of a pod at its node, which are at no other node; the pod sees who asks from outside.
+pub fn host_ports(world: &mut World) -> Result<()> {
+    let (node1, node2) = (world.node("node1")?, world.node("node2")?);
+    for v4 in FAMILIES {
+        let to = SocketAddr::new(of(node1.addresses, v4), HOST_PORT);
+        let nobody = SocketAddr::new(of(node2.addresses, v4), HOST_PORT);
+        for protocol in PROTOCOLS {
+            for pod in ["a1", "b1", "late"] {
+                let place = &world.pod(pod)?.place;
+                spread(place, protocol, to, &["a1"])?;
+                spread(&place.without_sockets(), protocol, to, &["a1"])?;
+            }
+            for place in [&node1.place, &node2.place, &world.machine, &world.outside] {
+                spread(place, protocol, to, &["a1"])?;
+                let refusal = place.refusal(protocol, nobody);
+                let refused = Some(ErrorKind::ConnectionRefused);
+                let what = format!("{} to {protocol:?} {nobody}", place.name);
+                ensure!(refusal == refused, "{what}: {refusal:?}");
+            }
+            let seen = world.outside.ask(protocol, to)?.client.ip();
+            ensure!(seen == ip(of(OUTSIDE, v4))?, "{protocol:?}: seen as {seen}");
+        }
+    }
+    Ok(())
+}
+
+/// A pod that reaches itself through its Service.
+pub fn hairpin(world: &mut World) -> Result<()> {
+    let spec = json!({"type": "NodePort", "selector": {"name": "a1"}, "nodePort": NODE_PORT + 20});
+    world.apply(&[service("self", spec)])?;
+    world.settled("self", 1)?;
+    let (ips, place) = (world.cluster_ips("self")?, &world.pod("a1")?.place);
+    for v4 in FAMILIES {
+        let nodes = ["node1", "node2"].map(|node| world.node(node));
+        for protocol in PROTOCOLS {
+            for place in [place, &place.without_sockets()] {
+                spread(place, protocol, SocketAddr::new(of(ips, v4), PORT), &["a1"])?;
+                for node in &nodes {
+                    let node = node.as_ref().map_err(|error| anyhow!("{error:#}"))?;
+                    let to = SocketAddr::new(of(node.addresses, v4), NODE_PORT + 20);
+                    spread(place, protocol, to, &["a1"])?;
+                }
+            }
+        }
+    }
+    world.delete(&["self"])
+}
+
+/// A Service without endpoints refuses at once, by a reset or an ICMP error, whoever asks.
+pub fn nobody_there(world: &mut World) -> Result<()> {
+    let spec =
+        json!({"type": "NodePort", "nodePort": NODE_PORT + 21, "selector": {"app": "nobody"}});
+    world.apply(&[service("none", spec)])?;
+    world.settled("none", 0)?;
+    let ips = world.cluster_ips("none")?;
+    for v4 in FAMILIES {
+        let cluster_ip = SocketAddr::new(of(ips, v4), PORT);
+        let mut wanted = Vec::new();
+        for pod in ["a1", "a2"] {
+            let place = &world.pod(pod)?.place;
+            wanted.push((place.clone(), cluster_ip));
+            wanted.push((place.without_sockets(), cluster_ip));
+        }
+        for node in world.nodes.values() {
+            let port = SocketAddr::new(of(node.addresses, v4), NODE_PORT + 21);
+            wanted.push((node.place.clone(), cluster_ip));
+            wanted.push((node.place.clone(), port));
+            wanted.push((world.outside.clone(), port));
+            wanted.push((world.machine.clone(), port));
+            wanted.push((world.pod("b1")?.place.clone(), port));
+            wanted.push((world.pod("b1")?.place.without_sockets(), port));
+        }
+        for (place, to) in wanted {
+            for protocol in PROTOCOLS {
+                let refusal = place.refusal(protocol, to);
+                let refused = Some(ErrorKind::ConnectionRefused);
+                let what = format!("{} to {protocol:?} {to}", place.name);
+                ensure!(refusal == refused, "{what}: {refusal:?}");
+            }
+        }
+    }
+    world.delete(&["none"])
+}

@@ -1,0 +1,9 @@
+//! The scenarios of `root_cells`, and the cluster that they share.
+
+pub mod bad_input;
+pub mod endpoints;
+pub mod faults;
+pub mod frontends;
+pub mod life;
+pub mod policies;
+pub mod world;

@@ -1,0 +1,60 @@
+//! What Services promise, kind by kind, with sockets of pods, nodes and a machine outside, of both families, over two
+//! nodes: one cluster for all of it.
+
+mod cells;
+
+use anyhow::Result;
+use cells::{bad_input, endpoints, faults, frontends, life, policies, world::World};
+use xebec_tests::{Machine, assert_nothing_left};
+
+/// A scenario's name and what runs it.
+type Scenario = (&'static str, fn(&mut World) -> Result<()>);
+
+const SCENARIOS: [Scenario; 17] = [
+    ("every frontend", frontends::every_frontend),
+    ("host ports", frontends::host_ports),
+    ("hairpin", frontends::hairpin),
+    ("nobody there", frontends::nobody_there),
+    ("external traffic", policies::external_traffic),
+    ("internal traffic", policies::internal_traffic),
+    ("source ranges", policies::source_ranges),
+    ("not ready", endpoints::not_ready),
+    ("near ones", endpoints::near_ones),
+    ("same ones", endpoints::same_ones),
+    ("written by hand", endpoints::written_by_hand),
+    ("removed", life::removed),
+    ("terminating", life::terminating),
+    ("same address", bad_input::same_address),
+    ("slices that disagree", bad_input::slices_that_disagree),
+    ("crowd", bad_input::crowd),
+    ("killed", faults::killed),
+];
+
+#[test]
+fn what_services_promise() -> Result<()> {
+    let outside = cells::world::Outside::new()?;
+    let before = Machine::now()?;
+    if !std::path::Path::new("/proc/net/sctp").exists() {
+        println!("SCTP is left out: this kernel has no sockets of it");
+    }
+    let mut world = World::up(&outside)?;
+    // By a part of a name, one scenario alone is run.
+    let mut failed = Vec::new();
+    let wanted = std::env::var("XEBEC_CELL").unwrap_or_default();
+    for (name, scenario) in SCENARIOS {
+        if name.contains(&wanted) {
+            let begun = std::time::Instant::now();
+            let outcome = scenario(&mut world);
+            println!("{name}: {:.1} s", begun.elapsed().as_secs_f32());
+            if let Err(error) = outcome {
+                failed.push(format!("{name}: {error:#}"));
+            }
+        }
+    }
+    if !failed.is_empty() {
+        eprintln!("--- log of the cluster ---\n{}", world.cluster.log());
+    }
+    world.down()?;
+    assert!(failed.is_empty(), "{}", failed.join("\n"));
+    assert_nothing_left(&before)
+}
