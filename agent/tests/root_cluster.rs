@@ -9,7 +9,6 @@ mod faults;
 mod growth;
 #[path = "cluster/masquerade.rs"]
 mod masquerade;
-#[allow(dead_code, reason = "other tests use the rest")]
 mod space;
 #[path = "cluster/stage.rs"]
 mod stage;

@@ -9,7 +9,7 @@ use xebec_dataplane_common::{ICMP, ICMP6, TCP, UDP};
 
 use crate::frame::{Change, Frame, differ, differ_ip, difference, mended};
 use crate::packet::{ETHERNET, Packet, quote};
-use crate::rewrite::{address, places};
+use crate::rewrite::addresses;
 use crate::scratch::scratch;
 
 /// Translates an error about a flow that becomes `to`, and tells in it whom the error itself is for. False if it could
@@ -38,15 +38,14 @@ fn change(ctx: &TcContext, packet: &Packet, to: &Tuple) -> Option<()> {
     } else {
         to.source
     };
-    let at = places(packet.is_v6());
     // What of the error's checksum changes: of IPv6 its own addresses, and all that is quoted.
     if packet.is_v6() {
         let sum = differ_ip(0, &carrier.0, &sender);
         let sum = differ_ip(sum, &carrier.1, &to.destination);
         mend(ctx, packet, sum, true)?;
     }
-    address(ctx, ETHERNET, at.source, &carrier.0, &sender)?;
-    address(ctx, ETHERNET, at.destination, &carrier.1, &to.destination)?;
+    let new = (&sender, &to.destination);
+    addresses(ctx, ETHERNET, (&carrier.0, &carrier.1), new)?;
     // It went the other way, so its source is the translation's destination. IPv4's header makes up for the change by
     // its own checksum.
     let (source, destination) = (&to.destination, &to.source);
@@ -56,8 +55,8 @@ fn change(ctx: &TcContext, packet: &Packet, to: &Tuple) -> Option<()> {
         mend(ctx, packet, sum, false)?;
     }
     let network = quote(packet);
-    address(ctx, network, at.source, &old.destination, source)?;
-    address(ctx, network, at.destination, &old.source, destination)?;
+    let quoted_ends = (&old.destination, &old.source);
+    addresses(ctx, network, quoted_ends, (source, destination))?;
     quoted(ctx, packet, to)
 }
 

@@ -83,13 +83,6 @@ pub trait Frame {
         Some(())
     }
 
-    /// Mends the IPv4 header's checksum at `at` for four bytes that change.
-    #[inline(always)]
-    fn mend_ip(&self, at: usize, old: u32, new: u32) -> Option<()> {
-        let checksum: u16 = self.read(at)?;
-        self.write(at, &mended(checksum, difference(differ(0, old, new))))
-    }
-
     /// The place of some bytes, which may be read until the frame is changed.
     #[inline(always)]
     fn place(&self, at: usize, size: usize) -> Option<usize> {

@@ -29,12 +29,12 @@ pub fn xebec_from_network(ctx: TcContext) -> i32 {
         return TC_ACT_SHOT as i32;
     };
     // A tagged frame is another network's, with a device of its own.
-    if is_tagged(&ctx) || packet::read(&ctx, &mut all.packet) != Read::Ip {
+    if is_tagged(&ctx) || packet::read(&ctx) != Read::Ip {
         return TC_ACT_OK as i32;
     }
     let plan = if direct::is_wrapped(all) && direct::unwrap(&ctx) {
         settle();
-        if read_again(&ctx, all) != Read::Ip {
+        if packet::read(&ctx) != Read::Ip {
             return deny(&ctx, all, INGRESS, REASON_INVALID);
         }
         settle();
@@ -74,12 +74,6 @@ pub fn xebec_from_network(ctx: TcContext) -> i32 {
     } else {
         way::go(&ctx, all)
     }
-}
-
-/// Reads what was inside another packet.
-#[inline(never)]
-fn read_again(ctx: &TcContext, all: &mut Scratch) -> Read {
-    packet::read(ctx, &mut all.packet)
 }
 
 /// Sends a packet to the node of its backend as it is.
@@ -126,7 +120,7 @@ pub fn xebec_to_network(ctx: TcContext) -> i32 {
     let Some(all) = scratch() else {
         return TC_ACT_SHOT as i32;
     };
-    if is_tagged(&ctx) || packet::read(&ctx, &mut all.packet) != Read::Ip {
+    if is_tagged(&ctx) || packet::read(&ctx) != Read::Ip {
         return TC_ACT_OK as i32;
     }
     let pod = translate::is_endpoint(&all.packet.tuple.source);

@@ -9,7 +9,7 @@ use xebec_dataplane_common::{ICMP, ICMP6, SCTP, TCP, UDP};
 use crate::flow::{ACK, FIN, RST, SYN};
 use crate::frame::{FURTHEST, Frame};
 use crate::maps::FRAGMENTS;
-use crate::scratch::settle;
+use crate::scratch::{scratch, settle};
 
 /// Bytes of the Ethernet header.
 pub const ETHERNET: usize = 14;
@@ -147,9 +147,44 @@ impl Packet {
     }
 }
 
-/// Reads the packet's headers.
+/// Reads the packet's headers; they stand in this CPU's memory then.
 #[inline(always)]
-pub fn read(ctx: &TcContext, packet: &mut Packet) -> Read {
+pub fn read(ctx: &TcContext) -> Read {
+    let read = xebec_read(ctx.skb.skb);
+    settle();
+    match read {
+        IP => Read::Ip,
+        LINK => Read::Link,
+        OTHER => Read::Other,
+        EARLY => Read::Early,
+        _ => Read::Invalid,
+    }
+}
+
+const INVALID: u32 = 0;
+const IP: u32 = 1;
+const LINK: u32 = 2;
+const OTHER: u32 = 3;
+const EARLY: u32 = 4;
+
+/// Of the kind that is checked once: the many forms of headers are not followed to the end of each program.
+#[unsafe(no_mangle)]
+#[inline(never)]
+extern "C" fn xebec_read(skb: *mut __sk_buff) -> u32 {
+    let Some(all) = scratch() else {
+        return INVALID;
+    };
+    match headers(&TcContext::new(skb), &mut all.packet) {
+        Read::Ip => IP,
+        Read::Link => LINK,
+        Read::Other => OTHER,
+        Read::Early => EARLY,
+        Read::Invalid => INVALID,
+    }
+}
+
+#[inline(always)]
+fn headers(ctx: &TcContext, packet: &mut Packet) -> Read {
     packet.clear();
     at_hand(ctx, USUAL);
     let Some(ethertype) = ctx.read::<u16>(12) else {

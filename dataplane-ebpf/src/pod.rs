@@ -34,7 +34,7 @@ pub fn xebec_from_pod(ctx: TcContext) -> i32 {
     let Some(all) = scratch() else {
         return dropped();
     };
-    match packet::read(&ctx, &mut all.packet) {
+    match packet::read(&ctx) {
         Read::Ip => {}
         Read::Link => return TC_ACT_OK as i32,
         // Nothing else is routed to or from pods, so nothing else may slip past the rules.
@@ -48,14 +48,12 @@ pub fn xebec_from_pod(ctx: TcContext) -> i32 {
     if from.ifindex != ifindex(&ctx) || !all.packet.is_of_sender() {
         return deny(&ctx, all, EGRESS, REASON_SOURCE);
     }
-    let up = FlowKey::write(&all.packet.tuple, &mut all.key);
-    let flow = flow::entry(&all.key);
-    flow::find(flow, &all.packet, up, &mut all.known);
+    let (up, turn) = look_up();
     // A packet to a pod of this node meets no other hook. All others are translated where they leave, if so.
-    all.turned = match nat::find(flow, all, up) {
-        Turn::None | Turn::Direct => 0,
-        Turn::Entry => 1,
-        Turn::Exit => u8::from(translate::is_endpoint(&all.to.destination)),
+    all.turned = match turn {
+        ENTRY => 1,
+        EXIT => u8::from(translate::is_endpoint(&all.to.destination)),
+        _ => 0,
     };
     settle();
     let known = &all.known;
@@ -110,6 +108,37 @@ pub fn xebec_from_pod(ctx: TcContext) -> i32 {
         Some(pod) => hand_over(&ctx, &all.packet, &pod),
         None => TC_ACT_OK as i32,
     }
+}
+
+/// Looks for the packet's flow: whether the packet goes up, and where it is translated. What is known of it stands in
+/// `known`, and what the packet becomes in `to`.
+#[inline(always)]
+fn look_up() -> (bool, u32) {
+    let found = xebec_look_up();
+    settle();
+    (found & UP != 0, found & !UP)
+}
+
+const ENTRY: u32 = 1;
+const EXIT: u32 = 2;
+const UP: u32 = 4;
+
+/// Of the kind that is checked once.
+#[unsafe(no_mangle)]
+#[inline(never)]
+extern "C" fn xebec_look_up() -> u32 {
+    let Some(all) = scratch() else {
+        return 0;
+    };
+    let up = FlowKey::write(&all.packet.tuple, &mut all.key);
+    let flow = flow::entry(&all.key);
+    flow::find(flow, &all.packet, up, &mut all.known);
+    let turn = match nat::find(flow, all, up) {
+        Turn::None | Turn::Direct => 0,
+        Turn::Entry => ENTRY,
+        Turn::Exit => EXIT,
+    };
+    turn | if up { UP } else { 0 }
 }
 
 /// Decides on a flow that begins: chooses a backend if it is for a Service, judges it by the rules, and enters it. 0, or
@@ -244,7 +273,7 @@ pub fn xebec_to_pod(ctx: TcContext) -> i32 {
     let Some(all) = scratch() else {
         return dropped();
     };
-    let read = packet::read(&ctx, &mut all.packet);
+    let read = packet::read(&ctx);
     match read {
         Read::Ip | Read::Early => {}
         Read::Link => return TC_ACT_OK as i32,
@@ -265,11 +294,8 @@ pub fn xebec_to_pod(ctx: TcContext) -> i32 {
         tell::count(As::Forwarded);
         return TC_ACT_OK as i32;
     }
-    let up = FlowKey::write(&all.packet.tuple, &mut all.key);
-    let flow = flow::entry(&all.key);
-    flow::find(flow, &all.packet, up, &mut all.known);
-    let turn = nat::find(flow, all, up);
-    all.turned = u8::from(turn == Turn::Exit);
+    let (up, turn) = look_up();
+    all.turned = u8::from(turn == EXIT);
     settle();
     if all.known.yes != 0 {
         tell_known(&ctx, all, INGRESS);

@@ -11,29 +11,6 @@ use crate::frame::{Change, Frame, differ, differ_ip, difference, mended};
 use crate::packet::{ETHERNET, IPV6, Packet};
 use crate::scratch::scratch;
 
-/// Where a packet's addresses lie within its network header, and IPv4's checksum.
-#[derive(Clone, Copy)]
-pub struct Places {
-    pub source: usize,
-    pub destination: usize,
-}
-
-/// The places of a family.
-#[inline(always)]
-pub const fn places(v6: bool) -> Places {
-    if v6 {
-        Places {
-            source: 8,
-            destination: 24,
-        }
-    } else {
-        Places {
-            source: 12,
-            destination: 16,
-        }
-    }
-}
-
 /// Where IPv4's checksum lies within its header.
 pub const IP_CHECKSUM: usize = 10;
 
@@ -59,18 +36,28 @@ pub fn apply_early(ctx: &XdpContext, packet: &Packet, to: &Tuple) -> bool {
     change(ctx, packet, to).is_some()
 }
 
-/// Writes an address into the network header at `network`, and mends IPv4's checksum.
+/// Writes both addresses of the network header at `network`, and mends IPv4's checksum.
 #[inline(always)]
-pub fn address(ctx: &impl Frame, network: usize, at: usize, old: &Ip, new: &Ip) -> Option<()> {
-    if old == new {
-        return Some(());
-    }
-    if new.is_v4() {
-        ctx.mend_ip(network + IP_CHECKSUM, old.as_v4(), new.as_v4())?;
-        ctx.write(network + at, &new.as_v4())
+pub fn addresses(
+    ctx: &impl Frame,
+    network: usize,
+    old: (&Ip, &Ip),
+    new: (&Ip, &Ip),
+) -> Option<()> {
+    if new.0.is_v4() {
+        let header = ctx.header(network, 20)?;
+        let checksum: u16 = header.at(IP_CHECKSUM);
+        let sum = differ(0, old.0.as_v4(), new.0.as_v4());
+        let sum = differ(sum, old.1.as_v4(), new.1.as_v4());
+        header.set(IP_CHECKSUM, &mended(checksum, difference(sum)));
+        header.set(12, &new.0.as_v4());
+        header.set(16, &new.1.as_v4());
     } else {
-        ctx.write(network + at, new)
+        let header = ctx.header(network, IPV6)?;
+        header.set(8, new.0);
+        header.set(24, new.1);
     }
+    Some(())
 }
 
 #[inline(always)]
@@ -126,19 +113,12 @@ fn change(ctx: &impl Frame, packet: &Packet, to: &Tuple) -> Option<()> {
             ctx.write(transport, &[to.source_port, to.destination_port])?;
         }
     }
-    let at = places(packet.is_v6());
-    if packet.is_v6() {
-        let header = ctx.header(ETHERNET, IPV6)?;
-        header.set(at.source, &to.source);
-        header.set(at.destination, &to.destination);
-    } else {
-        let header = ctx.header(ETHERNET, 20)?;
-        let checksum: u16 = header.at(IP_CHECKSUM);
-        header.set(IP_CHECKSUM, &mended(checksum, difference(sum)));
-        header.set(at.source, &to.source.as_v4());
-        header.set(at.destination, &to.destination.as_v4());
-    }
-    Some(())
+    addresses(
+        ctx,
+        ETHERNET,
+        (&old.source, &old.destination),
+        (&to.source, &to.destination),
+    )
 }
 
 /// Gives an SCTP packet its new ports and a checksum that fits.

@@ -29,7 +29,8 @@ pub(crate) fn used() -> Result<Ports> {
     let clock = nix::time::clock_gettime(nix::time::ClockId::CLOCK_MONOTONIC)
         .context("could not read the clock")?;
     let now = ticks(std::time::Duration::from(clock).as_nanos() as u64);
-    let settings: Vec<[u8; 40]> = batch::range(&bpf_maps::open("SETTINGS")?, 0, 1)?;
+    let settings: Vec<[u8; size_of::<Settings>()]> =
+        batch::range(&bpf_maps::open("SETTINGS")?, 0, 1)?;
     let settings = settings
         .first()
         .context("the map of settings has no entry")?;
