@@ -38,12 +38,7 @@ pub fn apply_early(ctx: &XdpContext, packet: &Packet, to: &Tuple) -> bool {
 
 /// Writes both addresses of the network header at `network`, and mends IPv4's checksum.
 #[inline(always)]
-pub fn addresses(
-    ctx: &impl Frame,
-    network: usize,
-    old: (&Ip, &Ip),
-    new: (&Ip, &Ip),
-) -> Option<()> {
+pub fn addresses(ctx: &impl Frame, network: usize, old: (&Ip, &Ip), new: (&Ip, &Ip)) -> Option<()> {
     if new.0.is_v4() {
         let header = ctx.header(network, 20)?;
         let checksum: u16 = header.at(IP_CHECKSUM);
