@@ -18,7 +18,7 @@ use aya::programs::{
 use crate::maps::{FlowMaps, NetworkMaps, PolicyMaps, ServiceMaps, SocketMap, take};
 use crate::network::Device;
 pub use express::{By, Xdp};
-pub use growth::{Grown, Sizes, Step};
+pub use growth::{FLOWS, Grown, Sizes, Step};
 pub use tc::detach;
 
 /// Folder of the pinned links of socket hooks.

@@ -28,7 +28,13 @@ pub struct Sizes {
     pub least: Room,
     /// At most: 130 MB.
     pub most: Room,
+    /// Entries of the table of flows, which does not grow: a translated flow takes two, and what was silent longest
+    /// goes when it is full. It counts where no agent before this one left its table.
+    pub flows: u32,
 }
+
+/// [`Sizes::flows`] by default: 35 MB of the kernel's memory.
+pub const FLOWS: u32 = 196_608;
 
 impl Default for Sizes {
     fn default() -> Self {
@@ -45,6 +51,7 @@ impl Default for Sizes {
                 backends: 1 << 21,
                 ranges: 1 << 20,
             },
+            flows: FLOWS,
         }
     }
 }
@@ -123,7 +130,7 @@ impl Pins {
                 info.max_entries().clamp(least, most.max(least))
             })
         };
-        let Sizes { least, most } = sizes;
+        let Sizes { least, most, .. } = sizes;
         Room {
             frontends: size("FRONTENDS", least.frontends, most.frontends),
             chunks: size("SLOTS", least.chunks, most.chunks),
@@ -141,6 +148,7 @@ impl Pins {
         }
         let mut loader = EbpfLoader::new();
         loader.default_map_pin_directory(&self.adopted);
+        loader.map_max_entries("FLOWS", sizes.flows);
         let sizes = [Step::Backends(room), Step::Tables(room)];
         for (name, size) in sizes.into_iter().flat_map(Step::sizes) {
             loader.map_max_entries(name, size);

@@ -80,6 +80,7 @@ pub fn run_agent() {
     let sizes = settings["sizes"].as_array().map(|sizes| Sizes {
         least: room(&sizes[0]),
         most: room(&sizes[1]),
+        ..Sizes::default()
     });
     let cgroup = PathBuf::from(settings["cgroup"].as_str().unwrap());
     let config = xebec_agent::Config {

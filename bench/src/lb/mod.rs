@@ -69,6 +69,9 @@ const SUBJECTS: [Subject; 3] = [
     },
 ];
 
+/// Room for a million translated flows: nothing has to go that a scenario wants to find, and new flows come to a table
+/// of half a million.
+const FLOWS: u32 = 1 << 21;
 /// The kernel keeps so many bytes of a program's name.
 const NAME: usize = 15;
 /// What a subject shall reach in a scenario, in nanoseconds over the floor.
@@ -99,6 +102,7 @@ pub fn run(effort: Effort) -> Result<Outcome> {
     for (column, &services) in sizes.iter().enumerate() {
         let before: Vec<u32> = ids()?.into_iter().map(|(id, _)| id).collect();
         let mut stage = XebecStage::new("xdp-lb", services, 10)?;
+        stage.flows = FLOWS;
         stage.start_agent(true)?;
         let (mut client, _without) = stage.agent_pod()?;
         let first = crate::services::first_service(services)?;

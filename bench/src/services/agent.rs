@@ -46,6 +46,9 @@ pub struct Args {
     /// Devices that lead to other nodes and the outside
     #[arg(long)]
     device: Vec<String>,
+    /// Entries of the table of flows
+    #[arg(long, default_value_t = xebec_agent::loader::FLOWS)]
+    flows: u32,
     /// Have XDP on them
     #[arg(long)]
     xdp: bool,
@@ -98,7 +101,10 @@ pub fn run(args: Args) -> Result<()> {
         lb_mode: xebec_agent::network::LbMode::Snat,
         node_ports: xebec_agent::services::NodePortAddresses::All,
         l2_announcements: false,
-        sizes: xebec_agent::loader::Sizes::default(),
+        sizes: xebec_agent::loader::Sizes {
+            flows: args.flows,
+            ..Default::default()
+        },
         ip_masq: None,
         serve: xebec_agent::metrics::Addresses::default(),
     };

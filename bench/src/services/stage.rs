@@ -256,6 +256,8 @@ pub struct XebecStage {
     pub control: Part,
     /// The rest.
     pub stage: Stage,
+    /// Entries of the agent's table of flows.
+    pub flows: u32,
     cgroup: Cgroup,
     dir: Folder,
 }
@@ -293,6 +295,7 @@ impl XebecStage {
         })?;
         Ok(Self {
             agent: None,
+            flows: xebec_agent::loader::FLOWS,
             control,
             stage,
             cgroup,
@@ -324,6 +327,8 @@ impl XebecStage {
             words.extend(["--ip", ip, "--range", range]);
         }
         words.extend(xdp.then_some("--xdp"));
+        let flows = self.flows.to_string();
+        words.extend(["--flows", &flows]);
         let mut agent = Part::start(Network::Of(&self.stage.node), true, &words)?;
         let started: Value = agent.hear()?;
         self.agent = Some(agent);

@@ -91,6 +91,10 @@ struct Run {
     /// nodes need the same
     #[arg(long, alias = "bpf-lb-mode", value_enum, default_value_t)]
     lb_mode: LbMode,
+    /// Entries of the table of flows, 180 bytes each; a translated flow takes two. A table that an agent before this
+    /// one left keeps its size until the node starts anew
+    #[arg(long, default_value_t = xebec_agent::loader::FLOWS, value_parser = clap::value_parser!(u32).range(1_024..=33_554_432))]
+    flow_entries: u32,
     /// The host's cgroup v2 hierarchy, or the folder with all hierarchies; by default where it is mounted
     #[arg(long)]
     cgroup_root: Option<PathBuf>,
@@ -271,7 +275,10 @@ impl Run {
             native: self.cluster_cidr.iter().map(IpNet::trunc).collect(),
             node_ports: self.ports.node_ports()?,
             l2_announcements: self.l2_announcements,
-            sizes: xebec_agent::loader::Sizes::default(),
+            sizes: xebec_agent::loader::Sizes {
+                flows: self.flow_entries,
+                ..Default::default()
+            },
             ip_masq: self.ip_masq_config.clone(),
             serve: xebec_agent::metrics::Addresses {
                 metrics: self.ports.metrics(),
