@@ -132,6 +132,7 @@ extern "C" fn xebec_look_up() -> u32 {
     };
     let up = FlowKey::write(&all.packet.tuple, &mut all.key);
     let flow = flow::entry(&all.key);
+    all.listed = u8::from(!flow.is_null());
     flow::find(flow, &all.packet, up, &mut all.known);
     let turn = match nat::find(flow, all, up) {
         Turn::None | Turn::Direct => 0,
@@ -230,7 +231,9 @@ fn decide(ctx: &TcContext, all: &mut Scratch, from: &Endpoint, up: bool) -> u8 {
 /// Enters a pod's flow to the backend that was chosen; `to` then has the rest.
 #[inline(never)]
 fn begin(all: &mut Scratch) -> bool {
-    nat::forget(all);
+    if all.listed != 0 {
+        nat::forget(all);
+    }
     all.begun = Flow {
         backend: all.choice.backend,
         backend_generation: all.choice.generation,

@@ -40,6 +40,8 @@ pub struct Scratch {
     pub question: Question,
     /// What is told of it.
     pub told: Told,
+    /// 1 where the table has an entry under its key.
+    pub listed: u8,
     /// 1 where it becomes `to`.
     pub turned: u8,
     /// Where the search for a free port starts.

@@ -39,6 +39,7 @@ pub enum Plan {
 pub fn plan(all: &mut Scratch) -> Plan {
     let up = FlowKey::write(&all.packet.tuple, &mut all.key);
     let flow = flow::entry(&all.key);
+    all.listed = u8::from(!flow.is_null());
     match nat::find(flow, all, up) {
         Turn::Entry => return Plan::Known,
         Turn::Direct => return Plan::Direct,
@@ -101,7 +102,9 @@ pub fn goes_on(packet: &Packet) -> bool {
 /// there is no port for it.
 #[inline(never)]
 pub fn begin(all: &mut Scratch) -> bool {
-    nat::forget(all);
+    if all.listed != 0 {
+        nat::forget(all);
+    }
     all.begun = Flow {
         backend: all.choice.backend,
         backend_generation: all.choice.generation,
