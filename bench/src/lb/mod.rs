@@ -32,8 +32,8 @@ use serde_json::Value;
 
 use crate::row::{Aim, Case, Row, median, number};
 use crate::services::{
-    NODE_IP, NODE_IP6, NODE_PORT, Network, OUTSIDE, OUTSIDE6, PORT, Part, XebecStage, backend,
-    backend6,
+    MANY, NODE_IP, NODE_IP6, NODE_PORT, Network, OUTSIDE, OUTSIDE6, PORT, Part, XebecStage,
+    backend, backend6,
 };
 use crate::{Effort, Outcome};
 use kernel::Kind;
@@ -101,7 +101,7 @@ pub fn run(effort: Effort) -> Result<Outcome> {
     let mut table: BTreeMap<(usize, usize, usize), String> = BTreeMap::new();
     for (column, &services) in sizes.iter().enumerate() {
         let before: Vec<u32> = ids()?.into_iter().map(|(id, _)| id).collect();
-        let mut stage = XebecStage::new("xdp-lb", services, 10)?;
+        let mut stage = XebecStage::with_outside("xdp-lb", services, 10, MANY)?;
         stage.flows = FLOWS;
         stage.start_agent(true)?;
         let (mut client, _without) = stage.agent_pod()?;

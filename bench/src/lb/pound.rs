@@ -10,7 +10,7 @@ use super::frame::{Content, Frame};
 use super::kernel::{Kind, Program};
 use super::scenario::{Becomes, Flows, SCENARIOS, Scenario};
 use super::wrap::{self, Pick, Vary};
-use crate::services::{BACKENDS, TARGET_PORT, backend, backend6, part};
+use crate::services::{MANY, TARGET_PORT, backend, backend6, part};
 
 /// Runs before anything counts.
 const WARM: u32 = 2_000;
@@ -342,7 +342,7 @@ fn differs(
                 let bytes: [u8; 4] = after.get(30..34)?.try_into().ok()?;
                 (IpAddr::from(bytes), after.get(36..38)?)
             };
-            let mut backends = BACKENDS;
+            let mut backends = MANY;
             let sent = backends.any(|last| match address {
                 IpAddr::V4(ip) => ip == backend(last),
                 IpAddr::V6(ip) => ip == backend6(last),

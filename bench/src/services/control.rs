@@ -45,7 +45,11 @@ pub enum Order {
     /// The nodes and the pod.
     Rig { nodes: Vec<(String, NodeAddresses)> },
     /// So many Services with so many endpoints each, and the two that the benchmark adds.
-    Load { count: usize, endpoints: usize },
+    Load {
+        count: usize,
+        endpoints: usize,
+        outside: std::ops::RangeInclusive<u8>,
+    },
     /// The one backend of the Service that moves.
     Point { backend: u8 },
     /// A Service that comes or goes, with the backends that there are.
@@ -91,9 +95,13 @@ async fn obey(client: &kube::Client, order: Order) -> Result<Value> {
             rig(client, &nodes).await?;
             Ok(json!(nodes.len()))
         }
-        Order::Load { count, endpoints } => {
+        Order::Load {
+            count,
+            endpoints,
+            outside,
+        } => {
             let listed = list::services(count, endpoints)?;
-            let extra = [list::outside(), list::moving()];
+            let extra = [list::outside(outside), list::moving()];
             let all = listed.iter().map(list::pair).chain(extra);
             futures::stream::iter(all.map(|pair| create_all(client, pair)))
                 .buffer_unordered(WRITERS)

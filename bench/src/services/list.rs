@@ -19,6 +19,9 @@ pub const NODE_PORT: u16 = 30080;
 /// The first and the last byte of the backends that there are: 10.244.2.2 to 10.244.2.11.
 pub const BACKENDS: std::ops::RangeInclusive<u8> = 2..=11;
 
+/// Those of a Service that gets more flows than a node has ports towards ten backends; the others are not there.
+pub const MANY: std::ops::RangeInclusive<u8> = 2..=201;
+
 /// One Service, as in `services.json.gz`.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "camelCase")]
@@ -126,10 +129,10 @@ pub fn pair(listed: &Listed) -> Objects {
 }
 
 /// A Service of both families that is reached from outside by TCP and UDP, and from pods by UDP.
-pub fn outside() -> Objects {
-    let backends = BACKENDS.map(|last| IpAddr::from(backend(last)));
+pub fn outside(all: std::ops::RangeInclusive<u8>) -> Objects {
+    let backends = all.clone().map(|last| IpAddr::from(backend(last)));
     let backends: Vec<IpAddr> = backends
-        .chain(BACKENDS.map(|last| IpAddr::from(backend6(last))))
+        .chain(all.map(|last| IpAddr::from(backend6(last))))
         .collect();
     let spec = json!({
         "type": "NodePort",

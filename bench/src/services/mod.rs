@@ -13,7 +13,7 @@ mod traffic;
 mod wire;
 
 pub use change::{run as change, watch};
-pub use list::{BACKENDS, NODE_PORT, OUTSIDE, OUTSIDE6, PORT, TARGET_PORT, backend, backend6};
+pub use list::{MANY, NODE_PORT, OUTSIDE, OUTSIDE6, PORT, TARGET_PORT, backend, backend6};
 pub use part::{Network, PART, Part};
 pub use stage::{NODE_IP, NODE_IP6, XebecStage, first_service};
 pub use sync::run as sync;

@@ -265,6 +265,16 @@ pub struct XebecStage {
 impl XebecStage {
     /// The stage and an API server with so many Services.
     pub fn new(name: &str, services: usize, endpoints: usize) -> Result<Self> {
+        Self::with_outside(name, services, endpoints, BACKENDS)
+    }
+
+    /// The same with these backends of the Service for outside.
+    pub fn with_outside(
+        name: &str,
+        services: usize,
+        endpoints: usize,
+        outside: std::ops::RangeInclusive<u8>,
+    ) -> Result<Self> {
         let dir = Folder::new(name)?;
         let cgroup = Cgroup::new(name)?;
         let stage = Stage::new()?;
@@ -292,6 +302,7 @@ impl XebecStage {
         control.ask::<Value>(&control::Order::Load {
             count: services,
             endpoints,
+            outside,
         })?;
         Ok(Self {
             agent: None,
