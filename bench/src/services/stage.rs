@@ -236,6 +236,14 @@ fn more_ports(part: &Part) -> Result<()> {
     sysctl(part, "net/ipv4/ip_local_port_range", "1024 65535")
 }
 
+/// One half of the ports for what a part connects from here on. Two ways to a backend from one pod would meet there
+/// in one connection's addresses and ports, whose timestamps (which depend on the address that was asked) would not go
+/// on where the connection before ended: the backend refuses such a one for a minute (RFC 7323, PAWS).
+pub fn half_of_ports(part: &Part, upper: bool) -> Result<()> {
+    let range = if upper { "32768 65535" } else { "1024 32767" };
+    sysctl(part, "net/ipv4/ip_local_port_range", range)
+}
+
 /// Sets a sysctl of a part's network namespace.
 fn sysctl(part: &Part, name: &str, value: &str) -> Result<()> {
     let output = Command::new("nsenter")

@@ -14,7 +14,7 @@ use anyhow::{Context, Result, ensure};
 use super::list::{self, NODE_PORT, OUTSIDE, PORT, TARGET_PORT, unzipped};
 use super::matrix::{Cell, Matrix};
 use super::part::Part;
-use super::stage::{self, NODE_IP, Stage, XebecStage};
+use super::stage::{self, NODE_IP, Stage, XebecStage, half_of_ports};
 use super::wire::{Measured, Mode, Order};
 use crate::row::{Aim, Case, Row, median};
 use crate::{Effort, Outcome};
@@ -86,6 +86,17 @@ struct Lane {
     /// By mode, as in [`MODES`]; none where there is nothing to ask.
     targets: [Option<SocketAddrV4>; 3],
     asker: Part,
+}
+
+impl Lane {
+    /// Both of Xebec's ways from a pod are from the same pod: each gets ports of its own.
+    fn ports(&self) -> Result<()> {
+        match (self.side, self.way) {
+            (Side::Pod, Way::Sockets) => half_of_ports(&self.asker, false),
+            (Side::Pod, Way::Packets) => half_of_ports(&self.asker, true),
+            _ => Ok(()),
+        }
+    }
 }
 
 /// All stages of one size.
@@ -328,7 +339,10 @@ impl Size {
                         continue;
                     };
                     let key = (lane.side, lane.way, mode);
-                    match lane.asker.ask::<Measured>(&order(mode, address, seconds)) {
+                    let outcome = lane
+                        .ports()
+                        .and_then(|()| lane.asker.ask::<Measured>(&order(mode, address, seconds)));
+                    match outcome {
                         Ok(measured) => {
                             line +=
                                 &format!(" {:?} {:?} {:.0}/s;", lane.side, lane.way, measured.rate);
