@@ -16,15 +16,15 @@ const LOOKUP_BATCH: libc::c_int = 24;
 
 /// `struct { ... } batch` of `union bpf_attr`.
 #[repr(C)]
-struct Attributes {
-    in_batch: u64,
-    out_batch: u64,
-    keys: u64,
-    values: u64,
-    count: u32,
-    map: u32,
-    element_flags: u64,
-    flags: u64,
+pub(super) struct Attributes {
+    pub in_batch: u64,
+    pub out_batch: u64,
+    pub keys: u64,
+    pub values: u64,
+    pub count: u32,
+    pub map: u32,
+    pub element_flags: u64,
+    pub flags: u64,
 }
 
 /// What one call gave.

@@ -6,6 +6,8 @@ use std::ptr::NonNull;
 
 use aya::maps::MapData;
 
+use super::batch::Attributes;
+
 /// Commands of bpf(2).
 const MAP_CREATE: libc::c_int = 0;
 const MAP_LOOKUP_ELEM: libc::c_int = 1;
@@ -42,19 +44,6 @@ struct Element {
     pad: u32,
     key: u64,
     value: u64,
-    flags: u64,
-}
-
-/// Attributes of commands on many.
-#[repr(C)]
-struct Batch {
-    in_batch: u64,
-    out_batch: u64,
-    keys: u64,
-    values: u64,
-    count: u32,
-    map: u32,
-    element_flags: u64,
     flags: u64,
 }
 
@@ -200,7 +189,7 @@ impl Table {
         assert_eq!(values.len(), count * self.value_size);
         let mut done = 0;
         while done < count {
-            let mut batch = Batch {
+            let mut batch = Attributes {
                 in_batch: 0,
                 out_batch: 0,
                 keys: keys[done * self.key_size..].as_ptr() as u64,

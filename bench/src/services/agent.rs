@@ -65,15 +65,7 @@ fn socket(dir: &Path) -> PathBuf {
 
 /// Runs the agent until standard input ends.
 pub fn run(args: Args) -> Result<()> {
-    rustls::crypto::ring::default_provider()
-        .install_default()
-        .map_err(|_| anyhow::anyhow!("another TLS provider is installed already"))?;
-    // What the agent of a node of its own runs with.
-    let runtime = tokio::runtime::Builder::new_multi_thread()
-        .worker_threads(2)
-        .enable_all()
-        .build()
-        .context("could not start the async runtime")?;
+    let runtime = part::runtime()?;
     let shutdown = CancellationToken::new();
     let ended = shutdown.clone();
     std::thread::spawn(move || {

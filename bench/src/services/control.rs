@@ -67,14 +67,7 @@ pub struct Written {
 
 /// Serves, writes the agent's kubeconfig to `agent.kubeconfig`, and obeys.
 pub fn run(args: Args) -> Result<()> {
-    rustls::crypto::ring::default_provider()
-        .install_default()
-        .map_err(|_| anyhow::anyhow!("another TLS provider is installed already"))?;
-    let runtime = tokio::runtime::Builder::new_multi_thread()
-        .worker_threads(2)
-        .enable_all()
-        .build()
-        .context("could not start the async runtime")?;
+    let runtime = part::runtime()?;
     let shutdown = CancellationToken::new();
     let server = runtime.block_on(serve(&args, shutdown.clone()))?;
     let admin = UserInfo::new("kubernetes-admin", &["system:masters"]);

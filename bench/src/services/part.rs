@@ -87,6 +87,18 @@ pub fn main() -> Result<()> {
     }
 }
 
+/// What a part that speaks TLS runs with, and so does a node's agent: two threads.
+pub fn runtime() -> Result<tokio::runtime::Runtime> {
+    rustls::crypto::ring::default_provider()
+        .install_default()
+        .map_err(|_| anyhow::anyhow!("another TLS provider is installed already"))?;
+    tokio::runtime::Builder::new_multi_thread()
+        .worker_threads(2)
+        .enable_all()
+        .build()
+        .context("could not start the async runtime")
+}
+
 /// In which network namespace a part runs.
 pub enum Network<'a> {
     /// One that is made for it.
