@@ -275,6 +275,7 @@ pub fn plan(all: &mut Scratch) -> Plan {
     }
     let up = FlowKey::write(&all.packet.tuple, &mut all.key);
     let flow = flow::entry(&all.key);
+    all.listed = u8::from(!flow.is_null());
     // One that begins anew is another.
     let anew = begins(&all.packet)
         && !flow.is_null()
