@@ -80,9 +80,9 @@ pub fn is_meant(all: &Scratch) -> bool {
 /// Enters a flow to the backend that was chosen.
 #[inline(never)]
 pub fn begin(all: &mut Scratch) -> bool {
-    nat::forget(all);
+    nat::part();
     all.begun = Flow {
-        seen: flow::now(),
+        seen: flow::now(&all.packet),
         backend: all.choice.backend,
         backend_generation: all.choice.generation,
         service: all.choice.service,
@@ -298,5 +298,6 @@ pub fn plan(all: &mut Scratch) -> Plan {
     all.to.set(&all.packet.tuple);
     all.to.destination = all.choice.address.words();
     all.to.destination_port = all.choice.port;
+    all.stays = 1;
     Plan::Begins
 }

@@ -3,33 +3,32 @@
 //!
 //! Whatever is not simple passes untouched, and tc does it as if there were no XDP.
 
-use core::mem::zeroed;
-
+use aya_ebpf::bindings::BPF_FIB_LKUP_RET_SUCCESS;
 use aya_ebpf::bindings::xdp_action::{XDP_DROP, XDP_PASS, XDP_TX};
-use aya_ebpf::bindings::{BPF_FIB_LKUP_RET_SUCCESS, bpf_fib_lookup};
 use aya_ebpf::helpers::generated::bpf_redirect;
 use aya_ebpf::macros::xdp;
 use aya_ebpf::programs::XdpContext;
-use xebec_dataplane_common::nat::{BACK_BY_QUEUE, Tuple};
+use xebec_dataplane_common::nat::BACK_BY_QUEUE;
 use xebec_dataplane_common::{ICMP, ICMP6, SCTP, TCP, UDP};
 
 use crate::frame::Frame;
-use crate::maps::EXPRESS;
 use crate::packet::{self, Packet};
 use crate::rewrite;
-use crate::scratch::{scratch, settle};
+use crate::route;
+use crate::scratch::{Scratch, scratch, settle};
 use crate::tell::{self, As};
 use crate::translate::{self, Plan};
 use crate::way;
 
-/// Where a frame goes that leaves the node.
-struct Way {
-    /// The device; 0 for a frame that stays.
-    device: u32,
-    /// Whether it goes back by the queue that it came by.
-    back: bool,
-    /// Hardware addresses: whose it goes to, and whose it comes from.
-    hardware: [[u8; 6]; 2],
+/// Where a frame goes.
+#[derive(Clone, Copy, PartialEq, Eq)]
+enum Goes {
+    /// Up to the stack.
+    Up,
+    /// Out of the device of its way.
+    Out,
+    /// Back by the queue that it came by.
+    Back,
 }
 
 /// What comes in: answers to translated flows, and connections to node ports.
@@ -49,15 +48,14 @@ pub fn xebec_express(ctx: XdpContext) -> u32 {
         return XDP_PASS;
     }
     settle();
-    let mut way = Way {
-        device: 0,
-        back: false,
-        hardware: [[0; 6]; 2],
-    };
+    let mut goes = Goes::Up;
     // The way is found before anything is entered or changed: a frame that tc must send, because the neighbour is
     // not known yet for example, is still the frame that came, of a flow that has not begun.
-    if !translate::stays(&all.to) && !find_way(&ctx, &all.packet, &all.to, &mut way) {
-        return XDP_PASS;
+    if all.stays == 0 {
+        match find_way(&ctx, all) {
+            Some(found) => goes = found,
+            None => return XDP_PASS,
+        }
     }
     if plan == Plan::Begins && !translate::begin(all) {
         return XDP_PASS;
@@ -67,17 +65,17 @@ pub fn xebec_express(ctx: XdpContext) -> u32 {
         return XDP_DROP;
     }
     tell::count(As::TranslatedEarly);
-    if way.device == 0 {
+    if goes == Goes::Up {
         return XDP_PASS;
     }
-    if !rewrite::hop(&ctx, &all.packet) || ctx.write(0, &way.hardware).is_none() {
+    if !rewrite::hop(&ctx, &all.packet) || ctx.write(0, &all.way.hardware).is_none() {
         return XDP_DROP;
     }
-    if way.back {
+    if goes == Goes::Back {
         return XDP_TX;
     }
     // SAFETY: the helper takes numbers alone.
-    unsafe { bpf_redirect(way.device, 0) as u32 }
+    unsafe { bpf_redirect(all.way.device, 0) as u32 }
 }
 
 /// Whether the packet is of a kind that is translated here, with all of its transport's header at hand.
@@ -95,28 +93,21 @@ fn is_simple(ctx: &XdpContext, packet: &Packet) -> bool {
     ctx.place(usize::from(packet.transport), header).is_some()
 }
 
-/// Asks the routing table for the way to where a packet goes; false if it knows none that a frame can take from here.
+/// Looks for the way to where a packet goes; none if there is none that a frame can take from here.
 #[inline(always)]
-fn find_way(ctx: &XdpContext, packet: &Packet, to: &Tuple, way: &mut Way) -> bool {
-    // SAFETY: the kernel's structure holds numbers alone, of which all may be 0.
-    let mut route: bpf_fib_lookup = unsafe { zeroed() };
+fn find_way(ctx: &XdpContext, all: &mut Scratch) -> Option<Goes> {
     let device = ctx.ingress_ifindex() as u32;
     // What does not fit the way's MTU is tc's: it answers for it.
-    let Some(length) = way::length(ctx, packet) else {
-        return false;
-    };
-    let found = way::ask(ctx, packet, to, &mut route, (device, length));
-    if found != Some(i64::from(BPF_FIB_LKUP_RET_SUCCESS)) {
-        return false;
+    let length = way::length(ctx, &all.packet)?;
+    let found = route::ask(ctx, &all.packet, &all.to, &mut all.way, (device, length));
+    if found != Some(BPF_FIB_LKUP_RET_SUCCESS) {
+        return None;
     }
     // A device without the program may have no queues for such frames, or may not be one that has frames at all: it
     // would lose them.
-    // SAFETY: the value is read once, here.
-    let Some(&back) = (unsafe { EXPRESS.get(&route.ifindex) }) else {
-        return false;
-    };
-    way.device = route.ifindex;
-    way.back = back == BACK_BY_QUEUE && route.ifindex == device;
-    way.hardware = [route.dmac, route.smac];
-    true
+    if all.way.express == 0 {
+        return None;
+    }
+    let same = all.way.express == BACK_BY_QUEUE && all.way.device == device;
+    Some(if same { Goes::Back } else { Goes::Out })
 }

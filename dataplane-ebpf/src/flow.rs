@@ -1,7 +1,9 @@
 //! The table of flows: finding them, and entering those that were allowed. Translations are `nat`'s.
 
 use aya_ebpf::helpers::generated::bpf_ktime_get_coarse_ns;
-use xebec_dataplane_common::flow::{Flow, FlowKey, TURN_LATE, TURN_NONE, ticks};
+use xebec_dataplane_common::flow::{
+    CLOSED, CLOSED_BACK, CLOSED_FORTH, Flow, FlowKey, TURN_LATE, TURN_NONE, ticks,
+};
 use xebec_dataplane_common::ip::Ip;
 use xebec_dataplane_common::nat::Tuple;
 use xebec_dataplane_common::{SCTP, TCP};
@@ -43,10 +45,10 @@ pub struct Known {
     pub service: u32,
 }
 
-/// Now, in ticks.
+/// When a packet came, in ticks.
 #[inline(always)]
-pub fn now() -> u32 {
-    ticks(now_ns())
+pub fn now(packet: &Packet) -> u32 {
+    ticks(packet.seen)
 }
 
 /// ns of the monotonic clock, exact to a few ms.
@@ -75,6 +77,18 @@ pub fn is_told(protocol: u8) -> bool {
 #[inline(always)]
 pub fn begins(packet: &Packet) -> bool {
     is_told(packet.tuple.protocol) && packet.tcp_flags & (SYN | ACK) == SYN && !packet.is_error()
+}
+
+/// Which ends have closed a connection with a packet that ends it.
+#[inline(always)]
+pub fn closes(packet: &Packet, forth: bool) -> u8 {
+    if packet.tcp_flags & RST != 0 {
+        CLOSED
+    } else if forth {
+        CLOSED_FORTH
+    } else {
+        CLOSED_BACK
+    }
 }
 
 /// Whether a flow's backend is the one that it began with.
@@ -121,7 +135,7 @@ pub fn find(flow: *mut Flow, packet: &Packet, up: bool, known: &mut Known) {
         }
         // A new connection over an old one's addresses is another flow. A reply belongs to what was allowed; the
         // beginner's packets are judged by the rules of today.
-        let now = now();
+        let now = now(packet);
         if begins(packet)
             || (*flow).is_forgotten(packet.tuple.protocol, now)
             || !judged
@@ -153,7 +167,7 @@ pub fn find(flow: *mut Flow, packet: &Packet, up: bool, known: &mut Known) {
             *told |= news;
             known.tell = 1;
             if connection && news & (FIN | RST) != 0 {
-                (*flow).closed = 1;
+                (*flow).closed |= closes(packet, !reply);
             }
         }
     }
@@ -170,7 +184,7 @@ pub fn answers(flow: *mut Flow, up: bool) -> bool {
 #[inline(never)]
 pub fn enter(all: &mut Scratch, up: bool) {
     let (packet, rule) = (&all.packet, all.told.rule);
-    let (now, protocol) = (now(), packet.tuple.protocol);
+    let (now, protocol) = (now(packet), packet.tuple.protocol);
     let told = packet.tcp_flags & (SYN | FIN | RST);
     if let Some(flow) = FLOWS.get_ptr_mut(&all.key) {
         // SAFETY: as in `find`.

@@ -17,6 +17,7 @@ mod pod;
 mod policy;
 mod refuse;
 mod rewrite;
+mod route;
 mod scratch;
 mod socket;
 mod tell;

@@ -4,7 +4,9 @@ use core::ffi::c_void;
 
 use aya_ebpf::helpers::bpf_get_prandom_u32;
 use aya_ebpf::helpers::generated::bpf_loop;
-use xebec_dataplane_common::flow::{Flow, FlowKey, TURN_BACK, TURN_DIRECT, TURN_FORTH, TURN_NONE};
+use xebec_dataplane_common::flow::{
+    CLOSED, Flow, FlowKey, TURN_BACK, TURN_DIRECT, TURN_FORTH, TURN_KEPT, TURN_NONE, TURN_STAYS,
+};
 use xebec_dataplane_common::nat::Settings;
 use xebec_dataplane_common::{ICMP, ICMP6, SCTP, TCP, UDP};
 
@@ -55,6 +57,7 @@ pub fn find(flow: *mut Flow, all: &mut Scratch, up: bool) -> Turn {
         return Turn::None;
     }
     let packet = &all.packet;
+    all.stays = 0;
     // SAFETY: entries of a map stay readable and writable until the program ends, even when they are replaced;
     // a field that two CPUs write at once holds one of the two values, and any of them will do.
     unsafe {
@@ -64,6 +67,7 @@ pub fn find(flow: *mut Flow, all: &mut Scratch, up: bool) -> Turn {
         if turn & (TURN_FORTH | TURN_BACK) != mine {
             return Turn::None;
         }
+        all.stays = u8::from(turn & TURN_STAYS != 0);
         let direct = turn & TURN_DIRECT != 0;
         let place = if direct {
             Turn::Direct
@@ -76,7 +80,7 @@ pub fn find(flow: *mut Flow, all: &mut Scratch, up: bool) -> Turn {
             all.to.set(&(*flow).to);
             return place;
         }
-        let now = now();
+        let now = now(packet);
         if (*flow).is_forgotten(packet.tuple.protocol, now) {
             return Turn::None;
         }
@@ -100,7 +104,7 @@ pub fn find(flow: *mut Flow, all: &mut Scratch, up: bool) -> Turn {
         }
         let ends = connection && packet.tcp_flags & (FIN | RST) != 0;
         if ends {
-            (*flow).closed = 1;
+            (*flow).closed |= flow::closes(packet, forth);
         }
         all.to.set(&(*flow).to);
         if direct {
@@ -149,10 +153,10 @@ fn pair(flow: &Flow, all: &mut Scratch, forth: bool) -> bool {
 }
 
 /// Enters a translated flow, of which `begun` tells all but the tuples: that of the packet which becomes `to`, and its
-/// counterpart. False if the counterpart's place is in use.
+/// counterpart. False if the counterpart's place is in use; where there is `need`, a connection that is over has none.
 #[inline(always)]
-fn enter(all: &mut Scratch) -> bool {
-    let now = now();
+fn enter(all: &mut Scratch, need: bool) -> bool {
+    let now = now(&all.packet);
     let (turn, other) = (all.begun.turn, all.begun.other);
     let up = FlowKey::write(&all.to, &mut all.other);
     all.packet.tuple.reverse(&mut all.back);
@@ -160,10 +164,11 @@ fn enter(all: &mut Scratch) -> bool {
     if let Some(old) = FLOWS.get_ptr_mut(&all.other) {
         // SAFETY: as in `find`.
         unsafe {
-            if (*old).turn != other || (*old).to != all.back {
+            if (*old).turn != other && (*old).turn != TURN_KEPT || (*old).to != all.back {
                 let over = (*old).closed != 0 && (*old).turn == TURN_NONE
+                    || need && (*old).closed == CLOSED
                     || (*old).is_replaceable(all.to.protocol, now);
-                if (*old).turn != TURN_NONE && (*old).turn & TURN_DIRECT == 0 {
+                if (*old).turn & (TURN_FORTH | TURN_BACK) != 0 && (*old).turn & TURN_DIRECT == 0 {
                     FlowKey::write(&(*old).to, &mut all.other);
                     // A full table has forgotten the other half of a flow: what is left of it holds no port.
                     let half = flow::entry(&all.other);
@@ -198,25 +203,70 @@ fn enter(all: &mut Scratch) -> bool {
     FLOWS.insert(&all.key, &*begun, 0).is_ok()
 }
 
-/// Forgets the counterpart of a packet's flow, which is about to be entered anew.
+/// Parts from the translation of a packet's flow, which is about to be entered anew. True if it becomes the same but
+/// for the port, which `to` then has, too: to the far end no other port is as good, for it may remember the connection
+/// before and knows this one to come after it. If not, a connection's port is kept from others for as long.
+#[inline(always)]
+pub fn part() -> bool {
+    xebec_part() != 0
+}
+
+/// The same; checked by itself and once.
+#[unsafe(no_mangle)]
 #[inline(never)]
-pub fn forget(all: &mut Scratch) {
-    let Some(flow) = FLOWS.get_ptr_mut(&all.key) else {
-        return;
-    };
-    // SAFETY: as in `find`.
-    unsafe {
-        if (*flow).turn != TURN_NONE && (*flow).turn & TURN_DIRECT == 0 {
-            FlowKey::write(&(*flow).to, &mut all.other);
-            let _ = FLOWS.remove(&all.other);
-        }
+extern "C" fn xebec_part() -> u32 {
+    match scratch() {
+        Some(all) => u32::from(leave(all)),
+        None => 0,
     }
 }
 
-/// Enters a translated flow with a source port that is free; `to` has the rest. Its own port is kept if it can be and
-/// the source stays whose it was. False if no port was found.
 #[inline(always)]
-pub fn enter_with_port() -> bool {
+fn leave(all: &mut Scratch) -> bool {
+    let Some(flow) = FLOWS.get_ptr_mut(&all.key) else {
+        return false;
+    };
+    // SAFETY: as in `find`.
+    unsafe {
+        if (*flow).turn & (TURN_FORTH | TURN_BACK) == 0 || (*flow).turn & TURN_DIRECT != 0 {
+            return false;
+        }
+        let (old, new) = (&(*flow).to, &mut all.to);
+        let changed = old.source != all.packet.tuple.source;
+        if changed
+            && (*flow).turn & TURN_FORTH != 0
+            && old.source == new.source
+            && old.destination == new.destination
+            && old.destination_port == new.destination_port
+        {
+            new.source_port = old.source_port;
+            return true;
+        }
+        FlowKey::write(old, &mut all.other);
+        all.packet.tuple.reverse(&mut all.back);
+        if let Some(other) = FLOWS.get_ptr_mut(&all.other) {
+            // A full table may have forgotten it, and its place be another flow's.
+            if (*other).turn != (*flow).other || (*other).to != all.back {
+                return false;
+            }
+            if changed && flow::is_told(all.packet.tuple.protocol) {
+                (*other).turn = TURN_KEPT;
+                (*other).closed = CLOSED;
+            } else {
+                let _ = FLOWS.remove(&all.other);
+            }
+        }
+    }
+    false
+}
+
+/// Enters a translated flow with a source port that is free; `to` has the rest. Where the table has a flow that it
+/// takes the place of, it [parts](part) from that. Its own port is kept if it can be and the source stays whose it was.
+/// False if no port was found.
+#[inline(always)]
+pub fn enter_with_port(all: &mut Scratch, listed: bool) -> bool {
+    all.own = u8::from(listed);
+    settle();
     xebec_enter_with_port() != 0
 }
 
@@ -236,11 +286,15 @@ fn search(all: &mut Scratch) -> bool {
     // Others have no port that could be changed.
     let fixed = !matches!(protocol, TCP | UDP | SCTP | ICMP | ICMP6);
     let ports = u32::from(settings().ports);
-    all.own = u8::from(fixed || all.to.source == all.packet.tuple.source);
+    let former = all.own != 0 && part();
+    all.own = u8::from(former || fixed || all.to.source == all.packet.tuple.source);
     all.entered = 0;
     let mut tries = u32::from(all.own);
+    all.free = u16::MAX;
     if !fixed {
-        tries += if ports < TRIES { ports } else { TRIES };
+        let once = if ports < TRIES { ports } else { TRIES };
+        all.free = (tries + once) as u16;
+        tries += 2 * once;
     }
     // SAFETY: the helper has no arguments.
     all.start = unsafe { bpf_get_prandom_u32() };
@@ -254,7 +308,8 @@ fn search(all: &mut Scratch) -> bool {
     all.entered != 0
 }
 
-/// Tries one port, the packet's own first if it may have that; 1 once a flow is entered.
+/// Tries one port, the packet's own first if it may have that, and those of connections that are over only after all
+/// others; 1 once a flow is entered.
 #[inline(never)]
 extern "C" fn try_port(number: u64, _: *mut c_void) -> i64 {
     let Some(all) = scratch() else {
@@ -275,6 +330,7 @@ extern "C" fn try_port(number: u64, _: *mut c_void) -> i64 {
         }
     }
     settle();
-    all.entered = u8::from(enter(all));
+    let need = number >= u64::from(all.free);
+    all.entered = u8::from(enter(all, need));
     i64::from(all.entered)
 }

@@ -7,7 +7,7 @@ use aya_ebpf::macros::classifier;
 use aya_ebpf::programs::TcContext;
 use xebec_dataplane_common::flow::{
     EGRESS, Flow, FlowKey, INGRESS, REASON_CHECKSUM, REASON_INVALID, REASON_NO_MAPPING, TURN_BACK,
-    TURN_FORTH, TURN_LATE,
+    TURN_FORTH, TURN_LATE, TURN_STAYS,
 };
 
 use crate::direct;
@@ -50,7 +50,7 @@ pub fn xebec_from_network(ctx: TcContext) -> i32 {
         Plan::Direct | Plan::BeginsDirect => return sent_directly(&ctx, all, plan),
         Plan::Known | Plan::Begins => {}
     }
-    let stays = translate::stays(&all.to);
+    let stays = all.stays != 0;
     if !stays {
         // To a backend of another node, or from it back to the client: the stack would take our own source address
         // for a forgery. The way is found before anything is entered or changed: what is answered is what came.
@@ -163,11 +163,11 @@ fn masquerade(flow: *mut Flow, all: &mut Scratch) -> bool {
         }
     }
     all.begun.turn = TURN_FORTH | TURN_LATE;
-    all.begun.other = TURN_BACK;
+    all.begun.other = TURN_BACK | TURN_STAYS;
     all.to.set(&all.packet.tuple);
     all.to.source = nat::settings().node(&all.to.destination);
     // Without an address of its family there is no way out.
-    all.to.source.is_some() && nat::enter_with_port()
+    all.to.source.is_some() && nat::enter_with_port(all, false)
 }
 
 /// Drops what goes no further, and tells its sender why, by the device and the router that the packet came by.

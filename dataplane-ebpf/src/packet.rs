@@ -6,7 +6,7 @@ use xebec_dataplane_common::ip::Ip;
 use xebec_dataplane_common::nat::Tuple;
 use xebec_dataplane_common::{ICMP, ICMP6, SCTP, TCP, UDP};
 
-use crate::flow::{ACK, FIN, RST, SYN};
+use crate::flow::{ACK, FIN, RST, SYN, now_ns};
 use crate::frame::{FURTHEST, Frame};
 use crate::maps::FRAGMENTS;
 use crate::scratch::{scratch, settle};
@@ -44,6 +44,8 @@ pub struct Packet {
     pub tuple: Tuple,
     /// The addresses of an error itself; its sender may be a router on the way.
     pub carrier: (Ip, Ip),
+    /// When it came, in ns of the monotonic clock, exact to a few ms.
+    pub seen: u64,
     /// Where the transport's header lies.
     pub transport: u16,
     /// Where the transport's header of the packet lies that an error quotes.
@@ -186,6 +188,7 @@ extern "C" fn xebec_read(skb: *mut __sk_buff) -> u32 {
 #[inline(always)]
 fn headers(ctx: &TcContext, packet: &mut Packet) -> Read {
     packet.clear();
+    packet.seen = now_ns();
     at_hand(ctx, USUAL);
     let Some(ethertype) = ctx.read::<u16>(12) else {
         return Read::Invalid;
@@ -242,6 +245,7 @@ fn at_hand(ctx: &TcContext, wanted: u32) {
 #[inline(always)]
 pub fn read_simple(ctx: &impl Frame, packet: &mut Packet) -> Option<()> {
     packet.clear();
+    packet.seen = now_ns();
     match ctx.read::<u16>(12)? {
         ETHERTYPE_IPV4 => {
             let (length, _, fragment) = addressed4(ctx, packet)?;

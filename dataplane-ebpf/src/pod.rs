@@ -7,7 +7,7 @@ use aya_ebpf::programs::TcContext;
 use xebec_dataplane_common::flow::{
     EGRESS, Flow, FlowKey, INGRESS, REASON_CHECKSUM, REASON_FRAGMENT, REASON_INVALID,
     REASON_NO_MAPPING, REASON_NO_SERVICE, REASON_POLICY, REASON_SOURCE, TURN_BACK, TURN_FORTH,
-    TURN_LATE,
+    TURN_LATE, TURN_STAYS,
 };
 use xebec_dataplane_common::ip::Ip;
 use xebec_dataplane_common::policy::Endpoint;
@@ -231,9 +231,6 @@ fn decide(ctx: &TcContext, all: &mut Scratch, from: &Endpoint, up: bool) -> u8 {
 /// Enters a pod's flow to the backend that was chosen; `to` then has the rest.
 #[inline(never)]
 fn begin(all: &mut Scratch) -> bool {
-    if all.listed != 0 {
-        nat::forget(all);
-    }
     all.begun = Flow {
         backend: all.choice.backend,
         backend_generation: all.choice.generation,
@@ -255,9 +252,10 @@ fn begin(all: &mut Scratch) -> bool {
             && !translate::is_native(&all.to.destination)
     {
         all.to.source = node;
-        all.begun.other = TURN_BACK;
+        all.begun.other = TURN_BACK | TURN_STAYS;
     }
-    nat::enter_with_port()
+    let listed = all.listed != 0;
+    nat::enter_with_port(all, listed)
 }
 
 /// Gives the packet its new addresses and ports.

@@ -15,8 +15,8 @@ use crate::direct::Outer;
 use crate::flow::Known;
 use crate::packet::Packet;
 use crate::policy::Question;
+use crate::route::Way;
 use crate::tell::Told;
-use crate::way::Way;
 
 /// What is known of a packet.
 pub struct Scratch {
@@ -42,12 +42,16 @@ pub struct Scratch {
     pub told: Told,
     /// 1 where the table has an entry under its key.
     pub listed: u8,
+    /// 1 where its way ends on this node once it is translated.
+    pub stays: u8,
     /// 1 where it becomes `to`.
     pub turned: u8,
     /// Where the search for a free port starts.
     pub start: u32,
-    /// 1 where the packet's own port is tried first.
+    /// 1 where the packet's own port, or the one that it had before, is tried first.
     pub own: u8,
+    /// After how many tries the port of a connection that is over will do.
+    pub free: u16,
     /// 1 once its translation is entered.
     pub entered: u8,
     /// 1 where it is for a Service without endpoints, and its sender is to be told.

@@ -2,9 +2,8 @@
 //! device that leads there ask here.
 
 use aya_ebpf::maps::lpm_trie::Key;
-use xebec_dataplane_common::flow::{Flow, FlowKey, TURN_BACK, TURN_FORTH, TURN_LATE};
+use xebec_dataplane_common::flow::{Flow, FlowKey, TURN_BACK, TURN_FORTH, TURN_LATE, TURN_STAYS};
 use xebec_dataplane_common::ip::Ip;
-use xebec_dataplane_common::nat::Tuple;
 use xebec_dataplane_common::{TCP, UDP};
 
 use crate::balance::{self, CHOSEN, Client};
@@ -34,7 +33,7 @@ pub enum Plan {
     Drop,
 }
 
-/// Looks for a packet's translation: what it becomes stands in `to`; of one that begins, all but the port. A hook may still leave the packet to the other one then: that finds the translation again, or chooses a backend itself.
+/// Looks for a packet's translation: what it becomes stands in `to`, and in `stays` whether its way ends here; of one that begins, all but the port. A hook may still leave the packet to the other one then: that finds the translation again, or chooses a backend itself.
 #[inline(always)]
 pub fn plan(all: &mut Scratch) -> Plan {
     let up = FlowKey::write(&all.packet.tuple, &mut all.key);
@@ -69,7 +68,8 @@ pub fn plan(all: &mut Scratch) -> Plan {
             all.to.destination = all.choice.address;
             all.to.destination_port = all.choice.port;
             // Who answers from this node sees the client itself; the answers leave through here anyway.
-            if !stays(&all.to) {
+            all.stays = u8::from(stays(&all.to.destination));
+            if all.stays == 0 {
                 if direct::is_meant(all) {
                     return Plan::BeginsDirect;
                 }
@@ -102,9 +102,6 @@ pub fn goes_on(packet: &Packet) -> bool {
 /// there is no port for it.
 #[inline(never)]
 pub fn begin(all: &mut Scratch) -> bool {
-    if all.listed != 0 {
-        nat::forget(all);
-    }
     all.begun = Flow {
         backend: all.choice.backend,
         backend_generation: all.choice.generation,
@@ -113,16 +110,18 @@ pub fn begin(all: &mut Scratch) -> bool {
         other: TURN_BACK,
         ..flow::plain()
     };
-    if all.to.source == all.packet.tuple.source {
+    if all.stays != 0 {
+        all.begun.turn = TURN_FORTH | TURN_STAYS;
         all.begun.other = TURN_BACK | TURN_LATE;
     }
-    nat::enter_with_port()
+    let listed = all.listed != 0;
+    nat::enter_with_port(all, listed)
 }
 
 /// Whether the packet's way ends on this node; otherwise it goes to another node, or back to a client.
 #[inline(always)]
-pub fn stays(to: &Tuple) -> bool {
-    is_node(&to.destination) || is_endpoint(&to.destination)
+fn stays(to: &Ip) -> bool {
+    is_node(to) || is_endpoint(to)
 }
 
 /// Whether an address is the node's own.

@@ -1,73 +1,25 @@
-//! Asking the routing table for the way of a packet that was translated, and sending it there.
+//! The way of a packet that was translated: looking for it, and sending the packet there.
 
-use aya_ebpf::EbpfContext;
 use aya_ebpf::bindings::{
     __sk_buff, BPF_FIB_LKUP_RET_BLACKHOLE, BPF_FIB_LKUP_RET_FRAG_NEEDED, BPF_FIB_LKUP_RET_NO_NEIGH,
     BPF_FIB_LKUP_RET_NOT_FWDED, BPF_FIB_LKUP_RET_PROHIBIT, BPF_FIB_LKUP_RET_SUCCESS,
-    BPF_FIB_LKUP_RET_UNREACHABLE, TC_ACT_SHOT, bpf_fib_lookup, bpf_redir_neigh,
+    BPF_FIB_LKUP_RET_UNREACHABLE, TC_ACT_SHOT, bpf_redir_neigh,
 };
-use aya_ebpf::helpers::generated::{bpf_fib_lookup as ask_routes, bpf_redirect_neigh};
+use aya_ebpf::helpers::generated::bpf_redirect_neigh;
 use aya_ebpf::programs::TcContext;
-use xebec_dataplane_common::nat::Tuple;
 use xebec_dataplane_common::{TCP, UDP};
 
 use crate::frame::Frame;
 use crate::packet::{ETHERNET, IPV6, Packet};
 use crate::refuse;
 use crate::rewrite;
+use crate::route;
 use crate::scratch::{Scratch, scratch};
-
-const AF_INET: u8 = 2;
-const AF_INET6: u8 = 10;
-
-/// What is asked and what is known of the way then, in the kernel's own words.
-pub struct Way {
-    /// The question, and the answer over it.
-    pub route: bpf_fib_lookup,
-    /// The next hop.
-    hop: bpf_redir_neigh,
-    /// Bytes that the way takes, where a packet has more.
-    pub mtu: u32,
-}
 
 /// There is a way.
 pub const GO: u32 = 0;
 /// There is none, and nobody is told.
 pub const LOST: u32 = 1;
-
-/// Asks the routing table, of a packet of this many bytes that came by a device; 0 bytes for one that the kernel cuts
-/// before it is sent.
-#[inline(always)]
-pub fn ask(
-    ctx: &(impl EbpfContext + Frame),
-    packet: &Packet,
-    to: &Tuple,
-    route: &mut bpf_fib_lookup,
-    (device, length): (u32, u16),
-) -> Option<i64> {
-    // All of it counts: of zeros, the table takes nothing for a wish.
-    (route.l4_protocol, route.sport, route.dport) = (0, 0, 0);
-    route.ifindex = device;
-    route.__bindgen_anon_1.tot_len = length;
-    route.__bindgen_anon_5.tbid = 0;
-    if packet.is_v6() {
-        let first: u32 = ctx.read(ETHERNET)?;
-        route.family = AF_INET6;
-        // Traffic class and flow label, without the version.
-        route.__bindgen_anon_2.flowinfo = first & 0x0fff_ffff_u32.to_be();
-        route.__bindgen_anon_3.ipv6_src = to.source.words().0;
-        route.__bindgen_anon_4.ipv6_dst = to.destination.words().0;
-    } else {
-        let [_, service]: [u8; 2] = ctx.read(ETHERNET)?;
-        route.family = AF_INET;
-        route.__bindgen_anon_2.flowinfo = 0;
-        route.__bindgen_anon_2.tos = service;
-        route.__bindgen_anon_3.ipv4_src = to.source.as_v4();
-        route.__bindgen_anon_4.ipv4_dst = to.destination.as_v4();
-    }
-    // SAFETY: context and structure are valid, and the size is the structure's.
-    Some(unsafe { ask_routes(ctx.as_ptr(), route, size_of::<bpf_fib_lookup>() as i32, 0) })
-}
 
 /// Bytes of the packet by its own header, without what fills a short frame up.
 #[inline(always)]
@@ -133,34 +85,21 @@ fn look(ctx: &TcContext, all: &mut Scratch, more: u16) -> u32 {
     if size == 0 {
         length = length.saturating_add(more);
     }
-    let way = &mut all.way;
-    let found = ask(ctx, &all.packet, &all.to, &mut way.route, (device, length));
-    let Some(found) = found else {
+    let Some(found) = route::ask(ctx, &all.packet, &all.to, &mut all.way, (device, length)) else {
         return LOST;
     };
-    // SAFETY: all bytes of the unions are written, and mean something as numbers.
-    unsafe {
-        match u32::try_from(found).unwrap_or(u32::MAX) {
-            BPF_FIB_LKUP_RET_SUCCESS | BPF_FIB_LKUP_RET_NO_NEIGH => {
-                // The next hop may be of another family.
-                way.hop.nh_family = u32::from(way.route.family);
-                way.hop.__bindgen_anon_1.ipv6_nh = way.route.__bindgen_anon_4.ipv6_dst;
-                GO
-            }
-            BPF_FIB_LKUP_RET_FRAG_NEEDED => {
-                way.mtu = u32::from(way.route.__bindgen_anon_1.mtu_result);
-                refuse::TOO_BIG
-            }
-            BPF_FIB_LKUP_RET_NOT_FWDED | BPF_FIB_LKUP_RET_UNREACHABLE => refuse::NO_ROUTE,
-            BPF_FIB_LKUP_RET_PROHIBIT => refuse::PROHIBITED,
-            BPF_FIB_LKUP_RET_BLACKHOLE => LOST,
-            // The device is none of a router's, or the way is one that this table doesn't tell of: it goes back by
-            // where it came from, if that leads there.
-            _ => {
-                way.route.ifindex = device;
-                way.hop.nh_family = 0;
-                GO
-            }
+    match found {
+        BPF_FIB_LKUP_RET_SUCCESS | BPF_FIB_LKUP_RET_NO_NEIGH => GO,
+        BPF_FIB_LKUP_RET_FRAG_NEEDED => refuse::TOO_BIG,
+        BPF_FIB_LKUP_RET_NOT_FWDED | BPF_FIB_LKUP_RET_UNREACHABLE => refuse::NO_ROUTE,
+        BPF_FIB_LKUP_RET_PROHIBIT => refuse::PROHIBITED,
+        BPF_FIB_LKUP_RET_BLACKHOLE => LOST,
+        // The device is none of a router's, or the way is one that this table doesn't tell of: it goes back by where
+        // it came from, if that leads there.
+        _ => {
+            all.way.device = device;
+            all.way.hop.nh_family = 0;
+            GO
         }
     }
 }
@@ -177,7 +116,7 @@ pub fn go(ctx: &TcContext, all: &mut Scratch) -> i32 {
 /// Sends a packet the way that was found.
 #[inline(always)]
 pub fn leave(all: &mut Scratch) -> i32 {
-    let device = all.way.route.ifindex;
+    let device = all.way.device;
     let hop = &raw mut all.way.hop;
     // SAFETY: the parameters are the map's; without them the helper asks the routing table.
     unsafe {

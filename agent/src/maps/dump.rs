@@ -268,7 +268,7 @@ fn reversed(tuple: &Tuple) -> Tuple {
 /// The row of a flow at this moment (in ticks), if it is asked for.
 fn flow(key: &FlowKey, flow: &Flow, now: u32, what: What, filter: Filter) -> Option<Value> {
     let forth = tuple(key, flow.from_low != 0);
-    let turned = match flow.turn & !TURN_LATE {
+    let turned = match flow.turn & (TURN_FORTH | TURN_BACK) {
         TURN_FORTH => Some(("forward", forth)),
         TURN_BACK => Some(("reply", reversed(&forth))),
         _ => None,

@@ -39,12 +39,36 @@ impl Ends {
 pub struct Turn {
     /// The beginner's packets; otherwise the answers.
     pub forth: bool,
+    pub how: How,
+    pub becomes: Ends,
+    /// That of the other entry's packets.
+    pub other: How,
+}
+
+/// Where packets are translated, and what way they take then.
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub struct How {
     /// Where they leave; otherwise where they come in.
     pub late: bool,
-    pub becomes: Ends,
-    /// Whether the other entry's packets are translated where they leave.
-    pub other_late: bool,
+    /// Known to end on this node.
+    pub stays: bool,
 }
+
+/// Where they come in, and go on.
+const THROUGH: How = How {
+    late: false,
+    stays: false,
+};
+/// Where they come in, and stay.
+const IN: How = How {
+    stays: true,
+    ..THROUGH
+};
+/// Where they leave.
+const OUT: How = How {
+    late: true,
+    ..THROUGH
+};
 
 /// What is remembered of a flow under one pair of ends.
 #[derive(Clone, Copy, Debug, PartialEq)]
@@ -57,11 +81,27 @@ pub struct Entry {
     /// Number and generation.
     pub backend: Option<(u32, u32)>,
     pub turn: Option<Turn>,
+    /// What the packets became of the connection that had this port; it keeps others out.
+    pub kept: Option<Ends>,
     /// Flags of TCP that were seen from the beginner and the other end, as far as they are told of.
     pub told: [u8; 2],
-    pub closed: bool,
+    pub closed: Closed,
     /// When its other entry was last seen to be there.
     pub paired: u32,
+}
+
+/// Which ends have closed a connection: the beginner, and the other.
+pub type Closed = [bool; 2];
+const OPEN: Closed = [false; 2];
+const OVER: Closed = [true; 2];
+
+/// Adds the end that closes with a packet; with a reset, both have.
+fn close(closed: &mut Closed, flags: u8, forth: bool) {
+    if flags & RST != 0 {
+        *closed = OVER;
+    } else {
+        closed[usize::from(!forth)] = true;
+    }
 }
 
 /// The other end answered.
@@ -289,7 +329,7 @@ impl Model {
             }
             *told |= news;
             if seen.is_told() && news & (FIN | RST) != 0 {
-                entry.closed = true;
+                close(&mut entry.closed, seen.flags, !reply);
             }
         }
         (true, reply, entry.service)
@@ -305,12 +345,12 @@ impl Model {
             return None;
         }
         if seen.carrier.is_some() {
-            return Some((turn.becomes, turn.late));
+            return Some((turn.becomes, turn.how.late));
         }
         let (connection, answered) = (seen.is_told(), entry.told[1] != 0);
         if forth && entry.backend.is_some() {
             // A connection that is sent again before it was answered is the same; later it is another.
-            if seen.begins() && (answered || entry.closed) {
+            if seen.begins() && (answered || entry.closed != OPEN) {
                 return None;
             }
             // All but an open connection leave a backend that is gone.
@@ -324,7 +364,12 @@ impl Model {
             entry.paired = 0;
         }
         let ends = connection && seen.flags & (FIN | RST) != 0;
-        entry.closed = ends || entry.closed && !seen.begins();
+        if seen.begins() {
+            entry.closed = OPEN;
+        }
+        if ends {
+            close(&mut entry.closed, seen.flags, forth);
+        }
         if ends || entry.paired != self.now {
             entry.paired = self.now;
             if !self.pair(&entry, turn, seen.ends) {
@@ -333,20 +378,20 @@ impl Model {
             }
         }
         self.flows.insert(key, entry);
-        Some((turn.becomes, turn.late))
+        Some((turn.becomes, turn.how.late))
     }
 
     /// Tells the other entry, or makes it again; false if its place is another flow's.
     fn pair(&mut self, entry: &Entry, turn: Turn, ends: Ends) -> bool {
         let back = Turn {
             forth: !turn.forth,
-            late: turn.other_late,
+            how: turn.other,
             becomes: ends.back(),
-            other_late: turn.late,
+            other: turn.how,
         };
         if let Some(other) = self.flows.get_mut(&turn.becomes.key()) {
             let same = other.turn.is_some_and(|found| {
-                (found.forth, found.late, found.becomes) == (back.forth, back.late, back.becomes)
+                (found.forth, found.how, found.becomes) == (back.forth, back.how, back.becomes)
             });
             if same {
                 other.closed = entry.closed;
@@ -370,12 +415,15 @@ impl Model {
     /// Whether an entry keeps its place: a connection that ended and was not translated leaves it, and so does what
     /// is left of a flow whose other half is gone.
     fn is_held(&self, entry: &Entry) -> bool {
+        if entry.kept.is_some() {
+            return true;
+        }
         let Some(turn) = entry.turn else {
-            return !entry.closed;
+            return entry.closed == OPEN;
         };
         let half = self.flows.get(&turn.becomes.key());
         let half = half.and_then(|half| half.turn);
-        half.is_some_and(|half| (half.forth, half.late) == (!turn.forth, turn.other_late))
+        half.is_some_and(|half| (half.forth, half.how) == (!turn.forth, turn.other))
     }
 
     /// Remembers a flow that is translated; false if the place of its other entry is taken.
@@ -384,20 +432,19 @@ impl Model {
         new: Entry,
         ends: Ends,
         becomes: Ends,
-        late: bool,
-        other_late: bool,
+        (how, other): (How, How),
     ) -> bool {
         let back = Turn {
             forth: false,
-            late: other_late,
+            how: other,
             becomes: ends.back(),
-            other_late: late,
+            other: how,
         };
         if let Some(old) = self.flows.get(&becomes.key()) {
             let same = old.turn.is_some_and(|found| {
-                (found.forth, found.late, found.becomes) == (back.forth, back.late, back.becomes)
+                (found.forth, found.how, found.becomes) == (back.forth, back.how, back.becomes)
             });
-            if !same && self.is_held(old) {
+            if !same && old.kept != Some(back.becomes) && self.is_held(old) {
                 return false;
             }
         }
@@ -415,9 +462,9 @@ impl Model {
                 beginner: ends.from,
                 turn: Some(Turn {
                     forth: true,
-                    late,
+                    how,
                     becomes,
-                    other_late,
+                    other,
                 }),
                 ..new
             },
@@ -427,20 +474,23 @@ impl Model {
         true
     }
 
-    /// The same with a source port: its own if the source stays whose it was and the place is free, otherwise one of
-    /// the node's. None if there is none.
+    /// The same with a source port: its own if the source stays whose it was and the place is free, the one that it
+    /// had before, otherwise one of the node's. None if there is none.
     fn enter_with_port(
         &mut self,
         new: Entry,
         ends: Ends,
         mut becomes: Ends,
-        late: bool,
-        other_late: bool,
+        hows: (How, How),
+        former: Option<u16>,
         made: &Made,
     ) -> Option<Ends> {
         let fixed = !matches!(ends.protocol, 1 | 6 | 17 | 58 | 132);
-        if (fixed || becomes.from.0 == ends.from.0)
-            && self.enter_pair(new, ends, becomes, late, other_late)
+        if let Some(port) = former {
+            becomes.from.1 = port;
+        }
+        if (fixed || becomes.from.0 == ends.from.0 || former.is_some())
+            && self.enter_pair(new, ends, becomes, hows)
         {
             return Some(becomes);
         }
@@ -472,7 +522,7 @@ impl Model {
             becomes.to.1 = made.from_port;
         }
         assert!(
-            self.enter_pair(new, ends, becomes, late, other_late),
+            self.enter_pair(new, ends, becomes, hows),
             "the port {} is another flow's",
             made.from_port
         );
@@ -483,9 +533,10 @@ impl Model {
     fn enter(&mut self, seen: &Seen, rule: u32) {
         let told = [seen.flags & (SYN | FIN | RST), 0];
         if let Some(old) = self.flows.get_mut(&seen.ends.key()) {
-            let over = old.closed && seen.begins();
+            let over = old.closed != OPEN && seen.begins();
             // What was translated elsewhere on its way here stays translated.
-            if old.turn.is_some() && old.beginner == seen.ends.from && !over {
+            let turned = old.turn.is_some() || old.kept.is_some();
+            if turned && old.beginner == seen.ends.from && !over {
                 (old.judged, old.rule) = (self.generation, rule);
                 // Judged anew it is still the same: who answered has answered.
                 match seen.begins() {
@@ -512,8 +563,9 @@ impl Model {
             service: 0,
             backend: None,
             turn: None,
+            kept: None,
             told: [0; 2],
-            closed: false,
+            closed: OPEN,
             paired: 0,
         }
     }
@@ -655,7 +707,6 @@ impl Model {
                     let Some(rule) = self.judged(&pod, seen, ends) else {
                         return DROP;
                     };
-                    self.forget(seen.ends);
                     // Whom the backend must take for the node: the pod itself, or one that has no way to pods.
                     let as_node = ends.to.0 == ends.from.0 || !self.native.contains(&ends.to.0);
                     if as_node {
@@ -669,7 +720,9 @@ impl Model {
                         told: [seen.flags & SYN, 0],
                         ..self.plain(seen.ends.from)
                     };
-                    becomes = self.enter_with_port(new, seen.ends, ends, false, !as_node, made);
+                    let former = self.part(seen.ends, ends);
+                    let hows = (THROUGH, if as_node { IN } else { OUT });
+                    becomes = self.enter_with_port(new, seen.ends, ends, hows, former, made);
                     if becomes.is_none() {
                         return DROP;
                     }
@@ -711,11 +764,29 @@ impl Model {
         Some(rule)
     }
 
-    /// The other entry of a flow that is about to begin anew.
-    fn forget(&mut self, ends: Ends) {
-        if let Some(turn) = self.flows.get(&ends.key()).and_then(|entry| entry.turn) {
-            self.flows.remove(&turn.becomes.key());
+    /// Parts from the translation of a flow that is about to begin anew: the port that it had, if it becomes the same
+    /// again but for that. If not, a connection's port is kept from others.
+    fn part(&mut self, ends: Ends, becomes: Ends) -> Option<u16> {
+        let turn = self.flows.get(&ends.key())?.turn?;
+        let changed = turn.becomes.from.0 != ends.from.0;
+        let same = (turn.becomes.from.0, turn.becomes.to) == (becomes.from.0, becomes.to);
+        if changed && turn.forth && same {
+            return Some(turn.becomes.from.1);
         }
+        let key = turn.becomes.key();
+        let other = self.flows.get_mut(&key)?;
+        let theirs = other.turn?;
+        if (theirs.forth, theirs.how, theirs.becomes) != (!turn.forth, turn.other, ends.back()) {
+            return None;
+        }
+        if changed && matches!(ends.protocol, 6 | 132) {
+            other.turn = None;
+            other.kept = Some(theirs.becomes);
+            other.closed = OVER;
+        } else {
+            self.flows.remove(&key);
+        }
+        None
     }
 
     /// Into a pod, from the stack; `own` is what a process of the node sent.
@@ -790,7 +861,6 @@ impl Model {
                     to: self.backends[&number].end,
                     ..seen.ends
                 };
-                self.forget(seen.ends);
                 let stays = self.is_here(ends.to.0);
                 if !stays {
                     ends.from.0 = self.node(ends.to.0);
@@ -800,7 +870,9 @@ impl Model {
                     backend: Some((number, self.backends[&number].generation)),
                     ..self.plain(seen.ends.from)
                 };
-                match self.enter_with_port(new, seen.ends, ends, false, stays, made) {
+                let former = self.part(seen.ends, ends);
+                let hows = if stays { (IN, OUT) } else { (THROUGH, THROUGH) };
+                match self.enter_with_port(new, seen.ends, ends, hows, former, made) {
                     Some(ends) => ends,
                     None => return DROP,
                 }
@@ -840,7 +912,7 @@ impl Model {
         }
         let mut ends = seen.ends;
         ends.from.0 = self.node(ends.to.0);
-        match self.enter_with_port(new, seen.ends, ends, true, false, made) {
+        match self.enter_with_port(new, seen.ends, ends, (OUT, IN), None, made) {
             Some(ends) => Fate {
                 becomes: Some(ends),
                 ..PASS

@@ -4,12 +4,15 @@ use std::collections::{HashMap, VecDeque};
 use std::net::IpAddr;
 
 use rand::Rng;
-use xebec_dataplane_common::flow::{Flow, FlowKey, TURN_BACK, TURN_FORTH, TURN_LATE, ticks};
+use xebec_dataplane_common::flow::{
+    CLOSED_BACK, CLOSED_FORTH, Flow, FlowKey, TURN_BACK, TURN_FORTH, TURN_KEPT, TURN_LATE,
+    TURN_STAYS, ticks,
+};
 use xebec_dataplane_common::ip::Ip;
 use xebec_dataplane_common::nat::Tuple;
 use xebec_dataplane_common::service::AffinityKey;
 
-use super::rules::{End, Ends, Entry, Fate, Made, Seen, Turn, Verdict, changed};
+use super::rules::{End, Ends, Entry, Fate, How, Made, Seen, Turn, Verdict, changed};
 use super::world::{PODS, World, far_pod, frontends, pod_address};
 use crate::packets::packet::{INIT, Transport, refusal, tcp_flags, told_by};
 use crate::packets::{
@@ -736,6 +739,13 @@ pub fn flow_key(ends: Ends) -> FlowKey {
     FlowKey::new(&tuple).0
 }
 
+fn how(turn: u8) -> How {
+    How {
+        late: turn & TURN_LATE != 0,
+        stays: turn & TURN_STAYS != 0,
+    }
+}
+
 /// The kernel's entry in the model's words.
 fn entry(key: &FlowKey, flow: &Flow) -> Entry {
     let end = |address: Ip, port: u16| (IpAddr::from(address), u16::from_be(port));
@@ -747,9 +757,9 @@ fn entry(key: &FlowKey, flow: &Flow) -> Entry {
     };
     let turn = (flow.turn & (TURN_FORTH | TURN_BACK) != 0).then_some(Turn {
         forth: flow.turn & TURN_FORTH != 0,
-        late: flow.turn & TURN_LATE != 0,
+        how: how(flow.turn),
         becomes,
-        other_late: flow.other & TURN_LATE != 0,
+        other: how(flow.other),
     });
     Entry {
         beginner: match flow.from_low {
@@ -761,8 +771,9 @@ fn entry(key: &FlowKey, flow: &Flow) -> Entry {
         service: flow.service,
         backend: (flow.backend != 0).then_some((flow.backend, flow.backend_generation)),
         turn,
+        kept: (flow.turn == TURN_KEPT).then_some(becomes),
         told: flow.told,
-        closed: flow.closed != 0,
+        closed: [CLOSED_FORTH, CLOSED_BACK].map(|end| flow.closed & end != 0),
         paired: flow.paired,
     }
 }

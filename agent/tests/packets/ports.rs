@@ -3,7 +3,8 @@
 use std::collections::BTreeSet;
 
 use super::{
-    FAMILIES, Kernel, OK, SHOT, client, left_out, node, pod, settings, source_port, tcp, udp,
+    ACK, FAMILIES, FIN, Kernel, OK, Packet, REDIRECT, SHOT, SYN, at, client, far, left_out, node,
+    pod, settings, source_port, tcp, udp,
 };
 
 /// How many ports there are in the test.
@@ -92,5 +93,60 @@ fn half_a_flow_holds_no_port_and_one_without_an_answer_not_for_long() {
         let (verdict, out) = kernel.run("xebec_to_network", &sent(4004).bytes());
         assert_eq!((verdict, source_port(&out)), (OK, ports[0]));
         full(&mut kernel, 4005);
+    }
+}
+
+/// A client's connection over one that ended gets the port again that it had towards the same backend: that remembers the
+/// one before for a while, and would refuse any other in its place. Towards another backend it gets another port, and
+/// the former is kept from others.
+#[test]
+fn a_connection_that_begins_again_has_the_port_that_it_had() {
+    if left_out() {
+        return;
+    }
+    for f in FAMILIES {
+        let mut kernel = Kernel::shared();
+        kernel.settings(settings(61_000, 3));
+        kernel.node_port(30_080, far(f), 8080);
+        let sent = |port| tcp(client(f), node(f), port, 30_080, "S");
+        let run = |kernel: &mut Kernel, packet: &Packet| {
+            let (verdict, out) = kernel.run("xebec_from_network", &packet.bytes());
+            (verdict == REDIRECT).then(|| source_port(&out))
+        };
+        // Both ends close.
+        let closed = |kernel: &mut Kernel, port| {
+            let had = run(kernel, &sent(port)).unwrap();
+            let seen = tcp(node(f), far(f), had, 8080, "S");
+            assert_eq!(run(kernel, &seen.back(SYN | ACK)), Some(30_080));
+            assert_eq!(run(kernel, &sent(port).flags(FIN | ACK)), Some(had));
+            assert_eq!(run(kernel, &seen.back(FIN | ACK)), Some(30_080));
+            had
+        };
+        let first = closed(&mut kernel, 4001);
+        for _ in 0..8 {
+            assert_eq!(closed(&mut kernel, 4001), first);
+        }
+        assert_eq!(kernel.translations(), 2);
+        // The next connection of this client goes to another backend, and is no reason to forget the one before.
+        kernel.node_port(30_080, at(f, [10, 244, 1, 6]), 8080);
+        assert!(run(&mut kernel, &sent(4001)).is_some());
+        let old = tcp(node(f), far(f), first, 8080, "A");
+        let late = old.answer().bytes();
+        assert_eq!(
+            kernel.run("xebec_from_network", &late),
+            (OK, late.clone()),
+            "what the former backend still says is not the new connection's"
+        );
+        // Others get other ports, while there are any; then those of connections that are over.
+        kernel.node_port(30_080, far(f), 8080);
+        let mut taken: Vec<_> = (4002..4004)
+            .map(|port| run(&mut kernel, &sent(port)).unwrap())
+            .collect();
+        assert!(!taken.contains(&first));
+        taken.push(run(&mut kernel, &sent(4004)).unwrap());
+        taken.sort_unstable();
+        assert_eq!(taken, [61_000, 61_001, 61_002]);
+        assert_eq!(run(&mut kernel, &sent(4005)), None, "all are open");
+        assert_eq!(kernel.refused(), (0, 1));
     }
 }

@@ -1,11 +1,13 @@
 //! Which way translated packets take, and what is said of those that have none, byte for byte.
 
+use std::time::Duration;
+
 use xebec_agent::loader::Xdp;
 use xebec_dataplane_common::flow::{DROPPED, REASON_NO_ROUTE, REASON_TOO_BIG, REASON_TTL};
 use xebec_dataplane_common::nat::Settings;
 
 use super::packet::told_by;
-use super::wires::{OTHER_NODE, OWN, ROUTER, Wires, ip};
+use super::wires::{OTHER_NODE, OWN, ROUTER, Wires, ip, neighbour};
 use super::{
     ACK, FAMILIES, Family, HERE, Kernel, OK, POD_MAC, Packet, REDIRECT, SHOT, Why, at, client,
     error, far, icmp, left_out, node, pod, router, service, settings, source_port, tcp, udp, web,
@@ -43,6 +45,46 @@ fn frames_leave_by_the_device_of_their_route() {
         }
     });
 }
+
+/// What the routing table said is remembered, but not for long.
+#[test]
+fn a_route_that_changes_is_obeyed_soon() {
+    if left_out() {
+        return;
+    }
+    Wires::with(|wires| {
+        let mut kernel = Kernel::own();
+        kernel.attach(&wires.devices, Xdp::Off).unwrap();
+        kernel.settings(settings(61_000, 1));
+        for f in FAMILIES {
+            let far = far(f);
+            kernel.node_port(30_080, far, 8080);
+            let sent = tcp(client(f), node(f), 4000, 30_080, "S").between(ROUTER, OWN[0]);
+            let there = sent.from(node(f), 61_000).to(far, 8080).hop();
+            let ears = [wires.ear(0), wires.ear(1)];
+            wires.send(0, &sent.bytes());
+            ears[0].hears(&there.clone().between(OWN[0], OTHER_NODE).bytes());
+            let hop = at(f, [203, 0, 113, 20]);
+            let net = if f == Family::V4 {
+                "10.244.1.0/24"
+            } else {
+                "fd00:10:244:1::/64"
+            };
+            ip(&format!("route replace {net} via {hop}"));
+            std::thread::sleep(LASTS);
+            wires.send(0, &sent.bytes());
+            ears[1].hears(&there.clone().between(OWN[1], OTHER_NODE).bytes());
+            // So is a neighbour's new address.
+            neighbour("replace", hop, 1, ROUTER);
+            std::thread::sleep(LASTS);
+            wires.send(0, &sent.bytes());
+            ears[1].hears(&there.clone().between(OWN[1], ROUTER).bytes());
+        }
+    });
+}
+
+/// Longer than an answer of the routing table is remembered.
+const LASTS: Duration = Duration::from_millis(100);
 
 /// A packet to the node's device, as whoever sent it hears of it.
 fn refused(sent: &Packet, f: Family, why: Why) -> Vec<u8> {

@@ -107,7 +107,6 @@ pub fn run(effort: Effort) -> Result<Outcome> {
         let (mut client, _without) = stage.agent_pod()?;
         let first = crate::services::first_service(services)?;
         crate::services::watch(&mut client, first, None, 300.0, || Ok(()))?;
-        let programs = ids()?;
         let mut pound = Part::start(
             Network::Of(&stage.stage.node),
             false,
@@ -115,9 +114,11 @@ pub fn run(effort: Effort) -> Result<Outcome> {
         )?;
         for (place, subject) in SUBJECTS.iter().enumerate() {
             let name = &subject.name[..subject.name.len().min(NAME)];
+            // An agent whose maps grew has loaded its programs again.
+            let programs = ids()?;
             let Some((id, _)) = programs
                 .iter()
-                .find(|(id, found)| found == name && !before.contains(id))
+                .rfind(|(id, found)| found == name && !before.contains(id))
             else {
                 notes.push(format!(
                     "{}: the agent loaded no such program",

@@ -18,10 +18,12 @@ const WARM: u32 = 2_000;
 const LOOK: u32 = 500;
 /// One wrong frame in so many is chance: a new flow may find no free port in a few tries.
 const SELDOM: usize = 10;
-/// Loops in the kernel, and runs in each.
-const LOOPS: usize = 30;
-/// As above.
-const LOOP: u32 = 1_000;
+/// Loops in the kernel.
+const LOOPS: usize = 10;
+/// Runs in a loop. Before one of XDP the kernel waits, and caches are cold then: of fewer runs, those would be most.
+const LOOP: u32 = 50_000;
+/// The same of new flows, for which there must be ports.
+const LOOP_FRESH: u32 = 3_000;
 
 /// What there is of one family.
 #[derive(Clone, Copy, Serialize, Deserialize)]
@@ -282,6 +284,10 @@ fn looped(
         Flows::Fresh => Pick::Next(first),
         Flows::Half(flows) => Pick::Half(flows, first),
     };
+    let runs = match scenario.flows {
+        Flows::One | Flows::Many(_) => LOOP,
+        Flows::Fresh | Flows::Half(_) => LOOP_FRESH,
+    };
     let (frame, vary) = order.template(scenario, scenario.content);
     let wrapped = wrap::wrap(program, order.kind, &frame, pick, vary)?;
     let mut nanos = Vec::with_capacity(LOOPS);
@@ -289,7 +295,7 @@ fn looped(
         let mut out = vec![0; frame.len() + 256];
         let ran = wrapped
             .program
-            .run(&frame, order.device, LOOP, Some(&mut out))?;
+            .run(&frame, order.device, runs, Some(&mut out))?;
         // The senders are others than the template's; all else must be the same.
         let mut before = frame.clone();
         if vary.is_some() && out.len() == frame.len() {

@@ -79,6 +79,10 @@ pub const fn longest_idle(protocol: u8) -> u32 {
 /// (`nf_conntrack_tcp_timeout_fin_wait`); after that another flow may have the port.
 const CLOSED_IDLE: u32 = ticks(121 * SECOND);
 
+/// Where both have closed, one of them remembers the connection and would refuse another in its place for a minute
+/// (Linux's `TCP_TIMEWAIT_LEN`).
+const OVER_IDLE: u32 = ticks(61 * SECOND);
+
 /// Nobody has answered yet: as long as Linux's connection tracking waits for that
 /// (`nf_conntrack_tcp_timeout_syn_sent`).
 const UNANSWERED_IDLE: u32 = ticks(121 * SECOND);
@@ -111,7 +115,7 @@ pub struct Flow {
     pub turn: u8,
     /// TCP flags that were told of, of the beginner's packets and of the replies.
     pub told: [u8; 2],
-    /// 1 once an end of a TCP connection has closed it.
+    /// Which ends have closed a TCP connection: [`CLOSED_FORTH`], [`CLOSED_BACK`].
     pub closed: u8,
     /// The turn of its counterpart.
     pub other: u8,
@@ -127,6 +131,20 @@ pub const TURN_FORTH: u8 = 1;
 pub const TURN_BACK: u8 = 2;
 /// Set where packets are translated when they leave, by routes chosen before; else when they come in.
 pub const TURN_LATE: u8 = 4;
+
+/// Nothing is translated any more: the beginner's connection has become another one. The entry keeps its port from
+/// others while the far end may remember it.
+pub const TURN_KEPT: u8 = 16;
+
+/// The beginner has closed.
+pub const CLOSED_FORTH: u8 = 1;
+/// The other end has closed.
+pub const CLOSED_BACK: u8 = 2;
+/// Nothing more is said.
+pub const CLOSED: u8 = CLOSED_FORTH | CLOSED_BACK;
+
+/// Set where the way of the packets ends on this node once they are translated.
+pub const TURN_STAYS: u8 = 32;
 
 /// Set where packets go to the backend's node as they are, and answers come by another way: there is no other entry.
 pub const TURN_DIRECT: u8 = 8;
@@ -144,6 +162,7 @@ impl Flow {
         let idle = now.wrapping_sub(self.seen);
         self.is_forgotten(protocol, now)
             || self.closed != 0 && idle > CLOSED_IDLE
+            || self.closed == CLOSED && idle > OVER_IDLE
             || self.told[1] == 0 && idle > UNANSWERED_IDLE
     }
 }
@@ -267,7 +286,7 @@ mod tests {
             [offset_of!(Event, verdict), offset_of!(Event, set)],
             [46, 52]
         );
-        assert_eq!(crate::LAYOUT, 8, "raise it with every change of a layout");
+        assert_eq!(crate::LAYOUT, 9, "raise it with every change of a layout");
     }
 
     fn tuple(source: (u32, u16), destination: (u32, u16)) -> Tuple {
@@ -299,6 +318,9 @@ mod tests {
         assert!(!flow.is_replaceable(crate::TCP, after(120)));
         assert!(flow.is_replaceable(crate::TCP, after(123)));
         assert!(!flow.is_forgotten(crate::TCP, after(123)));
+        flow.closed = CLOSED;
+        assert!(!flow.is_replaceable(crate::TCP, after(60)));
+        assert!(flow.is_replaceable(crate::TCP, after(63)));
         flow.closed = 0;
         assert!(!flow.is_replaceable(crate::TCP, after(6 * 3_600)));
         assert!(flow.is_replaceable(crate::TCP, after(6 * 3_600 + 2)));
