@@ -17,7 +17,6 @@ use xebec_dataplane_common::flow::{
     REASON_NO_MAPPING, REASON_NO_ROUTE, REASON_NO_SERVICE, REASON_POLICY, REASON_SOURCE,
     REASON_TOO_BIG, REASON_TTL,
 };
-use xebec_dataplane_common::ip::Ip;
 use xebec_dataplane_common::{ICMP, ICMP6, SCTP, TCP, UDP};
 
 use crate::maps::{FlowMaps, next_event};
@@ -37,8 +36,8 @@ const BEHIND: usize = 1_024;
 #[derive(Clone, Debug)]
 pub struct Seen {
     event: Event,
-    /// Wall-clock time.
-    time: Timestamp,
+    /// Wall-clock time, in ns since 1970.
+    time: i64,
     source: Arc<Peer>,
     destination: Arc<Peer>,
     rule: Option<Arc<RuleId>>,
@@ -81,6 +80,7 @@ impl Flows {
         let ring = unsafe { AsyncFd::register(events) };
         let mut ring = ring.context("could not wait for events of flows")?;
         Ok(async move {
+            let mut batch = Vec::with_capacity(AT_ONCE);
             loop {
                 let mut ready = tokio::select! {
                     () = shutdown.cancelled() => return Ok(()),
@@ -94,44 +94,53 @@ impl Flows {
                 }
                 let offset = wall_clock_offset();
                 let ring = ready.get_inner_mut();
-                let mut taken = 0_usize;
-                while let Some(event) = next_event(ring) {
-                    flows.take(event, offset, &peer_of_world);
-                    taken += 1;
-                    if taken.is_multiple_of(AT_ONCE) {
-                        tokio::task::yield_now().await;
+                loop {
+                    batch.extend(std::iter::from_fn(|| next_event(ring)).take(AT_ONCE));
+                    if batch.is_empty() {
+                        break;
                     }
+                    flows.take(&batch, offset, &peer_of_world);
+                    batch.clear();
+                    tokio::task::yield_now().await;
                 }
                 ready.clear_ready();
             }
         })
     }
 
-    fn take(&self, event: Event, offset: i128, world: &Arc<Peer>) {
-        let peer = |address: Ip| {
-            self.names
-                .peer(address.into())
-                .unwrap_or_else(|| world.clone())
-        };
-        let seen = Arc::new(Seen {
-            event,
-            time: Timestamp::from_nanosecond(i128::from(event.time) + offset).unwrap_or_default(),
-            source: peer(event.source),
-            destination: peer(event.destination),
-            rule: self.names.rule(event.rule),
-            denied_by: if event.reason == REASON_POLICY {
-                self.names.policies(event.set)
-            } else {
-                None
-            },
-        });
+    /// Names events and keeps them. There may be hundreds of thousands in a second, so what can be is done once for all.
+    fn take(&self, events: &[Event], offset: i64, world: &Arc<Peer>) {
+        let names = self.names.now();
         let mut kept = self.kept.lock().unwrap_or_else(PoisonError::into_inner);
-        if kept.len() == KEPT {
-            kept.pop_front();
+        // Who follows begins under the lock, and what is new is sent under it: see `read`.
+        let followed = self.news.receiver_count() != 0;
+        for event in events {
+            let seen = Arc::new(Seen {
+                event: *event,
+                time: offset.saturating_add_unsigned(event.time),
+                source: names.peer(event.source.into()).unwrap_or(world).clone(),
+                destination: names
+                    .peer(event.destination.into())
+                    .unwrap_or(world)
+                    .clone(),
+                rule: match event.rule {
+                    0 => None,
+                    rule => names.rule(rule).cloned(),
+                },
+                denied_by: match event.reason {
+                    REASON_POLICY => names.policies(event.set).cloned(),
+                    _ => None,
+                },
+            });
+            if kept.len() == KEPT {
+                kept.pop_front();
+            }
+            if followed {
+                // All may have left by now.
+                let _ = self.news.send(seen.clone());
+            }
+            kept.push_back(seen);
         }
-        kept.push_back(seen.clone());
-        // Sent under the lock: see `read`. Nobody need follow.
-        let _ = self.news.send(seen);
     }
 
     /// The newest flows that pass a filter, oldest first, and those to come.
@@ -161,7 +170,9 @@ impl Flows {
     /// A flow as Hubble's observer API writes it in JSON (`GetFlowsResponse`).
     pub fn to_json(&self, seen: &Seen) -> Value {
         let event = &seen.event;
-        let time = seen.time.to_string();
+        let time = Timestamp::from_nanosecond(seen.time.into())
+            .unwrap_or_default()
+            .to_string();
         let mut flow = json!({
             "time": time,
             "verdict": if event.verdict == DROPPED { "DROPPED" } else { "FORWARDED" },
@@ -311,12 +322,14 @@ fn reason(number: u8) -> &'static str {
 }
 
 /// What to add to the monotonic clock to get the time of day, ns.
-fn wall_clock_offset() -> i128 {
+fn wall_clock_offset() -> i64 {
     use nix::time::{ClockId, clock_gettime};
-    let monotonic = clock_gettime(ClockId::CLOCK_MONOTONIC).map_or(0, |time| {
-        i128::from(time.tv_sec()) * 1_000_000_000 + i128::from(time.tv_nsec())
-    });
-    Timestamp::now().as_nanosecond() - monotonic
+    let nanos = |clock| {
+        clock_gettime(clock).map_or(0, |time| {
+            i64::from(time.tv_sec()) * 1_000_000_000 + i64::from(time.tv_nsec())
+        })
+    };
+    nanos(ClockId::CLOCK_REALTIME) - nanos(ClockId::CLOCK_MONOTONIC)
 }
 
 /// Which flows are wanted.
@@ -416,7 +429,9 @@ impl Filter {
             && self
                 .port
                 .is_none_or(|wanted| !is_icmp(seen) && ports.contains(&wanted))
-            && self.since.is_none_or(|since| seen.time >= since)
+            && self
+                .since
+                .is_none_or(|since| i128::from(seen.time) >= since.as_nanosecond())
     }
 }
 

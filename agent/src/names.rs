@@ -2,7 +2,7 @@
 
 use std::collections::HashMap;
 use std::net::IpAddr;
-use std::sync::{Arc, PoisonError, RwLock};
+use std::sync::{Arc, PoisonError, RwLock, RwLockReadGuard};
 
 use crate::policy::compile::{Name, RuleId};
 use crate::policy::selector::Labels;
@@ -76,28 +76,34 @@ struct Inner {
 #[derive(Clone, Default)]
 pub struct Names(Arc<RwLock<Inner>>);
 
-impl Names {
-    fn read<T>(&self, look: impl FnOnce(&Inner) -> T) -> T {
-        look(&self.0.read().unwrap_or_else(PoisonError::into_inner))
+/// The names of a moment.
+pub struct Now<'a>(RwLockReadGuard<'a, Inner>);
+
+impl Now<'_> {
+    /// Who has an address, if it is known.
+    pub fn peer(&self, address: IpAddr) -> Option<&Arc<Peer>> {
+        self.0.peers.get(&address)
     }
 
+    /// Where a rule stands.
+    pub fn rule(&self, rule: u32) -> Option<&Arc<RuleId>> {
+        self.0.rules.get(&rule)
+    }
+
+    /// The policies behind a set.
+    pub fn policies(&self, set: u32) -> Option<&Arc<Vec<Name>>> {
+        self.0.sets.get(&set)
+    }
+}
+
+impl Names {
     fn write(&self, change: impl FnOnce(&mut Inner)) {
         change(&mut self.0.write().unwrap_or_else(PoisonError::into_inner));
     }
 
-    /// Who has an address, if it is known.
-    pub fn peer(&self, address: IpAddr) -> Option<Arc<Peer>> {
-        self.read(|inner| inner.peers.get(&address).cloned())
-    }
-
-    /// Where a rule stands.
-    pub fn rule(&self, rule: u32) -> Option<Arc<RuleId>> {
-        self.read(|inner| inner.rules.get(&rule).cloned())
-    }
-
-    /// The policies behind a set.
-    pub fn policies(&self, set: u32) -> Option<Arc<Vec<Name>>> {
-        self.read(|inner| inner.sets.get(&set).cloned())
+    /// The names of this moment; none changes while it is held.
+    pub fn now(&self) -> Now<'_> {
+        Now(self.0.read().unwrap_or_else(PoisonError::into_inner))
     }
 
     pub(crate) fn set(&self, address: IpAddr, peer: Peer) {

@@ -87,6 +87,9 @@ pub trait Frame {
     #[inline(always)]
     fn place(&self, at: usize, size: usize) -> Option<usize> {
         let (start, end) = self.bounds();
+        // No header lies so far behind that this changes anything. LLVM would compare what a sum was made of instead of
+        // the sum, and verifiers before Linux 6.8 or so learn of the compared register alone.
+        let at = at & (2 * FURTHEST - 1);
         if at > FURTHEST || start + at + size > end {
             return None;
         }

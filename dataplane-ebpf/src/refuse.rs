@@ -40,11 +40,14 @@ const FIRST4: usize = (IPV6 - IPV4) / 4;
 /// The first word of a quote.
 const QUOTED: usize = BEFORE + ICMP_HEADER / 4;
 
-/// An answer: its headers, and what it quotes, with a word to fill its last one up.
+/// An answer: its headers, and what it quotes, with a word to fill its last one up, and as much as IPv6's header is longer:
+/// the verifier takes what is behind either for as long as it can be behind the shorter.
 struct Answer {
-    words: [u32; QUOTED + QUOTE as usize / 4 + 1],
-    /// Bytes of the quote.
-    quoted: u32,
+    words: [u32; QUOTED + QUOTE as usize / 4 + 1 + (IPV6 - IPV4) / 4],
+    /// Bytes of the quote beyond the shortest header.
+    beyond: u32,
+    /// Bytes of the quote behind the packet's own header.
+    rest: u32,
 }
 
 #[map]
@@ -265,12 +268,15 @@ fn told(
     let there = unsafe { (*skb).len }.checked_sub(ETHERNET as u32)?;
     // A short frame is filled up to what Ethernet wants.
     let whole = if total < there { total } else { there };
-    answer.quoted = if whole < QUOTE { whole } else { QUOTE };
+    let whole = if whole < QUOTE { whole } else { QUOTE };
+    // At least a header, and no more than there is room for: kernels before 6.8 or so learn that from one bound at a time.
+    answer.beyond = whole.checked_sub(IPV4 as u32)?;
     settle();
-    let quoted = answer.quoted;
-    if quoted == 0 || quoted > QUOTE {
+    let beyond = answer.beyond;
+    if beyond > QUOTE - IPV4 as u32 {
         return None;
     }
+    let quoted = IPV4 as u32 + beyond;
     let quote = &raw mut answer.words[QUOTED];
     // SAFETY: the quote has room for so many bytes, and the word behind them is there, too.
     let loaded = unsafe {
@@ -290,7 +296,9 @@ fn told(
     answer.words[BEFORE] = u32::from_ne_bytes([kind, code, 0, 0]);
     answer.words[BEFORE + 1] = if why == TOO_BIG { mtu.to_be() } else { 0 };
     let network = network_length(packet) as u32;
-    let rest = quoted.checked_sub(network)?;
+    answer.rest = quoted.checked_sub(network)?;
+    settle();
+    let rest = answer.rest;
     if rest > QUOTE - IPV4 as u32 {
         return None;
     }
@@ -442,7 +450,7 @@ fn put(ctx: &TcContext, packet: &Packet, answer: &Answer, length: u32) -> Option
     } else {
         (&raw const answer.words[FIRST4], IPV4 as u32)
     };
-    if length == 0 || length > ICMP_HEADER as u32 + QUOTE {
+    if length > ICMP_HEADER as u32 + QUOTE {
         return None;
     }
     let (skb, length) = (ctx.skb.skb, network + length);

@@ -346,8 +346,9 @@ impl History {
                         Some(rules) if rules.is_empty() => set != 0 && rule == 0,
                         Some(rules) => self
                             .names
+                            .now()
                             .rule(rule)
-                            .is_some_and(|rule| rules.contains(&rule)),
+                            .is_some_and(|rule| rules.contains(rule)),
                     };
                     assert!(
                         sound,
