@@ -18,7 +18,10 @@ fn glibc() -> Option<(u32, u32)> {
     if std::env::var("CARGO_CFG_TARGET_ENV").ok()? != "gnu" {
         return None;
     }
-    let output = Command::new("getconf").arg("GNU_LIBC_VERSION").output().ok()?;
+    let output = Command::new("getconf")
+        .arg("GNU_LIBC_VERSION")
+        .output()
+        .ok()?;
     let text = String::from_utf8(output.stdout).ok()?;
     let (major, minor) = text.trim().strip_prefix("glibc ")?.split_once('.')?;
     Some((major.parse().ok()?, minor.parse().ok()?))

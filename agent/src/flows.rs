@@ -325,9 +325,7 @@ fn reason(number: u8) -> &'static str {
 fn wall_clock_offset() -> i64 {
     use nix::time::{ClockId, clock_gettime};
     let nanos = |clock| {
-        clock_gettime(clock).map_or(0, |time| {
-            i64::from(time.tv_sec()) * 1_000_000_000 + i64::from(time.tv_nsec())
-        })
+        clock_gettime(clock).map_or(0, |time| time.tv_sec() * 1_000_000_000 + time.tv_nsec())
     };
     nanos(ClockId::CLOCK_REALTIME) - nanos(ClockId::CLOCK_MONOTONIC)
 }

@@ -20,6 +20,7 @@ pub mod metrics;
 pub mod names;
 pub mod network;
 pub mod nodes;
+pub mod parting;
 pub mod policy;
 pub mod remove;
 pub mod routes;
@@ -118,11 +119,14 @@ pub async fn run(client: kube::Client, config: Config, shutdown: CancellationTok
     let endpoints = connect(&config, Some(dataplane.clone()))?;
     let before = maps.services.all_backends()?;
     let (gone, told_gone) = mpsc::unbounded_channel();
-    let tables = services::Services::new(maps.services, &config.node_name, before, gone);
+    let (parted, told_parted) = mpsc::unbounded_channel();
+    let left = services::Left { gone, parted };
+    let tables = services::Services::new(maps.services, &config.node_name, before, left);
     let namespaces = || async {
         let all = endpoints.list().await.into_iter();
         all.map(|endpoint| endpoint.netns).collect()
     };
+    let parting = parting::run(told_parted, namespaces, shutdown.clone());
     let translated = maps.sockets;
     let sockets = sockets::run(
         told_gone,
@@ -225,6 +229,7 @@ pub async fn run(client: kube::Client, config: Config, shutdown: CancellationTok
         api,
         metrics,
         sockets,
+        parting,
         announce,
         growth,
         follow_file

@@ -152,10 +152,21 @@ fn pair(flow: &Flow, all: &mut Scratch, forth: bool) -> bool {
     FLOWS.insert(&all.other, &all.begun, NEW_ONLY).is_ok()
 }
 
+/// How much a port is wanted.
+#[derive(Clone, Copy, PartialEq, Eq)]
+enum Try {
+    /// It is the packet's own, or the one that it had: rather this than another.
+    Own,
+    /// It is one of many.
+    Any,
+    /// Many others are taken: that of a connection that is over will do.
+    Last,
+}
+
 /// Enters a translated flow, of which `begun` tells all but the tuples: that of the packet which becomes `to`, and its
-/// counterpart. False if the counterpart's place is in use; where there is `need`, a connection that is over has none.
+/// counterpart. False if the counterpart's place is in use.
 #[inline(always)]
-fn enter(all: &mut Scratch, need: bool) -> bool {
+fn enter(all: &mut Scratch, how: Try) -> bool {
     let now = now(&all.packet);
     let (turn, other) = (all.begun.turn, all.begun.other);
     let up = FlowKey::write(&all.to, &mut all.other);
@@ -166,9 +177,13 @@ fn enter(all: &mut Scratch, need: bool) -> bool {
         unsafe {
             if (*old).turn != other && (*old).turn != TURN_KEPT || (*old).to != all.back {
                 let over = (*old).closed != 0 && (*old).turn == TURN_NONE
-                    || need && (*old).closed == CLOSED
+                    || how == Try::Last && (*old).closed == CLOSED
                     || (*old).is_replaceable(all.to.protocol, now);
                 if (*old).turn & (TURN_FORTH | TURN_BACK) != 0 && (*old).turn & TURN_DIRECT == 0 {
+                    // Another port is found sooner than whether half of this flow is forgotten.
+                    if !over && how == Try::Any {
+                        return false;
+                    }
                     FlowKey::write(&(*old).to, &mut all.other);
                     // A full table has forgotten the other half of a flow: what is left of it holds no port.
                     let half = flow::entry(&all.other);
@@ -315,8 +330,9 @@ extern "C" fn try_port(number: u64, _: *mut c_void) -> i64 {
     let Some(all) = scratch() else {
         return 1;
     };
-    if all.own != 0 {
+    let how = if all.own != 0 {
         all.own = 0;
+        Try::Own
     } else {
         let settings = settings();
         let ports = u32::from(settings.ports);
@@ -328,9 +344,13 @@ extern "C" fn try_port(number: u64, _: *mut c_void) -> i64 {
         if matches!(all.packet.tuple.protocol, ICMP | ICMP6) {
             all.to.destination_port = all.to.source_port;
         }
-    }
+        if number < u64::from(all.free) {
+            Try::Any
+        } else {
+            Try::Last
+        }
+    };
     settle();
-    let need = number >= u64::from(all.free);
-    all.entered = u8::from(enter(all, need));
+    all.entered = u8::from(enter(all, how));
     i64::from(all.entered)
 }

@@ -183,6 +183,7 @@ fn translate(ctx: &SockAddrContext, family: Family, sends: bool) -> i32 {
         protocol: u16::from(protocol),
         backend: choice.backend,
         generation: choice.generation,
+        service: choice.service,
     };
     // A full table forgets the oldest; only what getpeername says would differ then.
     if sends {

@@ -10,7 +10,7 @@ use xebec_tests::{Machine, assert_nothing_left};
 /// A scenario's name and what runs it.
 type Scenario = (&'static str, fn(&mut World) -> Result<()>);
 
-const SCENARIOS: [Scenario; 17] = [
+const SCENARIOS: [Scenario; 18] = [
     ("every frontend", frontends::every_frontend),
     ("host ports", frontends::host_ports),
     ("hairpin", frontends::hairpin),
@@ -23,6 +23,7 @@ const SCENARIOS: [Scenario; 17] = [
     ("same ones", endpoints::same_ones),
     ("written by hand", endpoints::written_by_hand),
     ("removed", life::removed),
+    ("parted", life::parted),
     ("terminating", life::terminating),
     ("same address", bad_input::same_address),
     ("slices that disagree", bad_input::slices_that_disagree),

@@ -2,6 +2,7 @@
 
 pub(crate) mod batch;
 pub(crate) mod dump;
+pub(crate) mod parted;
 pub(crate) mod ports;
 mod services;
 mod table;

@@ -52,7 +52,7 @@ pub trait ServiceKernel: Send + 'static {
 }
 
 /// Which sockets were sent to a backend by a Service.
-pub struct SocketMap(HashMap<MapData, [u8; 32], [u8; 28]>);
+pub struct SocketMap(HashMap<MapData, [u8; 32], [u8; 32]>);
 
 impl SocketMap {
     pub(crate) fn new(ebpf: &mut aya::Ebpf) -> Result<Self> {

@@ -79,6 +79,8 @@ pub struct Backends {
     changed: Vec<u32>,
     /// Who went since this was last asked for.
     gone: Vec<Target>,
+    /// Who left a port, by that one's number, and is still another's.
+    parted: Vec<(u32, u32, Target)>,
 }
 
 impl Backends {
@@ -200,6 +202,19 @@ impl Backends {
         let mut gone = std::mem::take(&mut self.gone);
         gone.retain(|target| self.find(target).is_none());
         gone
+    }
+
+    /// Notes that a port lets go of a backend, if others have it: the backend itself is as it was then.
+    pub fn part(&mut self, port: u32, number: u32) {
+        let held = &self.held[number as usize];
+        if held.holders & !(HERE | ENDS) > 0 {
+            self.parted.push((port, number, held.target));
+        }
+    }
+
+    /// Who left a port and stayed another's since this was last asked for.
+    pub fn take_parted(&mut self) -> Vec<(u32, u32, Target)> {
+        std::mem::take(&mut self.parted)
     }
 
     /// Numbers that have rested can be given again; whether there were any.

@@ -24,6 +24,8 @@ pub struct Batch {
     pub freed: Vec<Run>,
     /// Backends that a port lets go of.
     pub released: Vec<u32>,
+    /// Those of them that a port of UDP parts from: its number, and the backend's.
+    pub parted: Vec<(u32, u32)>,
 }
 
 fn write_backends(kernel: &mut impl ServiceKernel, backends: &mut Backends) -> Result<()> {
@@ -92,6 +94,9 @@ impl Batch {
         let done = std::mem::take(self);
         for number in done.released {
             backends.release(number, now);
+        }
+        for (service, number) in done.parted {
+            backends.part(service, number);
         }
         for run in done.freed {
             extents.give_back(run.first, chunk_count(run.count as usize), now);

@@ -26,5 +26,5 @@ pub use addresses::NodePortAddresses;
 pub use metrics::Metrics;
 pub use objects::{EndpointSlice, Service};
 pub(crate) use run::run;
-pub use run::{Options, Services};
+pub use run::{Left, Options, Services};
 pub use tables::Tables;

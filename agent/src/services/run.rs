@@ -20,6 +20,7 @@ use tracing::warn;
 use xebec_dataplane_common::service::Backend;
 
 use super::addresses::{self, NodePortAddresses};
+use super::backends::Target;
 use super::extents::REST;
 use super::health::Health;
 use super::metrics::Metrics;
@@ -30,6 +31,7 @@ use crate::announce::Announced;
 use crate::host_ports::HostPort;
 use crate::maps::{Room, ServiceMaps};
 use crate::nodes::Nodes;
+use crate::parting::Parted;
 use crate::sockets;
 
 /// Changes that are taken before the kernel is brought in step, where that many are there already.
@@ -48,6 +50,15 @@ pub struct Options {
     pub node_ports: NodePortAddresses,
 }
 
+/// Whom is told of backends that leave.
+#[derive(Clone)]
+pub struct Left {
+    /// Those that are nobody's any more.
+    pub gone: mpsc::UnboundedSender<sockets::Backend>,
+    /// Those that left one Service and are another's.
+    pub parted: mpsc::UnboundedSender<Parted>,
+}
+
 /// The Services of this node; cheap to clone.
 #[derive(Clone)]
 pub struct Services {
@@ -56,20 +67,15 @@ pub struct Services {
     lack: signal::Sender<Option<Room>>,
     paused: Arc<AtomicBool>,
     announced: signal::Sender<Vec<Announced>>,
-    gone: mpsc::UnboundedSender<sockets::Backend>,
+    left: Left,
     rewritten: Arc<Notify>,
 }
 
 impl Services {
     /// Services in these maps. `before` is the map of backends of the agent before this one, if its flows are still
     /// there: they know their backends by its numbers.
-    /// Backends that go are told to `gone`.
-    pub fn new(
-        maps: ServiceMaps,
-        node_name: &str,
-        before: Vec<Backend>,
-        gone: mpsc::UnboundedSender<sockets::Backend>,
-    ) -> Self {
+    /// Backends that go are told to `left`.
+    pub fn new(maps: ServiceMaps, node_name: &str, before: Vec<Backend>, left: Left) -> Self {
         let tables = Tables::new(maps, node_name, before);
         Self {
             tables: Arc::new(Mutex::new(tables)),
@@ -77,7 +83,7 @@ impl Services {
             lack: signal::Sender::default(),
             paused: Arc::default(),
             announced: signal::Sender::default(),
-            gone,
+            left,
             rewritten: Arc::default(),
         }
     }
@@ -212,12 +218,20 @@ impl Services {
             self.announced.send_replace(announced);
         }
         if outcome.is_ok() {
+            let backend = |target: Target| sockets::Backend {
+                protocol: target.protocol,
+                address: target.ip.into(),
+                port: target.port,
+            };
+            // Nobody listens any more when the agent is stopping.
             for target in tables.take_gone() {
-                // Nobody listens any more when the agent is stopping.
-                let _ = self.gone.send(sockets::Backend {
-                    protocol: target.protocol,
-                    address: target.ip.into(),
-                    port: target.port,
+                let _ = self.left.gone.send(backend(target));
+            }
+            for (service, number, target) in tables.take_parted() {
+                let _ = self.left.parted.send(Parted {
+                    service,
+                    number,
+                    backend: backend(target),
                 });
             }
         }

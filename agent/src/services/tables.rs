@@ -502,6 +502,7 @@ impl<K: ServiceKernel> Tables<K> {
             .released
             .into_iter()
             .for_each(|number| self.backends.release(number, now));
+        self.batch.parted = before.parted;
         self.kernel = kernel;
         let room = self.kernel.room();
         self.extents = Extents::new(room.chunks);
@@ -698,6 +699,12 @@ impl<K: ServiceKernel> Tables<K> {
     /// Backends that went since this was last asked for; the kernel does not name them any more.
     pub fn take_gone(&mut self) -> Vec<Target> {
         self.backends.take_gone()
+    }
+
+    /// Backends that left a port of UDP and are still another's: the port's number, theirs, and who they are. The
+    /// kernel does not name them for the port any more.
+    pub fn take_parted(&mut self) -> Vec<(u32, u32, Target)> {
+        self.backends.take_parted()
     }
 
     /// How many ready endpoints a Service has on this node, each address once.

@@ -1,6 +1,7 @@
 //! One port of a Service in one family, as it is in the kernel, and how it becomes what is wanted.
 
 use ipnet::IpNet;
+use xebec_dataplane_common::UDP;
 use xebec_dataplane_common::service::{Frontend, FrontendKey, Run};
 
 use super::backends::{State, Target};
@@ -464,7 +465,12 @@ impl<K: ServiceKernel> Tables<K> {
         }
         let gone = before.members.iter();
         let gone = gone.filter(|number| now.members.binary_search(number).is_err());
-        self.batch.released.extend(gone);
+        for number in gone {
+            self.batch.released.push(*number);
+            if now.protocol == UDP {
+                self.batch.parted.push((now.number, *number));
+            }
+        }
         let used: Vec<Run> = now.extents().collect();
         let gone = before.extents().filter(|run| !used.contains(run));
         self.batch.freed.extend(gone);

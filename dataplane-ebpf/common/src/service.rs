@@ -182,6 +182,8 @@ pub struct SocketValue {
     pub backend: u32,
     /// The backend's generation.
     pub generation: u32,
+    /// Number of the Service's port.
+    pub service: u32,
 }
 
 /// Whose sockets are translated: the node's own and its pods'. Others in the same tree of cgroups have a network
@@ -226,7 +228,7 @@ mod tests {
                 size_of::<SocketValue>(),
                 size_of::<Scope>()
             ],
-            [20, 32, 28, 16]
+            [20, 32, 32, 16]
         );
         assert_eq!(
             [

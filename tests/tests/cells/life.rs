@@ -12,6 +12,7 @@ use super::world::{FAMILIES, MINUTE, PORT, World, of, service, slices, spread};
 
 const LIFE_PORT: u16 = 30_014;
 const ENDING_PORT: u16 = 30_015;
+const OTHERS_PORT: u16 = 30_017;
 
 /// A Service of node ports whose slices the test writes.
 fn by_hand(name: &str, port: u16) -> Value {
@@ -64,8 +65,23 @@ fn is(what: &str, answer: io::Result<Answer>, wanted: &str) -> Result<()> {
 
 /// A backend is gone: datagrams go to another from the very next on, and who is connected to it learns of its end.
 pub fn removed(world: &mut World) -> Result<()> {
+    leaves(world, false)
+}
+
+/// A backend leaves a Service and is another's: so do datagrams, and connections go on.
+pub fn parted(world: &mut World) -> Result<()> {
+    world.apply(&[by_hand("others", OTHERS_PORT)])?;
+    write(world, "others", &[("a1", ready())], &["a1"])?;
+    leaves(world, true)?;
+    world.delete(&["others"])
+}
+
+fn ready() -> Value {
+    json!({"ready": true})
+}
+
+fn leaves(world: &mut World, stays_anothers: bool) -> Result<()> {
     world.apply(&[by_hand("life", LIFE_PORT)])?;
-    let ready = || json!({"ready": true});
     write(world, "life", &[("a1", ready())], &["a1"])?;
     let ips = world.cluster_ips("life")?;
     let (pod, node1) = (&world.pod("late")?.place, world.node("node1")?);
@@ -89,24 +105,45 @@ pub fn removed(world: &mut World) -> Result<()> {
             for place in [pod, &node1.place] {
                 let talk = place.talk(protocol, inside)?;
                 ensure!(talk.peer()? == inside, "{}: {:?}", place.name, talk.peer());
-                ending.push((format!("{}, {protocol:?} to {inside}", place.name), talk));
+                let what = format!("{}, {protocol:?} to {inside}", place.name);
+                ending.push((what, protocol, talk));
             }
         }
     }
     for (what, socket) in &mut loose {
         is(what, socket.ask(), "a1")?;
     }
-    for (what, talk) in moving.iter_mut().chain(&mut ending) {
+    for (what, talk) in &mut moving {
+        is(what, talk.ask(), "a1")?;
+    }
+    for (what, _, talk) in &mut ending {
         is(what, talk.ask(), "a1")?;
     }
     write(world, "life", &[("a2", ready())], &["a2"])?;
+    if stays_anothers {
+        // All flows are looked through for that: it takes a moment.
+        for (what, socket) in &mut loose {
+            eventually(&format!("{what}: parted"), MINUTE, || {
+                Ok(socket.ask().is_ok_and(|answer| answer.name == "a2"))
+            })?;
+        }
+        for (what, talk) in &mut moving {
+            eventually(&format!("{what}: parted"), MINUTE, || {
+                Ok(talk.ask().is_ok_and(|answer| answer.name == "a2"))
+            })?;
+        }
+    }
     for (what, socket) in &mut loose {
         is(what, socket.ask(), "a2")?;
     }
     for (what, talk) in &mut moving {
         is(what, talk.ask(), "a2")?;
     }
-    for (what, talk) in &mut ending {
+    for (what, protocol, talk) in &mut ending {
+        if stays_anothers && *protocol == Protocol::Tcp {
+            is(what, talk.ask(), "a1")?;
+            continue;
+        }
         let fate = talk.fate();
         let ended = [ErrorKind::ConnectionAborted, ErrorKind::ConnectionReset];
         let told = fate.is_some_and(|fate| ended.contains(&fate));
