@@ -26,7 +26,7 @@ mod wrap;
 use std::collections::BTreeMap;
 use std::net::IpAddr;
 
-use anyhow::{Context, Result};
+use anyhow::{Context, Result, anyhow};
 use aya::programs::loaded_programs;
 use serde_json::Value;
 
@@ -114,18 +114,6 @@ pub fn run(effort: Effort) -> Result<Outcome> {
         )?;
         for (place, subject) in SUBJECTS.iter().enumerate() {
             let name = &subject.name[..subject.name.len().min(NAME)];
-            // An agent whose maps grew has loaded its programs again.
-            let programs = ids()?;
-            let Some((id, _)) = programs
-                .iter()
-                .rfind(|(id, found)| found == name && !before.contains(id))
-            else {
-                notes.push(format!(
-                    "{}: the agent loaded no such program",
-                    subject.name
-                ));
-                continue;
-            };
             let setting = Setting::of(subject, &stage, &client)?;
             for (index, scenario) in SCENARIOS.iter().enumerate() {
                 let words = format!(
@@ -144,7 +132,13 @@ pub fn run(effort: Effort) -> Result<Outcome> {
                     // Below what lies between two scenarios' ports.
                     order.samples = order.samples.min(5_000);
                 }
-                let measured = in_rounds(rounds, &mut pound, &mut order, *id);
+                // An agent whose maps grow loads its programs again.
+                let programs = ids()?;
+                let own = |(id, found): &&(u32, String)| found == name && !before.contains(id);
+                let measured = match programs.iter().rfind(own) {
+                    Some((id, _)) => in_rounds(rounds, &mut pound, &mut order, *id),
+                    None => Err(anyhow!("the agent loaded no such program")),
+                };
                 let (looped, over, last, floor) = match measured {
                     Ok(measured) => measured,
                     Err(error) => {
