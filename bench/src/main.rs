@@ -59,13 +59,15 @@ impl Effort {
 struct Benchmark {
     name: &'static str,
     about: &'static str,
+    /// Whether the README tells of its rows in a table of their own alone.
+    apart: bool,
     run: fn(Effort) -> Result<Outcome>,
 }
 
 /// What a benchmark gives.
 #[derive(Default)]
 struct Outcome {
-    /// Lines of the common table.
+    /// Lines of the common table, if they are not told of apart.
     rows: Vec<Row>,
     /// Tables of its own, by name.
     sections: Vec<(&'static str, String)>,
@@ -87,51 +89,61 @@ const BENCHMARKS: &[Benchmark] = &[
     Benchmark {
         name: "up",
         about: "seconds from `xebec up` to a Ready node and to a Running pod",
+        apart: false,
         run: |effort| up::run(effort).map(Outcome::from),
     },
     Benchmark {
         name: "idle",
         about: "memory and CPU of a cluster without pods, size of the executable",
+        apart: false,
         run: |effort| idle::run(effort).map(Outcome::from),
     },
     Benchmark {
         name: "writes",
         about: "durable writes per second through the API server",
+        apart: false,
         run: |effort| writes::run(effort).map(Outcome::from),
     },
     Benchmark {
         name: "net",
         about: "TCP between pods and to Services, beside a bare veth pair",
+        apart: false,
         run: |effort| net::run(effort).map(Outcome::from),
     },
     Benchmark {
         name: "services",
         about: "rates and latencies through up to 100,000 Services, beside kube-proxy's rules",
+        apart: true,
         run: services::traffic,
     },
     Benchmark {
         name: "service-change",
         about: "time from an endpoint's change in the API to the first packet that obeys it",
+        apart: false,
         run: services::change,
     },
     Benchmark {
         name: "service-tables",
         about: "decoded Services into the kernel's maps: rate, memory, and one change",
+        apart: false,
         run: |effort| services::tables(effort).map(Outcome::from),
     },
     Benchmark {
         name: "service-sync",
         about: "time and memory of a full sync of Services from nothing",
+        apart: false,
         run: services::sync,
     },
     Benchmark {
         name: "xdp-lb",
         about: "nanoseconds per packet of the programs, in the scenarios of the kernel's xdp-lb",
+        apart: true,
         run: lb::run,
     },
     Benchmark {
         name: "xdp-live",
         about: "live frames per second through XDP, beside a bare redirect",
+        apart: false,
         run: |effort| lb::live::run(effort).map(Outcome::from),
     },
 ];
@@ -170,7 +182,8 @@ fn run(args: Args) -> Result<()> {
         })
         .collect();
     if chosen.is_empty() {
-        let names: Vec<&str> = BENCHMARKS.iter().map(|benchmark| benchmark.name).collect();
+        let common = BENCHMARKS.iter().filter(|benchmark| !benchmark.apart);
+        let names: Vec<&str> = common.map(|benchmark| benchmark.name).collect();
         bail!(
             "there is no benchmark {:?} (there are: {})",
             args.name.unwrap_or_default(),
@@ -230,7 +243,8 @@ fn run(args: Args) -> Result<()> {
         bail!("failed: {}", failed.join(", "));
     }
     if args.readme {
-        let names: Vec<&str> = BENCHMARKS.iter().map(|benchmark| benchmark.name).collect();
+        let common = BENCHMARKS.iter().filter(|benchmark| !benchmark.apart);
+        let names: Vec<&str> = common.map(|benchmark| benchmark.name).collect();
         readme::update(&readme, &machine::line()?, &rows, &names, &sections)?;
     }
     Ok(())

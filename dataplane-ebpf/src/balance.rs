@@ -28,6 +28,8 @@ pub struct Client {
     pub address: Ip,
     /// Whether it is a namespace.
     pub namespace: bool,
+    /// Whether its own address is known only to the hook that its packets meet.
+    pub unseen: bool,
     /// A pod or a node of the cluster.
     pub inside: bool,
 }
@@ -115,8 +117,14 @@ pub fn choose(tuple: &Tuple, client: &Client, choice: &mut Choice) -> u32 {
     let (service, flags) = (frontend.service, frontend.flags);
     choice.service = service;
     choice.flags = flags;
-    if flags & SOURCE_RANGES != 0 && !client.namespace && !lets_in(service, &tuple.source) {
-        return DROP;
+    if flags & SOURCE_RANGES != 0 {
+        // Its packets' hook sees what address it has.
+        if client.unseen {
+            return NONE;
+        }
+        if !client.namespace && !lets_in(service, &tuple.source) {
+            return DROP;
+        }
     }
     // An address that is not meant for the outside serves it as it serves the cluster.
     let inside = client.inside || flags & EXTERNAL == 0;

@@ -154,6 +154,7 @@ fn decide(ctx: &TcContext, all: &mut Scratch, from: &Endpoint, up: bool) -> u8 {
             let client = Client {
                 address: all.packet.tuple.source,
                 namespace: false,
+                unseen: false,
                 inside: true,
             };
             let outcome = balance::choose(&all.packet.tuple, &client, &mut all.choice);

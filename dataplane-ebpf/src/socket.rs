@@ -106,20 +106,20 @@ fn name(ctx: &SockAddrContext, family: Family, address: &Ip, port: u16) {
 /// cgroups are looked through to this depth.
 const DEPTH: i32 = 16;
 
-/// The cookie of the socket's network namespace, if it is the node's own or a pod's.
+/// The cookie of the socket's network namespace, if it is the node's own or a pod's, and whether it is a pod's.
 #[inline(always)]
-fn scope(ctx: &SockAddrContext) -> Option<u64> {
+fn scope(ctx: &SockAddrContext) -> Option<(u64, bool)> {
     let scope = SCOPE.get(0)?;
     // SAFETY: the context is the one that the kernel gave.
     let cookie = unsafe { bpf_get_netns_cookie(ctx.sock_addr.cast()) };
     if cookie == scope.netns {
-        return Some(cookie);
+        return Some((cookie, false));
     }
     for level in 1..DEPTH {
         // SAFETY: the helper takes a number.
         let ancestor = unsafe { bpf_get_current_ancestor_cgroup_id(level) };
         if ancestor == scope.pods {
-            return Some(cookie);
+            return Some((cookie, true));
         }
         if ancestor == 0 {
             return None;
@@ -146,7 +146,7 @@ fn translate(ctx: &SockAddrContext, family: Family, sends: bool) -> i32 {
     if !balance::is_frontend(&tuple) {
         return ALLOW;
     }
-    let Some(namespace) = scope(ctx) else {
+    let Some((namespace, pod)) = scope(ctx) else {
         return ALLOW;
     };
     // SAFETY: the context is the one that the kernel gave.
@@ -168,6 +168,7 @@ fn translate(ctx: &SockAddrContext, family: Family, sends: bool) -> i32 {
     let client = Client {
         address: Ip([namespace as u32, (namespace >> 32) as u32, 0, 0]),
         namespace: true,
+        unseen: pod,
         inside: true,
     };
     match balance::choose(&tuple, &client, &mut choice) {

@@ -60,6 +60,7 @@ pub fn plan(all: &mut Scratch) -> Plan {
     let client = Client {
         address: all.packet.tuple.source,
         namespace: false,
+        unseen: false,
         inside: false,
     };
     match balance::choose(&all.packet.tuple, &client, &mut all.choice) {

@@ -53,6 +53,7 @@ pub struct Tables {
     rules: Table<RuleKey, u32>,
     ranges: Table<Block, u8>,
     cidrs: Table<Block, u32>,
+    ways: Table<u32, [u8; 88]>,
 }
 
 /// Loaded programs with two pods, a node, and a folder that goes with them.
@@ -148,6 +149,8 @@ impl Kernel {
         tables.rules.clear();
         tables.ranges.clear();
         tables.cidrs.clear();
+        // Another namespace may have other routes.
+        tables.ways.wipe();
         for number in 0..256 {
             tables.backends.set(&number, Backend::default());
         }
@@ -620,5 +623,6 @@ fn tables(loaded: &mut Loaded) -> Tables {
         rules: Table::find(&numbers, "RULES").unwrap(),
         ranges: Table::find(&numbers, "RANGES").unwrap(),
         cidrs: Table::find(&numbers, "CIDRS").unwrap(),
+        ways: Table::find(&numbers, "WAYS").unwrap(),
     }
 }

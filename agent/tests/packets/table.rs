@@ -101,6 +101,15 @@ impl<K: NoUninit + AnyBitPattern, V: NoUninit + AnyBitPattern> Table<K, V> {
             .collect()
     }
 
+    /// Writes zeros over all entries of an array that each CPU has of its own.
+    pub fn wipe(&self) {
+        let mut zeros =
+            vec![0_u8; size_of::<V>().next_multiple_of(8) * aya::util::nr_cpus().unwrap()];
+        for key in self.keys() {
+            assert!(self.call(UPDATE, (&raw const key).cast(), zeros.as_mut_ptr()));
+        }
+    }
+
     /// Removes all entries.
     pub fn clear(&self) {
         for key in self.keys() {

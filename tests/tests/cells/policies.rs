@@ -193,7 +193,12 @@ pub fn internal_traffic(world: &mut World) -> Result<()> {
 
 /// `loadBalancerSourceRanges`: a load balancer's address is for these alone; node ports are for all.
 pub fn source_ranges(world: &mut World) -> Result<()> {
-    let ranges = [format!("{}/32", OUTSIDE[0]), format!("{}/128", OUTSIDE[1])];
+    let late = world.pod("late")?;
+    let mut ranges = vec![format!("{}/32", OUTSIDE[0]), format!("{}/128", OUTSIDE[1])];
+    ranges.extend(
+        late.addresses
+            .map(|own| format!("{own}/{}", if own.is_ipv4() { 32 } else { 128 })),
+    );
     let spec = json!({
         "type": "LoadBalancer", "selector": {"app": "web"}, "nodePort": FENCED_PORT,
         "loadBalancerSourceRanges": ranges,
@@ -217,6 +222,18 @@ pub fn source_ranges(world: &mut World) -> Result<()> {
             ask(of(OUTSIDE_TOO, v4), protocol, node_port)?;
             let other = ask(of(OUTSIDE_TOO, v4), protocol, to);
             ensure!(other.is_err(), "{protocol:?} {to}: answered by {other:?}");
+            // Pods are let in by their own addresses, whichever hook translates for them.
+            let stranger = world.pod("a1")?;
+            for (pod, let_in) in [(late, true), (stranger, false)] {
+                for place in [&pod.place, &pod.place.without_sockets()] {
+                    let silent = place.is_silent(protocol, to)?;
+                    ensure!(
+                        silent != let_in,
+                        "{protocol:?} {to} from {}: silent is {silent}",
+                        place.name
+                    );
+                }
+            }
         }
     }
     world.delete(&["fenced"])
