@@ -397,31 +397,20 @@ fn churn_of_a_minute_leaves_what_the_objects_say_and_takes_no_room() {
     println!("seed {seed}");
     let mut rng = StdRng::seed_from_u64(seed);
     let (mut api, mut world) = (Api::default(), World::new());
-    let mut most = [0_u32; 2];
     let changes = if cfg!(debug_assertions) {
         20_000
     } else {
         60_000
     };
-    for step in 0..changes {
+    for _ in 0..changes {
         change(&mut rng, &mut api, &mut world);
         world.now += Duration::from_millis(1);
         world.tables.sync(world.now).unwrap();
-        // What rests keeps room as well: the highest number ever used tells.
-        if step == changes / 4 || step + 1 == changes {
-            let maps = world.kernel.0.borrow();
-            let last = |number: Option<u32>| number.unwrap_or(0);
-            let now = [
-                last(maps.chunks.keys().next_back().copied()),
-                last(maps.backends.keys().next_back().copied()),
-            ];
-            assert!(
-                most == [0; 2] || now[0] < most[0] * 2 && now[1] < most[1] * 2,
-                "{most:?} {now:?}"
-            );
-            most = now;
-        }
     }
     let maps = world.kernel.0.borrow();
+    // The highest number ever used. What rests keeps room as well: about a thousand chunks and 60 backends at most, of
+    // the tens of thousands that were given away.
+    assert!(maps.chunks.keys().next_back() < Some(&4_000));
+    assert!(maps.backends.keys().next_back() < Some(&400));
     assert_eq!(kernel(&maps), read(&api));
 }
