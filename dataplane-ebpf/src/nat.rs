@@ -152,6 +152,25 @@ fn pair(flow: &Flow, all: &mut Scratch, forth: bool) -> bool {
     FLOWS.insert(&all.other, &all.begun, NEW_ONLY).is_ok()
 }
 
+/// Whether a flow is gone now: one of datagrams that were translated to the very tuple that the packet has by itself.
+/// Answers bear one tuple for both, so they are the younger one's; the older finds another port for itself.
+#[inline(always)]
+pub fn gives_way(flow: *mut Flow, all: &mut Scratch, up: bool) -> bool {
+    if flow.is_null() || all.packet.tuple.protocol != UDP || all.packet.is_error() {
+        return false;
+    }
+    // SAFETY: as in `find`.
+    unsafe {
+        if (*flow).turn & TURN_BACK == 0 || ((*flow).from_low != 0) != up {
+            return false;
+        }
+        FlowKey::write(&(*flow).to, &mut all.other);
+    }
+    let _ = FLOWS.remove(&all.other);
+    let _ = FLOWS.remove(&all.key);
+    true
+}
+
 /// How much a port is wanted.
 #[derive(Clone, Copy, PartialEq, Eq)]
 enum Try {

@@ -48,7 +48,7 @@ pub fn xebec_from_pod(ctx: TcContext) -> i32 {
     if from.ifindex != ifindex(&ctx) || !all.packet.is_of_sender() {
         return deny(&ctx, all, EGRESS, REASON_SOURCE);
     }
-    let (up, turn) = look_up();
+    let (up, turn) = look_up(true);
     // A packet to a pod of this node meets no other hook. All others are translated where they leave, if so.
     all.turned = match turn {
         ENTRY => 1,
@@ -111,10 +111,10 @@ pub fn xebec_from_pod(ctx: TcContext) -> i32 {
 }
 
 /// Looks for the packet's flow: whether the packet goes up, and where it is translated. What is known of it stands in
-/// `known`, and what the packet becomes in `to`.
+/// `known`, and what the packet becomes in `to`. Of one that comes `out` of its pod, nothing can have been translated.
 #[inline(always)]
-fn look_up() -> (bool, u32) {
-    let found = xebec_look_up();
+fn look_up(out: bool) -> (bool, u32) {
+    let found = xebec_look_up(u32::from(out));
     settle();
     (found & UP != 0, found & !UP)
 }
@@ -126,12 +126,15 @@ const UP: u32 = 4;
 /// Of the kind that is checked once.
 #[unsafe(no_mangle)]
 #[inline(never)]
-extern "C" fn xebec_look_up() -> u32 {
+extern "C" fn xebec_look_up(out: u32) -> u32 {
     let Some(all) = scratch() else {
         return 0;
     };
     let up = FlowKey::write(&all.packet.tuple, &mut all.key);
-    let flow = flow::entry(&all.key);
+    let mut flow = flow::entry(&all.key);
+    if out != 0 && nat::gives_way(flow, all, up) {
+        flow = core::ptr::null_mut();
+    }
     all.listed = u8::from(!flow.is_null());
     flow::find(flow, &all.packet, up, &mut all.known);
     let turn = match nat::find(flow, all, up) {
@@ -296,7 +299,7 @@ pub fn xebec_to_pod(ctx: TcContext) -> i32 {
         tell::count(As::Forwarded);
         return TC_ACT_OK as i32;
     }
-    let (up, turn) = look_up();
+    let (up, turn) = look_up(false);
     all.turned = u8::from(turn == EXIT);
     settle();
     if all.known.yes != 0 {

@@ -661,6 +661,7 @@ impl Model {
         if seen.sender() != pod.address || seen.ends.from.0 != pod.address {
             return DROP;
         }
+        self.give_way(seen);
         let (yes, reply, service) = self.known(seen);
         let mut becomes = self.translation(seen).and_then(|(becomes, late)| {
             // Towards pods of this node there is no other hook.
@@ -744,6 +745,21 @@ impl Model {
         Fate {
             verdict: if here { Verdict::Send } else { Verdict::Pass },
             becomes,
+        }
+    }
+
+    /// Forgets the flow of datagrams that were translated to the very ends that a pod's datagram has by itself.
+    fn give_way(&mut self, seen: &Seen) {
+        let key = seen.ends.key();
+        let Some(entry) = self.flows.get(&key) else {
+            return;
+        };
+        let Some(turn) = entry.turn.filter(|turn| !turn.forth) else {
+            return;
+        };
+        if seen.ends.protocol == 17 && seen.carrier.is_none() && entry.beginner == seen.ends.from {
+            self.flows.remove(&turn.becomes.key());
+            self.flows.remove(&key);
         }
     }
 

@@ -219,6 +219,48 @@ fn a_direct_flow_is_not_bent_by_one_through_the_service() {
     }
 }
 
+/// The other way round: datagrams that were translated leave the place to those that bear its ends by themselves, and
+/// get another port; from then on both are answered by whom they asked.
+#[test]
+fn a_direct_flow_is_not_bent_by_an_older_one_through_the_service() {
+    if left_out() {
+        return;
+    }
+    for f in FAMILIES {
+        let mut kernel = Kernel::shared();
+        service_at(&mut kernel, f, web(f));
+        let direct = udp(pod(f), web(f), 4000, 8080);
+        let through = udp(pod(f), service(f), 4000, 80);
+        let seen = direct.handed_over(POD_MAC);
+        for sent in [&through, &direct] {
+            let out = kernel.run("xebec_from_pod", &sent.bytes());
+            assert_eq!(out, (REDIRECT, seen.bytes()));
+        }
+        let ask = |kernel: &mut Kernel| {
+            let (verdict, out) = kernel.run("xebec_from_pod", &through.bytes());
+            let port = source_port(&out);
+            let mut expected = seen.clone();
+            expected.source_port = port;
+            assert_eq!((verdict, out), (REDIRECT, expected.bytes()));
+            port
+        };
+        let port = ask(&mut kernel);
+        assert!(port >= 61_000);
+        assert_eq!(ask(&mut kernel), port);
+        kernel.as_web();
+        let answer = direct.answer();
+        let back = answer.handed_over(POD_MAC);
+        assert_eq!(
+            kernel.run("xebec_from_pod", &answer.bytes()),
+            (REDIRECT, back.bytes())
+        );
+        assert_eq!(
+            kernel.run("xebec_from_pod", &answer.to(pod(f), port).bytes()),
+            (REDIRECT, back.from(service(f), 80).bytes())
+        );
+    }
+}
+
 /// Translated first: as long as it lives there is no other flow between its ends; when it has ended there is.
 #[test]
 fn a_direct_connection_follows_one_through_the_service() {
