@@ -152,6 +152,8 @@ fn run_test(test: &Path) -> Result<()> {
         .args(words.split_whitespace())
         .env("PATH", "/bin")
         .env("RUST_BACKTRACE", "0")
+        // Emulated, a million would take hours; this many are packets on all ways.
+        .env("XEBEC_MODEL_PACKETS", "40000")
         .output()
         .with_context(|| format!("could not start {}", test.display()))?;
     for line in String::from_utf8_lossy(&output.stdout).lines() {

@@ -40,6 +40,7 @@ use tokio_util::sync::CancellationToken;
 use dataplane::Dataplane;
 use endpoints::Endpoints;
 use policy::engine::Engine;
+use xebec_dataplane_common::nat::Settings;
 
 /// How the agent runs.
 #[derive(Clone, Debug)]
@@ -69,6 +70,9 @@ pub struct Config {
     pub native: Vec<IpNet>,
     /// How flows from outside reach backends of other nodes; all nodes must have the same.
     pub lb_mode: network::LbMode,
+    /// Whether packets of pods to and from other nodes and the outside go through the node's stack, where its own rules
+    /// see them, and not around it.
+    pub host_legacy_routing: bool,
     /// Where node ports are reached.
     pub node_ports: services::NodePortAddresses,
     /// Whether one of the nodes announces load balancers' addresses by ARP and neighbour discovery.
@@ -100,12 +104,16 @@ pub async fn run(client: kube::Client, config: Config, shutdown: CancellationTok
     let (nodes, nodes_told) = watch::channel(None);
     check_addresses(&config.node_ips)?;
     let (kept, follow_file) = keep_addresses(&config, &shutdown)?;
+    let settings = Settings {
+        direct: config.lb_mode.direct(),
+        around: u32::from(!config.host_legacy_routing),
+        ..network::settings_of(&config.node_ips)?
+    };
     let network = network::run(
         maps.network,
-        config.node_ips.clone(),
+        settings,
         config.native.clone(),
         kept,
-        config.lb_mode,
         nodes_told.clone(),
         shutdown.clone(),
     );

@@ -15,6 +15,8 @@ use aya::programs::{
     CgroupAttachMode, CgroupSockAddr, Program, ProgramError, SchedClassifier, TcAttachType,
 };
 
+use xebec_dataplane_common::nat::BACK_BY_TC;
+
 use crate::maps::{FlowMaps, NetworkMaps, PolicyMaps, ServiceMaps, SocketMap, take};
 use crate::network::Device;
 pub use express::{By, Xdp};
@@ -73,7 +75,7 @@ const NETWORK_HOOKS: &[(TcAttachType, &str)] = &[
 pub struct Loaded {
     ebpf: Ebpf,
     /// Devices with the XDP hook, by index.
-    express: HashMap<MapData, u32, u8>,
+    devices: HashMap<MapData, u32, u8>,
     /// A BPF filesystem of our own.
     dir: PathBuf,
     attaching: tc::Attaching,
@@ -116,7 +118,7 @@ impl Loaded {
         let (mut ebpf, without_express) = pins.load(sizes)?;
         Ok(Self {
             without_express,
-            express: take(&mut ebpf, "EXPRESS")?,
+            devices: take(&mut ebpf, "DEVICES")?,
             ebpf,
             dir: dir.to_path_buf(),
             attaching: tc::Attaching::new(dir)?,
@@ -174,19 +176,47 @@ impl Loaded {
         let network = devices.iter().map(|device| device.name.as_str());
         let pods = self.attached.pods.iter().map(String::as_str);
         self.keep_filters(&network.chain(pods).collect())?;
+        self.keep_devices(devices)?;
         let mut served = Vec::new();
         for device in devices {
             // tc first: it also has what XDP leaves.
             self.attach(NETWORK_LINKS, NETWORK_HOOKS, &device.name)?;
             let by = self.attach_express(device, xdp, let_go).await?;
             match &by {
-                By::Tc(why) => tracing::info!(device = device.name, why, "tc alone translates"),
+                By::Tc(why) => {
+                    self.set_device(device, BACK_BY_TC)?;
+                    tracing::info!(device = device.name, why, "tc alone translates");
+                }
                 by => tracing::info!(device = device.name, %by, "XDP translates what is simple"),
             }
             served.push(by);
         }
         self.attached.network = Some((devices.to_vec(), xdp));
         Ok(served)
+    }
+
+    /// Tells the programs that a device has hooks, and how it sends frames back.
+    fn set_device(&mut self, device: &Device, back: u8) -> Result<()> {
+        self.devices
+            .insert(device.index, back, 0)
+            .context("the map of devices is full")
+    }
+
+    /// Takes all other devices out.
+    fn keep_devices(&mut self, devices: &[Device]) -> Result<()> {
+        let known: Vec<u32> = self
+            .devices
+            .keys()
+            .collect::<Result<_, _>>()
+            .context("could not read the map of devices")?;
+        for index in known {
+            if !devices.iter().any(|device| device.index == index) {
+                self.devices
+                    .remove(&index)
+                    .context("could not take a device out of its map")?;
+            }
+        }
+        Ok(())
     }
 
     /// Attaches the socket hooks to a cgroup, then lets go of those of an agent before this one: at no moment is none attached.

@@ -169,7 +169,7 @@ pub enum LbMode {
 
 impl LbMode {
     /// As the programs are told it.
-    const fn direct(self) -> u32 {
+    pub(crate) const fn direct(self) -> u32 {
         match self {
             Self::Snat => 0,
             Self::Dsr => DIRECT_TCP | DIRECT_UDP,
@@ -214,6 +214,7 @@ fn settings(node: &[IpAddr], local_range: &str) -> Result<Settings> {
         last_node_port: NODE_PORTS.1,
         errors: ERRORS,
         direct: 0,
+        around: 0,
     })
 }
 
@@ -235,17 +236,12 @@ pub(crate) fn settings_of(node: &[IpAddr]) -> Result<Settings> {
 /// to pods, and `kept` those that see pods' own addresses because somebody says so.
 pub(crate) async fn run(
     mut maps: NetworkMaps,
-    node_ips: Vec<IpAddr>,
+    settings: Settings,
     native: Vec<IpNet>,
     mut kept: Receiver<Vec<IpNet>>,
-    mode: LbMode,
     mut nodes: Receiver<Nodes>,
     shutdown: CancellationToken,
 ) -> Result<()> {
-    let settings = Settings {
-        direct: mode.direct(),
-        ..settings_of(&node_ips)?
-    };
     let mut installed = BTreeMap::new();
     let mut begun = false;
     loop {

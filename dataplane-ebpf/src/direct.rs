@@ -16,8 +16,9 @@ use xebec_dataplane_common::service::EXTERNAL;
 use xebec_dataplane_common::{SCTP, TCP, UDP};
 
 use crate::balance;
-use crate::flow::{self, begins};
+use crate::flow;
 use crate::frame::{Frame, difference, mended};
+use crate::lookup::{At, look_up};
 use crate::maps::{FLOWS, NATIVE};
 use crate::nat::{self, Turn};
 use crate::packet::{ETHERNET, ETHERTYPE_IPV4, ETHERTYPE_IPV6, IPV6};
@@ -273,15 +274,7 @@ pub fn plan(all: &mut Scratch) -> Plan {
     if !here {
         return Plan::Drop;
     }
-    let up = FlowKey::write(&all.packet.tuple, &mut all.key);
-    let flow = flow::entry(&all.key);
-    all.listed = u8::from(!flow.is_null());
-    // One that begins anew is another.
-    let anew = begins(&all.packet)
-        && !flow.is_null()
-        // SAFETY: entries of a map stay readable until the program ends.
-        && unsafe { (*flow).told[1] != 0 || (*flow).closed != 0 };
-    if !anew && nat::find(flow, all, up) == Turn::Entry {
+    if look_up(At::Unwrapped).turn == Turn::Entry {
         let same =
             all.to.destination == all.choice.address && all.to.destination_port == all.choice.port;
         if same || all.packet.is_error() {

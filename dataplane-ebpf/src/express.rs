@@ -8,7 +8,7 @@ use aya_ebpf::bindings::xdp_action::{XDP_DROP, XDP_PASS, XDP_TX};
 use aya_ebpf::helpers::generated::bpf_redirect;
 use aya_ebpf::macros::xdp;
 use aya_ebpf::programs::XdpContext;
-use xebec_dataplane_common::nat::BACK_BY_QUEUE;
+use xebec_dataplane_common::nat::{BACK_BY_QUEUE, BACK_BY_REDIRECT};
 use xebec_dataplane_common::{ICMP, ICMP6, SCTP, TCP, UDP};
 
 use crate::frame::Frame;
@@ -21,7 +21,8 @@ use crate::translate::{self, Plan};
 use crate::way;
 
 /// Where a frame goes.
-#[derive(Clone, Copy, PartialEq, Eq)]
+#[derive(Clone, Copy)]
+#[repr(u8)]
 enum Goes {
     /// Up to the stack.
     Up,
@@ -48,12 +49,12 @@ pub fn xebec_express(ctx: XdpContext) -> u32 {
         return XDP_PASS;
     }
     settle();
-    let mut goes = Goes::Up;
+    all.goes = Goes::Up as u8;
     // The way is found before anything is entered or changed: a frame that tc must send, because the neighbour is
     // not known yet for example, is still the frame that came, of a flow that has not begun.
     if all.stays == 0 {
         match find_way(&ctx, all) {
-            Some(found) => goes = found,
+            Some(found) => all.goes = found as u8,
             None => return XDP_PASS,
         }
     }
@@ -65,13 +66,16 @@ pub fn xebec_express(ctx: XdpContext) -> u32 {
         return XDP_DROP;
     }
     tell::count(As::TranslatedEarly);
-    if goes == Goes::Up {
+    // Read back: a constant that is kept for so long made Linux 6.1 take a branch for dead that was not.
+    settle();
+    let goes = all.goes;
+    if goes == Goes::Up as u8 {
         return XDP_PASS;
     }
     if !rewrite::hop(&ctx, &all.packet) || ctx.write(0, &all.way.hardware).is_none() {
         return XDP_DROP;
     }
-    if goes == Goes::Back {
+    if goes == Goes::Back as u8 {
         return XDP_TX;
     }
     // SAFETY: the helper takes numbers alone.
@@ -105,9 +109,9 @@ fn find_way(ctx: &XdpContext, all: &mut Scratch) -> Option<Goes> {
     }
     // A device without the program may have no queues for such frames, or may not be one that has frames at all: it
     // would lose them.
-    if all.way.express == 0 {
+    if !matches!(all.way.back, BACK_BY_QUEUE | BACK_BY_REDIRECT) {
         return None;
     }
-    let same = all.way.express == BACK_BY_QUEUE && all.way.device == device;
+    let same = all.way.back == BACK_BY_QUEUE && all.way.device == device;
     Some(if same { Goes::Back } else { Goes::Out })
 }

@@ -45,6 +45,16 @@ pub struct Known {
     pub service: u32,
 }
 
+/// How a packet's flow was judged.
+pub struct Judged {
+    /// The rules' generation; 0 if it was not.
+    pub generation: u32,
+    /// The rule that allowed it.
+    pub rule: u32,
+    /// What was told of it.
+    pub told: [u8; 2],
+}
+
 /// When a packet came, in ticks.
 #[inline(always)]
 pub fn now(packet: &Packet) -> u32 {
@@ -178,6 +188,30 @@ pub fn find(flow: *mut Flow, packet: &Packet, up: bool, known: &mut Known) {
 pub fn answers(flow: *mut Flow, up: bool) -> bool {
     // SAFETY: as in `find`.
     !flow.is_null() && unsafe { ((*flow).from_low != 0) != up }
+}
+
+/// How a flow was judged, for one that takes its place.
+#[inline(always)]
+pub fn judged(flow: *mut Flow, judged: &mut Judged) {
+    if flow.is_null() {
+        judged.generation = 0;
+        judged.rule = 0;
+        judged.told = [0; 2];
+        return;
+    }
+    // SAFETY: as in `find`.
+    unsafe {
+        judged.generation = (*flow).generation;
+        judged.rule = (*flow).rule;
+        judged.told = (*flow).told;
+    }
+}
+
+/// Whether a connection was answered, or has ended since.
+#[inline(always)]
+pub fn has_begun(flow: *mut Flow) -> bool {
+    // SAFETY: as in `find`.
+    !flow.is_null() && unsafe { (*flow).told[1] != 0 || (*flow).closed != 0 }
 }
 
 /// Enters a flow that was allowed, by the rule that is told of, and is not translated here. One that a node port entered keeps its translation.

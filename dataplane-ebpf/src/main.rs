@@ -9,6 +9,7 @@ mod errors;
 mod express;
 mod flow;
 mod frame;
+mod lookup;
 mod maps;
 mod nat;
 mod network;

@@ -80,10 +80,10 @@ pub static CIDRS: LpmTrie<CidrKey, u32> = LpmTrie::with_max_entries(131_072, NO_
 #[map]
 pub static NATIVE: LpmTrie<Ip, Ip> = LpmTrie::with_max_entries(16_384, NO_PREALLOC);
 
-/// Devices with the XDP hook, by index: they take frames that it sends on. The value is how they send back what they
-/// received.
+/// Devices that lead to other nodes and the outside, by index. The value is how they send back what they received: those
+/// with the XDP hook take frames that it sends on.
 #[map]
-pub static EXPRESS: HashMap<u32, u8> = HashMap::with_max_entries(256, NO_PREALLOC);
+pub static DEVICES: HashMap<u32, u8> = HashMap::with_max_entries(256, NO_PREALLOC);
 
 /// What translation needs to know of the node.
 #[map]

@@ -34,6 +34,7 @@ pub fn settings() -> Settings {
         last_node_port: 0,
         errors: 0,
         direct: 0,
+        around: 0,
     })
 }
 

@@ -6,15 +6,17 @@ use aya_ebpf::helpers::generated::bpf_redirect;
 use aya_ebpf::macros::classifier;
 use aya_ebpf::programs::TcContext;
 use xebec_dataplane_common::flow::{
-    EGRESS, Flow, FlowKey, INGRESS, REASON_CHECKSUM, REASON_INVALID, REASON_NO_MAPPING, TURN_BACK,
-    TURN_FORTH, TURN_LATE, TURN_STAYS,
+    EGRESS, INGRESS, REASON_CHECKSUM, REASON_INVALID, REASON_NO_MAPPING, TURN_BACK, TURN_FORTH,
+    TURN_LATE, TURN_STAYS,
 };
 
 use crate::direct;
 use crate::errors;
 use crate::flow;
+use crate::lookup::{At, look_up};
 use crate::nat::{self, Turn};
 use crate::packet::{self, Read};
+use crate::pod;
 use crate::refuse;
 use crate::rewrite;
 use crate::scratch::{Scratch, scratch, settle};
@@ -44,7 +46,7 @@ pub fn xebec_from_network(ctx: TcContext) -> i32 {
     };
     settle();
     match plan {
-        Plan::Leave => return TC_ACT_OK as i32,
+        Plan::Leave => return reach(&ctx, all),
         Plan::Refuse => return refused(&ctx, all, refuse::NO_PORT),
         Plan::Drop => return TC_ACT_SHOT as i32,
         Plan::Direct | Plan::BeginsDirect => return sent_directly(&ctx, all, plan),
@@ -69,11 +71,25 @@ pub fn xebec_from_network(ctx: TcContext) -> i32 {
     }
     tell::count(As::Translated);
     settle();
-    if stays {
-        TC_ACT_OK as i32
-    } else {
-        way::go(&ctx, all)
+    if !stays {
+        return way::go(&ctx, all);
     }
+    // Of errors, the pod's hook reads again whom they are about.
+    if all.packet.is_error() {
+        return TC_ACT_OK as i32;
+    }
+    all.packet.tuple.set(&all.to);
+    settle();
+    reach(&ctx, all)
+}
+
+/// Hands a packet to its pod if it is for one, and to the stack if not.
+#[inline(always)]
+fn reach(ctx: &TcContext, all: &mut Scratch) -> i32 {
+    if nat::settings().around == 0 {
+        return TC_ACT_OK as i32;
+    }
+    pod::reach(ctx, all).unwrap_or(TC_ACT_OK as i32)
 }
 
 /// Sends a packet to the node of its backend as it is.
@@ -128,17 +144,15 @@ pub fn xebec_to_network(ctx: TcContext) -> i32 {
     if !pod && !translate::is_node(&all.packet.tuple.source) {
         return TC_ACT_OK as i32;
     }
-    let up = FlowKey::write(&all.packet.tuple, &mut all.key);
-    let flow = flow::entry(&all.key);
-    if nat::find(flow, all, up) != Turn::Exit {
+    if look_up(At::Network).turn != Turn::Exit {
         // Who came to the pod by its own address is answered from it.
-        if !pod || all.packet.is_error() || flow::answers(flow, up) {
+        if !pod || all.packet.is_error() || all.answers != 0 {
             return TC_ACT_OK as i32;
         }
         if translate::is_native(&all.packet.tuple.destination) || nat::settings().ports == 0 {
             return TC_ACT_OK as i32;
         }
-        if !masquerade(flow, all) {
+        if !masquerade(all) {
             return deny(&ctx, all, EGRESS, REASON_NO_MAPPING);
         }
     }
@@ -152,16 +166,11 @@ pub fn xebec_to_network(ctx: TcContext) -> i32 {
 
 /// Gives a pod's flow to the outside the node's address and a port; `to` is what its packets become.
 #[inline(never)]
-fn masquerade(flow: *mut Flow, all: &mut Scratch) -> bool {
+fn masquerade(all: &mut Scratch) -> bool {
     all.begun = flow::plain();
-    if !flow.is_null() {
-        // SAFETY: entries of a map stay readable until the program ends.
-        unsafe {
-            all.begun.generation = (*flow).generation;
-            all.begun.rule = (*flow).rule;
-            all.begun.told = (*flow).told;
-        }
-    }
+    all.begun.generation = all.judged.generation;
+    all.begun.rule = all.judged.rule;
+    all.begun.told = all.judged.told;
     all.begun.turn = TURN_FORTH | TURN_LATE;
     all.begun.other = TURN_BACK | TURN_STAYS;
     all.to.set(&all.packet.tuple);

@@ -1,13 +1,12 @@
 //! tc hooks at the host's end of each pod's veth pair: what leaves the pod, and what is about to enter it.
 
-use aya_ebpf::bindings::{TC_ACT_OK, TC_ACT_SHOT};
+use aya_ebpf::bindings::{__sk_buff, TC_ACT_OK, TC_ACT_SHOT};
 use aya_ebpf::helpers::generated::bpf_redirect_peer;
 use aya_ebpf::macros::classifier;
 use aya_ebpf::programs::TcContext;
 use xebec_dataplane_common::flow::{
-    EGRESS, Flow, FlowKey, INGRESS, REASON_CHECKSUM, REASON_FRAGMENT, REASON_INVALID,
-    REASON_NO_MAPPING, REASON_NO_SERVICE, REASON_POLICY, REASON_SOURCE, TURN_BACK, TURN_FORTH,
-    TURN_LATE, TURN_STAYS,
+    EGRESS, Flow, INGRESS, REASON_CHECKSUM, REASON_FRAGMENT, REASON_INVALID, REASON_NO_MAPPING,
+    REASON_NO_SERVICE, REASON_POLICY, REASON_SOURCE, TURN_BACK, TURN_FORTH, TURN_LATE, TURN_STAYS,
 };
 use xebec_dataplane_common::ip::Ip;
 use xebec_dataplane_common::policy::Endpoint;
@@ -15,6 +14,7 @@ use xebec_dataplane_common::policy::Endpoint;
 use crate::balance::{self, CHOSEN, Client};
 use crate::errors;
 use crate::flow::{self, SYN};
+use crate::lookup::{At, Found, look_up};
 use crate::maps::ENDPOINTS;
 use crate::nat::{self, Turn};
 use crate::packet::{self, Packet, Read};
@@ -48,12 +48,12 @@ pub fn xebec_from_pod(ctx: TcContext) -> i32 {
     if from.ifindex != ifindex(&ctx) || !all.packet.is_of_sender() {
         return deny(&ctx, all, EGRESS, REASON_SOURCE);
     }
-    let (up, turn) = look_up(true);
+    let Found { up, turn } = look_up(At::FromPod);
     // A packet to a pod of this node meets no other hook. All others are translated where they leave, if so.
     all.turned = match turn {
-        ENTRY => 1,
-        EXIT => u8::from(translate::is_endpoint(&all.to.destination)),
-        _ => 0,
+        Turn::Entry => 1,
+        Turn::Exit => u8::from(translate::is_endpoint(&all.to.destination)),
+        Turn::None | Turn::Direct => 0,
     };
     settle();
     let known = &all.known;
@@ -104,45 +104,17 @@ pub fn xebec_from_pod(ctx: TcContext) -> i32 {
     } else {
         all.packet.receiver()
     };
-    match endpoint(receiver) {
-        Some(pod) => hand_over(&ctx, &all.packet, &pod),
-        None => TC_ACT_OK as i32,
+    if let Some(pod) = endpoint(receiver) {
+        return hand_over(&ctx, &all.packet, &pod);
     }
-}
-
-/// Looks for the packet's flow: whether the packet goes up, and where it is translated. What is known of it stands in
-/// `known`, and what the packet becomes in `to`. Of one that comes `out` of its pod, nothing can have been translated.
-#[inline(always)]
-fn look_up(out: bool) -> (bool, u32) {
-    let found = xebec_look_up(u32::from(out));
+    if nat::settings().around == 0 {
+        return TC_ACT_OK as i32;
+    }
+    if all.turned == 0 {
+        all.to.set(&all.packet.tuple);
+    }
     settle();
-    (found & UP != 0, found & !UP)
-}
-
-const ENTRY: u32 = 1;
-const EXIT: u32 = 2;
-const UP: u32 = 4;
-
-/// Of the kind that is checked once.
-#[unsafe(no_mangle)]
-#[inline(never)]
-extern "C" fn xebec_look_up(out: u32) -> u32 {
-    let Some(all) = scratch() else {
-        return 0;
-    };
-    let up = FlowKey::write(&all.packet.tuple, &mut all.key);
-    let mut flow = flow::entry(&all.key);
-    if out != 0 && nat::gives_way(flow, all, up) {
-        flow = core::ptr::null_mut();
-    }
-    all.listed = u8::from(!flow.is_null());
-    flow::find(flow, &all.packet, up, &mut all.known);
-    let turn = match nat::find(flow, all, up) {
-        Turn::None | Turn::Direct => 0,
-        Turn::Entry => ENTRY,
-        Turn::Exit => EXIT,
-    };
-    turn | if up { UP } else { 0 }
+    way::around(&ctx)
 }
 
 /// Decides on a flow that begins: chooses a backend if it is for a Service, judges it by the rules, and enters it. 0, or
@@ -299,29 +271,73 @@ pub fn xebec_to_pod(ctx: TcContext) -> i32 {
         tell::count(As::Forwarded);
         return TC_ACT_OK as i32;
     }
-    let (up, turn) = look_up(false);
-    all.turned = u8::from(turn == EXIT);
+    // A node may always reach its own pods: its kubelet probes them.
+    let set = if from_this_node(&ctx) {
+        0
+    } else {
+        to.ingress_set
+    };
+    if admit(&ctx, set) {
+        TC_ACT_OK as i32
+    } else {
+        TC_ACT_SHOT as i32
+    }
+}
+
+/// What the network sends to a pod of this node, once what is to be translated there is: it is judged and handed over without going through the
+/// stack. None for what is not, and has its way through the stack yet.
+#[inline(always)]
+pub fn reach(ctx: &TcContext, all: &mut Scratch) -> Option<i32> {
+    let to = endpoint(all.packet.receiver())?;
+    if all.packet.ttl <= 1 || all.packet.is_error() || !refuse::is_for_this_host(ctx) {
+        return None;
+    }
+    // What claims to be a pod's would have come from that: the stack knows whether there is another way.
+    if endpoint(all.packet.sender()).is_some() {
+        return None;
+    }
+    Some(if admit(ctx, to.ingress_set) {
+        hand_over(ctx, &all.packet, &to)
+    } else {
+        TC_ACT_SHOT as i32
+    })
+}
+
+/// Judges what is about to enter a pod by its rules, and gives it the addresses that the pod knows the sender by. False if it is dropped.
+#[inline(always)]
+fn admit(ctx: &TcContext, set: u32) -> bool {
+    xebec_admit(ctx.skb.skb, set) != 0
+}
+
+/// The same; checked by itself and once.
+#[unsafe(no_mangle)]
+#[inline(never)]
+extern "C" fn xebec_admit(skb: *mut __sk_buff, set: u32) -> u32 {
+    match scratch() {
+        Some(all) => u32::from(let_in(&TcContext::new(skb), all, set)),
+        None => 0,
+    }
+}
+
+#[inline(always)]
+fn let_in(ctx: &TcContext, all: &mut Scratch, set: u32) -> bool {
+    let Found { up, turn } = look_up(At::ToPod);
+    all.turned = u8::from(turn == Turn::Exit);
     settle();
     if all.known.yes != 0 {
-        tell_known(&ctx, all, INGRESS);
+        tell_known(ctx, all, INGRESS);
     } else {
-        all.told.begin(&ctx, INGRESS);
-        all.told.set = to.ingress_set;
-        // A node may always reach its own pods: its kubelet probes them.
-        if to.ingress_set != 0 && !from_this_node(&ctx) {
+        all.told.begin(ctx, INGRESS);
+        all.told.set = set;
+        if set != 0 {
             let tuple = &all.packet.tuple;
             let identity = policy::identity(&tuple.source);
-            all.told.rule = policy::ask(
-                &mut all.question,
-                to.ingress_set,
-                &tuple.source,
-                identity,
-                tuple,
-            );
+            all.told.rule = policy::ask(&mut all.question, set, &tuple.source, identity, tuple);
             if all.told.rule == 0 {
                 all.told.reason = REASON_POLICY;
                 tell::tell();
-                return dropped();
+                tell::count(As::Dropped);
+                return false;
             }
         }
         settle();
@@ -331,11 +347,12 @@ pub fn xebec_to_pod(ctx: TcContext) -> i32 {
         tell::tell();
     }
     settle();
-    if all.turned != 0 && !rewritten(&ctx, &all.packet) {
-        return deny(&ctx, all, INGRESS, REASON_CHECKSUM);
+    if all.turned != 0 && !rewritten(ctx, &all.packet) {
+        deny(ctx, all, INGRESS, REASON_CHECKSUM);
+        return false;
     }
     tell::count(As::Forwarded);
-    TC_ACT_OK as i32
+    true
 }
 
 /// A pod of this node.

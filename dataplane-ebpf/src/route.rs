@@ -2,7 +2,9 @@
 //! than all else that is done with one.
 
 use aya_ebpf::EbpfContext;
-use aya_ebpf::bindings::{BPF_FIB_LKUP_RET_SUCCESS, bpf_fib_lookup, bpf_redir_neigh};
+use aya_ebpf::bindings::{
+    BPF_FIB_LKUP_RET_NOT_FWDED, BPF_FIB_LKUP_RET_SUCCESS, bpf_fib_lookup, bpf_redir_neigh,
+};
 use aya_ebpf::helpers::generated::bpf_fib_lookup as ask_kernel;
 use aya_ebpf::macros::map;
 use aya_ebpf::maps::PerCpuArray;
@@ -10,7 +12,7 @@ use xebec_dataplane_common::ip::Ip;
 use xebec_dataplane_common::nat::Tuple;
 
 use crate::frame::Frame;
-use crate::maps::EXPRESS;
+use crate::maps::DEVICES;
 use crate::packet::{ETHERNET, Packet};
 
 const AF_INET: u8 = 2;
@@ -28,8 +30,8 @@ pub struct Way {
     pub hardware: [u32; 3],
     /// Bytes that the way takes, where a packet has more.
     pub mtu: u32,
-    /// How the device sends back frames that it received, if it has the XDP hook; 0 if not.
-    pub express: u8,
+    /// How the device sends back frames that it received; 0 for one that has none of the hooks.
+    pub back: u8,
 }
 
 /// What is asked: all that makes the answer another.
@@ -48,12 +50,13 @@ struct Question {
 /// A question and its answer.
 struct Known {
     question: Question,
+    /// 0 where the packet is not to be sent on.
     device: u32,
     mtu: u32,
     family: u32,
     hop: [u32; 4],
     hardware: [u32; 3],
-    express: u32,
+    back: u32,
 }
 
 /// How many answers each CPU remembers: a power of two.
@@ -123,8 +126,13 @@ pub fn ask(
     let known = WAYS.get_ptr_mut(question.place())?;
     // SAFETY: this CPU's; programs of tc and XDP never interrupt one another on a CPU.
     let known = unsafe { &mut *known };
-    if !known.question.is(&question) || length == 0 || u32::from(length) > known.mtu {
+    let is_way = known.device != 0;
+    if !known.question.is(&question) || is_way && (length == 0 || u32::from(length) > known.mtu) {
         let found = look(ctx, packet, &question, way, length);
+        if found == BPF_FIB_LKUP_RET_NOT_FWDED {
+            known.device = 0;
+            known.question = question;
+        }
         if found != BPF_FIB_LKUP_RET_SUCCESS {
             return Some(found);
         }
@@ -135,18 +143,21 @@ pub fn ask(
         known.hop = unsafe { way.hop.__bindgen_anon_1.ipv6_nh };
         known.hardware = way.hardware;
         // SAFETY: the value is read once, here.
-        way.express = unsafe { EXPRESS.get(&way.device) }
+        way.back = unsafe { DEVICES.get(&way.device) }
             .copied()
             .unwrap_or_default();
-        known.express = u32::from(way.express);
+        known.back = u32::from(way.back);
         known.question = question;
         return Some(BPF_FIB_LKUP_RET_SUCCESS);
+    }
+    if !is_way {
+        return Some(BPF_FIB_LKUP_RET_NOT_FWDED);
     }
     way.device = known.device;
     way.hop.nh_family = known.family;
     way.hop.__bindgen_anon_1.ipv6_nh = known.hop;
     way.hardware = known.hardware;
-    way.express = known.express as u8;
+    way.back = known.back as u8;
     Some(BPF_FIB_LKUP_RET_SUCCESS)
 }
 

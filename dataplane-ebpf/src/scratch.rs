@@ -12,7 +12,7 @@ use xebec_dataplane_common::nat::Tuple;
 
 use crate::balance::Choice;
 use crate::direct::Outer;
-use crate::flow::Known;
+use crate::flow::{Judged, Known};
 use crate::packet::Packet;
 use crate::policy::Question;
 use crate::route::Way;
@@ -36,14 +36,20 @@ pub struct Scratch {
     pub begun: Flow,
     /// What the table knew of its flow.
     pub known: Known,
+    /// How its flow was judged before.
+    pub judged: Judged,
     /// What the rules are asked.
     pub question: Question,
     /// What is told of it.
     pub told: Told,
     /// 1 where the table has an entry under its key.
     pub listed: u8,
+    /// 1 where it answers a flow that the other end began.
+    pub answers: u8,
     /// 1 where its way ends on this node once it is translated.
     pub stays: u8,
+    /// Where its frame goes.
+    pub goes: u8,
     /// 1 where it becomes `to`.
     pub turned: u8,
     /// Where the search for a free port starts.

@@ -2,13 +2,14 @@
 //! device that leads there ask here.
 
 use aya_ebpf::maps::lpm_trie::Key;
-use xebec_dataplane_common::flow::{Flow, FlowKey, TURN_BACK, TURN_FORTH, TURN_LATE, TURN_STAYS};
+use xebec_dataplane_common::flow::{Flow, TURN_BACK, TURN_FORTH, TURN_LATE, TURN_STAYS};
 use xebec_dataplane_common::ip::Ip;
 use xebec_dataplane_common::{TCP, UDP};
 
 use crate::balance::{self, CHOSEN, Client};
 use crate::direct;
 use crate::flow::{self, RST, begins};
+use crate::lookup::{At, look_up};
 use crate::maps::{ENDPOINTS, NATIVE};
 use crate::nat::{self, Turn};
 use crate::packet::Packet;
@@ -36,10 +37,7 @@ pub enum Plan {
 /// Looks for a packet's translation: what it becomes stands in `to`, and in `stays` whether its way ends here; of one that begins, all but the port. A hook may still leave the packet to the other one then: that finds the translation again, or chooses a backend itself.
 #[inline(always)]
 pub fn plan(all: &mut Scratch) -> Plan {
-    let up = FlowKey::write(&all.packet.tuple, &mut all.key);
-    let flow = flow::entry(&all.key);
-    all.listed = u8::from(!flow.is_null());
-    match nat::find(flow, all, up) {
+    match look_up(At::Network).turn {
         Turn::Entry => return Plan::Known,
         Turn::Direct => return Plan::Direct,
         Turn::None | Turn::Exit => {}
@@ -47,14 +45,14 @@ pub fn plan(all: &mut Scratch) -> Plan {
     if !may_begin(&all.packet) {
         // The stack itself resets what comes to the node's own addresses.
         let stray =
-            flow.is_null() && goes_on(&all.packet) && !is_node(&all.packet.tuple.destination);
+            all.listed == 0 && goes_on(&all.packet) && !is_node(&all.packet.tuple.destination);
         if stray && balance::refuses(&all.packet.tuple, false, &mut all.choice) {
             return Plan::Refuse;
         }
         return Plan::Leave;
     }
     // What answers a flow begins none.
-    if !begins(&all.packet) && flow::answers(flow, up) {
+    if !begins(&all.packet) && all.answers != 0 {
         return Plan::Leave;
     }
     let client = Client {

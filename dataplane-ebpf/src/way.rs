@@ -3,7 +3,7 @@
 use aya_ebpf::bindings::{
     __sk_buff, BPF_FIB_LKUP_RET_BLACKHOLE, BPF_FIB_LKUP_RET_FRAG_NEEDED, BPF_FIB_LKUP_RET_NO_NEIGH,
     BPF_FIB_LKUP_RET_NOT_FWDED, BPF_FIB_LKUP_RET_PROHIBIT, BPF_FIB_LKUP_RET_SUCCESS,
-    BPF_FIB_LKUP_RET_UNREACHABLE, TC_ACT_SHOT, bpf_redir_neigh,
+    BPF_FIB_LKUP_RET_UNREACHABLE, TC_ACT_OK, TC_ACT_SHOT, bpf_redir_neigh,
 };
 use aya_ebpf::helpers::generated::bpf_redirect_neigh;
 use aya_ebpf::programs::TcContext;
@@ -101,6 +101,46 @@ fn look(ctx: &TcContext, all: &mut Scratch, more: u16) -> u32 {
             all.way.hop.nh_family = 0;
             GO
         }
+    }
+}
+
+/// Sends a packet that becomes `to` its way around the stack. What no device takes is the stack's: what is for the node
+/// itself, and what is answered.
+#[inline(always)]
+pub fn around(ctx: &TcContext) -> i32 {
+    xebec_around(ctx.skb.skb) as i32
+}
+
+/// The same; checked by itself and once.
+#[unsafe(no_mangle)]
+#[inline(never)]
+extern "C" fn xebec_around(skb: *mut __sk_buff) -> u32 {
+    match scratch() {
+        Some(all) => pass(&TcContext::new(skb), all) as u32,
+        None => TC_ACT_SHOT as u32,
+    }
+}
+
+#[inline(always)]
+fn pass(ctx: &TcContext, all: &mut Scratch) -> i32 {
+    let skb: *const __sk_buff = ctx.skb.skb;
+    // SAFETY: the kernel gives a valid context for the whole call.
+    let device = unsafe { (*skb).ifindex };
+    if all.packet.ttl <= 1
+        || all.packet.is_error()
+        || !all.to.destination.is_sent_on()
+        || !refuse::is_for_this_host(ctx)
+    {
+        return TC_ACT_OK as i32;
+    }
+    let Some(length) = length_of_each(ctx, &all.packet) else {
+        return TC_ACT_OK as i32;
+    };
+    match route::ask(ctx, &all.packet, &all.to, &mut all.way, (device, length)) {
+        // By a device without our hooks the answers come through the stack, whose connection tracking must have seen
+        // what they answer. Whom the node has not met yet, the stack looks for.
+        Some(BPF_FIB_LKUP_RET_SUCCESS) if all.way.back != 0 => go(ctx, all),
+        _ => TC_ACT_OK as i32,
     }
 }
 

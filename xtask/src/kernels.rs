@@ -44,6 +44,7 @@ pub const TESTS: &[(&str, &[&str])] = &[
         &[
             "node_port_to_a_pod_of_another_node",
             "to_a_pod_of_another_node_and_back",
+            "programs_and_model_agree",
         ],
     ),
 ];

@@ -141,9 +141,7 @@ impl Loaded {
                 } else {
                     BACK_BY_REDIRECT
                 };
-                self.express
-                    .insert(device.index, back, 0)
-                    .context("the map of devices with XDP is full")?;
+                self.set_device(device, back)?;
                 Ok(if mode == XdpMode::Skb {
                     By::Generic
                 } else {

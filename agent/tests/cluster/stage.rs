@@ -85,6 +85,7 @@ pub fn run_agent() {
     let cgroup = PathBuf::from(settings["cgroup"].as_str().unwrap());
     let config = xebec_agent::Config {
         lb_mode: xebec_agent::network::LbMode::Snat,
+        host_legacy_routing: false,
         node_name: "a".into(),
         node_ips: vec![NODE.parse().unwrap()],
         pod_cidrs: vec!["10.244.0.0/24".parse().unwrap()],

@@ -33,7 +33,7 @@ fn programs_and_model_agree() {
         ip("link set lo address 02:00:00:00:00:02");
         let devices = [0, 1, 2].map(|pod| {
             ip(&format!(
-                "link add pod{pod} address 02:00:00:00:00:02 type bridge"
+                "link add pod{pod} address 02:00:00:00:00:02 type veth"
             ));
             nix::net::if_::if_nametoindex(format!("pod{pod}").as_str()).unwrap()
         });

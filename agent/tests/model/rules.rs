@@ -259,6 +259,8 @@ pub struct Model {
     pub frontends: HashMap<(Option<IpAddr>, bool, u16, u8), Frontend>,
     pub affinities: HashMap<(IpAddr, u32), (u32, u32)>,
     pub native: Vec<IpAddr>,
+    /// Pods' packets go around the stack.
+    pub around: bool,
     pub ports: std::ops::RangeInclusive<u16>,
 }
 
@@ -741,9 +743,11 @@ impl Model {
                 },
             };
         }
-        let here = self.pod(receiver).is_some() && seen.ttl > 1;
+        let here = self.pod(receiver).is_some();
+        let around = self.around && seen.here && seen.carrier.is_none();
+        let sent = (here || around) && seen.ttl > 1;
         Fate {
-            verdict: if here { Verdict::Send } else { Verdict::Pass },
+            verdict: if sent { Verdict::Send } else { Verdict::Pass },
             becomes,
         }
     }
@@ -825,6 +829,31 @@ impl Model {
             }
         }
         Fate { becomes, ..PASS }
+    }
+
+    /// In from the network, and at once into the pod that it is for.
+    pub fn comes_around(&mut self, seen: &Seen, made: &Made) -> Fate {
+        let first = self.comes_in(seen, made);
+        let ends = first.becomes.unwrap_or(seen.ends);
+        let pod = self.pods.iter().position(|pod| pod.address == ends.to.0);
+        let (Verdict::Pass, Some(pod)) = (first.verdict, pod) else {
+            return first;
+        };
+        if !self.around || !seen.here || seen.ttl <= 1 || seen.carrier.is_some() {
+            return first;
+        }
+        // Who claims to be a pod of this node is left to the stack.
+        if self.pod(ends.from.0).is_some() {
+            return first;
+        }
+        let second = self.enters_pod(pod, false, &Seen { ends, ..*seen });
+        Fate {
+            verdict: match second.verdict {
+                Verdict::Pass => Verdict::Send,
+                other => other,
+            },
+            becomes: second.becomes.or(first.becomes),
+        }
     }
 
     /// In from the network.

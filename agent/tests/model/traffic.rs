@@ -361,7 +361,8 @@ impl<'a> Run<'a> {
         let family = FAMILIES[usize::from(to.is_ipv6())];
         let (arrives, body) = match (place, verdict, pod) {
             (Place::Pod(_), Verdict::Send, Some(pod)) => (Place::Pod(pod), Some(body)),
-            (Place::Network, Verdict::Send, _) => (Place::Network, Some(body)),
+            (Place::Network, Verdict::Send, Some(pod)) => (Place::Pod(pod), Some(body)),
+            (Place::Network, Verdict::Send, None) => (Place::Network, Some(body)),
             // The stack answers for what has no hop left.
             (Place::Pod(_), _, _) if ttl <= 1 => return,
             (_, _, Some(pod)) => {
@@ -405,7 +406,7 @@ impl<'a> Run<'a> {
         let Some(seen) = self.seen(&body) else {
             self.fail(&body, "XDP translated a fragment");
         };
-        let made = self.made(&seen, &body, OK, &out);
+        let made = self.made(Hook::FromNetwork, &seen, &body, OK, &out);
         let fate = self.world.model.comes_in(&seen, &made);
         let (Verdict::Pass, Some(ends)) = (fate.verdict, fate.becomes) else {
             self.fail(&body, &format!("XDP translated it, expected {fate:?}"));
@@ -458,7 +459,7 @@ impl<'a> Run<'a> {
                 becomes: None,
             },
             Some(seen) => {
-                let made = self.made(seen, &body, verdict, &out);
+                let made = self.made(hook, seen, &body, verdict, &out);
                 let model = &mut self.world.model;
                 let judged =
                     std::panic::catch_unwind(std::panic::AssertUnwindSafe(|| match hook {
@@ -466,7 +467,7 @@ impl<'a> Run<'a> {
                         Hook::ToPod(index, received) => {
                             model.enters_pod(index, received == 0, seen)
                         }
-                        Hook::FromNetwork => model.comes_in(seen, &made),
+                        Hook::FromNetwork => model.comes_around(seen, &made),
                         Hook::ToNetwork => model.goes_out(seen, &made),
                     }));
                 match judged {
@@ -532,7 +533,7 @@ impl<'a> Run<'a> {
             Verdict::Send => {
                 let packet = expected.packet_mut();
                 packet.ttl -= 1;
-                if let (Hook::FromPod(_), Some(_)) = (hook, pod_of(packet.destination)) {
+                if pod_of(packet.destination).is_some() {
                     (packet.mac_source, packet.mac_destination) = (packet.mac_destination, POD_MAC);
                 }
                 counts.sent += 1;
@@ -592,7 +593,7 @@ impl<'a> Run<'a> {
     }
 
     /// What chance decided.
-    fn made(&self, seen: &Seen, body: &Body, verdict: u32, out: &[u8]) -> Made {
+    fn made(&self, hook: Hook, seen: &Seen, body: &Body, verdict: u32, out: &[u8]) -> Made {
         let packet = body.packet();
         let at = packet.transport_at();
         // An answer may be shorter.
@@ -627,6 +628,20 @@ impl<'a> Run<'a> {
                 );
             }
         }
+        // What the pod's rules drop has begun its flow by then.
+        let flow = self.kernel.tables().flows.get(&flow_key(seen.ends));
+        let flow = flow.filter(|flow| flow.turn & TURN_FORTH != 0);
+        let mut dropped = verdict == SHOT;
+        if let (true, Hook::FromNetwork, Some(flow)) = (self.world.model.around, hook, flow) {
+            if dropped && pod_of(flow.to.destination.into()).is_some() {
+                dropped = false;
+                from_port = u16::from_be(flow.to.source_port);
+                to = (
+                    flow.to.destination.into(),
+                    u16::from_be(flow.to.destination_port),
+                );
+            }
+        }
         let service = self.world.model.has_affinity(seen.ends);
         let remembered = service.and_then(|service| {
             let key = AffinityKey {
@@ -637,7 +652,7 @@ impl<'a> Run<'a> {
             Some(self.kernel.tables().affinities.get(&key)?.backend)
         });
         Made {
-            dropped: verdict == SHOT,
+            dropped,
             sent: verdict == REDIRECT,
             from_port,
             to,

@@ -7,6 +7,7 @@ use rand::seq::{IndexedRandom, IteratorRandom};
 use rand::{Rng, SeedableRng};
 use xebec_agent::maps::PolicyKernel;
 use xebec_dataplane_common::ip::Ip;
+use xebec_dataplane_common::nat::Settings;
 use xebec_dataplane_common::policy::{
     Endpoint, NO_SHAPE, RuleKey, SHAPE_IDENTITY, SHAPE_PROTOCOL, SHAPES, Set,
 };
@@ -68,7 +69,11 @@ pub struct World {
 impl World {
     pub fn new(kernel: &mut Kernel, devices: [u32; PODS], seed: u64) -> Self {
         kernel.reset();
-        kernel.settings(settings(61_000, 4_536));
+        let around = seed % 2 == 1;
+        kernel.settings(Settings {
+            around: around.into(),
+            ..settings(61_000, 4_536)
+        });
         let mut world = Self {
             model: Model {
                 now: 0,
@@ -81,6 +86,7 @@ impl World {
                 backends: Default::default(),
                 frontends: Default::default(),
                 affinities: Default::default(),
+                around,
                 native: Vec::new(),
                 ports: 61_000..=65_535,
             },

@@ -12,7 +12,7 @@ use xebec_agent::maps::{PolicyKernel, PolicyMaps, ServiceKernel};
 use xebec_agent::network::Device;
 use xebec_dataplane_common::flow::{Counters, Event, Flow, FlowKey, TURN_NONE};
 use xebec_dataplane_common::ip::Ip;
-use xebec_dataplane_common::nat::{Settings, Tuple};
+use xebec_dataplane_common::nat::{BACK_BY_TC, Settings, Tuple};
 use xebec_dataplane_common::policy::{
     Endpoint, NO_SHAPE, RuleKey, SHAPE_PROTOCOL, SHAPES, Set, port_bits,
 };
@@ -54,6 +54,7 @@ pub struct Tables {
     ranges: Table<Block, u8>,
     cidrs: Table<Block, u32>,
     ways: Table<u32, [u8; 88]>,
+    devices: Table<u32, u8>,
 }
 
 /// Loaded programs with two pods, a node, and a folder that goes with them.
@@ -188,6 +189,7 @@ impl Kernel {
             self.maps.network.set_native(native, Some(node)).unwrap();
         }
         self.endpoints();
+        self.serve(true);
         self.policy().set_generation(0).unwrap();
         self.settings(settings(61_000, 4_536));
     }
@@ -206,6 +208,18 @@ impl Kernel {
 
     pub fn settings(&mut self, settings: Settings) {
         self.maps.network.set_settings(settings).unwrap();
+    }
+
+    /// Whether the device to the outside has the hooks.
+    pub fn serve(&mut self, yes: bool) {
+        let Ok(index) = nix::net::if_::if_nametoindex("out0") else {
+            return;
+        };
+        self.tables.devices.clear();
+        self.tables.ways.wipe();
+        if yes {
+            self.tables.devices.set(&index, BACK_BY_TC);
+        }
     }
 
     /// Writes who the pods are.
@@ -624,5 +638,6 @@ fn tables(loaded: &mut Loaded) -> Tables {
         ranges: Table::find(&numbers, "RANGES").unwrap(),
         cidrs: Table::find(&numbers, "CIDRS").unwrap(),
         ways: Table::find(&numbers, "WAYS").unwrap(),
+        devices: Table::find(&numbers, "DEVICES").unwrap(),
     }
 }

@@ -1,5 +1,6 @@
 //! Building packets, and a kernel with the programs and a few pods to run them.
 
+mod around;
 mod direct;
 mod errors;
 mod express;
@@ -117,5 +118,6 @@ pub fn settings(first_port: u16, ports: u16) -> Settings {
         last_node_port: 32_767,
         errors: 0,
         direct: 0,
+        around: 0,
     }
 }

@@ -142,8 +142,14 @@ pub fn routed() {
         ip(&format!("link set {device} up"));
     }
     forward();
-    for family in ["-4", "-6"] {
-        ip(&format!("{family} route add default dev out0"));
+    // A router that is met already.
+    for (family, router) in [("-4", "192.0.2.1"), ("-6", "fe80::1")] {
+        ip(&format!(
+            "neigh add {router} lladdr 02:00:00:00:00:aa dev out0 nud permanent"
+        ));
+        ip(&format!(
+            "{family} route add default via {router} dev out0 onlink"
+        ));
     }
 }
 

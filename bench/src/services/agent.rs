@@ -91,6 +91,7 @@ pub fn run(args: Args) -> Result<()> {
         },
         native: Vec::new(),
         lb_mode: xebec_agent::network::LbMode::Snat,
+        host_legacy_routing: false,
         node_ports: xebec_agent::services::NodePortAddresses::All,
         l2_announcements: false,
         sizes: xebec_agent::loader::Sizes {

@@ -298,6 +298,12 @@ impl Size {
     fn prove(&mut self, services: usize) {
         let mut notes = Vec::new();
         for lane in &mut self.lanes {
+            // What one way leaves behind at the servers, the other would run into.
+            if let Err(error) = lane.ports() {
+                let what = format!("{:?}, {}", lane.side, lane.way.name());
+                notes.push(format!("{what}: no ports of its own: {error:#}"));
+                lane.targets = [None; 3];
+            }
             for (mode, target) in lane.targets.iter_mut().enumerate() {
                 let Some(address) = *target else { continue };
                 let order = order(mode, address, 0.1);

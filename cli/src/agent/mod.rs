@@ -91,6 +91,10 @@ struct Run {
     /// nodes need the same
     #[arg(long, alias = "bpf-lb-mode", value_enum, default_value_t)]
     lb_mode: LbMode,
+    /// Pods' packets to and from other nodes and the outside go through the node's stack, where its own rules (iptables,
+    /// nftables, IPsec policies) see them. By default they go around it
+    #[arg(long, alias = "enable-host-legacy-routing")]
+    host_legacy_routing: bool,
     /// Entries of the table of flows, 180 bytes each; a translated flow takes two. A table that an agent before this
     /// one left keeps its size until the node starts anew
     #[arg(long, default_value_t = xebec_agent::loader::FLOWS, value_parser = clap::value_parser!(u32).range(1_024..=33_554_432))]
@@ -272,6 +276,7 @@ impl Run {
             devices: self.devices.clone(),
             xdp: self.xdp.into(),
             lb_mode: self.lb_mode.into(),
+            host_legacy_routing: self.host_legacy_routing,
             native: self.cluster_cidr.iter().map(IpNet::trunc).collect(),
             node_ports: self.ports.node_ports()?,
             l2_announcements: self.l2_announcements,

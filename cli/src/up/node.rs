@@ -131,6 +131,7 @@ impl NodeConfig {
             xdp: self.xdp,
             // All nodes are on this machine.
             lb_mode: xebec_agent::network::LbMode::Snat,
+            host_legacy_routing: false,
             // The host of several nodes is none of them, but has routes to their pods.
             native: self
                 .cable

@@ -58,6 +58,18 @@ impl Ip {
         self.0[0] | self.0[1] | self.0[2] | self.0[3] != 0
     }
 
+    /// Whether a router sends on what is for it by its routes alone: none of a group (RFC 5771; RFC 4291, 2.7), of a
+    /// link, of the host itself, and none at all.
+    #[inline(always)]
+    pub const fn is_sent_on(&self) -> bool {
+        if self.is_v4() {
+            let [first, ..] = self.0[3].to_ne_bytes();
+            return first != 0 && first != 127 && first < 224;
+        }
+        let first = u32::from_be(self.0[0]);
+        first >> 22 != 0xfe80 >> 6 && first >> 24 != 0xff && self.0[0] | self.0[1] | self.0[2] != 0
+    }
+
     /// The address that stands for all node addresses of its family.
     #[inline(always)]
     pub const fn every(&self) -> Self {
@@ -119,5 +131,28 @@ mod tests {
         assert_eq!(ip.as_v4().to_ne_bytes(), [10, 0, 0, 1]);
         assert_eq!((ip.prefix_bits(24), ip.every()), (120, Ip::EVERY_V4));
         assert!(!Ip::NONE.is_some() && ip.is_some() && Ip::EVERY_V4.is_some());
+    }
+    #[test]
+    fn routers_send_on_what_is_for_one_host_elsewhere() {
+        for (text, sent_on) in [
+            ("10.0.0.1", true),
+            ("223.255.255.255", true),
+            ("169.254.1.1", true),
+            ("2001:db8::1", true),
+            ("fd00::1", true),
+            ("fec0::1", true),
+            ("0.0.0.0", false),
+            ("127.0.0.1", false),
+            ("224.0.0.1", false),
+            ("255.255.255.255", false),
+            ("::", false),
+            ("::1", false),
+            ("fe80::1", false),
+            ("febf::1", false),
+            ("ff02::1", false),
+        ] {
+            let address: IpAddr = text.parse().unwrap();
+            assert_eq!(Ip::from(address).is_sent_on(), sent_on, "{text}");
+        }
     }
 }

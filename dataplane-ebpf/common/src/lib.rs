@@ -11,7 +11,7 @@ pub mod policy;
 pub mod service;
 
 /// Raised whenever a struct here changes, so that maps of another layout are never adopted.
-pub const LAYOUT: u32 = 9;
+pub const LAYOUT: u32 = 10;
 
 /// TCP, as IP numbers it.
 pub const TCP: u8 = 6;

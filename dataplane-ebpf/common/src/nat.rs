@@ -49,6 +49,8 @@ pub const BACK_BY_QUEUE: u8 = 1;
 /// A device with the XDP hook sends frames back as it sends those of other devices. A veth device's other end is not
 /// woken for `XDP_TX` unless it has a program, too.
 pub const BACK_BY_REDIRECT: u8 = 2;
+/// A device without the XDP hook.
+pub const BACK_BY_TC: u8 = 3;
 
 /// What translation needs to know of the node. All zeros turn it off.
 #[repr(C)]
@@ -71,6 +73,8 @@ pub struct Settings {
     /// Which flows from outside backends of other nodes answer directly (direct server return): [`DIRECT_TCP`],
     /// [`DIRECT_UDP`].
     pub direct: u32,
+    /// 1 where packets of pods take their way around the stack; 0 where the node's own rules are to see them.
+    pub around: u32,
 }
 
 /// Those of TCP and SCTP.
@@ -99,7 +103,7 @@ mod tests {
 
     #[test]
     fn layouts_are_what_the_kernel_side_was_built_with() {
-        assert_eq!([size_of::<Tuple>(), size_of::<Settings>()], [40, 48]);
+        assert_eq!([size_of::<Tuple>(), size_of::<Settings>()], [40, 52]);
         assert_eq!(
             [
                 offset_of!(Tuple, source_port),
