@@ -179,7 +179,7 @@ enum Try {
     Own,
     /// It is one of many.
     Any,
-    /// Many others are taken: that of a connection that is over will do.
+    /// Many others are taken: that of a flow that [yields](Flow::yields) will do.
     Last,
 }
 
@@ -197,7 +197,7 @@ fn enter(all: &mut Scratch, how: Try) -> bool {
         unsafe {
             if (*old).turn != other && (*old).turn != TURN_KEPT || (*old).to != all.back {
                 let over = (*old).closed != 0 && (*old).turn == TURN_NONE
-                    || how == Try::Last && (*old).closed == CLOSED
+                    || how == Try::Last && (*old).yields(all.to.protocol, now)
                     || (*old).is_replaceable(all.to.protocol, now);
                 if (*old).turn & (TURN_FORTH | TURN_BACK) != 0 && (*old).turn & TURN_DIRECT == 0 {
                     // Another port is found sooner than whether half of this flow is forgotten.
@@ -343,8 +343,7 @@ fn search(all: &mut Scratch) -> bool {
     all.entered != 0
 }
 
-/// Tries one port, the packet's own first if it may have that, and those of connections that are over only after all
-/// others; 1 once a flow is entered.
+/// Tries one port, the packet's own first if it may have that, and those of flows that yield only after all others; 1 once a flow is entered.
 #[inline(never)]
 extern "C" fn try_port(number: u64, _: *mut c_void) -> i64 {
     let Some(all) = scratch() else {

@@ -56,7 +56,7 @@ pub struct Scratch {
     pub start: u32,
     /// 1 where the packet's own port, or the one that it had before, is tried first.
     pub own: u8,
-    /// After how many tries the port of a connection that is over will do.
+    /// After how many tries the port of a flow that yields will do.
     pub free: u16,
     /// 1 once its translation is entered.
     pub entered: u8,

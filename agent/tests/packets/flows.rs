@@ -298,7 +298,7 @@ fn a_port_is_free_again_after_its_flow() {
     }
     for f in FAMILIES {
         for (first, seconds_held, seconds_free) in [
-            (udp(pod(f), client(f), 4000, 53), 50, 63),
+            (udp(pod(f), client(f), 4000, 53), 3, 7),
             (
                 tcp(pod(f), client(f), 4000, 80, "S"),
                 6 * 3_500,

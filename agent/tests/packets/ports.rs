@@ -3,8 +3,8 @@
 use std::collections::BTreeSet;
 
 use super::{
-    ACK, FAMILIES, FIN, Kernel, OK, Packet, REDIRECT, SHOT, SYN, at, client, far, left_out, node,
-    pod, settings, source_port, tcp, udp,
+    ACK, FAMILIES, FIN, Family, Kernel, OK, Packet, REDIRECT, SHOT, SYN, at, client, far, left_out,
+    node, pod, settings, source_port, tcp, udp,
 };
 
 /// How many ports there are in the test.
@@ -49,7 +49,7 @@ fn all_ports_are_found() {
 }
 
 /// What a full table has forgotten half of holds no port, and neither does a connection that nobody has answered for
-/// two minutes; one that was answered keeps its port.
+/// long; one that was answered keeps its port.
 #[test]
 fn half_a_flow_holds_no_port_and_one_without_an_answer_not_for_long() {
     if left_out() {
@@ -84,15 +84,57 @@ fn half_a_flow_holds_no_port_and_one_without_an_answer_not_for_long() {
             OK
         );
         for port in &ports {
-            kernel.change(&answer(*port), |flow| flow.seen -= 110);
+            kernel.change(&answer(*port), |flow| flow.seen -= 3);
         }
         full(&mut kernel, 4004);
         for port in &ports {
-            kernel.change(&answer(*port), |flow| flow.seen -= 4);
+            kernel.change(&answer(*port), |flow| flow.seen -= 120);
         }
         let (verdict, out) = kernel.run("xebec_to_network", &sent(4004).bytes());
         assert_eq!((verdict, source_port(&out)), (OK, ports[0]));
         full(&mut kernel, 4005);
+    }
+}
+
+/// Where all ports are taken, one that asks once and is silent then keeps its port for seconds: so does a datagram's
+/// sender, and who opens a connection that nobody answers. Whose connection was answered keeps it.
+#[test]
+fn who_is_silent_yields_a_port_that_others_need() {
+    if left_out() {
+        return;
+    }
+    for f in FAMILIES {
+        let asks: [fn(Family, u16) -> Packet; 2] = [
+            |f, port| udp(pod(f), client(f), port, 53),
+            |f, port| tcp(pod(f), client(f), port, 80, "S"),
+        ];
+        for sent in asks {
+            let mut kernel = Kernel::shared();
+            kernel.settings(settings(61_000, 2));
+            let ask = |kernel: &mut Kernel, port| {
+                let (verdict, out) = kernel.run("xebec_to_network", &sent(f, port).bytes());
+                (verdict, source_port(&out))
+            };
+            let ports = [4001, 4002].map(|port| ask(&mut kernel, port).1);
+            let answer = |port| sent(f, 0).answer().to(node(f), port);
+            let (verdict, _) = kernel.run("xebec_from_network", &answer(ports[1]).bytes());
+            assert_eq!(verdict, OK);
+            let age = |kernel: &Kernel, ticks| {
+                for port in ports {
+                    kernel.change(&answer(port), |flow| {
+                        flow.seen -= ticks;
+                        flow.paired -= ticks;
+                    });
+                }
+            };
+            age(&kernel, 3);
+            assert_eq!(ask(&mut kernel, 4003).0, SHOT);
+            age(&kernel, 2);
+            // A datagram that is answered once more is silent no longer.
+            kernel.run("xebec_from_network", &answer(ports[1]).bytes());
+            assert_eq!(ask(&mut kernel, 4003), (OK, ports[0]));
+            assert_eq!(ask(&mut kernel, 4004).0, SHOT);
+        }
     }
 }
 

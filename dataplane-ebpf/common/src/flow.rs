@@ -87,6 +87,10 @@ const OVER_IDLE: u32 = ticks(61 * SECOND);
 /// (`nf_conntrack_tcp_timeout_syn_sent`).
 const UNANSWERED_IDLE: u32 = ticks(121 * SECOND);
 
+/// How long a flow that has no connection, or none yet, keeps a port that others have nothing left but. Resolvers answer
+/// sooner, and who goes on later gets another port.
+const SILENT: u32 = ticks(5 * SECOND);
+
 /// A flow: what was decided for it, and what its packets become. One that is translated has two entries: one for its
 /// tuple before, one for its tuple after. Each says what the packets of one direction become, and the key of each is
 /// made of what the other's packets become.
@@ -164,6 +168,15 @@ impl Flow {
             || self.closed != 0 && idle > CLOSED_IDLE
             || self.closed == CLOSED && idle > OVER_IDLE
             || self.told[1] == 0 && idle > UNANSWERED_IDLE
+    }
+
+    /// Whether another flow that finds no other place may take its own: it is over, or its ends may not have known of
+    /// each other, and it was silent for some seconds.
+    #[inline(always)]
+    pub const fn yields(&self, protocol: u8, now: u32) -> bool {
+        let connection = protocol == crate::TCP || protocol == crate::SCTP;
+        self.closed == CLOSED
+            || (!connection || self.told[1] == 0) && now.wrapping_sub(self.seen) > SILENT
     }
 }
 
@@ -318,7 +331,11 @@ mod tests {
         assert!(!flow.is_replaceable(crate::TCP, after(120)));
         assert!(flow.is_replaceable(crate::TCP, after(123)));
         assert!(!flow.is_forgotten(crate::TCP, after(123)));
+        // Answered, it keeps its place before anybody; datagrams do not.
+        assert!(!flow.yields(crate::TCP, after(120)));
+        assert!(!flow.yields(crate::UDP, after(4)) && flow.yields(crate::UDP, after(7)));
         flow.closed = CLOSED;
+        assert!(flow.yields(crate::TCP, 0));
         assert!(!flow.is_replaceable(crate::TCP, after(60)));
         assert!(flow.is_replaceable(crate::TCP, after(63)));
         flow.closed = 0;
