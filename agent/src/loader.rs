@@ -74,7 +74,7 @@ const NETWORK_HOOKS: &[(TcAttachType, &str)] = &[
 /// Programs that are loaded, and where their links are pinned.
 pub struct Loaded {
     ebpf: Ebpf,
-    /// Devices with the XDP hook, by index.
+    /// The devices that have hooks, by index, and how they send frames back.
     devices: HashMap<MapData, u32, u8>,
     /// A BPF filesystem of our own.
     dir: PathBuf,

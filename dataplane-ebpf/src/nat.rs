@@ -343,7 +343,8 @@ fn search(all: &mut Scratch) -> bool {
     all.entered != 0
 }
 
-/// Tries one port, the packet's own first if it may have that, and those of flows that yield only after all others; 1 once a flow is entered.
+/// Tries one port, the packet's own first if it may have that, and those of flows that yield only after all others; 1
+/// once a flow is entered.
 #[inline(never)]
 extern "C" fn try_port(number: u64, _: *mut c_void) -> i64 {
     let Some(all) = scratch() else {

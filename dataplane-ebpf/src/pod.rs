@@ -284,8 +284,8 @@ pub fn xebec_to_pod(ctx: TcContext) -> i32 {
     }
 }
 
-/// What the network sends to a pod of this node, once what is to be translated there is: it is judged and handed over without going through the
-/// stack. None for what is not, and has its way through the stack yet.
+/// What the network sends to a pod of this node, once it is translated: it is judged, and handed over without going
+/// through the stack. None for what the stack is to do.
 #[inline(always)]
 pub fn reach(ctx: &TcContext, all: &mut Scratch) -> Option<i32> {
     let to = endpoint(all.packet.receiver())?;
@@ -303,7 +303,8 @@ pub fn reach(ctx: &TcContext, all: &mut Scratch) -> Option<i32> {
     })
 }
 
-/// Judges what is about to enter a pod by its rules, and gives it the addresses that the pod knows the sender by. False if it is dropped.
+/// Judges what is about to enter a pod by its rules, and gives it the addresses that the pod knows the sender by. False
+/// if it is dropped.
 #[inline(always)]
 fn admit(ctx: &TcContext, set: u32) -> bool {
     xebec_admit(ctx.skb.skb, set) != 0
