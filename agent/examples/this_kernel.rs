@@ -152,7 +152,7 @@ fn run_test(test: &Path) -> Result<()> {
         .args(words.split_whitespace())
         .env("PATH", "/bin")
         .env("RUST_BACKTRACE", "0")
-        // Emulated, a million would take hours; this many are packets on all ways.
+        // Emulated, a million would take too long: two runs, with and without the way around the stack.
         .env("XEBEC_MODEL_PACKETS", "40000")
         .output()
         .with_context(|| format!("could not start {}", test.display()))?;

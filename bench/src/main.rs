@@ -182,8 +182,7 @@ fn run(args: Args) -> Result<()> {
         })
         .collect();
     if chosen.is_empty() {
-        let common = BENCHMARKS.iter().filter(|benchmark| !benchmark.apart);
-        let names: Vec<&str> = common.map(|benchmark| benchmark.name).collect();
+        let names: Vec<&str> = BENCHMARKS.iter().map(|benchmark| benchmark.name).collect();
         bail!(
             "there is no benchmark {:?} (there are: {})",
             args.name.unwrap_or_default(),

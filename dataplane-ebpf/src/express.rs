@@ -66,7 +66,8 @@ pub fn xebec_express(ctx: XdpContext) -> u32 {
         return XDP_DROP;
     }
     tell::count(As::TranslatedEarly);
-    // Read back: a constant that is kept for so long made Linux 6.1 take a branch for dead that was not.
+    // Read back: kept across the calls above, frames of Linux 6.1 went back by the wrong device. Its check seems to have
+    // taken a branch for dead that was not.
     settle();
     let goes = all.goes;
     if goes == Goes::Up as u8 {
