@@ -298,7 +298,12 @@ impl Machine {
             std::fs::read_to_string("/proc/self/mounts").context("could not read mounts")?;
         Ok(Self {
             links: lines(&["-br", "link"])?,
-            routes: lines(&["route", "show", "table", "all"])?,
+            // Forwarding stays on, and the kernel gives each device of a router such an address by itself (RFC 4291,
+            // 2.6.1).
+            routes: lines(&["route", "show", "table", "all"])?
+                .into_iter()
+                .filter(|route| !route.starts_with("anycast "))
+                .collect(),
             rules: lines(&["rule"])?,
             mounts: mounts.lines().map(str::to_owned).collect(),
             programs: aya::programs::loaded_programs()
