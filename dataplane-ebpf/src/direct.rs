@@ -81,7 +81,11 @@ pub fn is_meant(all: &Scratch) -> bool {
 /// Enters a flow to the backend that was chosen.
 #[inline(never)]
 pub fn begin(all: &mut Scratch) -> bool {
+    // `to` is the outer packet's, and the flow's own source stays.
+    let outer = all.to.source.words();
+    all.to.source = all.packet.tuple.source.words();
     nat::part();
+    all.to.source = outer;
     all.begun = Flow {
         seen: flow::now(&all.packet),
         backend: all.choice.backend,

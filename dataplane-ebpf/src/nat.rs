@@ -121,6 +121,8 @@ pub fn find(flow: *mut Flow, all: &mut Scratch, up: bool) -> Turn {
             (*flow).seen = now;
             if !pair(&*flow, all, forth) {
                 let _ = FLOWS.remove(&all.key);
+                all.listed = 0;
+                all.answers = 0;
                 return Turn::None;
             }
         }

@@ -30,6 +30,7 @@ pub fn xebec_from_network(ctx: TcContext) -> i32 {
     let Some(all) = scratch() else {
         return TC_ACT_SHOT as i32;
     };
+    all.done = 1;
     // A tagged frame is another network's, with a device of its own.
     if is_tagged(&ctx) || packet::read(&ctx) != Read::Ip {
         return TC_ACT_OK as i32;
@@ -108,7 +109,7 @@ fn sent_directly(ctx: &TcContext, all: &mut Scratch, plan: Plan) -> i32 {
         return deny(ctx, all, EGRESS, REASON_INVALID);
     }
     tell::count(As::Translated);
-    way::leave(all)
+    way::leave(ctx, all)
 }
 
 /// Gives the packet its new addresses and ports.
@@ -133,6 +134,9 @@ fn is_tagged(ctx: &TcContext) -> bool {
 /// client from this node bears the Service's.
 #[classifier]
 pub fn xebec_to_network(ctx: TcContext) -> i32 {
+    if way::is_done(&ctx) {
+        return TC_ACT_OK as i32;
+    }
     let Some(all) = scratch() else {
         return TC_ACT_SHOT as i32;
     };

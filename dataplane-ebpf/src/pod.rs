@@ -24,7 +24,7 @@ use crate::rewrite;
 use crate::scratch::{Scratch, scratch, settle};
 use crate::tell::{self, As};
 use crate::translate;
-use crate::way::{self, GO};
+use crate::way::{self, GO, LEAVES_HERE, LEAVES_NOT, LEAVES_THERE};
 
 /// What comes out of a pod: its source is checked, a Service's address becomes a backend's, then come the pod's egress
 /// rules, and the ingress rules of a pod of this node, to which the packet is then handed without going through the
@@ -55,6 +55,12 @@ pub fn xebec_from_pod(ctx: TcContext) -> i32 {
         Turn::Exit => u8::from(translate::is_endpoint(&all.to.destination)),
         Turn::None | Turn::Direct => 0,
     };
+    all.leaves = LEAVES_NOT;
+    if turn == Turn::Exit && all.turned == 0 {
+        all.leaves = LEAVES_HERE;
+        all.late.set(&all.to);
+    }
+    all.done = 1;
     settle();
     let known = &all.known;
     // A flow to a Service that has no backend any more gets another.
@@ -73,6 +79,11 @@ pub fn xebec_from_pod(ctx: TcContext) -> i32 {
             };
         }
         tell::tell();
+        // What the table said may hold no longer.
+        all.answers = 0;
+        if all.leaves != LEAVES_NOT {
+            all.leaves = LEAVES_THERE;
+        }
     }
     settle();
     let mut by_route = false;

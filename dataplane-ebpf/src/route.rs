@@ -14,6 +14,7 @@ use xebec_dataplane_common::nat::Tuple;
 use crate::frame::Frame;
 use crate::maps::DEVICES;
 use crate::packet::{ETHERNET, Packet};
+use crate::translate;
 
 const AF_INET: u8 = 2;
 const AF_INET6: u8 = 10;
@@ -32,6 +33,8 @@ pub struct Way {
     pub mtu: u32,
     /// How the device sends back frames that it received; 0 for one that has none of the hooks.
     pub back: u8,
+    /// 1 where the destination knows the way to pods.
+    pub native: u8,
 }
 
 /// What is asked: all that makes the answer another.
@@ -56,7 +59,8 @@ struct Known {
     family: u32,
     hop: [u32; 4],
     hardware: [u32; 3],
-    back: u32,
+    back: u8,
+    native: u8,
 }
 
 /// How many answers each CPU remembers: a power of two.
@@ -134,6 +138,7 @@ pub fn ask(
             known.question = question;
         }
         if found != BPF_FIB_LKUP_RET_SUCCESS {
+            way.back = 0;
             return Some(found);
         }
         known.device = way.device;
@@ -146,7 +151,9 @@ pub fn ask(
         way.back = unsafe { DEVICES.get(&way.device) }
             .copied()
             .unwrap_or_default();
-        known.back = u32::from(way.back);
+        way.native = u8::from(translate::is_native(&question.destination));
+        known.back = way.back;
+        known.native = way.native;
         known.question = question;
         return Some(BPF_FIB_LKUP_RET_SUCCESS);
     }
@@ -157,7 +164,8 @@ pub fn ask(
     way.hop.nh_family = known.family;
     way.hop.__bindgen_anon_1.ipv6_nh = known.hop;
     way.hardware = known.hardware;
-    way.back = known.back as u8;
+    way.back = known.back;
+    way.native = known.native;
     Some(BPF_FIB_LKUP_RET_SUCCESS)
 }
 

@@ -48,6 +48,12 @@ pub struct Scratch {
     pub answers: u8,
     /// 1 where its way ends on this node once it is translated.
     pub stays: u8,
+    /// What it becomes where it leaves.
+    pub late: Tuple,
+    /// Whether it becomes that: `LEAVES_NOT` and the others.
+    pub leaves: u8,
+    /// 1 where the hook that it leaves by has nothing left to do.
+    pub done: u8,
     /// Where its frame goes.
     pub goes: u8,
     /// 1 where it becomes `to`.

@@ -7,6 +7,7 @@ use aya_ebpf::bindings::{
 };
 use aya_ebpf::helpers::generated::bpf_redirect_neigh;
 use aya_ebpf::programs::TcContext;
+use xebec_dataplane_common::nat::MARK_DONE;
 use xebec_dataplane_common::{TCP, UDP};
 
 use crate::frame::Frame;
@@ -14,12 +15,19 @@ use crate::packet::{ETHERNET, IPV6, Packet};
 use crate::refuse;
 use crate::rewrite;
 use crate::route;
-use crate::scratch::{Scratch, scratch};
+use crate::scratch::{Scratch, scratch, settle};
 
 /// There is a way.
 pub const GO: u32 = 0;
 /// There is none, and nobody is told.
 pub const LOST: u32 = 1;
+
+/// The packet is not translated where it leaves.
+pub const LEAVES_NOT: u8 = 0;
+/// It is, and what it becomes stands in `late`.
+pub const LEAVES_HERE: u8 = 1;
+/// It may be: the hook that it leaves by looks again.
+pub const LEAVES_THERE: u8 = 2;
 
 /// Bytes of the packet by its own header, without what fills a short frame up.
 #[inline(always)]
@@ -139,9 +147,24 @@ fn pass(ctx: &TcContext, all: &mut Scratch) -> i32 {
     match route::ask(ctx, &all.packet, &all.to, &mut all.way, (device, length)) {
         // By a device without our hooks the answers come through the stack, whose connection tracking must have seen
         // what they answer. Whom the node has not met yet, the stack looks for.
-        Some(BPF_FIB_LKUP_RET_SUCCESS) if all.way.back != 0 => go(ctx, all),
-        _ => TC_ACT_OK as i32,
+        Some(BPF_FIB_LKUP_RET_SUCCESS) if all.way.back != 0 => {}
+        _ => return TC_ACT_OK as i32,
     }
+    // Whether it is to bear the node's address, the other hook decides.
+    let mut done = all.answers != 0 || all.way.native != 0;
+    if all.leaves != LEAVES_NOT {
+        done = all.leaves == LEAVES_HERE;
+        if done {
+            all.to.set(&all.late);
+            settle();
+            if !rewrite::apply(ctx) {
+                return TC_ACT_SHOT as i32;
+            }
+        }
+    }
+    all.done = u8::from(done);
+    settle();
+    go(ctx, all)
 }
 
 /// Sends a packet the way that was found, as a router would.
@@ -150,12 +173,20 @@ pub fn go(ctx: &TcContext, all: &mut Scratch) -> i32 {
     if !rewrite::hop(ctx, &all.packet) {
         return TC_ACT_SHOT as i32;
     }
-    leave(all)
+    leave(ctx, all)
 }
 
 /// Sends a packet the way that was found.
 #[inline(always)]
-pub fn leave(all: &mut Scratch) -> i32 {
+pub fn leave(ctx: &TcContext, all: &mut Scratch) -> i32 {
+    let skb = ctx.skb.skb;
+    // SAFETY: the kernel gives a valid context for the whole call.
+    unsafe {
+        // Another's mark is left to it.
+        if all.done != 0 && all.way.back != 0 && (*skb).mark == 0 {
+            (*skb).mark = MARK_DONE;
+        }
+    }
     let device = all.way.device;
     let hop = &raw mut all.way.hop;
     // SAFETY: the parameters are the map's; without them the helper asks the routing table.
@@ -164,5 +195,19 @@ pub fn leave(all: &mut Scratch) -> i32 {
             return bpf_redirect_neigh(device, core::ptr::null_mut(), 0, 0) as i32;
         }
         bpf_redirect_neigh(device, hop, size_of::<bpf_redir_neigh>() as i32, 0) as i32
+    }
+}
+
+/// Whether a hook that sent the packet here did all that is to be done with it; then its mark is gone.
+#[inline(always)]
+pub fn is_done(ctx: &TcContext) -> bool {
+    let skb = ctx.skb.skb;
+    // SAFETY: the kernel gives a valid context for the whole call.
+    unsafe {
+        let done = (*skb).mark == MARK_DONE;
+        if done {
+            (*skb).mark = 0;
+        }
+        done
     }
 }

@@ -52,12 +52,20 @@ pub struct How {
     pub late: bool,
     /// Known to end on this node.
     pub stays: bool,
+    /// They go to the backend's node as they came.
+    pub direct: bool,
 }
 
 /// Where they come in, and go on.
 const THROUGH: How = How {
     late: false,
     stays: false,
+    direct: false,
+};
+/// As they came.
+const DIRECT: How = How {
+    direct: true,
+    ..THROUGH
 };
 /// Where they come in, and stay.
 const IN: How = How {
@@ -201,11 +209,17 @@ pub struct Fate {
     pub verdict: Verdict,
     /// What its ends become.
     pub becomes: Option<Ends>,
+    /// Nothing is left to be done with it where it leaves.
+    pub done: bool,
+    /// The backend to whose node it goes as it came.
+    pub direct: Option<End>,
 }
 
 const DROP: Fate = Fate {
     verdict: Verdict::Drop,
     becomes: None,
+    done: false,
+    direct: None,
 };
 
 const ANSWER: Fate = Fate {
@@ -261,6 +275,8 @@ pub struct Model {
     pub native: Vec<IpAddr>,
     /// Pods' packets go around the stack.
     pub around: bool,
+    /// Protocols of which backends answer directly.
+    pub direct: Vec<u8>,
     pub ports: std::ops::RangeInclusive<u16>,
 }
 
@@ -338,7 +354,7 @@ impl Model {
     }
 
     /// What the packet becomes by what is remembered of its flow, and whether that is done where it leaves.
-    fn translation(&mut self, seen: &Seen) -> Option<(Ends, bool)> {
+    fn translation(&mut self, seen: &Seen) -> Option<(Ends, How)> {
         let key = seen.ends.key();
         let mut entry = *self.flows.get(&key)?;
         let turn = entry.turn?;
@@ -347,7 +363,7 @@ impl Model {
             return None;
         }
         if seen.carrier.is_some() {
-            return Some((turn.becomes, turn.how.late));
+            return Some((turn.becomes, turn.how));
         }
         let (connection, answered) = (seen.is_told(), entry.told[1] != 0);
         if forth && entry.backend.is_some() {
@@ -372,7 +388,12 @@ impl Model {
         if ends {
             close(&mut entry.closed, seen.flags, forth);
         }
-        if ends || entry.paired != self.now {
+        if turn.how.direct {
+            // The client's own words tell that there was an answer.
+            if connection && seen.flags & (SYN | ACK) == ACK {
+                entry.told[1] = ANSWERED;
+            }
+        } else if ends || entry.paired != self.now {
             entry.paired = self.now;
             if !self.pair(&entry, turn, seen.ends) {
                 self.flows.remove(&key);
@@ -380,7 +401,7 @@ impl Model {
             }
         }
         self.flows.insert(key, entry);
-        Some((turn.becomes, turn.how.late))
+        Some((turn.becomes, turn.how))
     }
 
     /// Tells the other entry, or makes it again; false if its place is another flow's.
@@ -572,17 +593,29 @@ impl Model {
         }
     }
 
-    fn offer(&self, ends: Ends, inside: bool) -> Offer {
+    fn front(&self, ends: Ends, inside: bool) -> Option<&Frontend> {
         let (address, port) = ends.to;
-        let mut found =
-            self.frontends
-                .get(&(Some(address), address.is_ipv4(), port, ends.protocol));
+        let found = self
+            .frontends
+            .get(&(Some(address), address.is_ipv4(), port, ends.protocol));
         if found.is_none() && self.nodes.get(&address).is_some_and(|own| inside || *own) {
-            found = self
+            return self
                 .frontends
                 .get(&(None, address.is_ipv4(), port, ends.protocol));
         }
-        let Some(front) = found else {
+        found
+    }
+
+    /// Whether a flow from outside to a backend goes to its node as it is.
+    fn is_direct(&self, ends: Ends, backend: IpAddr) -> bool {
+        self.direct.contains(&ends.protocol)
+            && self.front(ends, false).is_some_and(|front| front.external)
+            && self.native.contains(&backend)
+            && !self.native.contains(&ends.from.0)
+    }
+
+    fn offer(&self, ends: Ends, inside: bool) -> Offer {
+        let Some(front) = self.front(ends, inside) else {
             return Offer::NoService;
         };
         let (run, drops) = if inside || !front.external {
@@ -665,11 +698,19 @@ impl Model {
         }
         self.give_way(seen);
         let (yes, reply, service) = self.known(seen);
-        let mut becomes = self.translation(seen).and_then(|(becomes, late)| {
+        let (mut becomes, mut late) = (None, None);
+        match self.translation(seen) {
             // Towards pods of this node there is no other hook.
-            (!late || self.pod(becomes.to.0).is_some()).then_some(becomes)
-        });
+            Some((ends, how)) if how.late && self.pod(ends.to.0).is_none() => late = Some(ends),
+            Some((ends, _)) => becomes = Some(ends),
+            None => {}
+        }
+        let mut answers = self.answers(seen);
+        let mut looked_again = false;
         if !(yes && (becomes.is_some() || reply || service == 0)) {
+            // Where it leaves it is looked for again.
+            looked_again = late.take().is_some();
+            answers = false;
             let offer = match becomes.is_none() {
                 true if seen.may_begin() => self.offer(seen.ends, true),
                 true if seen.goes_on() && self.refuses(seen.ends, true) => Offer::Refused,
@@ -740,15 +781,24 @@ impl Model {
                 _ => Fate {
                     verdict: Verdict::Send,
                     becomes,
+                    done: true,
+                    direct: None,
                 },
             };
         }
         let here = self.pod(receiver).is_some();
         let around = self.around && seen.here && seen.carrier.is_none();
         let sent = (here || around) && seen.ttl > 1;
+        let leaves = sent && !here;
+        let done = late.is_some() || answers || self.native.contains(&receiver) && !looked_again;
+        if leaves {
+            becomes = becomes.or(late);
+        }
         Fate {
             verdict: if sent { Verdict::Send } else { Verdict::Pass },
             becomes,
+            done: leaves && done,
+            direct: None,
         }
     }
 
@@ -788,6 +838,9 @@ impl Model {
     /// again but for that. If not, a connection's port is kept from others.
     fn part(&mut self, ends: Ends, becomes: Ends) -> Option<u16> {
         let turn = self.flows.get(&ends.key())?.turn?;
+        if turn.how.direct {
+            return None;
+        }
         let changed = turn.becomes.from.0 != ends.from.0;
         let same = (turn.becomes.from.0, turn.becomes.to) == (becomes.from.0, becomes.to);
         if changed && turn.forth && same {
@@ -818,7 +871,7 @@ impl Model {
         let (yes, _, _) = self.known(seen);
         let becomes = self
             .translation(seen)
-            .and_then(|(ends, late)| late.then_some(ends));
+            .and_then(|(ends, how)| how.late.then_some(ends));
         if !yes {
             let asked = pod.ingress != 0 && !own;
             if asked && !self.allows(pod.ingress, self.identity(seen.ends.from.0), seen.ends) {
@@ -832,8 +885,11 @@ impl Model {
     }
 
     /// In from the network, and at once into the pod that it is for.
-    pub fn comes_around(&mut self, seen: &Seen, made: &Made) -> Fate {
-        let first = self.comes_in(seen, made);
+    pub fn comes_around(&mut self, seen: &Seen, made: &Made, carried: Option<End>) -> Fate {
+        let first = match carried {
+            Some(backend) => self.comes_carried(seen, made, backend),
+            None => self.comes_in(seen, made),
+        };
         let ends = first.becomes.unwrap_or(seen.ends);
         let pod = self.pods.iter().position(|pod| pod.address == ends.to.0);
         let (Verdict::Pass, Some(pod)) = (first.verdict, pod) else {
@@ -853,24 +909,24 @@ impl Model {
                 other => other,
             },
             becomes: second.becomes.or(first.becomes),
+            ..DROP
         }
     }
 
     /// In from the network.
     pub fn comes_in(&mut self, seen: &Seen, made: &Made) -> Fate {
-        let entry = self.flows.get(&seen.ends.key());
-        let unknown = entry.is_none();
-        let answers = entry.is_some_and(|entry| entry.beginner != seen.ends.from);
-        let known = self
-            .translation(seen)
-            .and_then(|(ends, late)| (!late).then_some(ends));
+        let known = match self.translation(seen) {
+            Some((ends, DIRECT)) => return self.directly(seen, ends.to),
+            Some((ends, how)) => (!how.late).then_some(ends),
+            None => None,
+        };
+        let unknown = !self.flows.contains_key(&seen.ends.key());
+        let answers = self.answers(seen);
         let becomes = match known {
             Some(ends) => ends,
             None => {
                 if !seen.may_begin() {
-                    // Where XDP found that its entry no longer holds, tc finds none.
-                    let gone = made.sent && !self.flows.contains_key(&seen.ends.key());
-                    let stray = (unknown || gone) && seen.goes_on() && !self.is_own(seen.ends.to.0);
+                    let stray = unknown && seen.goes_on() && !self.is_own(seen.ends.to.0);
                     return match stray && seen.here && self.refuses(seen.ends, false) {
                         true => ANSWER,
                         false => PASS,
@@ -907,7 +963,8 @@ impl Model {
                     ..seen.ends
                 };
                 let stays = self.is_here(ends.to.0);
-                if !stays {
+                let direct = !stays && self.is_direct(seen.ends, ends.to.0);
+                if !stays && !direct {
                     ends.from.0 = self.node(ends.to.0);
                 }
                 let new = Entry {
@@ -916,6 +973,10 @@ impl Model {
                     ..self.plain(seen.ends.from)
                 };
                 let former = self.part(seen.ends, ends);
+                if direct {
+                    self.enter_direct(new, seen.ends, ends);
+                    return self.directly(seen, ends.to);
+                }
                 let hows = if stays { (IN, OUT) } else { (THROUGH, THROUGH) };
                 match self.enter_with_port(new, seen.ends, ends, hows, former, made) {
                     Some(ends) => ends,
@@ -923,6 +984,11 @@ impl Model {
                 }
             }
         };
+        self.sent_on(seen, becomes)
+    }
+
+    /// What was translated where it came in stays, or is sent on.
+    fn sent_on(&self, seen: &Seen, becomes: Ends) -> Fate {
         let verdict = match (self.is_here(becomes.to.0), seen.ttl) {
             (true, _) => Verdict::Pass,
             (false, 0 | 1) => return seen.exceeded(),
@@ -931,7 +997,79 @@ impl Model {
         Fate {
             verdict,
             becomes: Some(becomes),
+            done: verdict == Verdict::Send,
+            direct: None,
         }
+    }
+
+    /// To the node of its backend as it came.
+    fn directly(&self, seen: &Seen, backend: End) -> Fate {
+        if seen.ttl <= 1 {
+            return seen.exceeded();
+        }
+        Fate {
+            verdict: Verdict::Send,
+            becomes: None,
+            done: true,
+            direct: Some(backend),
+        }
+    }
+
+    /// Remembers a flow whose packets go to the backend's node as they came.
+    fn enter_direct(&mut self, new: Entry, ends: Ends, becomes: Ends) {
+        let turn = Turn {
+            forth: true,
+            how: DIRECT,
+            becomes,
+            other: THROUGH,
+        };
+        let new = Entry {
+            turn: Some(turn),
+            ..new
+        };
+        self.flows.insert(ends.key(), new);
+    }
+
+    /// In from another node that sent it on as it came, with the backend that it chose.
+    fn comes_carried(&mut self, seen: &Seen, made: &Made, backend: End) -> Fate {
+        if !self.is_here(backend.0) {
+            return DROP;
+        }
+        // A connection that begins anew is another.
+        let begun = self
+            .flows
+            .get(&seen.ends.key())
+            .is_some_and(|entry| entry.told[1] != 0 || entry.closed != OPEN);
+        if !(seen.begins() && begun) {
+            if let Some((ends, THROUGH | IN)) = self.translation(seen) {
+                if ends.to == backend || seen.carrier.is_some() {
+                    return self.sent_on(seen, ends);
+                }
+            }
+        }
+        if seen.carrier.is_some() || seen.later {
+            return DROP;
+        }
+        let service = self.front(seen.ends, true).map_or(0, |front| front.service);
+        let ends = Ends {
+            to: backend,
+            ..seen.ends
+        };
+        let new = Entry {
+            service,
+            ..self.plain(seen.ends.from)
+        };
+        let former = self.part(seen.ends, ends);
+        match self.enter_with_port(new, seen.ends, ends, (IN, OUT), former, made) {
+            Some(ends) => self.sent_on(seen, ends),
+            None => DROP,
+        }
+    }
+
+    /// Whether the packet answers a flow that the other end began.
+    fn answers(&self, seen: &Seen) -> bool {
+        let entry = self.flows.get(&seen.ends.key());
+        entry.is_some_and(|entry| entry.beginner != seen.ends.from)
     }
 
     /// Out to the network.
@@ -941,14 +1079,17 @@ impl Model {
             return PASS;
         }
         let before = self.flows.get(&seen.ends.key()).copied();
-        if let Some((ends, true)) = self.translation(seen) {
+        if let Some((ends, OUT)) = self.translation(seen) {
             return Fate {
                 becomes: Some(ends),
                 ..PASS
             };
         }
-        let answers = before.is_some_and(|entry| entry.beginner != seen.ends.from);
-        if !pod || seen.carrier.is_some() || answers || self.native.contains(&seen.ends.to.0) {
+        if !pod
+            || seen.carrier.is_some()
+            || self.answers(seen)
+            || self.native.contains(&seen.ends.to.0)
+        {
             return PASS;
         }
         let mut new = self.plain(seen.ends.from);

@@ -1,19 +1,20 @@
 //! Random packets on their ways through the hooks, judged at each.
 
 use std::collections::{HashMap, VecDeque};
-use std::net::IpAddr;
+use std::net::{IpAddr, Ipv6Addr};
 
 use rand::Rng;
 use xebec_dataplane_common::flow::{
-    CLOSED_BACK, CLOSED_FORTH, Flow, FlowKey, TURN_BACK, TURN_FORTH, TURN_KEPT, TURN_LATE,
-    TURN_STAYS, ticks,
+    CLOSED_BACK, CLOSED_FORTH, Flow, FlowKey, TURN_BACK, TURN_DIRECT, TURN_FORTH, TURN_KEPT,
+    TURN_LATE, TURN_STAYS, ticks,
 };
 use xebec_dataplane_common::ip::Ip;
-use xebec_dataplane_common::nat::Tuple;
+use xebec_dataplane_common::nat::{MARK_DONE, Tuple};
 use xebec_dataplane_common::service::AffinityKey;
 
 use super::rules::{End, Ends, Entry, Fate, How, Made, Seen, Turn, Verdict, changed};
 use super::world::{PODS, World, far_pod, frontends, pod_address};
+use crate::packets::direct::{outer_port, wrapped};
 use crate::packets::packet::{INIT, Transport, refusal, tcp_flags, told_by};
 use crate::packets::{
     ACK, FAMILIES, FIN, Family, Kernel, OK, PASS, POD_MAC, Packet, REDIRECT, RST, SHOT, SYN, WHYS,
@@ -115,6 +116,9 @@ pub struct Counts {
     errors_changed: u64,
     early: u64,
     fragments_changed: u64,
+    /// To their backends' nodes as they came, and from another node.
+    direct: u64,
+    carried: u64,
     changes: u64,
     entries: u64,
 }
@@ -131,6 +135,8 @@ impl Counts {
             self.errors_changed,
             self.early,
             self.fragments_changed,
+            self.direct,
+            self.carried,
             self.changes,
             self.entries,
         ];
@@ -343,6 +349,10 @@ impl<'a> Run<'a> {
         }
         let outcome = match place {
             Place::Pod(index) => self.hook(Hook::FromPod(index), body, counts),
+            Place::Network if let Some(backend) = self.carried(&body) => {
+                counts.carried += 1;
+                self.hook(Hook::Carried(backend), body, counts)
+            }
             Place::Network => {
                 let body = match self.world.random.random_bool(0.5) {
                     true => self.early(body, counts),
@@ -355,6 +365,7 @@ impl<'a> Run<'a> {
         let Some((verdict, body)) = outcome else {
             return;
         };
+        let mark = self.kernel.mark();
         let packet = body.packet();
         let (to, ttl) = (packet.destination, packet.ttl);
         let pod = pod_of(to);
@@ -362,7 +373,6 @@ impl<'a> Run<'a> {
         let (arrives, body) = match (place, verdict, pod) {
             (Place::Pod(_), Verdict::Send, Some(pod)) => (Place::Pod(pod), Some(body)),
             (Place::Network, Verdict::Send, Some(pod)) => (Place::Pod(pod), Some(body)),
-            (Place::Network, Verdict::Send, None) => (Place::Network, Some(body)),
             // The stack answers for what has no hop left.
             (Place::Pod(_), _, _) if ttl <= 1 => return,
             (_, _, Some(pod)) => {
@@ -370,19 +380,54 @@ impl<'a> Run<'a> {
                 let outcome = self.hook(Hook::ToPod(pod, received), body, counts);
                 (Place::Pod(pod), outcome.map(|(_, body)| body))
             }
-            (Place::Pod(_) | Place::Network, _, _) if to == node(family) => {
+            (Place::Pod(_) | Place::Network, Verdict::Pass, _) if to == node(family) => {
                 (Place::Node, Some(body))
             }
             // It is not the node's to forward.
-            (Place::Network, _, _) => return,
+            (Place::Network, Verdict::Pass, _) => return,
             _ => {
-                let outcome = self.hook(Hook::ToNetwork, body, counts);
+                let mark = if place == Place::Node { 0 } else { mark };
+                let outcome = self.hook(Hook::ToNetwork(mark), body, counts);
                 (Place::Network, outcome.map(|(_, body)| body))
             }
         };
         if let Some(Body::Plain(packet)) = body {
             remember(&mut self.arrived, (arrives, packet));
         }
+    }
+
+    /// The backend with which another node would send on what came to it from outside; none for what comes by itself.
+    fn carried(&mut self, body: &Body) -> Option<End> {
+        let model = &self.world.model;
+        let (source, to) = (body.packet().source, body.packet().destination);
+        let protocol = match body {
+            Body::Error(_, _, about, _) => about.protocol(),
+            _ => body.packet().protocol(),
+        };
+        if !model.direct.contains(&protocol)
+            || model.native.contains(&source)
+            || pod_of(to).is_some()
+        {
+            return None;
+        }
+        let family = FAMILIES[usize::from(to.is_ipv6())];
+        // To the node itself it comes by itself.
+        if to == node(family) || self.world.random.random_bool(0.1) {
+            return None;
+        }
+        let v6 = usize::from(family == Family::V6);
+        let kind = match self.world.random.random_range(0..40) {
+            0 => 8,
+            1..4 => self.world.random.random_range(0..8),
+            // A flow keeps its own.
+            _ => body.packet().source_port % 8,
+        };
+        let address = match kind {
+            0..6 => pod_address(v6 * PODS + usize::from(kind) % PODS),
+            6..8 => node(family),
+            _ => far_node(family),
+        };
+        Some((address, 8080))
     }
 
     /// XDP before tc: it leaves a packet untouched, or makes of it what tc would.
@@ -429,15 +474,21 @@ impl<'a> Run<'a> {
         if self.blurred {
             return None;
         }
-        let (name, device, received) = match hook {
-            Hook::FromPod(index) => ("xebec_from_pod", self.devices[index % PODS], 0),
-            Hook::ToPod(index, received) => ("xebec_to_pod", self.devices[index % PODS], received),
-            Hook::FromNetwork => ("xebec_from_network", OUTSIDE, 0),
-            Hook::ToNetwork => ("xebec_to_network", OUTSIDE, 0),
+        let (name, device, received, mark) = match hook {
+            Hook::FromPod(index) => ("xebec_from_pod", self.devices[index % PODS], 0, 0),
+            Hook::ToPod(index, received) => {
+                ("xebec_to_pod", self.devices[index % PODS], received, 0)
+            }
+            Hook::FromNetwork | Hook::Carried(_) => ("xebec_from_network", OUTSIDE, 0, 0),
+            Hook::ToNetwork(mark) => ("xebec_to_network", OUTSIDE, 0, mark),
         };
-        let frame = body.bytes();
+        let mut frame = body.bytes();
+        if let Hook::Carried(backend) = hook {
+            let family = FAMILIES[usize::from(backend.0.is_ipv6())];
+            frame = wrapped(&frame, [far_node(family), node(family)], 50_000, backend);
+        }
         let before = now();
-        let (verdict, out) = self.kernel.run_on(name, device, received, &frame);
+        let (verdict, out) = self.kernel.run_marked(name, device, received, mark, &frame);
         if now() != before {
             self.blurred = true;
             return None;
@@ -445,7 +496,11 @@ impl<'a> Run<'a> {
         self.world.model.now = before;
         self.done += 1;
         remember(&mut self.log, (name, body.clone(), verdict));
-        let seen = self.seen(&body);
+        let seen = match hook {
+            // With which all is done, nobody looks at.
+            Hook::ToNetwork(MARK_DONE) => None,
+            _ => self.seen(&body),
+        };
         let fate = match &seen {
             // A fragment without its first can't be judged.
             None => Fate {
@@ -454,9 +509,12 @@ impl<'a> Run<'a> {
                     Hook::ToPod(index, _) if self.world.model.pods[index].ingress != 0 => {
                         Verdict::Drop
                     }
+                    Hook::Carried(_) => Verdict::Drop,
                     _ => Verdict::Pass,
                 },
                 becomes: None,
+                done: false,
+                direct: None,
             },
             Some(seen) => {
                 let made = self.made(hook, seen, &body, verdict, &out);
@@ -467,8 +525,9 @@ impl<'a> Run<'a> {
                         Hook::ToPod(index, received) => {
                             model.enters_pod(index, received == 0, seen)
                         }
-                        Hook::FromNetwork => model.comes_around(seen, &made),
-                        Hook::ToNetwork => model.goes_out(seen, &made),
+                        Hook::FromNetwork => model.comes_around(seen, &made, None),
+                        Hook::Carried(backend) => model.comes_around(seen, &made, Some(backend)),
+                        Hook::ToNetwork(_) => model.goes_out(seen, &made),
                     }));
                 match judged {
                     Ok(fate) => fate,
@@ -496,6 +555,12 @@ impl<'a> Run<'a> {
             counts.dropped += 1;
             return None;
         }
+        if (self.kernel.mark() == MARK_DONE) != fate.done {
+            self.fail(
+                &body,
+                &format!("expected {fate:?}, its mark is {:x}", self.kernel.mark()),
+            );
+        }
         if matches!(found, Verdict::Answer | Verdict::Exceeded) {
             counts.answered += 1;
             let packet = body.packet();
@@ -514,6 +579,25 @@ impl<'a> Run<'a> {
             let expected = answer.between(packet.mac_destination, to);
             if expected.bytes() != out {
                 self.fail(&body, &format!("expected {expected:?}, found {out:02x?}"));
+            }
+            return None;
+        }
+        if let Some(backend) = fate.direct {
+            counts.direct += 1;
+            let family = FAMILIES[usize::from(backend.0.is_ipv6())];
+            let mut inner = body.clone();
+            inner.packet_mut().ttl -= 1;
+            let nodes = [node(family), far_node(family)];
+            let expected = wrapped(&inner.bytes(), nodes, outer_port(&out, family), backend);
+            if expected != out {
+                self.fail(
+                    &body,
+                    &format!("expected {expected:02x?}, found {out:02x?}"),
+                );
+            }
+            // The client gets the answer by another way.
+            if let Body::Plain(packet) = &body {
+                remember(&mut self.arrived, (Place::Network, packet.back(SYN | ACK)));
             }
             return None;
         }
@@ -618,6 +702,9 @@ impl<'a> Run<'a> {
             <[u8; 16]>::try_from(&out[38..54]).unwrap().into()
         };
         let (mut from_port, mut to) = (from_port, (address, to_port));
+        if let Some(backend) = carried_by(out, packet.source.is_ipv6()) {
+            (from_port, to) = (packet.source_port, backend);
+        }
         if seen.ttl <= 1 && verdict == REDIRECT {
             // What is answered shows nothing of the choice.
             if let Some(flow) = self.kernel.tables().flows.get(&flow_key(seen.ends)) {
@@ -632,7 +719,8 @@ impl<'a> Run<'a> {
         let flow = self.kernel.tables().flows.get(&flow_key(seen.ends));
         let flow = flow.filter(|flow| flow.turn & TURN_FORTH != 0);
         let mut dropped = verdict == SHOT;
-        if let (true, Hook::FromNetwork, Some(flow)) = (self.world.model.around, hook, flow) {
+        let comes = matches!(hook, Hook::FromNetwork | Hook::Carried(_));
+        if let (true, true, Some(flow)) = (self.world.model.around, comes, flow) {
             if dropped && pod_of(flow.to.destination.into()).is_some() {
                 dropped = false;
                 from_port = u16::from_be(flow.to.source_port);
@@ -720,13 +808,29 @@ impl<'a> Run<'a> {
     }
 }
 
-/// The hooks, with the pod's number and the device by which a packet came.
+/// The hooks, with the pod's number and the device by which a packet came, or its mark.
 #[derive(Clone, Copy)]
 enum Hook {
     FromPod(usize),
     ToPod(usize, u32),
     FromNetwork,
-    ToNetwork,
+    /// From another node that sent it on as it came, with its backend.
+    Carried(End),
+    ToNetwork(u32),
+}
+
+/// The backend that a Geneve packet bears in its option, if it is one.
+fn carried_by(frame: &[u8], v6: bool) -> Option<End> {
+    let at = 14 + if v6 { 40 } else { 20 };
+    let protocol = *frame.get(if v6 { 20 } else { 23 })?;
+    let port = frame.get(at + 2..at + 4)?;
+    if protocol != 17 || port != 6081_u16.to_be_bytes() {
+        return None;
+    }
+    let option = frame.get(at + 20..at + 38)?;
+    let address = Ipv6Addr::from(<[u8; 16]>::try_from(&option[..16]).ok()?);
+    let port = u16::from_be_bytes([option[16], option[17]]);
+    Some((address.to_canonical(), port))
 }
 
 /// The number of the pod that has an address.
@@ -758,6 +862,7 @@ fn how(turn: u8) -> How {
     How {
         late: turn & TURN_LATE != 0,
         stays: turn & TURN_STAYS != 0,
+        direct: turn & TURN_DIRECT != 0,
     }
 }
 

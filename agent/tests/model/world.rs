@@ -7,7 +7,7 @@ use rand::seq::{IndexedRandom, IteratorRandom};
 use rand::{Rng, SeedableRng};
 use xebec_agent::maps::PolicyKernel;
 use xebec_dataplane_common::ip::Ip;
-use xebec_dataplane_common::nat::Settings;
+use xebec_dataplane_common::nat::{DIRECT_TCP, DIRECT_UDP, Settings};
 use xebec_dataplane_common::policy::{
     Endpoint, NO_SHAPE, RuleKey, SHAPE_IDENTITY, SHAPE_PROTOCOL, SHAPES, Set,
 };
@@ -70,8 +70,14 @@ impl World {
     pub fn new(kernel: &mut Kernel, devices: [u32; PODS], seed: u64) -> Self {
         kernel.reset();
         let around = seed % 2 == 1;
+        let direct = match seed / 2 % 4 {
+            0 => DIRECT_TCP,
+            1 | 2 => DIRECT_TCP | DIRECT_UDP,
+            _ => 0,
+        };
         kernel.settings(Settings {
             around: around.into(),
+            direct,
             ..settings(61_000, 4_536)
         });
         let mut world = Self {
@@ -87,6 +93,10 @@ impl World {
                 frontends: Default::default(),
                 affinities: Default::default(),
                 around,
+                direct: [(DIRECT_TCP, 6), (DIRECT_TCP, 132), (DIRECT_UDP, 17)]
+                    .into_iter()
+                    .filter_map(|(kind, protocol)| (direct & kind != 0).then_some(protocol))
+                    .collect(),
                 native: Vec::new(),
                 ports: 61_000..=65_535,
             },

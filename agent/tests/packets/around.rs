@@ -1,7 +1,8 @@
 //! Packets of pods that go around the stack, where the settings say so: out by the routing table, in by the pod's rules.
 
+use xebec_agent::maps::PolicyKernel;
 use xebec_dataplane_common::flow::{INGRESS, REASON_POLICY};
-use xebec_dataplane_common::nat::Settings;
+use xebec_dataplane_common::nat::{MARK_DONE, Settings};
 
 use super::kernel::Shared;
 use super::wires::ip;
@@ -12,6 +13,7 @@ use super::{
 
 const FROM_NETWORK: &str = "xebec_from_network";
 const FROM_POD: &str = "xebec_from_pod";
+const TO_NETWORK: &str = "xebec_to_network";
 /// Whoever sends frames.
 const THERE: [u8; 6] = [2, 0, 0, 0, 0, 1];
 
@@ -183,7 +185,7 @@ fn what_is_translated_is_handed_over_at_once() {
         let outside = at(f, [203, 0, 113, 77]);
         let asked = here(tcp(pod(f), outside, 4000, 443, "S"));
         assert_eq!(kernel.run(FROM_POD, &asked.bytes()).0, REDIRECT);
-        let (verdict, out) = kernel.run("xebec_to_network", &asked.bytes());
+        let (verdict, out) = kernel.run(TO_NETWORK, &asked.bytes());
         let port = source_port(&out);
         assert_eq!(verdict, OK);
         let answer = here(asked.answer().to(node(f), port)).flags_if_tcp(ACK);
@@ -191,6 +193,75 @@ fn what_is_translated_is_handed_over_at_once() {
         assert_eq!(
             kernel.run(FROM_NETWORK, &answer.bytes()),
             (REDIRECT, back.bytes())
+        );
+    }
+}
+
+/// What a pod's hook or the network's sent on, the hook that it leaves by lets through as it is; what it has yet to judge
+/// it is not kept from.
+#[test]
+fn what_is_done_is_not_done_again() {
+    if left_out() {
+        return;
+    }
+    for f in FAMILIES {
+        let mut kernel = kernel();
+        let sends = |kernel: &mut Kernel, program: &str, sent: &Packet, there: &Packet| {
+            let out = kernel.run(program, &sent.bytes());
+            assert_eq!(out, (REDIRECT, there.hop().bytes()), "{program} {sent:?}");
+            let mark = kernel.mark();
+            let frame = there.hop().bytes();
+            let (verdict, out) = kernel.run_marked(TO_NETWORK, 1, 0, mark, &frame);
+            assert_eq!((verdict, kernel.mark()), (OK, 0), "{sent:?}");
+            if mark == MARK_DONE {
+                assert_eq!(out, frame);
+            }
+            (mark, out)
+        };
+        // To a pod of another node, by itself and through a Service.
+        let sent = here(tcp(pod(f), far(f), 4000, 8080, "S"));
+        assert_eq!(sends(&mut kernel, FROM_POD, &sent, &sent).0, MARK_DONE);
+        kernel.open(service(f), 80, 0, Some((far(f), 8080)));
+        let sent = here(tcp(pod(f), service(f), 4001, 80, "S"));
+        let there = sent.to(far(f), 8080);
+        assert_eq!(sends(&mut kernel, FROM_POD, &sent, &there).0, MARK_DONE);
+        // The first packet to the outside gets a port where it leaves; the next bears it from the beginning.
+        let outside = at(f, [203, 0, 113, 77]);
+        let sent = here(tcp(pod(f), outside, 4000, 443, "S"));
+        let (mark, out) = sends(&mut kernel, FROM_POD, &sent, &sent);
+        assert_eq!(mark, 0);
+        let port = source_port(&out);
+        let next = here(tcp(pod(f), outside, 4000, 443, "A"));
+        let there = next.from(node(f), port);
+        assert_eq!(sends(&mut kernel, FROM_POD, &next, &there).0, MARK_DONE);
+        // Judged anew, it is looked for again.
+        kernel.policy().set_generation(7).unwrap();
+        let (mark, out) = sends(&mut kernel, FROM_POD, &next, &next);
+        assert_eq!((mark, out), (0, there.hop().bytes()));
+        // Another's mark stays, and the hook looks as it would.
+        let frame = next.bytes();
+        let (_, out) = kernel.run_marked(TO_NETWORK, 1, 0, 77, &frame);
+        assert_eq!((kernel.mark(), out), (77, there.bytes()));
+        kernel.run_marked(FROM_POD, 1, 0, 77, &frame);
+        assert_eq!(kernel.mark(), 77);
+        // A pod that is behind a node port answers with the node's.
+        kernel.node_port(30_080, pod(f), 8080);
+        let asked = here(tcp(client(f), node(f), 4000, 30_080, "S"));
+        assert_eq!(kernel.run(FROM_NETWORK, &asked.bytes()).0, REDIRECT);
+        let inside = here(asked.to(pod(f), 8080).answer());
+        let answer = inside.from(node(f), 30_080);
+        assert_eq!(sends(&mut kernel, FROM_POD, &inside, &answer).0, MARK_DONE);
+        // From the network to another node.
+        kernel.node_port(30_081, far(f), 8080);
+        let asked = here(tcp(client(f), node(f), 4000, 30_081, "S"));
+        let (verdict, out) = kernel.run(FROM_NETWORK, &asked.bytes());
+        let there = asked
+            .to(far(f), 8080)
+            .from(node(f), source_port(&out))
+            .hop();
+        assert_eq!(
+            (verdict, kernel.mark(), out),
+            (REDIRECT, MARK_DONE, there.bytes())
         );
     }
 }

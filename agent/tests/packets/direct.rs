@@ -25,7 +25,7 @@ fn directly(direct: u32) -> Settings {
 }
 
 /// A frame in a Geneve packet between nodes, with its backend.
-fn wrapped(frame: &[u8], between: [IpAddr; 2], port: u16, backend: (IpAddr, u16)) -> Vec<u8> {
+pub fn wrapped(frame: &[u8], between: [IpAddr; 2], port: u16, backend: (IpAddr, u16)) -> Vec<u8> {
     let inner = &frame[14..];
     let v4 = between[0].is_ipv4();
     let mut geneve = vec![6, 0x40, frame[12], frame[13], 0, 0, 0, 0];
@@ -49,7 +49,7 @@ fn wrapped(frame: &[u8], between: [IpAddr; 2], port: u16, backend: (IpAddr, u16)
 }
 
 /// The port that an outer packet came from.
-fn outer_port(out: &[u8], f: Family) -> u16 {
+pub fn outer_port(out: &[u8], f: Family) -> u16 {
     let at = if f == Family::V4 { 34 } else { 54 };
     u16::from_be_bytes([out[at], out[at + 1]])
 }

@@ -75,6 +75,8 @@ pub struct Kernel {
     base: Counters,
     /// Room for what a program makes of a frame.
     room: Vec<u8>,
+    /// The mark that the last frame had then.
+    mark: u32,
 }
 
 /// The one that tests take in turns.
@@ -132,6 +134,7 @@ impl Kernel {
             chunks: 1,
             base: Counters::zeroed(),
             room: vec![0; 2048],
+            mark: 0,
         };
         kernel.fill();
         kernel
@@ -501,8 +504,21 @@ impl Kernel {
         received: u32,
         frame: &[u8],
     ) -> (u32, Vec<u8>) {
-        // struct __sk_buff of linux/bpf.h: ingress_ifindex and ifindex are its tenth and eleventh words.
+        self.run_marked(program, device, received, 0, frame)
+    }
+
+    /// The same of a frame with a mark.
+    pub fn run_marked(
+        &mut self,
+        program: &str,
+        device: u32,
+        received: u32,
+        mark: u32,
+        frame: &[u8],
+    ) -> (u32, Vec<u8>) {
+        // struct __sk_buff of linux/bpf.h: mark, ingress_ifindex and ifindex are its third, tenth and eleventh words.
         let mut context = [0_u8; 192];
+        context[8..12].copy_from_slice(&mark.to_ne_bytes());
         context[36..40].copy_from_slice(&received.to_ne_bytes());
         context[40..44].copy_from_slice(&device.to_ne_bytes());
         self.run_in(program, &context, frame)
@@ -529,11 +545,14 @@ impl Kernel {
         context: &[u8; 192],
         frame: &[u8],
     ) -> anyhow::Result<(u32, Vec<u8>)> {
+        let mut after = [0; 192];
         let mut options = TestRunOptions::new();
         options.data_in = Some(frame);
         options.data_out = Some(&mut self.room);
         options.ctx_in = Some(context);
+        options.ctx_out = Some(&mut after);
         let result = self.loaded.classifier(program)?.test_run(options)?;
+        self.mark = u32::from_ne_bytes([after[8], after[9], after[10], after[11]]);
         let out = self.room[..result.data_size_out as usize].to_vec();
         Ok((result.return_value, out))
     }
@@ -551,6 +570,11 @@ impl Kernel {
         let result = self.loaded.express().unwrap().test_run(options).unwrap();
         let out = self.room[..result.data_size_out as usize].to_vec();
         (result.return_value, out)
+    }
+
+    /// The mark of the frame that the last program of tc left.
+    pub fn mark(&self) -> u32 {
+        self.mark
     }
 
     /// The oldest event that was not read yet.

@@ -52,6 +52,10 @@ pub const BACK_BY_REDIRECT: u8 = 2;
 /// A device without the XDP hook.
 pub const BACK_BY_TC: u8 = 3;
 
+/// The mark (`skb->mark`) of a packet with which all is done, from the hook that sends it around the stack to the one
+/// that it leaves by, which takes it off. The stack never sees it, and a pod's own marks end at its device.
+pub const MARK_DONE: u32 = 0x5845_4245;
+
 /// What translation needs to know of the node. All zeros turn it off.
 #[repr(C)]
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Pod, Zeroable)]
