@@ -47,7 +47,7 @@ pub struct Seen {
 /// All flows of the node; cheap to clone.
 #[derive(Clone)]
 pub struct Flows {
-    kept: Arc<Mutex<VecDeque<Arc<Seen>>>>,
+    kept: Arc<Mutex<VecDeque<Seen>>>,
     news: broadcast::Sender<Arc<Seen>>,
     names: Names,
     node_name: Arc<str>,
@@ -115,7 +115,7 @@ impl Flows {
         // Who follows begins under the lock, and what is new is sent under it: see `read`.
         let followed = self.news.receiver_count() != 0;
         for event in events {
-            let seen = Arc::new(Seen {
+            let seen = Seen {
                 event: *event,
                 time: offset.saturating_add_unsigned(event.time),
                 source: names.peer(event.source.into()).unwrap_or(world).clone(),
@@ -131,24 +131,24 @@ impl Flows {
                     REASON_POLICY => names.policies(event.set).cloned(),
                     _ => None,
                 },
-            });
+            };
             if kept.len() == KEPT {
                 kept.pop_front();
             }
             if followed {
                 // All may have left by now.
-                let _ = self.news.send(seen.clone());
+                let _ = self.news.send(Arc::new(seen.clone()));
             }
             kept.push_back(seen);
         }
     }
 
     /// The newest flows that pass a filter, oldest first, and those to come.
-    pub fn read(&self, filter: &Filter) -> (Vec<Arc<Seen>>, broadcast::Receiver<Arc<Seen>>) {
+    pub fn read(&self, filter: &Filter) -> (Vec<Seen>, broadcast::Receiver<Arc<Seen>>) {
         let kept = self.kept.lock().unwrap_or_else(PoisonError::into_inner);
         // Taken under the lock, so that no flow is lost or told twice between the two.
         let news = self.news.subscribe();
-        let mut newest: Vec<Arc<Seen>> = kept
+        let mut newest: Vec<Seen> = kept
             .iter()
             .rev()
             .filter(|seen| filter.passes(seen))

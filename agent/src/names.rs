@@ -1,8 +1,9 @@
 //! What addresses, rules and sets are called, for those who read flows.
 
-use std::collections::HashMap;
 use std::net::IpAddr;
 use std::sync::{Arc, PoisonError, RwLock, RwLockReadGuard};
+
+use hashbrown::HashMap;
 
 use crate::policy::compile::{Name, RuleId};
 use crate::policy::selector::Labels;
