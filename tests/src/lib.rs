@@ -3,6 +3,7 @@
 
 pub mod ethtool;
 pub mod place;
+pub mod sctp;
 
 use std::collections::BTreeSet;
 use std::io::{Read, Write};

@@ -4,13 +4,13 @@
 mod cells;
 
 use anyhow::Result;
-use cells::{bad_input, endpoints, faults, frontends, life, policies, world::World};
+use cells::{bad_input, endpoints, faults, frontends, life, policies, sctp, world::World};
 use xebec_tests::{Machine, assert_nothing_left};
 
 /// A scenario's name and what runs it.
 type Scenario = (&'static str, fn(&mut World) -> Result<()>);
 
-const SCENARIOS: [Scenario; 18] = [
+const SCENARIOS: [Scenario; 19] = [
     ("every frontend", frontends::every_frontend),
     ("host ports", frontends::host_ports),
     ("hairpin", frontends::hairpin),
@@ -28,6 +28,7 @@ const SCENARIOS: [Scenario; 18] = [
     ("same address", bad_input::same_address),
     ("slices that disagree", bad_input::slices_that_disagree),
     ("crowd", bad_input::crowd),
+    ("associations", sctp::associations),
     ("killed", faults::killed),
 ];
 
@@ -35,9 +36,6 @@ const SCENARIOS: [Scenario; 18] = [
 fn what_services_promise() -> Result<()> {
     let outside = cells::world::Outside::new()?;
     let before = Machine::now()?;
-    if !std::path::Path::new("/proc/net/sctp").exists() {
-        println!("SCTP is left out: this kernel has no sockets of it");
-    }
     let mut world = World::up(&outside)?;
     // By a part of a name, one scenario alone is run.
     let mut failed = Vec::new();
