@@ -7,4 +7,5 @@ pub mod frontends;
 pub mod life;
 pub mod policies;
 pub mod sctp;
+pub mod ways;
 pub mod world;
