@@ -3,6 +3,7 @@
 
 pub mod ethtool;
 pub mod place;
+pub mod sctp;
 
 use std::collections::BTreeSet;
 use std::io::{Read, Write};
@@ -61,6 +62,18 @@ impl Cluster {
         succeed("xebec up", output)?;
         self.down = false;
         Ok(())
+    }
+
+    /// Kills it, and starts it on the same data with these arguments; its pods live on.
+    pub fn restart(&mut self, args: &[&str]) -> Result<()> {
+        let pid = self.pid()?;
+        kill(pid, nix::sys::signal::Signal::SIGKILL)?;
+        let patience = Duration::from_secs(10);
+        eventually("the cluster's process ends", patience, || {
+            Ok(has_ended(pid))
+        })?;
+        self.args = args.iter().map(|arg| (*arg).to_owned()).collect();
+        self.start()
     }
 
     /// Starts it in the foreground, in a process group of its own as a shell does.
@@ -235,6 +248,20 @@ impl Drop for Cluster {
 pub fn kill(pid: i32, signal: nix::sys::signal::Signal) -> Result<()> {
     nix::sys::signal::kill(nix::unistd::Pid::from_raw(pid), signal)
         .with_context(|| format!("could not send {signal} to {pid}"))
+}
+
+/// Whether all threads of a process have ended, and have let go of its locks and sockets.
+fn has_ended(pid: i32) -> bool {
+    let Ok(threads) = std::fs::read_dir(format!("/proc/{pid}/task")) else {
+        return true;
+    };
+    // The first one is left until somebody has waited for the process.
+    threads.flatten().all(|thread| {
+        let stat = std::fs::read_to_string(thread.path().join("stat")).unwrap_or_default();
+        // The state follows the name, which stands in brackets (proc(5)).
+        stat.rsplit_once(") ")
+            .is_some_and(|(_, fields)| fields.starts_with(['Z', 'X']))
+    })
 }
 
 /// Standard output of a command that must have succeeded.

@@ -1,54 +1,88 @@
 //! What Services promise, kind by kind, with sockets of pods, nodes and a machine outside, of both families, over two
-//! nodes: one cluster for all of it.
+//! nodes: one cluster for all of it, which is started anew for each way that packets can take.
 
 mod cells;
 
 use anyhow::Result;
-use cells::{bad_input, endpoints, faults, frontends, life, policies, world::World};
+use cells::{bad_input, endpoints, faults, frontends, life, policies, sctp, ways, world::World};
 use xebec_tests::{Machine, assert_nothing_left};
 
 /// A scenario's name and what runs it.
 type Scenario = (&'static str, fn(&mut World) -> Result<()>);
+/// Flags of `up`, and what is run with them.
+type Mode = (&'static [&'static str], &'static [Scenario]);
 
-const SCENARIOS: [Scenario; 18] = [
-    ("every frontend", frontends::every_frontend),
-    ("host ports", frontends::host_ports),
-    ("hairpin", frontends::hairpin),
-    ("nobody there", frontends::nobody_there),
-    ("external traffic", policies::external_traffic),
-    ("internal traffic", policies::internal_traffic),
-    ("source ranges", policies::source_ranges),
-    ("not ready", endpoints::not_ready),
-    ("near ones", endpoints::near_ones),
-    ("same ones", endpoints::same_ones),
-    ("written by hand", endpoints::written_by_hand),
-    ("removed", life::removed),
-    ("parted", life::parted),
-    ("terminating", life::terminating),
-    ("same address", bad_input::same_address),
-    ("slices that disagree", bad_input::slices_that_disagree),
-    ("crowd", bad_input::crowd),
-    ("killed", faults::killed),
+const MODES: [Mode; 3] = [
+    (
+        &[],
+        &[
+            ("every frontend", frontends::every_frontend),
+            ("host ports", frontends::host_ports),
+            ("hairpin", frontends::hairpin),
+            ("nobody there", frontends::nobody_there),
+            ("external traffic", policies::external_traffic),
+            ("internal traffic", policies::internal_traffic),
+            ("source ranges", policies::source_ranges),
+            ("not ready", endpoints::not_ready),
+            ("near ones", endpoints::near_ones),
+            ("same ones", endpoints::same_ones),
+            ("written by hand", endpoints::written_by_hand),
+            ("removed", life::removed),
+            ("parted", life::parted),
+            ("terminating", life::terminating),
+            ("same address", bad_input::same_address),
+            ("slices that disagree", bad_input::slices_that_disagree),
+            ("crowd", bad_input::crowd),
+            ("associations", sctp::associations),
+            ("around the stack", ways::around),
+            ("killed", faults::killed),
+        ],
+    ),
+    (
+        &["--lb-mode", "dsr"],
+        &[
+            ("every frontend, dsr", frontends::every_frontend),
+            ("direct", ways::direct),
+        ],
+    ),
+    (
+        &["--lb-mode", "hybrid", "--host-legacy-routing"],
+        &[
+            ("every frontend, legacy routing", frontends::every_frontend),
+            ("hybrid", ways::hybrid),
+            ("through the stack", ways::through),
+        ],
+    ),
 ];
 
 #[test]
 fn what_services_promise() -> Result<()> {
     let outside = cells::world::Outside::new()?;
     let before = Machine::now()?;
-    if !std::path::Path::new("/proc/net/sctp").exists() {
-        println!("SCTP is left out: this kernel has no sockets of it");
-    }
     let mut world = World::up(&outside)?;
     // By a part of a name, one scenario alone is run.
     let mut failed = Vec::new();
     let wanted = std::env::var("XEBEC_CELL").unwrap_or_default();
-    for (name, scenario) in SCENARIOS {
-        if name.contains(&wanted) {
+    for (flags, scenarios) in MODES {
+        let scenarios = scenarios.iter().filter(|(name, _)| name.contains(&wanted));
+        let scenarios: Vec<_> = scenarios.collect();
+        if !flags.is_empty() && !scenarios.is_empty() {
+            let begun = std::time::Instant::now();
+            let outcome = world.switch(flags);
+            println!("{flags:?}: {:.1} s", begun.elapsed().as_secs_f32());
+            if let Err(error) = outcome {
+                failed.push(format!("{flags:?}: {error:#}"));
+                break;
+            }
+        }
+        for (name, scenario) in scenarios {
             let begun = std::time::Instant::now();
             let outcome = scenario(&mut world);
             println!("{name}: {:.1} s", begun.elapsed().as_secs_f32());
             if let Err(error) = outcome {
                 failed.push(format!("{name}: {error:#}"));
+                // What it leaves is not to disturb others.
+                world.delete(&["--all"])?;
             }
         }
     }

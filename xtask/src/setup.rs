@@ -45,6 +45,10 @@ const TEST: &[Need] = &[
         package: "ethtool",
     },
     Need {
+        what: "iptables",
+        package: "iptables",
+    },
+    Need {
         what: "nsenter",
         package: "util-linux",
     },

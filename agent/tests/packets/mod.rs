@@ -1,6 +1,7 @@
 //! Building packets, and a kernel with the programs and a few pods to run them.
 
 mod around;
+mod crc;
 pub mod direct;
 mod errors;
 mod express;

@@ -3,11 +3,11 @@
 mod cgroup;
 mod cleanup;
 mod cni;
-mod lb_mode;
 #[cfg(test)]
 mod manifests;
 mod node_object;
 mod ports;
+mod ways;
 
 use std::net::IpAddr;
 use std::path::{Path, PathBuf};
@@ -22,9 +22,9 @@ use tracing::{info, warn};
 
 use crate::paths::{Layout, NodeLayout, private_dir};
 use crate::up::XdpMode;
-use lb_mode::LbMode;
 use node_object::Found;
 pub use ports::Ports;
+pub use ways::Ways;
 
 /// How the agent runs; nothing but root's rights and an API server is needed.
 #[derive(Args)]
@@ -87,14 +87,8 @@ struct Run {
     /// Node ports by XDP on these devices; tc serves what XDP does not
     #[arg(long, value_enum, env = "XEBEC_XDP", default_value_t)]
     xdp: XdpMode,
-    /// How clients outside reach backends of other nodes by node ports, load balancers' and external addresses. All
-    /// nodes need the same
-    #[arg(long, alias = "bpf-lb-mode", value_enum, default_value_t)]
-    lb_mode: LbMode,
-    /// Pods' packets to and from other nodes and the outside go through the node's stack, where its own rules (iptables,
-    /// nftables, IPsec policies) see them. By default they go around it
-    #[arg(long, alias = "enable-host-legacy-routing")]
-    host_legacy_routing: bool,
+    #[command(flatten)]
+    ways: Ways,
     /// Entries of the table of flows, 180 bytes each; a translated flow takes two. A table that an agent before this
     /// one left keeps its size until the node starts anew
     #[arg(long, default_value_t = xebec_agent::loader::FLOWS, value_parser = clap::value_parser!(u32).range(1_024..=33_554_432))]
@@ -275,8 +269,8 @@ impl Run {
             pod_cgroup,
             devices: self.devices.clone(),
             xdp: self.xdp.into(),
-            lb_mode: self.lb_mode.into(),
-            host_legacy_routing: self.host_legacy_routing,
+            lb_mode: self.ways.lb_mode(),
+            host_legacy_routing: self.ways.host_legacy_routing,
             native: self.cluster_cidr.iter().map(IpNet::trunc).collect(),
             node_ports: self.ports.node_ports()?,
             l2_announcements: self.l2_announcements,

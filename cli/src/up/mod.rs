@@ -79,6 +79,8 @@ pub struct Up {
     #[arg(long, value_enum, env = "XEBEC_XDP", default_value_t)]
     xdp: XdpMode,
     #[command(flatten)]
+    ways: crate::agent::Ways,
+    #[command(flatten)]
     ports: crate::agent::Ports,
     /// Do not build the demo image
     #[arg(long)]

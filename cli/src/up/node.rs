@@ -16,6 +16,7 @@ use tokio::task::{JoinHandle, JoinSet};
 use tokio_util::sync::CancellationToken;
 use tracing::{info, warn};
 use xebec_agent::endpoints::one_or_many;
+use xebec_agent::network::LbMode;
 use xebec_agent::services::NodePortAddresses;
 
 use super::control_plane::ControlPlane;
@@ -41,6 +42,12 @@ pub struct NodeConfig {
     /// How XDP is used.
     #[serde(default)]
     pub xdp: xebec_agent::loader::Xdp,
+    /// How clients outside reach backends of other nodes.
+    #[serde(default)]
+    pub lb_mode: LbMode,
+    /// Whether packets of pods go through the node's stack.
+    #[serde(default)]
+    pub host_legacy_routing: bool,
     /// Where node ports are reached.
     #[serde(default)]
     pub node_ports: NodePortAddresses,
@@ -129,9 +136,8 @@ impl NodeConfig {
             pod_cgroup: Some(self.pod_cgroup.clone()),
             devices: Vec::new(),
             xdp: self.xdp,
-            // All nodes are on this machine.
-            lb_mode: xebec_agent::network::LbMode::Snat,
-            host_legacy_routing: false,
+            lb_mode: self.lb_mode,
+            host_legacy_routing: self.host_legacy_routing,
             // The host of several nodes is none of them, but has routes to their pods.
             native: self
                 .cable

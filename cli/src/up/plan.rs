@@ -59,6 +59,8 @@ impl Up {
             cluster_domain: CLUSTER_DOMAIN.into(),
             kubelet_port: 10250,
             xdp: self.xdp.into(),
+            lb_mode: self.ways.lb_mode(),
+            host_legacy_routing: self.ways.host_legacy_routing,
             node_ports: self.ports.node_ports()?,
             l2_announcements: !self.load_balancer_cidr.is_empty(),
             metrics: self.ports.metrics(),
@@ -241,6 +243,29 @@ mod tests {
     }
 
     #[test]
+    fn all_nodes_have_the_same_ways() {
+        use xebec_agent::network::LbMode;
+        for (args, wanted) in [
+            (&[][..], (LbMode::Snat, false)),
+            (&["--lb-mode", "hybrid"], (LbMode::Hybrid, false)),
+            (
+                &["--lb-mode=dsr", "--host-legacy-routing"],
+                (LbMode::Dsr, true),
+            ),
+        ] {
+            let nodes = plan(&[&["--nodes", "2"], args].concat()).unwrap();
+            assert_eq!(nodes.len(), 2);
+            for node in nodes {
+                // As the node's own process reads it.
+                let told = serde_json::to_string(&node).unwrap();
+                let told: NodeConfig = serde_json::from_str(&told).unwrap();
+                let agent = told.agent();
+                assert_eq!((agent.lb_mode, agent.host_legacy_routing), wanted);
+            }
+        }
+    }
+
+    #[test]
     fn what_can_not_be_is_refused() {
         for (args, says) in [
             (&["--nodes", "0"][..], "--nodes"),
@@ -254,6 +279,7 @@ mod tests {
             (&["--pod-cidr", "10.1.0.0/16,10.2.0.0/16"], "--pod-cidr"),
             (&["--pod-cidr", "fd00::/72"], "a /64 or larger"),
             (&["--service-cidr", "fd00:1::/112"], "IPv6"),
+            (&["--lb-mode", "fast"], "--lb-mode"),
             (
                 &[
                     "--nodes",

@@ -6,4 +6,6 @@ pub mod faults;
 pub mod frontends;
 pub mod life;
 pub mod policies;
+pub mod sctp;
+pub mod ways;
 pub mod world;

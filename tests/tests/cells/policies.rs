@@ -18,7 +18,7 @@ const LOCAL_PORT: u16 = 30_011;
 const FENCED_PORT: u16 = 30_012;
 
 /// Asks once, and fails unless this one answers and sees this client.
-fn seen_as(
+pub fn seen_as(
     place: &Place,
     protocol: Protocol,
     to: SocketAddr,

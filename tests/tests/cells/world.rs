@@ -39,6 +39,15 @@ pub const OUTSIDE_TOO: [&str; 2] = ["10.245.0.199", "fd00:10:245::c7"];
 pub const EXTERNAL: [&str; 2] = ["198.51.100.20", "2001:db8:51::20"];
 /// Addresses of the machine outside, which the nodes reach by it; not of those to which pods go by their own address.
 pub const BEYOND: [&str; 2] = ["192.175.48.77", "2001:db8:51::77"];
+/// How the cluster is started in all modes.
+const ARGS: [&str; 6] = [
+    "--nodes",
+    "2",
+    "--pod-cidr",
+    "10.244.0.0/16,fd00:10:244::/56",
+    "--load-balancer-cidr",
+    "10.245.0.201-10.245.0.219,fd00:10:245::d0-fd00:10:245::df",
+];
 const NETNS: &str = "xebec-test-cells";
 const CABLE: &str = "xbcells0";
 
@@ -240,17 +249,7 @@ pub fn slices(service: &str, endpoints: &[([IpAddr; 2], Value)]) -> Vec<Value> {
 
 impl World {
     pub fn up(outside: &Outside) -> Result<Self> {
-        let cluster = Cluster::up(
-            "cells",
-            &[
-                "--nodes",
-                "2",
-                "--pod-cidr",
-                "10.244.0.0/16,fd00:10:244::/56",
-                "--load-balancer-cidr",
-                "10.245.0.201-10.245.0.219,fd00:10:245::d0-fd00:10:245::df",
-            ],
-        )?;
+        let cluster = Cluster::up("cells", &ARGS)?;
         cluster.k(&["create", "namespace", NAMESPACE])?;
         let objects: Vec<Value> = PODS.iter().map(|(name, node)| pod(name, node)).collect();
         shop::apply_objects(&cluster, &objects)?;
@@ -285,6 +284,22 @@ impl World {
                 .push(Server::start(&pod.place.without_sockets(), name, TARGET)?);
         }
         Ok(world)
+    }
+
+    /// Has the cluster run with these arguments more, with the same pods.
+    pub fn switch(&mut self, more: &[&str]) -> Result<()> {
+        self.cluster.restart(&[&ARGS, more].concat())?;
+        for node in self.nodes.keys() {
+            eventually(
+                &format!("the agent of {node} has taken over"),
+                MINUTE,
+                || {
+                    let status = self.cluster.agent_status(node)?;
+                    Ok(status["devices"].as_str().is_some_and(|by| !by.is_empty()))
+                },
+            )?;
+        }
+        Ok(())
     }
 
     fn find_nodes(&mut self) -> Result<()> {
