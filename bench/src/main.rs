@@ -166,6 +166,12 @@ const BENCHMARKS: &[Benchmark] = &[
         run: lb::run,
     },
     Benchmark {
+        name: "flow-idle",
+        about: "memory of idle flows, and the time until a million expired ones are replaced",
+        apart: false,
+        run: |effort| lb::expiry::run(effort).map(Outcome::from),
+    },
+    Benchmark {
         name: "xdp-live",
         about: "live frames per second through XDP, beside a bare redirect",
         apart: false,
