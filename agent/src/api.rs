@@ -230,6 +230,7 @@ async fn answer(request: Request<Incoming>, tables: &Tables) -> Response<Body> {
                     "healthy": true,
                     "endpoints": endpoints.list().await.len(),
                     "devices": tables.served.words(),
+                    "services": tables.services.as_ref().map(Services::standing),
                     "packets": {
                         "forwarded": counters.forwarded,
                         "dropped": counters.dropped,

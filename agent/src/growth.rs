@@ -37,7 +37,10 @@ pub(crate) async fn run(
             refused = false;
             continue;
         }
-        match grow(&services, &dataplane, sizes).await? {
+        services.set_growing(true);
+        let outcome = grow(&services, &dataplane, sizes).await;
+        services.set_growing(false);
+        match outcome? {
             Outcome::Done => refused = false,
             Outcome::Refused(why) => {
                 if !std::mem::replace(&mut refused, true) {

@@ -220,8 +220,8 @@ pub async fn run(client: kube::Client, config: Config, shutdown: CancellationTok
         endpoints.adopt().await?;
         let mut programs = dataplane.programs.lock().await;
         let by = programs.attach_network(&devices, config.xdp).await?;
-        served.set(&devices, &by);
         programs.attach_sockets(&config.cgroup_root)?;
+        served.set(&devices, &by);
         health.updated();
         Ok(())
     };

@@ -17,7 +17,7 @@ mod writes;
 use std::path::PathBuf;
 use std::process::ExitCode;
 
-use anyhow::{Context, Result, bail};
+use anyhow::{Result, bail};
 use clap::Parser;
 use row::Row;
 
@@ -84,6 +84,31 @@ impl From<Vec<Row>> for Outcome {
     }
 }
 
+impl Outcome {
+    /// Rows with an aim for the common table; the others are details, which follow `text` in a table of the benchmark's
+    /// own.
+    fn with_details(name: &'static str, text: &str, rows: Vec<Row>) -> Result<Self> {
+        let (rows, details): (Vec<Row>, Vec<Row>) = rows.into_iter().partition(Row::has_aim);
+        let mut section = text.to_owned();
+        let mut lines = Vec::new();
+        if !details.is_empty() {
+            let table = row::head()
+                .into_iter()
+                .chain(details.iter().map(|row| row::line(&row.cells())));
+            section += "\n\n";
+            section += &table.collect::<Vec<_>>().join("\n");
+        }
+        for row in &details {
+            lines.push(row.json()?);
+        }
+        Ok(Self {
+            rows,
+            sections: vec![(name, section)],
+            lines,
+        })
+    }
+}
+
 /// All benchmarks, in the order in which they run.
 const BENCHMARKS: &[Benchmark] = &[
     Benchmark {
@@ -139,6 +164,12 @@ const BENCHMARKS: &[Benchmark] = &[
         about: "nanoseconds per packet of the programs, in the scenarios of the kernel's xdp-lb",
         apart: true,
         run: lb::run,
+    },
+    Benchmark {
+        name: "flow-idle",
+        about: "memory of idle flows, and the time until a million expired ones are replaced",
+        apart: false,
+        run: |effort| lb::expiry::run(effort).map(Outcome::from),
     },
     Benchmark {
         name: "xdp-live",
@@ -214,9 +245,7 @@ fn run(args: Args) -> Result<()> {
             Ok(measured) => {
                 if args.json {
                     for row in &measured.rows {
-                        let line =
-                            serde_json::to_string(row).context("could not write a row as JSON")?;
-                        println!("{line}");
+                        println!("{}", row.json()?);
                     }
                     for line in &measured.lines {
                         println!("{line}");
@@ -232,8 +261,10 @@ fn run(args: Args) -> Result<()> {
             }
         }
     }
-    if !args.json && !rows.is_empty() {
-        print!("{}", row::table(&rows));
+    if !args.json {
+        if !rows.is_empty() {
+            print!("{}", row::table(&rows));
+        }
         for (_, section) in &sections {
             println!("\n{section}");
         }
@@ -247,4 +278,39 @@ fn run(args: Args) -> Result<()> {
         readme::update(&readme, &machine::line()?, &rows, &names, &sections)?;
     }
     Ok(())
+}
+
+#[cfg(test)]
+mod tests {
+    #![allow(clippy::unwrap_used, reason = "tests may panic")]
+    use super::*;
+    use crate::row::{Aim, Case};
+
+    #[test]
+    fn what_has_no_aim_is_a_detail() {
+        let row = |case, aim| {
+            let case = Case {
+                bench: "b",
+                case,
+                unit: "ms",
+                aim,
+            };
+            Row::alone(case, &[2.0]).unwrap()
+        };
+        let rows = vec![row("p99", Aim::AtMost(10.0)), row("median", Aim::None)];
+        let told = Outcome::with_details("b", "Beside others.", rows).unwrap();
+        let cases: Vec<&str> = told.rows.iter().map(|row| row.case.as_str()).collect();
+        assert_eq!(cases, ["p99"]);
+        let [(name, section)] = &told.sections[..] else {
+            panic!("one section");
+        };
+        assert_eq!(*name, "b");
+        assert!(section.starts_with("Beside others.\n\n| benchmark | case |"));
+        assert!(section.ends_with("| b | median | 2 ms | – | – | – | 1 | 0.0 % |"));
+        assert!(!section.contains("p99"));
+        // Nothing is left out of what programs read.
+        assert!(told.lines.len() == 1 && told.lines[0].contains(r#""case":"median""#));
+        let told = Outcome::with_details("b", "Beside others.", Vec::new()).unwrap();
+        assert_eq!(told.sections[0].1, "Beside others.");
+    }
 }

@@ -4,7 +4,7 @@ use std::path::Path;
 
 use anyhow::{Context, Result};
 
-use crate::row::{HEADINGS, Row};
+use crate::row::{self, Row};
 
 const BEGIN: &str = "<!-- measured: begin -->";
 const END: &str = "<!-- measured: end -->";
@@ -66,16 +66,12 @@ fn replaced(text: &str, machine: &str, rows: &[Row], benchmarks: &[&str]) -> Res
         .split_once(END)
         .with_context(|| format!("it has no line {END}"))?;
     let machine = format!("Measured on: {machine}.");
-    let line = |cells: &[String]| format!("| {} |", cells.join(" | "));
-    let mut table = vec![
-        line(&HEADINGS.map(str::to_owned)),
-        line(&HEADINGS.map(|_| "---".to_owned())),
-    ];
+    let mut table = row::head().to_vec();
     for benchmark in benchmarks {
         let new: Vec<String> = rows
             .iter()
             .filter(|row| row.bench == *benchmark)
-            .map(|row| line(&row.cells()))
+            .map(|row| row::line(&row.cells()))
             .collect();
         if !new.is_empty() {
             table.extend(new);

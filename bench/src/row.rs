@@ -7,7 +7,7 @@
 //! where the aim is a ratio, else of ours; 0 for one round. `aim` is in the row's unit, or a ratio where the row's
 //! peer is its measure; `met` is null where there is no aim.
 
-use anyhow::{Result, ensure};
+use anyhow::{Context, Result, ensure};
 use serde::Serialize;
 
 /// What a row shall reach.
@@ -111,6 +111,11 @@ impl Row {
         })
     }
 
+    /// The line of `--json`.
+    pub fn json(&self) -> Result<String> {
+        serde_json::to_string(self).context("could not write a row as JSON")
+    }
+
     /// Whether anything was to be reached.
     pub fn has_aim(&self) -> bool {
         self.judged != Aim::None
@@ -156,6 +161,17 @@ pub const HEADINGS: [&str; 8] = [
     "rounds",
     "spread",
 ];
+
+/// A line of a table in Markdown.
+pub fn line(cells: &[String]) -> String {
+    format!("| {} |", cells.join(" | "))
+}
+
+/// The first two lines of a table of rows in Markdown.
+pub fn head() -> [String; 2] {
+    let rule = HEADINGS.map(|_| "---".to_owned());
+    [line(&HEADINGS.map(str::to_owned)), line(&rule)]
+}
 
 /// Rows as a table for a terminal.
 pub fn table(rows: &[Row]) -> String {
@@ -270,9 +286,8 @@ mod tests {
     #[test]
     fn the_line_has_the_agreed_keys() {
         let row = Row::alone(case(Aim::None), &[1.0]).unwrap();
-        let line = serde_json::to_string(&row).unwrap();
         assert_eq!(
-            line,
+            row.json().unwrap(),
             r#"{"bench":"b","case":"c","unit":"1/s","ours":1.0,"peer":null,"peer_name":null,"ratio":null,"aim":null,"met":null,"rounds":1,"spread":0.0}"#
         );
     }

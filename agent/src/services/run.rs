@@ -13,7 +13,7 @@ use kube::Api;
 use kube::runtime::watcher::{self, Event};
 use kube::runtime::{WatchStreamExt, watcher as watch};
 use serde::de::DeserializeOwned;
-use serde_json::Value;
+use serde_json::{Value, json};
 use tokio::sync::{Notify, mpsc, oneshot, watch as signal};
 use tokio_util::sync::CancellationToken;
 use tracing::warn;
@@ -66,6 +66,7 @@ pub struct Services {
     metrics: Metrics,
     lack: signal::Sender<Option<Room>>,
     paused: Arc<AtomicBool>,
+    growing: Arc<AtomicBool>,
     announced: signal::Sender<Vec<Announced>>,
     left: Left,
     rewritten: Arc<Notify>,
@@ -82,6 +83,7 @@ impl Services {
             metrics: Metrics::default(),
             lack: signal::Sender::default(),
             paused: Arc::default(),
+            growing: Arc::default(),
             announced: signal::Sender::default(),
             left,
             rewritten: Arc::default(),
@@ -100,6 +102,21 @@ impl Services {
     /// The numbers.
     pub fn metrics(&self) -> Metrics {
         self.metrics.clone()
+    }
+
+    /// How far the kernel is: Services that have frontends, how many of them do not fit, and whether larger maps are
+    /// being made. As it was when the kernel was last brought in step.
+    pub fn standing(&self) -> Value {
+        json!({
+            "known": self.metrics.services.get(),
+            "lacking": self.metrics.lacking.get(),
+            "growing": self.growing.load(Ordering::Acquire),
+        })
+    }
+
+    /// Larger maps are being made from here on, or not any more.
+    pub fn set_growing(&self, growing: bool) {
+        self.growing.store(growing, Ordering::Release);
     }
 
     /// Roughly how much room in the maps everything would need, while something does not fit.

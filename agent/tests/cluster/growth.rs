@@ -3,6 +3,7 @@
 use std::time::{Duration, Instant};
 
 use aya::maps::MapData;
+use serde_json::json;
 
 use crate::alone;
 use crate::stage::{Options, Stage, Talk, left_out, service};
@@ -78,6 +79,11 @@ fn maps_grow_under_traffic_and_nobody_notices() {
     stage.wait("all Services fit", |stage| {
         let is = |name: &str, wanted: f64| stage.metric(name) == Some(wanted);
         is("xebec_services", wanted) && is("xebec_services_lacking_room", 0.0)
+    });
+    stage.wait("the status says so", |stage| {
+        let told = json!({"known": count + 1, "lacking": 0, "growing": false});
+        let status = stage.try_ask("GET", "/status", "");
+        status.is_some_and(|status| status["services"] == told)
     });
     let synced = begun.elapsed();
     let dials = dialing.end();

@@ -12,7 +12,7 @@ use serde_json::{Value, json};
 use super::kernel::{Kind, Program};
 use super::pound::Target;
 use super::wrap::{self, Pick};
-use super::{NAME, SUBJECTS, Setting, ids};
+use super::{SUBJECTS, Setting, programs};
 use crate::Effort;
 use crate::row::{Aim, Case, Row};
 use crate::services::{Network, Part, XebecStage, first_service, part, watch};
@@ -39,18 +39,13 @@ pub struct Order {
 /// Measures.
 pub fn run(effort: Effort) -> Result<Vec<Row>> {
     let (rounds, frames) = effort.of((9, 2_000_000), (2, 100_000));
-    let before: Vec<u32> = ids()?.into_iter().map(|(id, _)| id).collect();
+    let before = programs()?;
     let mut stage = XebecStage::new("xdp-live", 1, 10)?;
     stage.start_agent(true)?;
     let (mut client, _without) = stage.agent_pod()?;
     watch(&mut client, first_service(1)?, None, 300.0, || Ok(()))?;
     let express = &SUBJECTS[0];
-    let name = &express.name[..express.name.len().min(NAME)];
-    let all = ids()?;
-    let (id, _) = all
-        .iter()
-        .find(|(id, found)| found == name && !before.contains(id))
-        .with_context(|| format!("the agent loaded no {}", express.name))?;
+    let id = express.newest(&before)?;
     let setting = Setting::of(express, &stage, &client)?;
     let out = stage.stage.node.run("ip", "-json link show dev b0")?;
     let out: Value = serde_json::from_str(&out).context("ip printed no JSON")?;
@@ -85,7 +80,7 @@ pub fn run(effort: Effort) -> Result<Vec<Row>> {
                 );
                 Ok(rate)
             };
-            let (ours, bare) = (of(Some(*id))?, of(None)?);
+            let (ours, bare) = (of(Some(id))?, of(None)?);
             eprintln!("bench: xdp-live: {words}: {ours:.0}/s, redirect alone {bare:.0}/s");
             measured.push((ours, bare));
         }

@@ -16,6 +16,7 @@
 //! and reading the clock cost is in both, and taken off. Not chosen: `BPF_ENABLE_STATS`, which reads the clock for each
 //! run as well but gives sums alone, no median; live frames, whose pages the program gets again as it left them.
 
+pub mod expiry;
 mod frame;
 mod kernel;
 pub mod live;
@@ -100,7 +101,7 @@ pub fn run(effort: Effort) -> Result<Outcome> {
     let mut notes = Vec::new();
     let mut table: BTreeMap<(usize, usize, usize), String> = BTreeMap::new();
     for (column, &services) in sizes.iter().enumerate() {
-        let before: Vec<u32> = ids()?.into_iter().map(|(id, _)| id).collect();
+        let before = programs()?;
         let mut stage = XebecStage::with_outside("xdp-lb", services, 10, MANY)?;
         stage.flows = FLOWS;
         stage.start_agent(true)?;
@@ -113,8 +114,8 @@ pub fn run(effort: Effort) -> Result<Outcome> {
             &["--cpu", "0", "pound"],
         )?;
         for (place, subject) in SUBJECTS.iter().enumerate() {
-            let name = &subject.name[..subject.name.len().min(NAME)];
             let setting = Setting::of(subject, &stage, &client)?;
+            let program = subject.newest(&before);
             for (index, scenario) in SCENARIOS.iter().enumerate() {
                 let words = format!(
                     "{}, {}, {} Service{}",
@@ -132,13 +133,10 @@ pub fn run(effort: Effort) -> Result<Outcome> {
                     // Below what lies between two scenarios' ports.
                     order.samples = order.samples.min(5_000);
                 }
-                // An agent whose maps grow loads its programs again.
-                let programs = ids()?;
-                let own = |(id, found): &&(u32, String)| found == name && !before.contains(id);
-                let measured = match programs.iter().rfind(own) {
-                    Some((id, _)) => in_rounds(rounds, &mut pound, &mut order, *id),
-                    None => Err(anyhow!("the agent loaded no such program")),
-                };
+                let measured = program
+                    .as_ref()
+                    .map_err(|error| anyhow!("{error:#}"))
+                    .and_then(|id| in_rounds(rounds, &mut pound, &mut order, *id));
                 let (looped, over, last, floor) = match measured {
                     Ok(measured) => measured,
                     Err(error) => {
@@ -220,15 +218,29 @@ fn in_rounds(
 }
 
 /// All programs of the kernel: their numbers and names.
-fn ids() -> Result<Vec<(u32, String)>> {
-    let mut found = Vec::new();
+fn programs() -> Result<BTreeMap<u32, String>> {
+    let mut found = BTreeMap::new();
     for program in loaded_programs() {
         // One that ends while we look is none of ours.
         let Ok(program) = program else { continue };
         let name = program.name_as_str().unwrap_or_default().to_owned();
-        found.push((program.id(), name));
+        found.insert(program.id(), name);
     }
     Ok(found)
+}
+
+impl Subject {
+    /// The number of the agent's program, which was not there before the agent was. One whose maps have grown has loaded
+    /// its programs again: the last ones are those that are attached.
+    fn newest(&self, before: &BTreeMap<u32, String>) -> Result<u32> {
+        let name = &self.name[..self.name.len().min(NAME)];
+        let own = |(id, found): &(u32, String)| found == name && !before.contains_key(id);
+        let (id, _) = programs()?
+            .into_iter()
+            .rfind(own)
+            .with_context(|| format!("the agent loaded no {}", self.name))?;
+        Ok(id)
+    }
 }
 
 /// Where a subject's frames come in, and what they ask.

@@ -25,6 +25,9 @@ const LOOP: u32 = 50_000;
 /// The same of new flows, for which there must be ports.
 const LOOP_FRESH: u32 = 3_000;
 
+/// `TC_ACT_REDIRECT`.
+const REDIRECT: u32 = 7;
+
 /// What there is of one family.
 #[derive(Clone, Copy, Serialize, Deserialize)]
 pub struct Target {
@@ -358,6 +361,50 @@ fn differs(
         }
         Becomes::Same if dropped => Some(format!("dropped (verdict {verdict})")),
         Becomes::SameOrDropped if dropped => None,
+        Becomes::Same if kind == Kind::Classifier && verdict == REDIRECT => {
+            // A pod's packet that goes around the stack has met a router: it has other hardware addresses and one hop
+            // less. What comes after these is the same.
+            let from = if scenario.six { 22 } else { 26 };
+            (before.get(from..) != after.get(from..))
+                .then(|| format!("changed (verdict {verdict})"))
+        }
         _ => (before != after).then(|| format!("changed (verdict {verdict})")),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    #![allow(clippy::unwrap_used, reason = "tests may panic")]
+    use super::*;
+    use crate::lb::scenario;
+
+    #[test]
+    fn what_is_sent_on_as_it_is_may_have_other_hardware_addresses_and_one_hop_less() {
+        for (name, ends, hops) in [
+            ("pass-v4-no-vip", ["192.0.2.2:4000", "10.244.2.2:9"], 22),
+            ("pass-v6-no-vip", ["[2001:db8::2]:4000", "[fd00::2]:9"], 21),
+        ] {
+            let scenario = &SCENARIOS[scenario::place(name).unwrap()];
+            let [source, destination] = ends.map(|end| end.parse::<SocketAddr>().unwrap());
+            let before = Frame {
+                hardware: [[2; 6], [4; 6]],
+                source,
+                destination,
+                content: scenario.content,
+            }
+            .bytes();
+            let mut after = before.clone();
+            after[..12].fill(6);
+            after[hops] -= 1;
+            let wrong = |after: &[u8], verdict| {
+                differs(scenario, &before, after, verdict, Kind::Classifier).is_some()
+            };
+            assert!(!wrong(&after, REDIRECT) && !wrong(&before, 0));
+            // Left to the stack it is untouched; sent on it still has both ends; dropped is neither.
+            assert!(wrong(&after, 0) && wrong(&before, 2));
+            let mut other = after;
+            other[34] ^= 1;
+            assert!(wrong(&other, REDIRECT), "{name}");
+        }
     }
 }

@@ -20,7 +20,7 @@ pub enum Flows {
 pub enum Becomes {
     /// They go to a backend.
     Sent,
-    /// They are left as they are.
+    /// They are left as they are, or sent on by a router without another change.
     Same,
     /// They are left as they are, or dropped.
     SameOrDropped,

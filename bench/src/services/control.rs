@@ -95,12 +95,13 @@ async fn obey(client: &kube::Client, order: Order) -> Result<Value> {
         } => {
             let listed = list::services(count, endpoints)?;
             let extra = [list::outside(outside), list::moving()];
-            let all = listed.iter().map(list::pair).chain(extra);
-            futures::stream::iter(all.map(|pair| create_all(client, pair)))
+            let all = listed.len() + extra.len();
+            let pairs = listed.iter().map(list::pair).chain(extra);
+            futures::stream::iter(pairs.map(|pair| create_all(client, pair)))
                 .buffer_unordered(WRITERS)
                 .try_collect::<Vec<()>>()
                 .await?;
-            Ok(json!(listed.len()))
+            Ok(json!(all))
         }
         Order::Point { backend } => {
             let slices: Api<EndpointSlice> = Api::namespaced(client.clone(), NAMESPACE);

@@ -46,6 +46,8 @@ enum Role {
     Agent(agent::Args),
     /// Runs programs on frames
     Pound,
+    /// Enters flows and has them expire
+    Expire,
     /// Sends live frames
     Live,
     /// Drops what comes in at a device
@@ -82,6 +84,7 @@ pub fn main() -> Result<()> {
         Role::Control(control) => control::run(control),
         Role::Agent(agent) => agent::run(agent),
         Role::Pound => crate::lb::pound::run(),
+        Role::Expire => crate::lb::expiry::obey(),
         Role::Live => crate::lb::live::send(),
         Role::Sink { device } => crate::lb::live::sink(&device),
     }

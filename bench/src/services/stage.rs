@@ -35,6 +35,8 @@ const GATEWAY: &str = "169.254.1.1";
 const API_PORT: u16 = 6443;
 /// How long an agent or an API server may take to start.
 const PATIENCE: Duration = Duration::from_secs(120);
+/// How long all Services may take to come into the kernel.
+const SETTLING: Duration = Duration::from_secs(300);
 
 /// A node as the API has it: one of each family, IPv4 first.
 #[derive(Serialize, Deserialize)]
@@ -266,6 +268,8 @@ pub struct XebecStage {
     pub stage: Stage,
     /// Entries of the agent's table of flows.
     pub flows: u32,
+    /// How many Services there are in the API, besides its own.
+    services: u64,
     cgroup: Cgroup,
     dir: Folder,
 }
@@ -307,13 +311,14 @@ impl XebecStage {
             ),
         ];
         control.ask::<Value>(&control::Order::Rig { nodes })?;
-        control.ask::<Value>(&control::Order::Load {
+        let services = control.ask::<u64>(&control::Order::Load {
             count: services,
             endpoints,
             outside,
         })?;
         Ok(Self {
             agent: None,
+            services,
             flows: xebec_agent::loader::FLOWS,
             control,
             stage,
@@ -356,7 +361,8 @@ impl XebecStage {
             .context("the agent's part did not say when it began")
     }
 
-    /// Waits until the agent connects pods; the pod's two clients: with its sockets' Services, and without.
+    /// Waits until the agent connects pods and has all Services in the kernel, in maps that grow no more: what is
+    /// measured then is no part of its start. The pod's two clients: with its sockets' Services, and without.
     pub fn agent_pod(&self) -> Result<(Part, Part)> {
         let cpu = crate::traffic::client_cpu()?.to_string();
         let with = self.client_in_pods(Network::Own)?;
@@ -368,6 +374,10 @@ impl XebecStage {
         })?;
         agent::add_pod(&self.dir.0, &with.netns())?;
         more_ports(&with)?;
+        eventually("all Services in the kernel", SETTLING, || {
+            let status = agent::ask(&self.dir.0, "GET", "/status", "")?;
+            Ok(is_settled(&status, self.services))
+        })?;
         Ok((with, without))
     }
 
@@ -403,6 +413,19 @@ impl XebecStage {
             .cloned()
             .with_context(|| format!("the agent's table {name} is no list"))
     }
+}
+
+/// Whether an agent with this status has attached its hooks, and has so many Services in maps that grow no more.
+fn is_settled(status: &Value, services: u64) -> bool {
+    let told = &status["services"];
+    status["devices"]
+        .as_str()
+        .is_some_and(|devices| !devices.is_empty())
+        && told["known"]
+            .as_u64()
+            .is_some_and(|known| known >= services)
+        && told["lacking"] == 0
+        && told["growing"] == false
 }
 
 /// A folder that goes with the benchmark.
@@ -487,4 +510,31 @@ pub fn first_service(services: usize) -> Result<SocketAddrV4> {
     let listed = list::services(services, BACKENDS.count())?;
     let first = listed.first().context("there are no Services")?;
     Ok(SocketAddrV4::new(first.cluster_ip, first.port))
+}
+
+#[cfg(test)]
+mod tests {
+    use serde_json::json;
+
+    use super::*;
+
+    #[test]
+    fn an_agent_is_settled_once_nothing_is_missing() {
+        let status = |devices: &str, known: u64, lacking: u64, growing: bool| {
+            json!({
+                "devices": devices,
+                "services": {"known": known, "lacking": lacking, "growing": growing},
+            })
+        };
+        assert!(is_settled(&status("b0 by tc", 12, 0, false), 12));
+        for early in [
+            status("", 12, 0, false),
+            status("b0 by tc", 11, 0, false),
+            status("b0 by tc", 12, 1, false),
+            status("b0 by tc", 12, 0, true),
+            json!({"healthy": false, "error": "no counters"}),
+        ] {
+            assert!(!is_settled(&early, 12), "{early}");
+        }
+    }
 }

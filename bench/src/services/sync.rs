@@ -110,11 +110,7 @@ pub fn run(effort: Effort) -> Result<Outcome> {
             &each,
         )?;
     }
-    Ok(Outcome {
-        rows,
-        sections: vec![("service-sync", text)],
-        ..Outcome::default()
-    })
+    Outcome::with_details("service-sync", &text, rows)
 }
 
 fn row(
