@@ -10,6 +10,8 @@ use xebec_dataplane_common::ip::Ip;
 use xebec_dataplane_common::service::{Backend, ENDING, ON_THIS_NODE};
 
 use super::extents::REST;
+use super::pages::Pages;
+use super::pool::Slab;
 
 /// What makes a backend.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
@@ -36,15 +38,23 @@ pub struct State {
     pub ending: bool,
 }
 
-/// Of [`Held::holders`]: the backend is on this node.
-const HERE: u32 = 1 << 31;
+/// Of [`Held::traits`]: the backend is on this node.
+const HERE: u8 = 1;
 /// The backend gets nothing new.
-const ENDS: u32 = 1 << 30;
+const ENDS: u8 = 1 << 1;
+/// Its address is of IPv6.
+const SIX: u8 = 1 << 2;
 
+/// A backend. There are many, and nearly all have addresses of IPv4: others' lie apart.
 struct Held {
-    target: Target,
+    /// The address, or the number of one of IPv6.
+    address: u32,
+    port: u16,
+    protocol: u8,
+    /// [`HERE`] and the others.
+    traits: u8,
     generation: u32,
-    /// How many ports of Services have it; with none, it is not there. [`HERE`] and [`ENDS`] besides.
+    /// How many ports of Services have it; with none, it is not there.
     holders: u32,
 }
 
@@ -52,15 +62,29 @@ impl Held {
     /// Takes what is said of it; whether that is news. Who says that it is here is believed. Whether it ends, all say
     /// alike, if not at the same moment: the last one is believed.
     fn is_now(&mut self, state: State) -> bool {
-        let before = self.holders;
-        if state.local {
-            self.holders |= HERE;
+        let before = self.traits;
+        self.traits = (before & !ENDS) | state.traits();
+        self.traits != before
+    }
+
+    fn target(&self, six: &Slab<Ip>) -> Target {
+        let ip = if self.traits & SIX == 0 {
+            Ip::v4(self.address)
+        } else {
+            six.get(self.address).copied().unwrap_or_default()
+        };
+        Target {
+            ip,
+            port: self.port,
+            protocol: self.protocol,
         }
-        self.holders &= !ENDS;
-        if state.ending {
-            self.holders |= ENDS;
-        }
-        self.holders != before
+    }
+}
+
+impl State {
+    /// [`HERE`] and [`ENDS`].
+    fn traits(self) -> u8 {
+        (u8::from(self.local) * HERE) | (u8::from(self.ending) * ENDS)
     }
 }
 
@@ -70,7 +94,9 @@ pub struct Backends {
     hasher: DefaultHashBuilder,
     numbers: HashTable<u32>,
     /// Number 0 is nobody's.
-    held: Vec<Held>,
+    held: Pages<Held>,
+    /// Addresses of IPv6.
+    six: Slab<Ip>,
     /// Numbers that can be given again, and since when they are free.
     resting: VecDeque<(Instant, u32)>,
     free: Vec<u32>,
@@ -88,15 +114,12 @@ impl Backends {
     pub fn new(capacity: u32) -> Self {
         let mut new = Self::default();
         new.grow(capacity);
-        new.held.push(Held {
-            target: Target {
-                ip: Ip::NONE,
-                port: 0,
-                protocol: 0,
-            },
-            generation: 0,
-            holders: 0,
-        });
+        let nobody = Target {
+            ip: Ip::NONE,
+            port: 0,
+            protocol: 0,
+        };
+        new.push(nobody, 0, 0, 0);
         new
     }
 
@@ -112,81 +135,106 @@ impl Backends {
 
     /// How many more can be taken at once.
     pub fn room(&self) -> u32 {
-        let fresh = self.capacity.saturating_sub(self.held.len() as u32);
+        let fresh = self.capacity.saturating_sub(self.held.len());
         fresh + self.free.len() as u32
     }
 
     /// The number of a backend that is there.
     pub fn find(&self, target: &Target) -> Option<u32> {
-        let is = |number: &u32| self.held[*number as usize].target == *target;
+        let is = |number: &u32| self.target(*number) == *target;
         self.numbers.find(self.hasher.hash_one(target), is).copied()
     }
 
-    /// The number of a backend, held once more. None when there is no room.
-    pub fn hold(&mut self, target: Target, state: State) -> Option<u32> {
-        if let Some(number) = self.find(&target) {
-            self.held[number as usize].holders += 1;
-            self.set_state(number, state);
-            return Some(number);
+    /// Who a number stands for, or did last.
+    fn target(&self, number: u32) -> Target {
+        self.held[number].target(&self.six)
+    }
+
+    /// A backend as it is kept.
+    fn keep(&mut self, target: Target, traits: u8, generation: u32, holders: u32) -> Held {
+        let (address, family) = if target.ip.is_v4() {
+            (target.ip.as_v4(), 0)
+        } else {
+            (self.six.insert(target.ip), SIX)
+        };
+        Held {
+            address,
+            port: target.port,
+            protocol: target.protocol,
+            traits: traits | family,
+            generation,
+            holders,
         }
-        let flag = |set, flag| if set { flag } else { 0 };
-        let holders = 1 | flag(state.local, HERE) | flag(state.ending, ENDS);
+    }
+
+    /// Adds a number.
+    fn push(&mut self, target: Target, traits: u8, generation: u32, holders: u32) -> u32 {
+        let held = self.keep(target, traits, generation, holders);
+        self.held.push(held)
+    }
+
+    /// Holds a backend that is there once more.
+    pub fn hold(&mut self, number: u32, state: State) {
+        self.held[number].holders += 1;
+        self.set_state(number, state);
+    }
+
+    /// The number of a backend that was not there, held once. None when there is no room.
+    pub fn add(&mut self, target: Target, state: State) -> Option<u32> {
         let number = match self.free.pop() {
             Some(number) => {
-                let held = &mut self.held[number as usize];
+                let before = &self.held[number];
+                if before.traits & SIX != 0 {
+                    self.six.remove(before.address);
+                }
                 // Even while nobody has it; odd again from here on.
-                held.generation = held.generation.wrapping_add(1);
-                (held.target, held.holders) = (target, holders);
+                let generation = before.generation.wrapping_add(1);
+                self.held[number] = self.keep(target, state.traits(), generation, 1);
                 number
             }
-            None if (self.held.len() as u32) < self.capacity => {
-                if self.held.len() == self.held.capacity() {
-                    self.held.reserve_exact(self.held.len() / 4 + 16);
-                }
-                self.held.push(Held {
-                    target,
-                    generation: 1,
-                    holders,
-                });
-                self.held.len() as u32 - 1
-            }
+            None if self.held.len() < self.capacity => self.push(target, state.traits(), 1, 1),
             None => return None,
         };
-        let (held, hasher) = (&self.held, &self.hasher);
-        let rehash = |number: &u32| hasher.hash_one(held[*number as usize].target);
-        self.numbers
-            .insert_unique(hasher.hash_one(target), number, rehash);
+        self.enter(number, &target);
         self.changed.push(number);
         Some(number)
     }
 
+    /// Lets a backend be found.
+    fn enter(&mut self, number: u32, target: &Target) {
+        let (held, six, hasher) = (&self.held, &self.six, &self.hasher);
+        let rehash = |number: &u32| hasher.hash_one(held[*number].target(six));
+        self.numbers
+            .insert_unique(hasher.hash_one(target), number, rehash);
+    }
+
     /// What a port says of a backend that it holds.
     pub fn set_state(&mut self, number: u32, state: State) {
-        if self.held[number as usize].is_now(state) {
+        if self.held[number].is_now(state) {
             self.changed.push(number);
         }
     }
 
     /// Lets go of a backend once; with its last holder it is gone, and its flows choose anew.
     pub fn release(&mut self, number: u32, now: Instant) {
-        let held = &mut self.held[number as usize];
+        let held = &mut self.held[number];
         held.holders -= 1;
-        if held.holders & !(HERE | ENDS) > 0 {
+        if held.holders > 0 {
             return;
         }
         held.generation = held.generation.wrapping_add(1);
-        held.holders = 0;
-        let hash = self.hasher.hash_one(held.target);
+        held.traits &= SIX;
+        let target = self.target(number);
+        let hash = self.hasher.hash_one(target);
         if let Ok(entry) = self.numbers.find_entry(hash, |other| *other == number) {
             entry.remove();
         }
-        let target = held.target;
         self.gone.push(target);
         self.changed.push(number);
         self.resting.push_back((now, number));
     }
 
-    /// Takes one [`Self::hold`] back. Who was there for nobody else was never named: the number can be given at once.
+    /// Takes one [`Self::hold`] or [`Self::add`] back. Who was there for nobody else was never named: the number can be given at once.
     pub fn undo(&mut self, number: u32, now: Instant) {
         let (rested, gone) = (self.resting.len(), self.gone.len());
         self.release(number, now);
@@ -206,9 +254,8 @@ impl Backends {
 
     /// Notes that a port lets go of a backend, if others have it: the backend itself is as it was then.
     pub fn part(&mut self, port: u32, number: u32) {
-        let held = &self.held[number as usize];
-        if held.holders & !(HERE | ENDS) > 0 {
-            self.parted.push((port, number, held.target));
+        if self.held[number].holders > 0 {
+            self.parted.push((port, number, self.target(number)));
         }
     }
 
@@ -237,21 +284,21 @@ impl Backends {
 
     /// The entry as the kernel has it.
     pub fn entry(&self, number: u32) -> Backend {
-        let held = &self.held[number as usize];
-        let flag = |bit, flag| if held.holders & bit != 0 { flag } else { 0 };
+        let (held, target) = (&self.held[number], self.target(number));
+        let flag = |bit, flag| if held.traits & bit != 0 { flag } else { 0 };
         let flags = flag(HERE, ON_THIS_NODE) | flag(ENDS, ENDING);
         Backend {
-            address: held.target.ip,
-            port: held.target.port.to_be(),
+            address: target.ip,
+            port: target.port.to_be(),
             // The protocol is for who reads the map: an agent after this one, a person.
-            flags: flags | u16::from(held.target.protocol) << 8,
+            flags: flags | u16::from(target.protocol) << 8,
             generation: held.generation,
         }
     }
 
     /// All entries as the kernel has them, or is about to.
     pub fn all(&self) -> impl Iterator<Item = (u32, Backend)> + use<'_> {
-        (1..self.held.len() as u32).map(|number| (number, self.entry(number)))
+        (1..self.held.len()).map(|number| (number, self.entry(number)))
     }
 
     /// How many numbers rest.
@@ -274,7 +321,7 @@ impl Backends {
 
     /// All entries have to be written.
     pub fn change_all(&mut self) {
-        self.changed = (1..self.held.len() as u32).collect();
+        self.changed = (1..self.held.len()).collect();
     }
 
     /// Takes up where an agent before this one left off: its flows know backends by number and generation. The
@@ -286,7 +333,6 @@ impl Backends {
         let used = entries.iter().rposition(|entry| entry.generation != 0);
         entries.truncate(used.map_or(0, |last| last + 1));
         for entry in entries.into_iter().skip(1) {
-            let number = self.held.len() as u32;
             let there = entry.generation & 1 == 1;
             let protocol = (entry.flags >> 8) as u8;
             let target = Target {
@@ -295,23 +341,15 @@ impl Backends {
                 protocol,
             };
             let known = there && protocol != 0 && self.find(&target).is_none();
-            let ends = if entry.flags & ENDING != 0 { ENDS } else { 0 };
+            let state = State {
+                local: known && entry.flags & ON_THIS_NODE != 0,
+                ending: known && entry.flags & ENDING != 0,
+            };
             // Who can't be told apart from another is gone.
             let generation = entry.generation.wrapping_add(u32::from(there && !known));
-            self.held.push(Held {
-                target,
-                generation,
-                holders: match entry.flags & ON_THIS_NODE {
-                    _ if !known => 0,
-                    0 => 1 | ends,
-                    _ => 1 | HERE | ends,
-                },
-            });
+            let number = self.push(target, state.traits(), generation, u32::from(known));
             if known {
-                let (held, hasher) = (&self.held, &self.hasher);
-                let rehash = |number: &u32| hasher.hash_one(held[*number as usize].target);
-                self.numbers
-                    .insert_unique(hasher.hash_one(target), number, rehash);
+                self.enter(number, &target);
                 adopted.push(number);
                 self.changed.push(number);
             } else {
@@ -327,9 +365,14 @@ impl Backends {
 mod tests {
     use super::*;
 
+    /// The third has an IPv6 address.
     fn target(number: u8) -> Target {
+        let ip: IpAddr = match number {
+            3 => std::net::Ipv6Addr::LOCALHOST.into(),
+            number => std::net::Ipv4Addr::new(10, 0, 0, number).into(),
+        };
         Target {
-            ip: std::net::Ipv4Addr::new(10, 0, 0, number).into(),
+            ip: ip.into(),
             port: 80,
             protocol: 6,
         }
@@ -343,10 +386,11 @@ mod tests {
             local,
             ..State::default()
         });
-        let one = backends.hold(target(1), there).unwrap();
-        assert_eq!(backends.hold(target(1), there), Some(one));
-        let two = backends.hold(target(2), here).unwrap();
-        assert_eq!(backends.hold(target(3), there), None);
+        let one = backends.add(target(1), there).unwrap();
+        backends.hold(one, there);
+        assert_eq!(backends.find(&target(1)), Some(one));
+        let two = backends.add(target(2), here).unwrap();
+        assert_eq!(backends.add(target(3), there), None);
         assert_eq!(backends.take_changed(), [one, two]);
         assert_eq!(
             (backends.entry(one).generation, backends.entry(two).flags),
@@ -358,10 +402,11 @@ mod tests {
         assert_eq!(backends.take_changed(), [one]);
         assert_eq!(backends.entry(one).generation, 2);
         // Its number rests before another gets it, under another generation.
-        assert!(!backends.wake(now) && backends.hold(target(3), there).is_none());
+        assert!(!backends.wake(now) && backends.add(target(3), there).is_none());
         assert!(backends.wake(now + REST));
-        assert_eq!(backends.hold(target(3), there), Some(one));
+        assert_eq!(backends.add(target(3), there), Some(one));
         assert_eq!(backends.entry(one).generation, 3);
+        assert_eq!(backends.find(&target(3)), Some(one));
         assert_eq!((backends.used(), backends.room()), (2, 0));
         // One that ends, and stays after all.
         backends.take_changed();
@@ -378,5 +423,15 @@ mod tests {
         backends.set_state(two, ends);
         backends.release(two, now);
         assert_eq!(backends.entry(two).flags & ENDING, 0);
+        // What has an IPv6 address makes way for what has none.
+        assert_eq!(backends.entry(one).address, target(3).ip);
+        backends.release(one, now);
+        backends.wake(now + REST);
+        for number in [4, 5] {
+            let again = backends.add(target(number), there).unwrap();
+            assert_eq!(backends.find(&target(number)), Some(again));
+        }
+        // Nobody's is left.
+        assert_eq!(backends.six.len(), 1);
     }
 }

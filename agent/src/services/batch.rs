@@ -17,7 +17,9 @@ use crate::maps::ServiceKernel;
 pub struct Batch {
     pub chunks: Vec<(u32, Chunk)>,
     /// What frontends become; none for those that go.
-    pub fronts: HashMap<FrontendKey, Option<Frontend>>,
+    fronts: HashMap<FrontendKey, Option<Frontend>>,
+    /// How many of them go.
+    removals: usize,
     /// Blocks of sources, and whether they are let in.
     pub ranges: HashMap<(u32, IpNet), bool>,
     /// Runs that no frontend will name.
@@ -50,9 +52,17 @@ impl Batch {
         self.chunks.len() + self.fronts.len() + self.released.len()
     }
 
-    /// Frontends that go.
+    /// Has a frontend become this, or go.
+    pub fn set_front(&mut self, key: FrontendKey, value: Option<Frontend>) {
+        self.removals += usize::from(value.is_none());
+        if let Some(None) = self.fronts.insert(key, value) {
+            self.removals -= 1;
+        }
+    }
+
+    /// How many frontends go.
     pub fn removals(&self) -> usize {
-        self.fronts.values().filter(|value| value.is_none()).count()
+        self.removals
     }
 
     /// All but what goes last.

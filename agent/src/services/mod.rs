@@ -10,6 +10,7 @@ mod maglev;
 mod metrics;
 mod notices;
 mod objects;
+mod pages;
 mod pool;
 mod rows;
 mod run;

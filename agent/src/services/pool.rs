@@ -1,9 +1,11 @@
 //! Values that many objects share, kept once.
 
-use std::collections::{HashMap, HashSet};
-use std::hash::Hash;
+use std::hash::{BuildHasher, Hash};
 use std::sync::Arc;
 
+use hashbrown::{DefaultHashBuilder, HashSet, HashTable};
+
+use super::pages::Pages;
 use super::view::{PortView, SlicePort};
 
 /// Values that many objects share; what nobody holds any more goes at times.
@@ -41,7 +43,6 @@ where
     }
 
     #[cfg(test)]
-    #[cfg(test)]
     pub fn len(&self) -> usize {
         self.all.len()
     }
@@ -64,19 +65,41 @@ impl Texts {
     }
 
     #[cfg(test)]
-    #[cfg(test)]
     pub fn len(&self) -> usize {
         self.all.len()
     }
 }
 
-/// Where an endpoint is, and for whom it is meant.
-#[derive(Clone, Debug, Default, PartialEq, Eq, Hash)]
-pub struct Place {
-    pub node: Option<Arc<str>>,
-    pub zone: Option<Arc<str>>,
-    pub for_zones: Box<[Arc<str>]>,
-    pub for_nodes: Box<[Arc<str>]>,
+/// Where an endpoint is, and for whom it is meant. An object names it by texts of its own.
+#[derive(Clone, Debug, PartialEq, Eq, Hash)]
+pub struct Place<T = Arc<str>> {
+    pub node: Option<T>,
+    pub zone: Option<T>,
+    pub for_zones: Box<[T]>,
+    pub for_nodes: Box<[T]>,
+}
+
+impl Place<&str> {
+    /// Whether it is this one; both have the same hash then.
+    fn is(&self, other: &Place) -> bool {
+        let same = |a: &[&str], b: &[Arc<str>]| a.iter().copied().eq(b.iter().map(|text| &**text));
+        self.node == other.node.as_deref()
+            && self.zone == other.zone.as_deref()
+            && same(&self.for_zones, &other.for_zones)
+            && same(&self.for_nodes, &other.for_nodes)
+    }
+
+    /// The same, with texts that are shared.
+    fn shared(&self, texts: &mut Texts) -> Place {
+        let mut all = |all: &[&str]| all.iter().map(|text| texts.get(text)).collect();
+        let (for_zones, for_nodes) = (all(&self.for_zones), all(&self.for_nodes));
+        Place {
+            node: self.node.map(|text| texts.get(text)),
+            zone: self.zone.map(|text| texts.get(text)),
+            for_zones,
+            for_nodes,
+        }
+    }
 }
 
 /// The endpoint is on this node.
@@ -91,7 +114,7 @@ pub const ZONE_HINTS: u8 = 1 << 3;
 pub const FOR_ZONE: u8 = 1 << 4;
 
 struct Held {
-    place: Arc<Place>,
+    place: Place,
     holders: u32,
     /// [`LOCAL`] and the others.
     traits: u8,
@@ -101,9 +124,9 @@ struct Held {
 pub struct Places {
     node: String,
     zone: String,
-    numbers: HashMap<Arc<Place>, u32>,
-    held: Vec<Option<Held>>,
-    free: Vec<u32>,
+    hasher: DefaultHashBuilder,
+    numbers: HashTable<u32>,
+    held: Slab<Held>,
 }
 
 fn traits(place: &Place, node: &str, zone: &str) -> u8 {
@@ -124,60 +147,61 @@ impl Places {
         Self {
             node: node.to_owned(),
             zone: String::new(),
-            numbers: HashMap::new(),
-            held: Vec::new(),
-            free: Vec::new(),
+            hasher: DefaultHashBuilder::default(),
+            numbers: HashTable::new(),
+            held: Slab::default(),
         }
     }
 
     /// The number of a place, held once more.
-    pub fn hold(&mut self, place: Place) -> u32 {
-        if let Some(&number) = self.numbers.get(&place) {
-            if let Some(Some(held)) = self.held.get_mut(number as usize) {
+    pub fn hold(&mut self, place: &Place<&str>, texts: &mut Texts) -> u32 {
+        let hash = self.hasher.hash_one(place);
+        let (hasher, held) = (&self.hasher, &mut self.held);
+        let is = |number: &u32| held.get(*number).is_some_and(|held| place.is(&held.place));
+        if let Some(&number) = self.numbers.find(hash, is) {
+            if let Some(held) = held.get_mut(number) {
                 held.holders += 1;
             }
             return number;
         }
-        let place = Arc::new(place);
-        let held = Held {
+        let place = place.shared(texts);
+        let number = held.insert(Held {
             traits: traits(&place, &self.node, &self.zone),
-            place: place.clone(),
+            place,
             holders: 1,
+        });
+        let rehash = |number: &u32| {
+            held.get(*number)
+                .map_or(0, |one| hasher.hash_one(&one.place))
         };
-        let number = self.free.pop().unwrap_or(self.held.len() as u32);
-        if number as usize == self.held.len() {
-            self.held.push(Some(held));
-        } else {
-            self.held[number as usize] = Some(held);
-        }
-        self.numbers.insert(place, number);
+        self.numbers.insert_unique(hash, number, rehash);
         number
     }
 
     /// Lets go of a number once.
     pub fn release(&mut self, number: u32) {
-        let Some(Some(held)) = self.held.get_mut(number as usize) else {
+        let Some(held) = self.held.get_mut(number) else {
             return;
         };
         held.holders -= 1;
-        if held.holders == 0 {
-            let place = held.place.clone();
-            self.numbers.remove(&place);
-            self.held[number as usize] = None;
-            self.free.push(number);
+        if held.holders > 0 {
+            return;
         }
+        let hash = self.hasher.hash_one(&held.place);
+        if let Ok(found) = self.numbers.find_entry(hash, |other| *other == number) {
+            found.remove();
+        }
+        self.held.remove(number);
     }
 
     /// [`LOCAL`] and the others.
     pub fn traits(&self, number: u32) -> u8 {
-        let held = self.held.get(number as usize).and_then(Option::as_ref);
-        held.map_or(0, |held| held.traits)
+        self.held.get(number).map_or(0, |held| held.traits)
     }
 
     /// The place of a number.
     pub fn get(&self, number: u32) -> Option<&Place> {
-        let held = self.held.get(number as usize)?.as_ref()?;
-        Some(&held.place)
+        self.held.get(number).map(|held| &held.place)
     }
 
     /// Tells this node's zone; whether that changed anything.
@@ -187,14 +211,13 @@ impl Places {
         }
         self.zone = zone.to_owned();
         let mut changed = false;
-        for held in self.held.iter_mut().flatten() {
+        for held in self.held.iter_mut() {
             let now = traits(&held.place, &self.node, &self.zone);
             changed |= std::mem::replace(&mut held.traits, now) != now;
         }
         changed
     }
 
-    #[cfg(test)]
     #[cfg(test)]
     pub fn len(&self) -> usize {
         self.numbers.len()
@@ -203,14 +226,14 @@ impl Places {
 
 /// Holds many values of a kind by number, and gives numbers that were let go of again.
 pub struct Slab<T> {
-    slots: Vec<Option<T>>,
+    slots: Pages<Option<T>>,
     free: Vec<u32>,
 }
 
 impl<T> Default for Slab<T> {
     fn default() -> Self {
         Self {
-            slots: Vec::new(),
+            slots: Pages::default(),
             free: Vec::new(),
         }
     }
@@ -220,42 +243,39 @@ impl<T> Slab<T> {
     pub fn insert(&mut self, value: T) -> u32 {
         match self.free.pop() {
             Some(number) => {
-                self.slots[number as usize] = Some(value);
+                self.slots[number] = Some(value);
                 number
             }
-            None => {
-                // A quarter more each time: doubling would leave half of it empty.
-                if self.slots.len() == self.slots.capacity() {
-                    self.slots.reserve_exact(self.slots.len() / 4 + 16);
-                }
-                self.slots.push(Some(value));
-                self.slots.len() as u32 - 1
-            }
+            None => self.slots.push(Some(value)),
         }
     }
 
     pub fn remove(&mut self, number: u32) -> Option<T> {
-        let value = self.slots.get_mut(number as usize)?.take()?;
+        let value = self.slots.get_mut(number)?.take()?;
         self.free.push(number);
         Some(value)
     }
 
     pub fn get(&self, number: u32) -> Option<&T> {
-        self.slots.get(number as usize)?.as_ref()
+        self.slots.get(number)?.as_ref()
     }
 
     pub fn get_mut(&mut self, number: u32) -> Option<&mut T> {
-        self.slots.get_mut(number as usize)?.as_mut()
+        self.slots.get_mut(number)?.as_mut()
     }
 
     pub fn iter(&self) -> impl Iterator<Item = (u32, &T)> {
-        let all = self.slots.iter().enumerate();
-        all.filter_map(|(number, slot)| Some((number as u32, slot.as_ref()?)))
+        let all = (0..).zip(self.slots.iter());
+        all.filter_map(|(number, slot)| Some((number, slot.as_ref()?)))
+    }
+
+    pub fn iter_mut(&mut self) -> impl Iterator<Item = &mut T> {
+        self.slots.iter_mut().flatten()
     }
 
     #[cfg(test)]
     pub fn len(&self) -> usize {
-        self.slots.len() - self.free.len()
+        self.slots.len() as usize - self.free.len()
     }
 }
 
@@ -268,20 +288,26 @@ mod tests {
         let mut places = Places::new("a");
         let mut texts = Texts::default();
         let place = Place {
-            node: Some(texts.get("a")),
-            for_zones: [texts.get("z")].into(),
-            ..Place::default()
+            node: Some("a"),
+            zone: None,
+            for_zones: ["z"].into(),
+            for_nodes: [].into(),
         };
-        let one = places.hold(place.clone());
-        assert_eq!(places.hold(place.clone()), one);
+        let one = places.hold(&place, &mut texts);
+        assert_eq!(places.hold(&place, &mut texts), one);
         assert_eq!(places.traits(one), LOCAL | ZONE_HINTS);
         assert!(places.set_zone("z") && !places.set_zone("z"));
         assert_eq!(places.traits(one), LOCAL | ZONE_HINTS | FOR_ZONE);
         places.release(one);
-        assert_eq!((places.len(), places.get(one)), (1, Some(&place)));
+        assert_eq!(places.get(one), Some(&place.shared(&mut texts)));
+        assert_eq!(places.len(), 1);
         places.release(one);
         assert_eq!((places.len(), places.get(one)), (0, None));
-        assert_eq!(places.hold(Place::default()), one);
+        let other = Place {
+            node: Some("b"),
+            ..place
+        };
+        assert_eq!(places.hold(&other, &mut texts), one);
     }
 
     #[test]

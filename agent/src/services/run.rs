@@ -308,7 +308,7 @@ impl Listing {
             Event::Init => (self.under_way, self.seen) = (true, HashSet::new()),
             Event::InitApply(one) | Event::Apply(one) => {
                 let name = tables.set_service(&one);
-                self.see(name.map(|name| tables.name_hash(&name)));
+                self.see(name);
             }
             Event::InitDone => {
                 tables.keep_services(&std::mem::take(&mut self.seen));
@@ -328,7 +328,7 @@ impl Listing {
             Event::Init => (self.under_way, self.seen) = (true, HashSet::new()),
             Event::InitApply(one) | Event::Apply(one) => {
                 let name = tables.set_slice(&one);
-                self.see(name.map(|name| tables.name_hash(&name)));
+                self.see(name);
             }
             Event::InitDone => {
                 tables.keep_slices(&std::mem::take(&mut self.seen));

@@ -46,13 +46,14 @@ enum Topology {
 }
 
 /// Hints count only where every ready endpoint has them, and one is meant for this node.
-fn topology(all: &[Traits]) -> Topology {
-    let ready = || all.iter().filter(|one| is(**one, READY));
-    let every = |bits| ready().all(|one| is(*one, bits));
-    let some = |bits| ready().any(|one| is(*one, bits));
-    if every(NODE_HINTS) && some(FOR_NODE) {
+fn topology(all: impl Iterator<Item = Traits>) -> Topology {
+    let (mut every, mut some) = (Traits::MAX, 0);
+    for one in all.filter(|one| is(*one, READY)) {
+        (every, some) = (every & one, some | one);
+    }
+    if is(every, NODE_HINTS) && is(some, FOR_NODE) {
         Topology::SameNode
-    } else if every(ZONE_HINTS) && some(FOR_ZONE) {
+    } else if is(every, ZONE_HINTS) && is(some, FOR_ZONE) {
         Topology::SameZone
     } else {
         Topology::Any
@@ -70,35 +71,34 @@ pub struct Choice {
     pub any: bool,
 }
 
-fn those(all: &[Traits], wanted: impl Fn(Traits) -> bool) -> Vec<u32> {
-    let numbered = (0..).zip(all);
-    numbered
-        .filter(|(_, one)| wanted(**one))
-        .map(|(number, _)| number)
-        .collect()
+fn those(all: impl ExactSizeIterator<Item = Traits>, wanted: impl Fn(Traits) -> bool) -> Vec<u32> {
+    let mut those = Vec::with_capacity(all.len());
+    let numbered = (0..).zip(all).filter(|(_, one)| wanted(*one));
+    those.extend(numbered.map(|(number, _)| number));
+    those
 }
 
 /// The ready ones, or where there is none those that still serve while they end: in the cluster and on this node
 /// each for itself.
-pub fn choose(all: &[Traits], policy: Policy) -> Choice {
+pub fn choose(all: impl ExactSizeIterator<Item = Traits> + Clone, policy: Policy) -> Choice {
     const ENDING: u8 = SERVING | TERMINATING;
     let mut choice = Choice::default();
     if policy.uses_cluster() {
-        let topology = topology(all);
-        let meant = match topology {
+        let meant = match topology(all.clone()) {
             Topology::Any => READY,
             Topology::SameZone => READY | FOR_ZONE,
             Topology::SameNode => READY | FOR_NODE,
         };
-        choice.cluster = those(all, |one| is(one, meant));
+        choice.cluster = those(all.clone(), |one| is(one, meant));
         if choice.cluster.is_empty() {
-            choice.cluster = those(all, |one| is(one, ENDING));
+            choice.cluster = those(all.clone(), |one| is(one, ENDING));
         }
         choice.any = !choice.cluster.is_empty();
     }
     if policy.uses_local() {
-        choice.any |= all.iter().any(|one| is(*one, READY) || is(*one, ENDING));
-        choice.local = those(all, |one| is(one, LOCAL | READY));
+        let mut any = all.clone();
+        choice.any |= any.any(|one| is(one, READY) || is(one, ENDING));
+        choice.local = those(all.clone(), |one| is(one, LOCAL | READY));
         if choice.local.is_empty() {
             choice.local = those(all, |one| !is(one, READY) && is(one, LOCAL | ENDING));
         }
@@ -167,7 +167,7 @@ mod tests {
             (&[L | R | TERMINATING], LOCAL_BOTH, &[0], &[0], true),
         ];
         for (number, (all, policy, cluster, local, any)) in cases.iter().enumerate() {
-            let choice = choose(all, *policy);
+            let choice = choose(all.iter().copied(), *policy);
             let wanted = Choice {
                 cluster: cluster.to_vec(),
                 local: local.to_vec(),
@@ -180,7 +180,8 @@ mod tests {
             external: false,
             ..LOCAL_OUTSIDE
         };
-        assert_eq!(choose(&[R, L | R], nobody), choose(&[R, L | R], CLUSTER));
+        let all = [R, L | R].into_iter();
+        assert_eq!(choose(all.clone(), nobody), choose(all, CLUSTER));
     }
 
     #[test]
@@ -205,11 +206,15 @@ mod tests {
             (&[E | ZM, E | Z, E], &[0, 1, 2]),
         ];
         for (number, (all, cluster)) in cases.iter().enumerate() {
-            assert_eq!(choose(all, CLUSTER).cluster, *cluster, "case {number}");
+            assert_eq!(
+                choose(all.iter().copied(), CLUSTER).cluster,
+                *cluster,
+                "case {number}"
+            );
         }
         // Local asks for the node alone.
         let all = [R | L | Z, R | ZM];
-        assert_eq!(choose(&all, LOCAL_OUTSIDE).local, [0]);
-        assert_eq!(choose(&all, LOCAL_OUTSIDE).cluster, [1]);
+        assert_eq!(choose(all.into_iter(), LOCAL_OUTSIDE).local, [0]);
+        assert_eq!(choose(all.into_iter(), LOCAL_OUTSIDE).cluster, [1]);
     }
 }

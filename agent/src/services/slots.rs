@@ -6,6 +6,7 @@ use xebec_dataplane_common::service::{CHUNK, Chunk};
 
 use super::maglev::{self, Candidate};
 use super::view::Algorithm;
+use super::wanted::WantedRun;
 
 /// How often all backends of a run may stand in it together, where their weights differ.
 const MOST: u32 = 1 << 16;
@@ -27,16 +28,20 @@ fn turns(weights: &[u16]) -> Vec<u32> {
         .collect()
 }
 
-/// The slots of a run: numbers of backends.
-pub fn slots(algorithm: Algorithm, numbers: &[u32], candidates: &[Candidate]) -> Vec<u32> {
-    match algorithm {
+/// The slots of a run whose members have these numbers.
+pub fn slots(
+    run: &WantedRun,
+    numbers: Vec<u32>,
+    candidates: impl FnOnce() -> Vec<Candidate>,
+) -> Vec<u32> {
+    match run.algorithm {
         Algorithm::Maglev => {
-            let table = maglev::table(candidates, maglev::size(candidates.len()));
+            let table = maglev::table(&candidates(), maglev::size(numbers.len()));
             table.iter().map(|index| numbers[*index as usize]).collect()
         }
-        Algorithm::Random if candidates.iter().all(|one| one.weight == 1) => numbers.to_vec(),
+        Algorithm::Random if run.members.iter().all(|(_, weight)| *weight == 1) => numbers,
         Algorithm::Random => {
-            let weights: Vec<u16> = candidates.iter().map(|one| one.weight).collect();
+            let weights: Vec<u16> = run.members.iter().map(|(_, weight)| *weight).collect();
             let with_turns = numbers.iter().zip(turns(&weights));
             with_turns
                 .flat_map(|(number, turns)| std::iter::repeat_n(*number, turns as usize))

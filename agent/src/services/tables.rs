@@ -19,7 +19,7 @@ use super::objects::{EndpointSlice, Service};
 use super::pool::{LOCAL, Places, Slab, Texts};
 use super::select::READY;
 use super::unit::{Unit, target};
-use super::view::{ServiceView, SliceView, full_name, slice_names, triggered};
+use super::view::{ServiceView, SliceView, full_name, service_name, triggered};
 use super::wanted::{Wanted, of_host_port, of_service};
 use crate::announce::Announced;
 use crate::host_ports::HostPort;
@@ -184,24 +184,24 @@ impl<K: ServiceKernel> Tables<K> {
         }
     }
 
-    fn find(&self, name: &str) -> Option<u32> {
+    /// The entry of a name, whose hash this is.
+    fn find(&self, name: &str, hash: u64) -> Option<u32> {
         let is = |number: &u32| {
             self.entries
                 .get(*number)
                 .is_some_and(|one| *one.name == *name)
         };
-        self.names.find(self.hasher.hash_one(name), is).copied()
+        self.names.find(hash, is).copied()
     }
 
-    fn find_or_make(&mut self, name: &str) -> u32 {
-        self.find(name).unwrap_or_else(|| {
+    fn find_or_make(&mut self, name: &str, hash: u64) -> u32 {
+        self.find(name, hash).unwrap_or_else(|| {
             let number = self.entries.insert(Entry::new(name, Source::Nobody));
             let (hasher, entries) = (&self.hasher, &self.entries);
             let rehash = |number: &u32| {
                 hasher.hash_one(entries.get(*number).map_or("", |entry| &*entry.name))
             };
-            self.names
-                .insert_unique(hasher.hash_one(name), number, rehash);
+            self.names.insert_unique(hash, number, rehash);
             number
         })
     }
@@ -223,18 +223,19 @@ impl<K: ServiceKernel> Tables<K> {
         }
     }
 
-    /// The Service is as told; its name, if it is one that matters here.
-    pub fn set_service(&mut self, service: &Service) -> Option<String> {
+    /// The Service is as told; what a listing's names are remembered by, if it is one that matters here.
+    pub fn set_service(&mut self, service: &Service) -> Option<u64> {
         let name = full_name(&service.metadata)?;
         let view = ServiceView::new(service, &mut self.texts);
         let Some(view) = view else {
             self.remove_service(&name);
             return None;
         };
-        let number = self.find_or_make(&name);
+        let hash = self.hasher.hash_one(&*name);
+        let number = self.find_or_make(&name, hash);
         let entry = self.entries.get_mut(number)?;
         if entry.service() == Some(&view) {
-            return Some(name);
+            return Some(hash);
         }
         self.service_changes += 1;
         let before = entry.service();
@@ -255,7 +256,7 @@ impl<K: ServiceKernel> Tables<K> {
             self.reorder(number);
         }
         self.mark(number);
-        Some(name)
+        Some(hash)
     }
 
     /// Its place among those that ask for the same has changed.
@@ -273,7 +274,7 @@ impl<K: ServiceKernel> Tables<K> {
 
     /// There is no such Service.
     pub fn remove_service(&mut self, name: &str) {
-        let Some(number) = self.find(name) else {
+        let Some(number) = self.find(name, self.hasher.hash_one(name)) else {
             return;
         };
         if let Some(entry) = self.entries.get_mut(number) {
@@ -286,19 +287,19 @@ impl<K: ServiceKernel> Tables<K> {
         }
     }
 
-    /// The slice is as told; its name, if it is one that matters here.
-    pub fn set_slice(&mut self, slice: &EndpointSlice) -> Option<String> {
+    /// The slice is as told; what a listing's names are remembered by, if it is one that matters here.
+    pub fn set_slice(&mut self, slice: &EndpointSlice) -> Option<u64> {
         let own_name = full_name(&slice.metadata)?;
-        let names = slice_names(slice);
-        let view = names
+        let service = service_name(slice);
+        let view = service
             .as_ref()
             .and_then(|_| SliceView::new(slice, &mut self.texts, &mut self.places));
-        let (Some((service, _)), Some(view)) = (names, view) else {
+        let (Some(service), Some(view)) = (service, view) else {
             self.remove_slice(&own_name);
             return None;
         };
-        let key = self.hasher.hash_one(&own_name);
-        let number = self.find_or_make(&service);
+        let key = self.hasher.hash_one(&*own_name);
+        let number = self.find_or_make(&service, self.hasher.hash_one(&*service));
         if self.slices.get(&key).is_some_and(|other| *other != number) {
             // It went from one Service to another.
             self.remove_slice(&own_name);
@@ -311,7 +312,7 @@ impl<K: ServiceKernel> Tables<K> {
         match at {
             Some(at) if entry.slices[at].1 == view => {
                 view.release(&mut self.places);
-                return Some(own_name);
+                return Some(key);
             }
             Some(at) => {
                 let before = std::mem::replace(&mut entry.slices[at].1, view);
@@ -332,7 +333,7 @@ impl<K: ServiceKernel> Tables<K> {
         self.triggers
             .extend(triggered(slice).filter(|time| *time > self.began));
         self.mark(number);
-        Some(own_name)
+        Some(key)
     }
 
     /// There is no such slice.
@@ -387,11 +388,6 @@ impl<K: ServiceKernel> Tables<K> {
             self.endpoint_changes += 1;
             self.mark(number);
         }
-    }
-
-    /// What a listing's names are remembered by.
-    pub fn name_hash(&self, name: &str) -> u64 {
-        self.hasher.hash_one(name)
     }
 
     /// The host ports of this node's pods are these.

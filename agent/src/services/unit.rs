@@ -1,6 +1,7 @@
 //! One port of a Service in one family, as it is in the kernel, and how it becomes what is wanted.
 
 use ipnet::IpNet;
+use smallvec::SmallVec;
 use xebec_dataplane_common::UDP;
 use xebec_dataplane_common::service::{Frontend, FrontendKey, Run};
 
@@ -44,10 +45,10 @@ pub struct Unit {
     port: u16,
     protocol: u8,
     v4: bool,
-    pub held: Box<[Held]>,
+    pub held: SmallVec<[Held; 1]>,
     /// Numbers of the backends that it holds, in order.
     members: Box<[u32]>,
-    runs: Box<[Written]>,
+    runs: SmallVec<[Written; 1]>,
     #[allow(
         clippy::box_collection,
         reason = "nearly all units have none, and there are many"
@@ -80,7 +81,7 @@ impl Unit {
         for held in &mut self.held {
             held.front.flags = UNKNOWN;
         }
-        self.runs = Box::default();
+        self.runs = SmallVec::new();
         self.ranges = None;
     }
 }
@@ -103,13 +104,15 @@ pub(super) struct Applied {
     pub lack: Room,
 }
 
-/// The backends of a unit that is about to change.
-#[derive(Default)]
-struct Members {
-    /// Number by index of the endpoint, 0 for those that have none.
-    numbers: Vec<u32>,
-    /// All of them, in order.
-    all: Vec<u32>,
+/// What is to become of an endpoint.
+#[derive(Clone, Copy)]
+struct Member {
+    /// The backend's number, 0 if it is none yet.
+    number: u32,
+    /// It has to be a backend in the kernel.
+    needed: bool,
+    /// New flows may go to it.
+    chosen: bool,
 }
 
 impl<K: ServiceKernel> Tables<K> {
@@ -130,10 +133,8 @@ impl<K: ServiceKernel> Tables<K> {
         if fresh > 0 && all > room.frontends as usize {
             lack.frontends = fresh as u32;
         }
-        let needed = self.needed(wanted, known.as_ref());
-        let missing = needed.iter().zip(&wanted.ends);
-        let missing = missing
-            .filter(|(needed, end)| **needed && self.backends.find(&target(end, wanted)).is_none());
+        let mut members = self.members(wanted, known.as_ref());
+        let missing = members.iter().filter(|one| one.needed && one.number == 0);
         let missing = missing.count() as u32;
         if missing > self.backends.room() {
             lack.backends = missing;
@@ -153,13 +154,13 @@ impl<K: ServiceKernel> Tables<K> {
             self.give_up_new(entry, wanted, known.as_ref());
             return self.unchanged(entry, known, lack);
         }
-        let members = self.hold_all(wanted, &needed, known.as_ref());
+        let all = self.hold_all(wanted, &mut members, known.as_ref());
         let runs = match self.write_runs(wanted, &members, known.as_ref()) {
             Ok(runs) => runs,
             Err(chunks) => {
                 lack.chunks = chunks;
                 lack.frontends = fresh as u32;
-                self.let_go(&members.all, known.as_ref());
+                self.let_go(&all, known.as_ref());
                 self.give_up_new(entry, wanted, known.as_ref());
                 return self.unchanged(entry, known, lack);
             }
@@ -183,8 +184,8 @@ impl<K: ServiceKernel> Tables<K> {
                     owned: *owned,
                 })
                 .collect(),
-            members: members.all.into(),
-            runs: runs.into(),
+            members: all.into(),
+            runs,
             ranges: (!wanted.ranges.is_empty()).then(|| Box::new(wanted.ranges.clone())),
         };
         self.ranges += new_ranges.len() as u32;
@@ -288,76 +289,68 @@ impl<K: ServiceKernel> Tables<K> {
     /// Removes a frontend from the kernel unless another has put it there since.
     fn take_out(&mut self, entry: u32, key: &FrontendKey) {
         if self.claims.unwrite(key, entry) {
-            self.batch.fronts.insert(*key, None);
+            self.batch.set_front(*key, None);
         }
     }
 
     /// Which endpoints have to be backends in the kernel: those that new flows may go to, and those whose flows go
     /// on: whoever ends, and who was a backend and is still there. Without a connection, only who answers keeps it.
-    fn needed(&self, wanted: &Wanted, known: Option<&Unit>) -> Vec<bool> {
-        let mut needed: Vec<bool> = wanted
-            .ends
-            .iter()
-            .map(|end| end.traits & TERMINATING != 0)
+    fn members(&self, wanted: &Wanted, known: Option<&Unit>) -> Vec<Member> {
+        let ends = wanted.ends.iter();
+        let mut members: Vec<Member> = ends
+            .map(|end| Member {
+                number: self.backends.find(&target(end, wanted)).unwrap_or(0),
+                needed: end.traits & TERMINATING != 0,
+                chosen: false,
+            })
             .collect();
-        for run in &wanted.runs {
-            for (index, _) in &run.members {
-                needed[*index as usize] = true;
-            }
+        for (index, _) in wanted.runs.iter().flat_map(|run| &run.members) {
+            let member = &mut members[*index as usize];
+            (member.needed, member.chosen) = (true, true);
         }
         if let Some(known) = known {
-            let idle = needed
-                .iter_mut()
-                .zip(&wanted.ends)
-                .filter(|(needed, _)| !**needed);
-            for (needed, end) in idle {
-                let lasts = wanted.protocol != 17 || end.traits & SERVING != 0;
-                let number = self.backends.find(&target(end, wanted)).filter(|_| lasts);
-                *needed = number.is_some_and(|one| known.members.binary_search(&one).is_ok());
+            let idle = members.iter_mut().zip(&wanted.ends);
+            for (member, end) in idle.filter(|(member, _)| !member.needed) {
+                let lasts = wanted.protocol != UDP || end.traits & SERVING != 0;
+                member.needed = lasts && known.members.binary_search(&member.number).is_ok();
             }
         }
-        needed
+        members
     }
 
-    /// Holds all backends that are needed and not held yet; there is room for them.
-    fn hold_all(&mut self, wanted: &Wanted, needed: &[bool], known: Option<&Unit>) -> Members {
-        let mut members = Members {
-            numbers: vec![0; wanted.ends.len()],
-            all: Vec::with_capacity(wanted.ends.len()),
-        };
+    /// Holds all backends that are needed and not held yet; there is room for them. Their numbers, in order.
+    fn hold_all(
+        &mut self,
+        wanted: &Wanted,
+        members: &mut [Member],
+        known: Option<&Unit>,
+    ) -> Vec<u32> {
         let held = known.map_or(&[][..], |unit| &unit.members);
-        let mut chosen = vec![false; wanted.ends.len()];
-        for (index, _) in wanted.runs.iter().flat_map(|run| &run.members) {
-            chosen[*index as usize] = true;
-        }
-        for (index, end) in wanted
-            .ends
-            .iter()
-            .enumerate()
-            .filter(|(index, _)| needed[*index])
-        {
-            let target = target(end, wanted);
+        let needed = || members.iter().filter(|member| member.needed);
+        let mut all = Vec::with_capacity(needed().count());
+        for (member, end) in members.iter_mut().zip(&wanted.ends) {
+            if !member.needed {
+                continue;
+            }
             let state = State {
                 local: end.traits & LOCAL != 0,
                 // Where no other is left it gets what is new, too, and clients stay with it.
-                ending: end.traits & READY == 0 && !chosen[index],
+                ending: end.traits & READY == 0 && !member.chosen,
             };
-            let there = self.backends.find(&target);
-            let number = match there.filter(|number| held.binary_search(number).is_ok()) {
-                Some(number) => {
-                    self.backends.set_state(number, state);
-                    number
-                }
-                None => match self.backends.hold(target, state) {
-                    Some(number) => number,
+            if member.number == 0 {
+                match self.backends.add(target(end, wanted), state) {
+                    Some(number) => member.number = number,
                     None => continue,
-                },
-            };
-            members.numbers[index] = number;
-            members.all.push(number);
+                }
+            } else if held.binary_search(&member.number).is_ok() {
+                self.backends.set_state(member.number, state);
+            } else {
+                self.backends.hold(member.number, state);
+            }
+            all.push(member.number);
         }
-        members.all.sort_unstable();
-        members
+        all.sort_unstable();
+        all
     }
 
     /// Undoes [`Self::hold_all`].
@@ -384,18 +377,17 @@ impl<K: ServiceKernel> Tables<K> {
     fn write_runs(
         &mut self,
         wanted: &Wanted,
-        members: &Members,
+        members: &[Member],
         known: Option<&Unit>,
-    ) -> Result<Vec<Written>, u32> {
-        let mut runs = Vec::with_capacity(wanted.runs.len());
+    ) -> Result<SmallVec<[Written; 1]>, u32> {
+        let mut runs = SmallVec::<[Written; 1]>::with_capacity(wanted.runs.len());
         let (mut new, begun) = (Vec::new(), self.batch.chunks.len());
         let written = known.map_or(&[][..], |unit| &unit.runs);
         for run in &wanted.runs {
-            let number = |index: u32| members.numbers[index as usize];
-            let stands = run
-                .members
-                .iter()
-                .map(|(index, weight)| (number(*index), *weight));
+            let numbers = run.members.iter();
+            let numbers = numbers.map(|(index, _)| members[*index as usize].number);
+            let weights = run.members.iter().map(|(_, weight)| *weight);
+            let stands = numbers.clone().zip(weights);
             let fingerprint = fingerprint(&self.hasher, run.algorithm, stands);
             let mut there = runs.iter().chain(written);
             if let Some(same) = there.find(|one: &&Written| one.fingerprint == fingerprint) {
@@ -403,12 +395,7 @@ impl<K: ServiceKernel> Tables<K> {
                 runs.push(same);
                 continue;
             }
-            let numbers: Vec<u32> = run
-                .members
-                .iter()
-                .map(|(index, _)| number(*index))
-                .collect();
-            let slots = slots(run.algorithm, &numbers, &wanted.candidates(run));
+            let slots = slots(run, numbers.collect(), || wanted.candidates(run));
             let count = chunk_count(slots.len());
             let Some(first) = self.extents.take(count) else {
                 for (first, count) in new {
@@ -441,7 +428,7 @@ impl<K: ServiceKernel> Tables<K> {
             });
             if !same || !self.claims.wrote(&held.front.key, entry) {
                 self.claims.write(&held.front.key, entry);
-                self.batch.fronts.insert(held.front.key, Some(value));
+                self.batch.set_front(held.front.key, Some(value));
             }
         }
     }

@@ -71,7 +71,7 @@ pub struct Extra {
 pub struct ServiceView {
     /// When it was made, in seconds of Unix time.
     pub created: i64,
-    pub uid: u128,
+    pub uid: [u8; 16],
     /// Of IPv4 and of IPv6; [`Ip::NONE`] for none.
     pub cluster_ips: [Ip; 2],
     pub ports: Arc<[PortView]>,
@@ -106,7 +106,7 @@ pub const fn protocol_name(number: u8) -> &'static str {
 /// Namespace and name as one text.
 pub fn full_name(metadata: &ObjectMeta) -> Option<String> {
     let (namespace, name) = (metadata.namespace.as_deref()?, metadata.name.as_deref()?);
-    (!namespace.is_empty() && !name.is_empty()).then(|| format!("{namespace}/{name}"))
+    (!namespace.is_empty() && !name.is_empty()).then(|| [namespace, "/", name].concat())
 }
 
 /// The address, if packets may go to it: not one that means the host itself, a link or many.
@@ -182,9 +182,13 @@ fn weights(text: &str) -> Result<BTreeMap<Ip, u16>, String> {
         .collect()
 }
 
-fn number_of_uid(uid: &str) -> u128 {
-    let digits: String = uid.chars().filter(|one| *one != '-').collect();
-    u128::from_str_radix(&digits, 16).unwrap_or(0)
+fn bytes_of_uid(uid: &str) -> [u8; 16] {
+    let mut digits = uid.chars().filter(|one| *one != '-');
+    let number = digits.try_fold(0_u128, |number, digit| {
+        let digit = digit.to_digit(16)?;
+        (number.leading_zeros() >= 4).then_some(number << 4 | u128::from(digit))
+    });
+    number.unwrap_or(0).to_be_bytes()
 }
 
 impl ServiceView {
@@ -205,11 +209,10 @@ impl ServiceView {
         };
         let spec = &fields.spec;
         let kind = spec.kind.as_deref().unwrap_or("ClusterIP");
-        let single = spec.cluster_ip.iter().filter(|one| !one.is_empty());
+        let single = spec.cluster_ip.as_slice();
         let listed = spec.cluster_ips.as_deref().filter(|all| !all.is_empty());
-        let cluster: Vec<&String> =
-            listed.map_or_else(|| single.collect(), |all| all.iter().collect());
-        let none = cluster.first().is_none_or(|first| *first == "None");
+        let cluster = listed.unwrap_or(if single == [""] { &[] } else { single });
+        let none = cluster.first().is_none_or(|first| first == "None");
         if service.fields.is_ok() && (kind == "ExternalName" || none) {
             return None;
         }
@@ -222,7 +225,7 @@ impl ServiceView {
                 }
             }
         }
-        let mut ports = Vec::new();
+        let mut ports = Vec::with_capacity(spec.ports.as_ref().map_or(0, Vec::len));
         for one in spec.ports.iter().flatten() {
             let checked = port(one.port)
                 .ok_or_else(|| format!("{} is no port", one.port))
@@ -336,7 +339,7 @@ impl ServiceView {
         let created = metadata.creation_timestamp.as_ref();
         Some(Self {
             created: created.map_or(i64::MAX, |time| time.0.as_second()),
-            uid: metadata.uid.as_deref().map_or(0, number_of_uid),
+            uid: metadata.uid.as_deref().map_or([0; 16], bytes_of_uid),
             cluster_ips,
             ports: texts.ports.get(&ports),
             affinity,
@@ -361,8 +364,8 @@ impl ServiceView {
 
     /// The uid as the API writes it.
     pub fn uid_text(&self) -> Option<String> {
-        let hex = format!("{:032x}", self.uid);
-        (self.uid != 0).then(|| {
+        let hex = format!("{:032x}", u128::from_be_bytes(self.uid));
+        (self.uid != [0; 16]).then(|| {
             [
                 &hex[..8],
                 &hex[8..12],
@@ -388,6 +391,11 @@ pub struct SlicePort {
 enum Endpoints {
     V4(Box<[(u32, u32)]>),
     V6(Box<[([u32; 4], u32)]>),
+}
+
+fn named(all: &Option<Vec<objects::Named>>) -> Box<[&str]> {
+    let all = all.iter().flatten();
+    all.map(|one| &*one.name).collect()
 }
 
 /// Bits of the state above the place's number.
@@ -431,7 +439,9 @@ impl SliceView {
                 true
             }
         };
-        let (mut four, mut six) = (Vec::new(), Vec::new());
+        let count = fields.endpoints.as_ref().map_or(0, Vec::len);
+        let mut four = Vec::with_capacity(if v4 { count } else { 0 });
+        let mut six = Vec::with_capacity(count - four.capacity());
         for one in fields.endpoints.iter().flatten() {
             // All addresses of one endpoint are the same backend; the first is taken.
             let checked = one
@@ -453,29 +463,21 @@ impl SliceView {
             let state = bit(conditions.ready.unwrap_or(true), READY)
                 | bit(conditions.serving.unwrap_or(true), SERVING)
                 | bit(conditions.terminating.unwrap_or(false), TERMINATING);
-            let mut named = |all: &Option<Vec<objects::Named>>| -> Box<[Arc<str>]> {
-                all.iter()
-                    .flatten()
-                    .map(|one| texts.get(&one.name))
-                    .collect()
-            };
             let hints = one.hints.as_ref();
-            let mut place = Place {
-                for_zones: hints.map_or_else(Default::default, |hints| named(&hints.for_zones)),
-                for_nodes: hints.map_or_else(Default::default, |hints| named(&hints.for_nodes)),
-                ..Place::default()
+            let place = Place {
+                node: one.node_name.as_deref(),
+                zone: one.zone.as_deref(),
+                for_zones: hints.map_or_else(Box::default, |hints| named(&hints.for_zones)),
+                for_nodes: hints.map_or_else(Box::default, |hints| named(&hints.for_nodes)),
             };
-            let mut text = |text: &Option<String>| text.as_deref().map(|text| texts.get(text));
-            place.node = text(&one.node_name);
-            place.zone = text(&one.zone);
-            let held = places.hold(place) | u32::from(state >> 5) << STATE_SHIFT;
+            let held = places.hold(&place, texts) | u32::from(state >> 5) << STATE_SHIFT;
             if v4 {
                 four.push((ip.as_v4(), held));
             } else {
                 six.push((ip.0, held));
             }
         }
-        let mut ports = Vec::new();
+        let mut ports = Vec::with_capacity(fields.ports.as_ref().map_or(0, Vec::len));
         for one in fields.ports.iter().flatten() {
             // No number means all ports, which no Service's port can.
             let Some(wanted) = one.port else { continue };
@@ -530,13 +532,12 @@ impl SliceView {
     }
 }
 
-/// The Service that a slice belongs to, and the slice's own name.
-pub fn slice_names(slice: &EndpointSlice) -> Option<(String, String)> {
+/// The Service that a slice belongs to.
+pub fn service_name(slice: &EndpointSlice) -> Option<String> {
     let metadata = &slice.metadata;
     let service = metadata.labels.as_ref()?.get(SERVICE_NAME)?;
     let namespace = metadata.namespace.as_deref()?;
-    let own = full_name(metadata)?;
-    (!service.is_empty()).then(|| (format!("{namespace}/{service}"), own))
+    (!service.is_empty()).then(|| [namespace, "/", service].concat())
 }
 
 /// When what a slice tells of happened, in seconds of Unix time.

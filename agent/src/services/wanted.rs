@@ -69,6 +69,8 @@ impl End {
 /// A run of slots: which endpoints, how often, and how one is chosen.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct WantedRun {
+    /// Of endpoints of this node alone.
+    local: bool,
     pub algorithm: Algorithm,
     /// Indexes of endpoints, and their weights.
     pub members: Vec<(u32, u16)>,
@@ -144,58 +146,33 @@ fn weighted(chosen: &[u32], ends: &[End], view: &ServiceView) -> Vec<(u32, u16)>
     with.filter(|(_, weight)| *weight > 0).collect()
 }
 
-/// Index of a run, which is added where it is not there yet.
-fn run(
-    runs: &mut Vec<WantedRun>,
-    made: &mut Vec<(bool, Algorithm)>,
-    local: bool,
-    algorithm: Algorithm,
-    members: impl FnOnce() -> Vec<(u32, u16)>,
-) -> u8 {
-    let index = made.iter().position(|one| *one == (local, algorithm));
-    index.unwrap_or_else(|| {
-        made.push((local, algorithm));
-        runs.push(WantedRun {
-            algorithm,
-            members: members(),
-        });
-        runs.len() - 1
-    }) as u8
-}
-
 /// Frontends of one port of a Service in one family, without what they lead to.
 fn fronts(view: &ServiceView, index: usize, v4: bool) -> Vec<(Kind, FrontendKey)> {
     let port = &view.ports[index];
     let extra = view.extra();
     let mut all = Vec::with_capacity(1 + usize::from(port.node_port > 0));
-    all.push((
-        Kind::ClusterIp,
-        view.cluster_ips[usize::from(!v4)],
-        port.port,
-    ));
-    let ours = |ips: &[Ip], kind: Kind, all: &mut Vec<(Kind, Ip, u16)>| {
-        let ips = ips.iter().filter(|ip| ip.is_v4() == v4);
-        all.extend(ips.map(|ip| (kind, *ip, port.port)));
-    };
-    ours(&extra.external_ips, Kind::ExternalIp, &mut all);
-    ours(&extra.load_balancer_ips, Kind::LoadBalancer, &mut all);
-    if port.node_port > 0 {
-        let every = if v4 { Ip::EVERY_V4 } else { Ip::EVERY_V6 };
-        all.push((Kind::NodePort, every, port.node_port));
-    }
-    let mut keys: Vec<(Kind, FrontendKey)> = Vec::with_capacity(all.len());
-    for (kind, ip, number) in all {
+    let mut add = |kind: Kind, ip: Ip, number: u16| {
         let key = key(ip, number, port.protocol);
         // The same address may stand in two lists.
-        if all_different(&keys, key) {
-            keys.push((kind, key));
+        if all.iter().all(|(_, other)| *other != key) {
+            all.push((kind, key));
+        }
+    };
+    let cluster_ip = view.cluster_ips[usize::from(!v4)];
+    add(Kind::ClusterIp, cluster_ip, port.port);
+    for (kind, ips) in [
+        (Kind::ExternalIp, &extra.external_ips),
+        (Kind::LoadBalancer, &extra.load_balancer_ips),
+    ] {
+        for ip in ips.iter().filter(|ip| ip.is_v4() == v4) {
+            add(kind, *ip, port.port);
         }
     }
-    keys
-}
-
-fn all_different(keys: &[(Kind, FrontendKey)], key: FrontendKey) -> bool {
-    keys.iter().all(|(_, other)| *other != key)
+    if port.node_port > 0 {
+        let every = if v4 { Ip::EVERY_V4 } else { Ip::EVERY_V6 };
+        add(Kind::NodePort, every, port.node_port);
+    }
+    all
 }
 
 /// What a Service asks for.
@@ -223,8 +200,7 @@ pub fn of_service<'a>(
                 external: fronts.len() > 1,
             };
             let ends = ends(slices.clone(), places, &port.name, port.protocol, v4);
-            let traits: Vec<Traits> = ends.iter().map(|end| end.traits).collect();
-            let choice = choose(&traits, policy);
+            let choice = choose(ends.iter().map(|end| end.traits), policy);
             let ranges: Vec<IpNet> = extra
                 .ranges
                 .iter()
@@ -243,20 +219,11 @@ pub fn of_service<'a>(
                 ranges,
             };
             let fenced = !wanted.ranges.is_empty();
-            let mut made = Vec::with_capacity(1);
             // A frontend that two ports of a Service ask for is the first one's.
             let others = || all.iter().flat_map(|other| &other.fronts);
             let fronts = fronts.into_iter();
             for (kind, key) in fronts.filter(|(_, key)| others().all(|one| one.key != *key)) {
-                wanted.add(
-                    kind,
-                    key,
-                    view,
-                    &choice,
-                    (inside, outside),
-                    fenced,
-                    &mut made,
-                );
+                wanted.add(kind, key, view, &choice, (inside, outside), fenced);
             }
             all.push(wanted);
         }
@@ -265,7 +232,6 @@ pub fn of_service<'a>(
 }
 
 impl Wanted {
-    #[allow(clippy::too_many_arguments, reason = "parts of one Service, used once")]
     fn add(
         &mut self,
         kind: Kind,
@@ -274,18 +240,27 @@ impl Wanted {
         choice: &Choice,
         (inside, outside): (Algorithm, Algorithm),
         fenced: bool,
-        made: &mut Vec<(bool, Algorithm)>,
     ) {
+        let chosen = |local: bool| {
+            if local {
+                &choice.local
+            } else {
+                &choice.cluster
+            }
+        };
         let (ends, runs) = (&self.ends, &mut self.runs);
+        // Index of a run, which is added where it is not there yet.
         let mut run = |local: bool, algorithm: Algorithm| {
-            run(runs, made, local, algorithm, || {
-                let chosen = if local {
-                    &choice.local
-                } else {
-                    &choice.cluster
-                };
-                weighted(chosen, ends, view)
-            })
+            let mut those = runs.iter();
+            let index = those.position(|one| (one.local, one.algorithm) == (local, algorithm));
+            index.unwrap_or_else(|| {
+                runs.push(WantedRun {
+                    local,
+                    algorithm,
+                    members: weighted(chosen(local), ends, view),
+                });
+                runs.len() - 1
+            }) as u8
         };
         let hash = |algorithm, flag| {
             if algorithm == Algorithm::Maglev {
@@ -296,12 +271,7 @@ impl Wanted {
         };
         let mut flags = hash(inside, HASH_INSIDE);
         let missed = |local: bool, flag| {
-            let chosen = if local {
-                &choice.local
-            } else {
-                &choice.cluster
-            };
-            if chosen.is_empty() && choice.any {
+            if chosen(local).is_empty() && choice.any {
                 flag
             } else {
                 0
@@ -379,6 +349,7 @@ pub fn of_host_port(port: &HostPort) -> Vec<Wanted> {
             outside: 0,
         }],
         runs: vec![WantedRun {
+            local: true,
             algorithm: Algorithm::Random,
             members: vec![(0, 1)],
         }],
