@@ -48,6 +48,11 @@ const TEST: &[Need] = &[
         what: "iptables",
         package: "iptables",
     },
+    // A peer of the benchmarks.
+    Need {
+        what: "nft",
+        package: "nftables",
+    },
     Need {
         what: "nsenter",
         package: "util-linux",
