@@ -151,7 +151,7 @@ pub fn ask(
         way.back = unsafe { DEVICES.get(&way.device) }
             .copied()
             .unwrap_or_default();
-        way.native = u8::from(translate::is_native(&question.destination));
+        way.native = u8::from(translate::is_to_native());
         known.back = way.back;
         known.native = way.native;
         known.question = question;

@@ -13,7 +13,7 @@ use crate::lookup::{At, look_up};
 use crate::maps::{ENDPOINTS, NATIVE};
 use crate::nat::{self, Turn};
 use crate::packet::Packet;
-use crate::scratch::Scratch;
+use crate::scratch::{Scratch, scratch};
 
 /// What is to be done with a packet.
 #[derive(Clone, Copy, PartialEq, Eq)]
@@ -141,4 +141,17 @@ pub fn is_endpoint(address: &Ip) -> bool {
 #[inline(always)]
 pub fn is_native(address: &Ip) -> bool {
     NATIVE.get(&Key::new(128, *address)).is_some()
+}
+
+/// Whether whom the packet is to reach (`to`) knows the way to pods.
+#[inline(always)]
+pub fn is_to_native() -> bool {
+    xebec_is_to_native() != 0
+}
+
+/// The same; checked by itself and once.
+#[unsafe(no_mangle)]
+#[inline(never)]
+extern "C" fn xebec_is_to_native() -> u32 {
+    scratch().map_or(0, |all| u32::from(is_native(&all.to.destination)))
 }

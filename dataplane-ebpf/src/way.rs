@@ -7,6 +7,7 @@ use aya_ebpf::bindings::{
 };
 use aya_ebpf::helpers::generated::bpf_redirect_neigh;
 use aya_ebpf::programs::TcContext;
+use xebec_dataplane_common::flow::{EGRESS, REASON_CHECKSUM};
 use xebec_dataplane_common::nat::MARK_DONE;
 use xebec_dataplane_common::{TCP, UDP};
 
@@ -16,6 +17,7 @@ use crate::refuse;
 use crate::rewrite;
 use crate::route;
 use crate::scratch::{Scratch, scratch, settle};
+use crate::tell::{self, As};
 
 /// There is a way.
 pub const GO: u32 = 0;
@@ -158,6 +160,10 @@ fn pass(ctx: &TcContext, all: &mut Scratch) -> i32 {
             all.to.set(&all.late);
             settle();
             if !rewrite::apply(ctx) {
+                all.told.begin(ctx, EGRESS);
+                all.told.reason = REASON_CHECKSUM;
+                tell::tell();
+                tell::count(As::Dropped);
                 return TC_ACT_SHOT as i32;
             }
         }

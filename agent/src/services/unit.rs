@@ -293,8 +293,9 @@ impl<K: ServiceKernel> Tables<K> {
         }
     }
 
-    /// Which endpoints have to be backends in the kernel: those that new flows may go to, and those whose flows go
-    /// on: whoever ends, and who was a backend and is still there. Without a connection, only who answers keeps it.
+    /// What each endpoint, in their order, is to the kernel: its number there, and whether it has to be a backend: those
+    /// that new flows may go to are chosen, and those whose flows go on are needed: whoever ends, and who was a backend
+    /// and is still there. Without a connection, only who answers keeps it.
     fn members(&self, wanted: &Wanted, known: Option<&Unit>) -> Vec<Member> {
         let ends = wanted.ends.iter();
         let mut members: Vec<Member> = ends

@@ -353,7 +353,7 @@ impl Model {
         (true, reply, entry.service)
     }
 
-    /// What the packet becomes by what is remembered of its flow, and whether that is done where it leaves.
+    /// What the packet becomes by what is remembered of its flow, and how that is done.
     fn translation(&mut self, seen: &Seen) -> Option<(Ends, How)> {
         let key = seen.ends.key();
         let mut entry = *self.flows.get(&key)?;
@@ -909,7 +909,8 @@ impl Model {
                 other => other,
             },
             becomes: second.becomes.or(first.becomes),
-            ..DROP
+            done: false,
+            direct: None,
         }
     }
 

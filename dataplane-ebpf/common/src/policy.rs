@@ -82,13 +82,10 @@ pub struct CidrKey {
     pub address: Ip,
 }
 
-/// The bits of a port that a prefix of it fixes.
+/// The bits of a port that a prefix of it, of 0 to 16 bits, fixes.
 #[inline(always)]
 pub fn port_bits(port_be: u16, prefix: u8) -> u16 {
-    if prefix == 0 {
-        return 0;
-    }
-    let mask = (0xffff_u32 << (16 - (prefix & 0x1f).min(16) as u32)) as u16;
+    let mask = (0xffff_0000_u32 >> (prefix & SHAPE_PORT)) as u16;
     port_be & mask.to_be()
 }
 
