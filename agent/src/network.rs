@@ -2,6 +2,7 @@
 //! translated flows use.
 
 use std::collections::{BTreeMap, BTreeSet};
+use std::hash::BuildHasher;
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr};
 use std::sync::{Arc, OnceLock};
 
@@ -215,7 +216,13 @@ fn settings(node: &[IpAddr], local_range: &str) -> Result<Settings> {
         errors: ERRORS,
         direct: 0,
         around: 0,
+        seed: seed(),
     })
+}
+
+/// A number that nobody can guess.
+fn seed() -> u32 {
+    std::hash::RandomState::new().hash_one(()) as u32
 }
 
 /// How many ICMP errors each CPU may send in a second, as Linux does (`net.ipv4.icmp_msgs_per_sec`).

@@ -10,7 +10,8 @@ use xebec_dataplane_common::service::{
 };
 
 use crate::flow::now_ns;
-use crate::maps::{AFFINITIES, BACKENDS, FRONTENDS, HITS, NODE_ADDRESSES, RANGES, SLOTS};
+use crate::hash;
+use crate::maps::{AFFINITIES, BACKENDS, FRONTENDS, HITS, NODE_ADDRESSES, RANGES, SLOTS, remember};
 
 /// The address is no Service's.
 pub const NONE: u32 = 0;
@@ -147,7 +148,7 @@ pub fn choose(tuple: &Tuple, client: &Client, choice: &mut Choice) -> u32 {
         return CHOSEN;
     }
     let place = if hashed != 0 {
-        hash(tuple, lasts != 0)
+        hash::of(hash::ALL_NODES, tuple, lasts != 0)
     } else {
         // SAFETY: the helper has no arguments.
         unsafe { bpf_get_prandom_u32() }
@@ -161,7 +162,7 @@ pub fn choose(tuple: &Tuple, client: &Client, choice: &mut Choice) -> u32 {
             backend: choice.backend,
             generation: choice.generation,
         };
-        let _ = AFFINITIES.insert(&key, &value, 0);
+        remember(&AFFINITIES, &key, &value, 0);
     }
     hit(service);
     CHOSEN
@@ -243,29 +244,6 @@ fn remembered(key: &AffinityKey, lasts: u32, choice: &mut Choice) -> bool {
         (*affinity).seen = now;
         take(number, backend, choice)
     }
-}
-
-/// A hash of a flow that all nodes agree on; with affinity, of its source alone.
-#[inline(always)]
-fn hash(tuple: &Tuple, source_alone: bool) -> u32 {
-    let mut hash = mix(0x9e37_79b9, tuple.source.0[0]);
-    hash = mix(hash, tuple.source.0[1]);
-    hash = mix(hash, tuple.source.0[2]);
-    hash = mix(hash, tuple.source.0[3]);
-    if !source_alone {
-        let ports = u32::from(tuple.source_port) << 16 | u32::from(tuple.destination_port);
-        hash = mix(hash, ports);
-    }
-    hash = mix(hash, tuple.destination.0[3] ^ u32::from(tuple.protocol));
-    // Murmur's last step: every bit counts for every other.
-    hash = (hash ^ hash >> 16).wrapping_mul(0x85eb_ca6b);
-    hash = (hash ^ hash >> 13).wrapping_mul(0xc2b2_ae35);
-    hash ^ hash >> 16
-}
-
-#[inline(always)]
-fn mix(hash: u32, word: u32) -> u32 {
-    (hash ^ word).wrapping_mul(0x0100_0193).rotate_left(13)
 }
 
 /// Counts a flow that a Service got.

@@ -19,7 +19,7 @@ use crate::balance;
 use crate::flow;
 use crate::frame::{Frame, difference, mended};
 use crate::lookup::{At, look_up};
-use crate::maps::{FLOWS, NATIVE};
+use crate::maps::{FLOWS, NATIVE, remember};
 use crate::nat::{self, Turn};
 use crate::packet::{ETHERNET, ETHERTYPE_IPV4, ETHERTYPE_IPV6, IPV6};
 use crate::rewrite::{self, pair};
@@ -98,7 +98,7 @@ pub fn begin(all: &mut Scratch) -> bool {
     all.begun.to.destination = all.choice.address.words();
     all.begun.to.destination_port = all.choice.port;
     all.begun.from_low = u8::from(FlowKey::write(&all.packet.tuple, &mut all.key));
-    FLOWS.insert(&all.key, &all.begun, 0).is_ok()
+    remember(&FLOWS, &all.key, &all.begun, 0)
 }
 
 /// Looks for the way to the node of the backend in `to`, which then is the outer packet's. As [`way::find`], nothing is

@@ -8,7 +8,7 @@ use xebec_dataplane_common::ip::Ip;
 use xebec_dataplane_common::nat::Tuple;
 use xebec_dataplane_common::{SCTP, TCP};
 
-use crate::maps::{BACKENDS, FLOWS, GENERATION};
+use crate::maps::{BACKENDS, FLOWS, GENERATION, remember};
 use crate::packet::Packet;
 use crate::scratch::Scratch;
 
@@ -248,7 +248,7 @@ pub fn enter(all: &mut Scratch, up: bool) {
         ..plain()
     };
     // A full table forgets the flow that was idle longest; this can't fail for want of room.
-    let _ = FLOWS.insert(&all.key, &all.begun, 0);
+    remember(&FLOWS, &all.key, &all.begun, 0);
 }
 
 /// A flow of which nothing is known.

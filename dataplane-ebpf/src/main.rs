@@ -9,6 +9,7 @@ mod errors;
 mod express;
 mod flow;
 mod frame;
+mod hash;
 mod lookup;
 mod maps;
 mod nat;

@@ -109,3 +109,11 @@ pub static EVENTS: RingBuf = RingBuf::with_byte_size(1 << 20, 0);
 /// Counters of each CPU.
 #[map]
 pub static COUNTERS: PerCpuArray<Counters> = PerCpuArray::with_max_entries(1, 0);
+
+/// Puts an entry into a map that forgets what was not asked for longest; false where `flags` forbid it. When all of a
+/// full map is asked for now and then, what never was yet goes first, and that is what came last: so it is asked for
+/// at once.
+#[inline(always)]
+pub fn remember<K, V>(map: &LruHashMap<K, V>, key: &K, value: &V, flags: u64) -> bool {
+    map.insert(key, value, flags).is_ok() && map.get_ptr(key).is_some()
+}

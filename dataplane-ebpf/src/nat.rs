@@ -11,7 +11,8 @@ use xebec_dataplane_common::nat::Settings;
 use xebec_dataplane_common::{ICMP, ICMP6, SCTP, TCP, UDP};
 
 use crate::flow::{self, ACK, FIN, RST, SYN, begins, now};
-use crate::maps::{FLOWS, SETTINGS};
+use crate::hash;
+use crate::maps::{FLOWS, SETTINGS, remember};
 use crate::scratch::{Scratch, scratch, settle};
 use crate::tell::{self, As};
 
@@ -35,6 +36,7 @@ pub fn settings() -> Settings {
         errors: 0,
         direct: 0,
         around: 0,
+        seed: 0,
     })
 }
 
@@ -152,7 +154,7 @@ fn pair(flow: &Flow, all: &mut Scratch, forth: bool) -> bool {
     all.begun.from_low = u8::from(up == forth);
     all.begun.turn = flow.other;
     all.begun.other = flow.turn;
-    FLOWS.insert(&all.other, &all.begun, NEW_ONLY).is_ok()
+    remember(&FLOWS, &all.other, &all.begun, NEW_ONLY)
 }
 
 /// Whether a flow is gone now: one of datagrams that were translated to the very tuple that the packet has by itself.
@@ -230,14 +232,14 @@ fn enter(all: &mut Scratch, how: Try) -> bool {
     begun.to.set(&all.back);
     begun.from_low = u8::from(up);
     (begun.turn, begun.other) = (other, turn);
-    let entered = FLOWS.insert(&all.other, &*begun, flags).is_ok();
+    let entered = remember(&FLOWS, &all.other, begun, flags);
     (begun.turn, begun.other) = (turn, other);
     if !entered {
         return false;
     }
     begun.to.set(&all.to);
     begun.from_low = u8::from(FlowKey::write(&all.packet.tuple, &mut all.key));
-    FLOWS.insert(&all.key, &*begun, 0).is_ok()
+    remember(&FLOWS, &all.key, begun, 0)
 }
 
 /// Parts from the translation of a packet's flow, which is about to be entered anew. True if it becomes the same but
@@ -333,8 +335,18 @@ fn search(all: &mut Scratch) -> bool {
         all.free = (tries + once) as u16;
         tries += 2 * once;
     }
-    // SAFETY: the helper has no arguments.
-    all.start = unsafe { bpf_get_prandom_u32() };
+    // A connection that the table has forgotten the far end may still remember, and refuse another one from that port
+    // whose timestamps are earlier (RFC 7323, 5.3), as another client port's may be. So a client's ports keep their
+    // order: what it uses again late is used again late, and its own port again by itself, whose timestamps go on.
+    all.start = if flow::is_told(protocol) {
+        let port = u32::from(u16::from_be(all.packet.tuple.source_port));
+        // Linux gives out all ports that are even before those that are odd.
+        let place = port / 2 + port % 2 * (ports / 2);
+        hash::of(settings().seed, &all.packet.tuple, true).wrapping_add(place)
+    } else {
+        // SAFETY: the helper has no arguments.
+        unsafe { bpf_get_prandom_u32() }
+    };
     settle();
     // SAFETY: the function is of the kind that the helper calls, and takes nothing from here.
     unsafe { bpf_loop(tries, try_port as *mut c_void, core::ptr::null_mut(), 0) };

@@ -8,7 +8,7 @@ use xebec_dataplane_common::{ICMP, ICMP6, SCTP, TCP, UDP};
 
 use crate::flow::{ACK, FIN, RST, SYN, now_ns};
 use crate::frame::{FURTHEST, Frame};
-use crate::maps::FRAGMENTS;
+use crate::maps::{FRAGMENTS, remember};
 use crate::scratch::{scratch, settle};
 
 /// Bytes of the Ethernet header.
@@ -390,7 +390,7 @@ fn part(packet: &mut Packet) -> bool {
         return true;
     }
     let ports = [packet.tuple.source_port, packet.tuple.destination_port];
-    let _ = FRAGMENTS.insert(&datagram, &ports, 0);
+    remember(&FRAGMENTS, &datagram, &ports, 0);
     true
 }
 

@@ -9,7 +9,7 @@ use xebec_dataplane_common::nat::Tuple;
 use xebec_dataplane_common::service::{ASKED, GIVEN, SocketKey, SocketValue};
 
 use crate::balance::{self, CHOSEN, Choice, Client};
-use crate::maps::{BACKENDS, SCOPE, SOCKETS};
+use crate::maps::{BACKENDS, SCOPE, SOCKETS, remember};
 
 /// Go on with the call.
 const ALLOW: i32 = 1;
@@ -188,13 +188,13 @@ fn translate(ctx: &SockAddrContext, family: Family, sends: bool) -> i32 {
     };
     // A full table forgets the oldest; only what getpeername says would differ then.
     if sends {
-        let _ = SOCKETS.insert(&key, &value, 0);
+        remember(&SOCKETS, &key, &value, 0);
     }
     key.address = choice.address;
     key.port = choice.port;
     key.side = GIVEN;
     value.address = address;
-    let _ = SOCKETS.insert(&key, &value, 0);
+    remember(&SOCKETS, &key, &value, 0);
     name(ctx, family, &choice.address, choice.port);
     ALLOW
 }

@@ -7,7 +7,7 @@ use std::sync::{Mutex, MutexGuard, PoisonError};
 use aya::TestRun;
 use aya::programs::TestRunOptions;
 use bytemuck::Zeroable;
-use xebec_agent::loader::{By, Loaded, Maps, Xdp};
+use xebec_agent::loader::{By, Loaded, Maps, Sizes, Xdp};
 use xebec_agent::maps::{PolicyKernel, PolicyMaps, ServiceKernel};
 use xebec_agent::network::Device;
 use xebec_dataplane_common::flow::{Counters, Event, Flow, FlowKey, TURN_NONE};
@@ -118,8 +118,13 @@ impl Kernel {
 
     /// One that is the test's own, with a folder of pinned links; needs root.
     pub fn own() -> Self {
+        Self::with_sizes(Sizes::default())
+    }
+
+    /// The same with maps of these sizes.
+    pub fn with_sizes(sizes: Sizes) -> Self {
         let dir = Folder(tempfile::tempdir().unwrap());
-        let mut loaded = Loaded::new(dir.0.path()).unwrap();
+        let mut loaded = Loaded::with_sizes(dir.0.path(), sizes).unwrap();
         let maps = loaded.maps().unwrap();
         let tables = tables(&mut loaded);
         let mut kernel = Self {

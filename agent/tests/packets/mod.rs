@@ -120,5 +120,6 @@ pub fn settings(first_port: u16, ports: u16) -> Settings {
         errors: 0,
         direct: 0,
         around: 0,
+        seed: 0,
     }
 }

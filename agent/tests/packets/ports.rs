@@ -2,9 +2,11 @@
 
 use std::collections::BTreeSet;
 
+use xebec_agent::loader::Sizes;
+
 use super::{
     ACK, FAMILIES, FIN, Family, Kernel, OK, Packet, REDIRECT, SHOT, SYN, at, client, far, left_out,
-    node, pod, settings, source_port, tcp, udp,
+    node, pod, router, settings, source_port, tcp, udp,
 };
 
 /// How many ports there are in the test.
@@ -190,5 +192,71 @@ fn a_connection_that_begins_again_has_the_port_that_it_had() {
         assert_eq!(taken, [61_000, 61_001, 61_002]);
         assert_eq!(run(&mut kernel, &sent(4005)), None, "all are open");
         assert_eq!(kernel.refused(), (0, 1));
+    }
+}
+
+/// Where the table is full of flows that all go on, one that begins does not lose its own half to the other.
+#[test]
+fn a_full_table_forgets_no_flow_that_begins() {
+    if left_out() {
+        return;
+    }
+    let entries = 8_192;
+    let mut kernel = Kernel::with_sizes(Sizes {
+        flows: entries,
+        ..Sizes::default()
+    });
+    kernel.settings(settings(61_000, PORTS));
+    // Who asks from this port is answered.
+    let mut ask = |own: u16| {
+        let port = 1024 + own / 16;
+        let sent = udp(pod(Family::V4), client(Family::V4), own, port);
+        let (verdict, out) = kernel.run("xebec_to_network", &sent.bytes());
+        assert_eq!(verdict, OK);
+        let answer = udp(
+            client(Family::V4),
+            node(Family::V4),
+            port,
+            source_port(&out),
+        );
+        let (verdict, out) = kernel.run("xebec_from_network", &answer.bytes());
+        let meant = sent.answer().bytes();
+        assert_eq!((verdict, out), (OK, meant), "the answer to port {own}");
+    };
+    let many = entries as u16 / 2;
+    for _ in 0..2 {
+        (0..many).for_each(&mut ask);
+    }
+    (many..2 * many).for_each(&mut ask);
+}
+
+/// A client that opens one connection after the other uses each port again as late as it can, and gets the one that it
+/// had for its own port also where that is forgotten. Another client's are elsewhere.
+#[test]
+fn ports_of_connections_keep_their_order() {
+    if left_out() {
+        return;
+    }
+    for f in FAMILIES {
+        let mut kernel = Kernel::shared();
+        kernel.settings(settings(61_000, PORTS));
+        kernel.node_port(30_080, far(f), 8080);
+        let mut run = |from, port| {
+            let sent = tcp(from, node(f), port, 30_080, "S");
+            let (verdict, out) = kernel.run("xebec_from_network", &sent.bytes());
+            assert_eq!(verdict, REDIRECT);
+            kernel.forget(&sent);
+            kernel.forget(&tcp(far(f), node(f), 8080, source_port(&out), "SA"));
+            source_port(&out)
+        };
+        // As Linux chooses them: those that are even first.
+        let own: Vec<u16> = (0..PORTS).map(|number| 20_000 + 2 * number).collect();
+        let given: Vec<u16> = own.iter().map(|port| run(client(f), *port)).collect();
+        assert_eq!(given.iter().collect::<BTreeSet<_>>().len(), own.len());
+        let again: Vec<u16> = own.iter().map(|port| run(client(f), *port)).collect();
+        assert_eq!(again, given);
+        let another = own.iter().zip(&given);
+        let same = another.filter(|(port, given)| run(router(f), **port) == **given);
+        assert!(same.count() < own.len() / 2);
     }
 }

@@ -79,6 +79,8 @@ pub struct Settings {
     pub direct: u32,
     /// 1 where packets of pods take their way around the stack; 0 where the node's own rules are to see them.
     pub around: u32,
+    /// What the choice of a port for a connection begins with; others must not know it.
+    pub seed: u32,
 }
 
 /// Those of TCP and SCTP.
@@ -107,7 +109,7 @@ mod tests {
 
     #[test]
     fn layouts_are_what_the_kernel_side_was_built_with() {
-        assert_eq!([size_of::<Tuple>(), size_of::<Settings>()], [40, 52]);
+        assert_eq!([size_of::<Tuple>(), size_of::<Settings>()], [40, 56]);
         assert_eq!(
             [
                 offset_of!(Tuple, source_port),
