@@ -103,7 +103,8 @@ impl Question {
 }
 
 /// Asks for the way of a packet of this many bytes that becomes `to` and came by a device; 0 bytes for one that the kernel
-/// cuts before it is sent. What the kernel says (`BPF_FIB_LKUP_RET_…`), or none for a packet that can't be read.
+/// cuts before it is sent. `to` is that of this CPU's `Scratch`, which is read again there. What the kernel says
+/// (`BPF_FIB_LKUP_RET_…`), or none for a packet that can't be read.
 #[inline(always)]
 pub fn ask(
     ctx: &(impl EbpfContext + Frame),
