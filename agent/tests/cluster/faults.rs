@@ -86,13 +86,19 @@ fn memory(process: u32) -> u64 {
 }
 
 /// What every Service has to have in the kernel: its endpoints, by what the agent reads back from there.
+///
+/// The tables are read one after the other while the agent may be writing them, so a Service that just changed may be
+/// shown with a backend that went meanwhile. Such a one is marked: no model has it.
 fn kernel(stage: &Stage) -> std::collections::BTreeMap<String, Vec<String>> {
     let rows = stage.dump("/bpf/lb");
     let all = rows.into_iter().map(|row| {
         let text = |value: &serde_json::Value| value.as_str().unwrap().to_owned();
-        let backends = row["inside"].as_array().unwrap();
-        assert!(backends.iter().all(|one| one["present"] == true), "{row}");
-        let mut backends: Vec<String> = backends.iter().map(|one| text(&one["backend"])).collect();
+        let backends = row["inside"].as_array().unwrap().iter();
+        let backends = backends.map(|one| match one["present"] == true {
+            true => text(&one["backend"]),
+            false => format!("{} is gone", text(&one["backend"])),
+        });
+        let mut backends: Vec<String> = backends.collect();
         backends.sort();
         (text(&row["frontend"]), backends)
     });
