@@ -166,7 +166,6 @@ impl Place {
         patience: Duration,
     ) -> io::Result<Talk> {
         let socket = self.socket(protocol, to.is_ipv4())?;
-        setsockopt(&socket, sockopt::ReuseAddr, &true)?;
         // For TCP it also limits the time to connect.
         let time = TimeVal::new(
             patience.as_secs() as i64,
@@ -174,6 +173,8 @@ impl Place {
         );
         setsockopt(&socket, sockopt::SendTimeout, &time)?;
         if let Some(from) = from {
+            // Of sockets for datagrams that all have this, the kernel gives several the same port by itself.
+            setsockopt(&socket, sockopt::ReuseAddr, &true)?;
             bind(socket.as_raw_fd(), &SockaddrStorage::from(from))?;
         }
         let connected = self.connect(&socket, to)?;
