@@ -110,12 +110,14 @@ pub async fn run(client: kube::Client, config: Config, shutdown: CancellationTok
         around: u32::from(!config.host_legacy_routing),
         ..network::settings_of(&config.node_ips)?
     };
+    let (network_ready, network_is_ready) = oneshot::channel();
     let network = network::run(
         maps.network,
         settings,
         config.native.clone(),
         kept,
         nodes_told.clone(),
+        network_ready,
         shutdown.clone(),
     );
     let devices = network::devices(&config.devices, &config.node_ips).await?;
@@ -212,7 +214,9 @@ pub async fn run(client: kube::Client, config: Config, shutdown: CancellationTok
     // What ran before this agent is taken over once everything is known, so that no rule is missing for a moment.
     let take_over = async {
         let known = async {
-            is_synced.wait_for(|synced| *synced).await.is_ok() && services_are_ready.await.is_ok()
+            is_synced.wait_for(|synced| *synced).await.is_ok()
+                && services_are_ready.await.is_ok()
+                && network_is_ready.await.is_ok()
         };
         tokio::select! {
             () = shutdown.cancelled() => return Ok(()),

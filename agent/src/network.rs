@@ -13,6 +13,7 @@ use rtnetlink::packet_route::address::AddressAttribute;
 use rtnetlink::packet_route::link::{LinkAttribute, LinkMessage};
 use rtnetlink::packet_route::route::{RouteAttribute, RouteMessage, RouteType};
 use rtnetlink::{Handle, RouteMessageBuilder};
+use tokio::sync::oneshot;
 use tokio::sync::watch::Receiver;
 use tokio_util::sync::CancellationToken;
 use xebec_dataplane_common::ip::Ip;
@@ -239,18 +240,20 @@ pub(crate) fn settings_of(node: &[IpAddr]) -> Result<Settings> {
     settings(node, range.trim())
 }
 
-/// Keeps the maps in step with the nodes until `shutdown`; `native` are addresses besides theirs that know the way
-/// to pods, and `kept` those that see pods' own addresses because somebody says so.
+/// Keeps the maps in step with the nodes until `shutdown`, and tells when they are for the first time; `native` are
+/// addresses besides theirs that know the way to pods, and `kept` those that see pods' own addresses because somebody
+/// says so.
 pub(crate) async fn run(
     mut maps: NetworkMaps,
     settings: Settings,
     native: Vec<IpNet>,
     mut kept: Receiver<Vec<IpNet>>,
     mut nodes: Receiver<Nodes>,
+    ready: oneshot::Sender<()>,
     shutdown: CancellationToken,
 ) -> Result<()> {
     let mut installed = BTreeMap::new();
-    let mut begun = false;
+    let mut ready = Some(ready);
     loop {
         tokio::select! {
             () = shutdown.cancelled() => return Ok(()),
@@ -276,9 +279,10 @@ pub(crate) async fn run(
         }
         installed = wanted;
         // Translation begins when it is known for whom not.
-        if !begun {
+        if let Some(ready) = ready.take() {
             maps.set_settings(settings)?;
-            begun = true;
+            // Nobody waits any more when the agent stops.
+            let _ = ready.send(());
         }
     }
 }

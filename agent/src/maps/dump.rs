@@ -303,7 +303,7 @@ fn flow(key: &FlowKey, flow: &Flow, now: u32, what: What, filter: Filter) -> Opt
         "destination": socket(forth.destination, forth.destination_port).to_string(),
         "state": state,
         // Ticks are a little longer than seconds.
-        "idle_seconds": (u64::from(now.wrapping_sub(flow.seen)) << 30) / 1_000_000_000,
+        "idle_seconds": (u64::from(flow.idle(now)) << 30) / 1_000_000_000,
         "rule": flow.rule,
         "service": flow.service,
         "backend": flow.backend,

@@ -154,16 +154,23 @@ pub const TURN_STAYS: u8 = 32;
 pub const TURN_DIRECT: u8 = 8;
 
 impl Flow {
+    /// For how many ticks it was silent; 0 where another CPU saw a packet since `now` was asked for.
+    #[inline(always)]
+    pub const fn idle(&self, now: u32) -> u32 {
+        let idle = now.wrapping_sub(self.seen);
+        if (idle as i32) < 0 { 0 } else { idle }
+    }
+
     /// Whether it was silent for so long that it holds no more.
     #[inline(always)]
     pub const fn is_forgotten(&self, protocol: u8, now: u32) -> bool {
-        now.wrapping_sub(self.seen) > longest_idle(protocol)
+        self.idle(now) > longest_idle(protocol)
     }
 
     /// Whether another flow may take its place.
     #[inline(always)]
     pub const fn is_replaceable(&self, protocol: u8, now: u32) -> bool {
-        let idle = now.wrapping_sub(self.seen);
+        let idle = self.idle(now);
         self.is_forgotten(protocol, now)
             || self.closed != 0 && idle > CLOSED_IDLE
             || self.closed == CLOSED && idle > OVER_IDLE
@@ -175,8 +182,7 @@ impl Flow {
     #[inline(always)]
     pub const fn yields(&self, protocol: u8, now: u32) -> bool {
         let connection = protocol == crate::TCP || protocol == crate::SCTP;
-        self.closed == CLOSED
-            || (!connection || self.told[1] == 0) && now.wrapping_sub(self.seen) > SILENT
+        self.closed == CLOSED || (!connection || self.told[1] == 0) && self.idle(now) > SILENT
     }
 }
 
@@ -343,6 +349,17 @@ mod tests {
         assert!(flow.is_replaceable(crate::TCP, after(6 * 3_600 + 2)));
         assert!(!flow.is_forgotten(crate::UDP, after(60)));
         assert!(flow.is_forgotten(crate::UDP, after(63)));
+    }
+
+    #[test]
+    fn a_flow_that_another_cpu_saw_a_moment_later_is_not_forgotten() {
+        let mut flow = Flow::zeroed();
+        flow.seen = 1_000;
+        for protocol in [crate::TCP, crate::UDP] {
+            assert!(!flow.is_forgotten(protocol, 999));
+            assert!(!flow.is_replaceable(protocol, 999));
+            assert!(!flow.yields(protocol, 999));
+        }
     }
 
     #[test]
