@@ -104,7 +104,7 @@ fn find_way(ctx: &XdpContext, all: &mut Scratch) -> Option<Goes> {
     let device = ctx.ingress_ifindex() as u32;
     // What does not fit the way's MTU is tc's: it answers for it.
     let length = way::length(ctx, &all.packet)?;
-    let found = route::ask(ctx, &all.packet, &all.to, &mut all.way, (device, length));
+    let found = route::ask(ctx, all, device, length);
     if found != Some(BPF_FIB_LKUP_RET_SUCCESS) {
         return None;
     }

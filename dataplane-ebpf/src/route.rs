@@ -9,11 +9,11 @@ use aya_ebpf::helpers::generated::bpf_fib_lookup as ask_kernel;
 use aya_ebpf::macros::map;
 use aya_ebpf::maps::PerCpuArray;
 use xebec_dataplane_common::ip::Ip;
-use xebec_dataplane_common::nat::Tuple;
 
 use crate::frame::Frame;
 use crate::maps::DEVICES;
 use crate::packet::{ETHERNET, Packet};
+use crate::scratch::Scratch;
 use crate::translate;
 
 const AF_INET: u8 = 2;
@@ -102,17 +102,16 @@ impl Question {
     }
 }
 
-/// Asks for the way of a packet of this many bytes that becomes `to` and came by a device; 0 bytes for one that the kernel
-/// cuts before it is sent. `to` is that of this CPU's `Scratch`, which is read again there. What the kernel says
-/// (`BPF_FIB_LKUP_RET_…`), or none for a packet that can't be read.
+/// Asks for the `way` of the packet of this many bytes that becomes `to` and came by a device; 0 bytes for one that the
+/// kernel cuts before it is sent. What the kernel says (`BPF_FIB_LKUP_RET_…`), or none for a packet that can't be read.
 #[inline(always)]
 pub fn ask(
     ctx: &(impl EbpfContext + Frame),
-    packet: &Packet,
-    to: &Tuple,
-    way: &mut Way,
-    (device, length): (u32, u16),
+    all: &mut Scratch,
+    device: u32,
+    length: u16,
 ) -> Option<u32> {
+    let (packet, to, way) = (&all.packet, &all.to, &mut all.way);
     let class = if packet.is_v6() {
         let first: u32 = ctx.read(ETHERNET)?;
         // Without the flow label: all flows between two addresses take one way, as those of IPv4 do.

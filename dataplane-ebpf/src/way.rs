@@ -95,7 +95,7 @@ fn look(ctx: &TcContext, all: &mut Scratch, more: u16) -> u32 {
     if size == 0 {
         length = length.saturating_add(more);
     }
-    let Some(found) = route::ask(ctx, &all.packet, &all.to, &mut all.way, (device, length)) else {
+    let Some(found) = route::ask(ctx, all, device, length) else {
         return LOST;
     };
     match found {
@@ -146,7 +146,7 @@ fn pass(ctx: &TcContext, all: &mut Scratch) -> i32 {
     let Some(length) = length_of_each(ctx, &all.packet) else {
         return TC_ACT_OK as i32;
     };
-    match route::ask(ctx, &all.packet, &all.to, &mut all.way, (device, length)) {
+    match route::ask(ctx, all, device, length) {
         // By a device without our hooks the answers come through the stack, whose connection tracking must have seen
         // what they answer. Whom the node has not met yet, the stack looks for.
         Some(BPF_FIB_LKUP_RET_SUCCESS) if all.way.back != 0 => {}
