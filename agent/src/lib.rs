@@ -16,7 +16,7 @@ pub mod link;
 pub mod loader;
 pub mod maps;
 pub mod masquerade;
-mod memory;
+pub mod memory;
 pub mod metrics;
 pub mod names;
 pub mod network;

@@ -153,6 +153,9 @@ fn run(cli: Cli) -> Result<()> {
         data: cli.data_dir,
         run: cli.run_dir,
     };
+    if matches!(cli.command, Command::Agent(_) | Command::Node { .. }) {
+        xebec_agent::memory::share_one_heap();
+    }
     let runtime = match &cli.command {
         Command::Up(_) | Command::Agent(_) => tokio::runtime::Builder::new_multi_thread(),
         // It makes its own once it has joined its cgroup.

@@ -200,7 +200,6 @@ impl<N: Ord + Clone> Listing<N> {
             }
             Event::InitDone => {
                 self.done = true;
-                crate::memory::give_back_soon();
                 Taken::Listed(std::mem::take(&mut self.seen))
             }
             Event::Apply(one) => Taken::Set(Box::new(one)),

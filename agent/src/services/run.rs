@@ -30,7 +30,6 @@ use super::tables::Tables;
 use crate::announce::Announced;
 use crate::host_ports::HostPort;
 use crate::maps::{Room, ServiceMaps};
-use crate::memory;
 use crate::nodes::Nodes;
 use crate::parting::Parted;
 use crate::sockets;
@@ -314,7 +313,6 @@ impl Listing {
             Event::InitDone => {
                 tables.keep_services(&std::mem::take(&mut self.seen));
                 (self.under_way, self.done) = (false, true);
-                memory::give_back_soon();
             }
             Event::Delete(one) => {
                 if let Some(name) = name(&one.metadata) {
@@ -335,7 +333,6 @@ impl Listing {
             Event::InitDone => {
                 tables.keep_slices(&std::mem::take(&mut self.seen));
                 (self.under_way, self.done) = (false, true);
-                memory::give_back_soon();
             }
             Event::Delete(one) => {
                 if let Some(name) = name(&one.metadata) {
