@@ -170,3 +170,15 @@ fn the_newest_are_kept_and_followers_see_each_once() {
     assert_eq!(news.try_recv().unwrap().event.verdict, DROPPED);
     assert!(news.try_recv().is_err());
 }
+
+#[test]
+fn only_who_reads_events_gives_way() {
+    // SAFETY: the function takes numbers alone.
+    let nice = || unsafe { libc::getpriority(libc::PRIO_PROCESS, 0) };
+    let before = nice();
+    let reader = std::thread::spawn(move || {
+        give_way();
+        nice()
+    });
+    assert_eq!((reader.join().unwrap(), nice()), (NICE, before));
+}
