@@ -20,7 +20,7 @@ use tokio_util::sync::CancellationToken;
 
 use crate::endpoints::Endpoints;
 use crate::flows::{Filter, Flows, Seen};
-use crate::maps::{PolicyMaps, dump};
+use crate::maps::{Hits, PolicyMaps, dump};
 use crate::network::Served;
 use crate::policy::watch::Shared;
 use crate::services::Services;
@@ -34,6 +34,8 @@ pub(crate) struct Tables {
     pub endpoints: Arc<Endpoints>,
     /// None where pods are only taken away.
     pub services: Option<Services>,
+    /// None where pods are only taken away.
+    pub hits: Option<Arc<Hits>>,
     /// None where pods are only taken away.
     pub engine: Option<Shared<PolicyMaps>>,
     pub flows: Flows,
@@ -160,6 +162,31 @@ fn dumped(what: dump::What, query: &str) -> Response<Body> {
     response
 }
 
+/// One row a frontend, with how many flows its Service's port got.
+fn services(tables: &Tables) -> Result<Vec<Value>> {
+    let mut rows = tables
+        .services
+        .as_ref()
+        .map(Services::rows)
+        .unwrap_or_default();
+    let Some(hits) = &tables.hits else {
+        return Ok(rows);
+    };
+    // Frontends of one port follow each other.
+    let mut last = (0, 0);
+    for row in &mut rows {
+        let number = row["number"].as_u64().unwrap_or_default() as u32;
+        if number == 0 {
+            continue;
+        }
+        if number != last.0 {
+            last = (number, hits.of(number)?);
+        }
+        row["hits"] = last.1.into();
+    }
+    Ok(rows)
+}
+
 async fn answer(request: Request<Incoming>, tables: &Tables) -> Response<Body> {
     let endpoints = &tables.endpoints;
     let path = request.uri().path().to_owned();
@@ -195,10 +222,13 @@ async fn answer(request: Request<Incoming>, tables: &Tables) -> Response<Body> {
                 "devices"
             ]),
         ),
-        (&Method::GET, "/tables/services") => {
-            let rows = tables.services.as_ref().map(Services::rows);
-            reply(StatusCode::OK, &rows.unwrap_or_default().into())
-        }
+        (&Method::GET, "/tables/services") => match services(tables) {
+            Ok(rows) => reply(StatusCode::OK, &rows.into()),
+            Err(error) => reply(
+                StatusCode::INTERNAL_SERVER_ERROR,
+                &json!({"error": format!("{error:#}")}),
+            ),
+        },
         (&Method::GET, "/tables/maps") => match crate::bpf_maps::rows() {
             Ok(rows) => reply(StatusCode::OK, &rows.into()),
             Err(error) => reply(

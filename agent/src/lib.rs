@@ -207,6 +207,7 @@ pub async fn run(client: kube::Client, config: Config, shutdown: CancellationTok
     let tables = api::Tables {
         endpoints: endpoints.clone(),
         services: Some(tables),
+        hits: Some(Arc::new(maps.hits)),
         engine: Some(engine),
         flows,
         served: served.clone(),
@@ -300,6 +301,7 @@ pub async fn run_detached(config: Config, shutdown: CancellationToken) -> Result
     let tables = api::Tables {
         endpoints: connect(&config, None)?,
         services: None,
+        hits: None,
         engine: None,
         flows: flows::Flows::new(names::Names::default(), &config.node_name),
         served: network::Served::default(),

@@ -17,7 +17,7 @@ use aya::programs::{
 
 use xebec_dataplane_common::nat::BACK_BY_TC;
 
-use crate::maps::{FlowMaps, NetworkMaps, PolicyMaps, ServiceMaps, SocketMap, take};
+use crate::maps::{FlowMaps, Hits, NetworkMaps, PolicyMaps, ServiceMaps, SocketMap, take};
 use crate::network::Device;
 pub use express::{By, Xdp};
 pub use growth::{FLOWS, Grown, Sizes, Step};
@@ -91,6 +91,8 @@ pub struct Maps {
     pub services: ServiceMaps,
     /// Which sockets Services sent where.
     pub sockets: SocketMap,
+    /// How many flows Services got.
+    pub hits: Hits,
     /// Endpoints, identities, policy.
     pub policy: PolicyMaps,
     /// Events of flows.
@@ -100,8 +102,8 @@ pub struct Maps {
 }
 
 impl Loaded {
-    /// Loads every program; the kernel checks them. Flows are those of the agent before this one, if it had the
-    /// same layout; everything else is filled anew.
+    /// Loads every program; the kernel checks them. What packets and sockets made is there as the agent before this one
+    /// left it, if it had the same layout; everything else is filled anew.
     pub fn new(dir: &Path) -> Result<Self> {
         Self::with_sizes(dir, Sizes::default())
     }
@@ -132,6 +134,7 @@ impl Loaded {
         Ok(Maps {
             services: ServiceMaps::new(&mut self.ebpf)?,
             sockets: SocketMap::new(&mut self.ebpf)?,
+            hits: Hits::new(&mut self.ebpf)?,
             policy: PolicyMaps::new(&mut self.ebpf)?,
             flows: FlowMaps::new(&mut self.ebpf)?,
             network: NetworkMaps::new(&mut self.ebpf)?,

@@ -5,7 +5,8 @@ use xebec_dataplane_common::nat::Tuple;
 /// The seed that all nodes agree on.
 pub const ALL_NODES: u32 = 0x9e37_79b9;
 
-/// A hash of a flow, or of its source alone. Who does not know the seed can't tell it.
+/// A hash of a flow, or of its source alone. The destination's address is left out: a node port's is another at each node.
+/// Who does not know the seed can't tell it.
 #[inline(always)]
 pub fn of(seed: u32, tuple: &Tuple, source_alone: bool) -> u32 {
     let mut hash = mix(seed, tuple.source.0[0]);
@@ -16,7 +17,7 @@ pub fn of(seed: u32, tuple: &Tuple, source_alone: bool) -> u32 {
         let ports = u32::from(tuple.source_port) << 16 | u32::from(tuple.destination_port);
         hash = mix(hash, ports);
     }
-    hash = mix(hash, tuple.destination.0[3] ^ u32::from(tuple.protocol));
+    hash = mix(hash, u32::from(tuple.protocol));
     // Murmur's last step: every bit counts for every other.
     hash = (hash ^ hash >> 16).wrapping_mul(0x85eb_ca6b);
     hash = (hash ^ hash >> 13).wrapping_mul(0xc2b2_ae35);

@@ -39,17 +39,17 @@ pub static RANGES: LpmTrie<RangeKey, u8> = LpmTrie::with_max_entries(65_536, NO_
 #[map]
 pub static NODE_ADDRESSES: HashMap<Ip, u8> = HashMap::with_max_entries(65_536, NO_PREALLOC);
 
-/// Which backend a client has.
+/// Which backend a client has; adopted by the next agent.
 #[map]
-pub static AFFINITIES: LruHashMap<AffinityKey, Affinity> = LruHashMap::with_max_entries(16_384, 0);
+pub static AFFINITIES: LruHashMap<AffinityKey, Affinity> = LruHashMap::pinned(16_384, 0);
 
-/// How many flows each Service got, by its number.
+/// How many flows each Service got, by its number; adopted by the next agent.
 #[map]
-pub static HITS: LruPerCpuHashMap<u32, u64> = LruPerCpuHashMap::with_max_entries(16_384, 0);
+pub static HITS: LruPerCpuHashMap<u32, u64> = LruPerCpuHashMap::pinned(16_384, 0);
 
-/// Translations of sockets.
+/// Translations of sockets; adopted by the next agent, since sockets outlive agents.
 #[map]
-pub static SOCKETS: LruHashMap<SocketKey, SocketValue> = LruHashMap::with_max_entries(65_536, 0);
+pub static SOCKETS: LruHashMap<SocketKey, SocketValue> = LruHashMap::pinned(65_536, 0);
 
 /// Whose sockets are translated.
 #[map]
@@ -89,14 +89,14 @@ pub static DEVICES: HashMap<u32, u8> = HashMap::with_max_entries(256, NO_PREALLO
 #[map]
 pub static SETTINGS: Array<Settings> = Array::with_max_entries(1, 0);
 
-/// Flows: what was decided for them and what becomes of them. With backends the one map that is adopted by
-/// the next agent: all others are rebuilt from the API.
+/// Flows: what was decided for them and what becomes of them; adopted by the next agent, as all is that packets and
+/// sockets made. What the API says is written anew.
 #[map]
 pub static FLOWS: LruHashMap<FlowKey, Flow> = LruHashMap::pinned(196_608, 0);
 
-/// Ports of the first fragment, by addresses, protocol and identification.
+/// Ports of the first fragment, by addresses, protocol and identification; adopted by the next agent.
 #[map]
-pub static FRAGMENTS: LruHashMap<Datagram, [u16; 2]> = LruHashMap::with_max_entries(4_096, 0);
+pub static FRAGMENTS: LruHashMap<Datagram, [u16; 2]> = LruHashMap::pinned(4_096, 0);
 
 /// The generation of the rules: flows of an older one are judged anew.
 #[map]

@@ -24,6 +24,8 @@ use nix::sys::time::TimeVal;
 pub(crate) const PATIENCE: Duration = Duration::from_secs(3);
 /// How long what should be dropped is waited for.
 pub const SILENCE: Duration = Duration::from_millis(400);
+/// The longest datagram that anybody takes.
+const LONGEST: usize = 16 << 10;
 /// How often servers look whether they should end.
 const GLANCE: Duration = Duration::from_millis(50);
 
@@ -229,6 +231,21 @@ impl Place {
         Ok(by_name)
     }
 
+    /// Gets a path by HTTP: the status, the head in lower case, and the body.
+    pub fn http_get(&self, at: SocketAddr, path: &str) -> Result<(u16, String, String)> {
+        let mut stream = self
+            .run(|| TcpStream::connect_timeout(&at, PATIENCE))?
+            .with_context(|| format!("{}: no answer from {at}", self.name))?;
+        write!(stream, "GET {path} HTTP/1.0\r\n\r\n")?;
+        let mut text = String::new();
+        stream.read_to_string(&mut text)?;
+        let (head, body) = text.split_once("\r\n\r\n").context("no HTTP")?;
+        let status = head.split(' ').nth(1);
+        let status = status.and_then(|status| status.parse().ok());
+        let status = status.with_context(|| format!("{at} answered {text:?}"))?;
+        Ok((status, head.to_lowercase(), body.to_owned()))
+    }
+
     /// How asking once fails; `None` where it is answered.
     pub fn refusal(&self, protocol: Protocol, to: SocketAddr) -> Option<ErrorKind> {
         self.ask(protocol, to).err().map(|error| error.kind())
@@ -307,11 +324,31 @@ impl Talk {
         }
     }
 
+    /// Asks with a datagram of this many bytes, and fails unless the answer is as long.
+    pub fn ask_at_length(&mut self, length: usize) -> io::Result<Answer> {
+        let Self::Udp(socket) = self else {
+            return Err(io::Error::other("a connection has no datagrams"));
+        };
+        socket.send(&vec![b'?'; length])?;
+        let (answer, got) = Self::measured(socket)?;
+        if got != length {
+            let what = format!("{length} bytes asked, {got} answered");
+            return Err(io::Error::other(what));
+        }
+        Ok(answer)
+    }
+
     /// The next answer to a datagram.
     pub fn datagram(socket: &UdpSocket) -> io::Result<Answer> {
-        let mut buffer = [0; 256];
+        Self::measured(socket).map(|(answer, _)| answer)
+    }
+
+    /// The same, and its length.
+    fn measured(socket: &UdpSocket) -> io::Result<(Answer, usize)> {
+        let mut buffer = vec![0; LONGEST];
         let length = socket.recv(&mut buffer)?;
-        Answer::read(&String::from_utf8_lossy(&buffer[..length]))
+        let answer = Answer::read(&String::from_utf8_lossy(&buffer[..length]))?;
+        Ok((answer, length))
     }
 
     /// How long an answer may take from now on.
@@ -374,10 +411,12 @@ impl Server {
         let stop = Arc::new(AtomicBool::new(false));
         let (ends, own) = (stop.clone(), name.to_owned());
         let datagrams = std::thread::spawn(move || {
-            let mut buffer = [0; 2048];
+            let mut buffer = vec![0; LONGEST];
             while !ends.load(Ordering::Relaxed) {
-                if let Ok((_, client)) = socket.recv_from(&mut buffer) {
+                if let Ok((length, client)) = socket.recv_from(&mut buffer) {
+                    // As long as the question.
                     let text = format!("{own} {}", canonical(client));
+                    let text = format!("{text:<length$}");
                     let _ = socket.send_to(text.as_bytes(), client);
                 }
             }

@@ -4,7 +4,9 @@
 mod cells;
 
 use anyhow::Result;
-use cells::{bad_input, endpoints, faults, frontends, life, policies, sctp, ways, world::World};
+use cells::{
+    bad_input, endpoints, faults, frontends, life, odd, policies, sctp, told, ways, world::World,
+};
 use xebec_tests::{Machine, assert_nothing_left};
 
 /// A scenario's name and what runs it.
@@ -17,6 +19,7 @@ const MODES: [Mode; 3] = [
         &[],
         &[
             ("every frontend", frontends::every_frontend),
+            ("mapped addresses", frontends::mapped),
             ("host ports", frontends::host_ports),
             ("hairpin", frontends::hairpin),
             ("nobody there", frontends::nobody_there),
@@ -26,13 +29,18 @@ const MODES: [Mode; 3] = [
             ("not ready", endpoints::not_ready),
             ("near ones", endpoints::near_ones),
             ("same ones", endpoints::same_ones),
+            ("hashed", endpoints::hashed),
             ("written by hand", endpoints::written_by_hand),
+            ("told by commands", told::by_commands),
+            ("told at ports", told::at_ports),
             ("removed", life::removed),
             ("parted", life::parted),
             ("terminating", life::terminating),
             ("same address", bad_input::same_address),
             ("slices that disagree", bad_input::slices_that_disagree),
             ("crowd", bad_input::crowd),
+            ("in fragments", odd::in_fragments),
+            ("closed", odd::closed),
             ("associations", sctp::associations),
             ("around the stack", ways::around),
             ("killed", faults::killed),

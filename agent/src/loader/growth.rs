@@ -139,8 +139,8 @@ impl Pins {
         }
     }
 
-    /// Loads the programs of a new agent. Flows and backends are those of the agent before it, if there was one with
-    /// the same layout; all other maps are new, and as large as they were.
+    /// Loads the programs of a new agent. What packets and sockets made, and backends, are those of the agent before
+    /// it, if there was one with the same layout; all other maps are new, and as large as they were.
     pub(super) fn load(&self, sizes: Sizes) -> Result<(Ebpf, Option<String>)> {
         let room = self.sizes(sizes);
         for dir in [&self.current, &self.next] {

@@ -19,7 +19,7 @@ use xebec_dataplane_common::ip::Ip;
 use xebec_dataplane_common::nat::Settings;
 use xebec_dataplane_common::policy::{CidrKey, Endpoint, RuleKey, Set};
 
-pub use services::{Room, ServiceKernel, ServiceMaps, SocketMap};
+pub use services::{Hits, Room, ServiceKernel, ServiceMaps, SocketMap};
 
 /// Takes a map out of the loaded object by its name.
 pub(crate) fn take<T: TryFrom<Map, Error = MapError>>(

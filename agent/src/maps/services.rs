@@ -5,7 +5,7 @@ use std::sync::atomic::{Ordering, fence};
 
 use anyhow::{Context, Result};
 use aya::maps::lpm_trie::{Key, LpmTrie};
-use aya::maps::{Array, HashMap, Map, MapData};
+use aya::maps::{Array, HashMap, Map, MapData, MapError, PerCpuHashMap};
 use bytemuck::{cast_slice, must_cast};
 use ipnet::IpNet;
 use xebec_dataplane_common::ip::Ip;
@@ -69,6 +69,25 @@ impl SocketMap {
             pad: 0,
         };
         self.0.get(&must_cast(key), 0).is_ok()
+    }
+}
+
+/// How many flows each Service got.
+pub struct Hits(PerCpuHashMap<MapData, u32, u64>);
+
+impl Hits {
+    pub(crate) fn new(ebpf: &mut aya::Ebpf) -> Result<Self> {
+        Ok(Self(take(ebpf, "HITS")?))
+    }
+
+    /// How often a backend of the Service with this number was chosen since the node started, or since the table forgot
+    /// it for others.
+    pub fn of(&self, service: u32) -> Result<u64> {
+        match self.0.get(&service, 0) {
+            Ok(each_cpu) => Ok(each_cpu.iter().sum()),
+            Err(MapError::KeyNotFound) => Ok(0),
+            Err(error) => Err(error).context("could not read how many flows a Service got"),
+        }
     }
 }
 

@@ -65,6 +65,8 @@ fn socket(dir: &Path) -> PathBuf {
 
 /// Runs the agent until standard input ends.
 pub fn run(args: Args) -> Result<()> {
+    // As `xebec agent` does.
+    xebec_agent::memory::share_one_heap();
     let runtime = part::runtime()?;
     let shutdown = CancellationToken::new();
     let ended = shutdown.clone();

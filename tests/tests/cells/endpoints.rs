@@ -1,5 +1,6 @@
 //! Which endpoints are chosen: unready ones, near ones, the same ones again, and those that somebody wrote by hand.
 
+use std::collections::BTreeSet;
 use std::net::{IpAddr, SocketAddr};
 use std::time::Duration;
 
@@ -9,7 +10,8 @@ use xebec_tests::eventually;
 use xebec_tests::place::{PROTOCOLS, Place, Protocol, Server};
 
 use super::world::{
-    BEYOND, FAMILIES, MINUTE, NAMESPACE, PORT, TARGET, World, ip, of, service, slices, spread,
+    BEYOND, FAMILIES, MINUTE, NAMESPACE, OUTSIDE, PORT, TARGET, World, ip, of, service, slices,
+    spread,
 };
 
 const STICKY_PORT: u16 = 30_013;
@@ -99,7 +101,7 @@ pub fn near_ones(world: &mut World) -> Result<()> {
 }
 
 /// Asks so often that chance would not choose the same one again and again.
-fn keeps(place: &Place, protocol: Protocol, to: SocketAddr) -> Result<String> {
+pub fn keeps(place: &Place, protocol: Protocol, to: SocketAddr) -> Result<String> {
     let by_name = place.ask_many(protocol, to, 25)?;
     let what = format!("{} to {protocol:?} {to}: {by_name:?}", place.name);
     ensure!(by_name.len() == 1, "{what}: not one alone");
@@ -156,6 +158,39 @@ pub fn same_ones(world: &mut World) -> Result<()> {
     anyhow::bail!("never sent to another after the timeout: {who:?}")
 }
 
+/// Maglev, which is what clients of the outside get by default: whichever node they ask, the same backend answers the same
+/// address and port, and others answer other ports.
+pub fn hashed(world: &mut World) -> Result<()> {
+    const HASHED_PORT: u16 = 30_022;
+    const FIRST_PORT: u16 = 21_000;
+    const PATIENCE: Duration = Duration::from_secs(3);
+    let spec = json!({"type": "NodePort", "selector": {"app": "web"}, "nodePort": HASHED_PORT});
+    world.apply(&[service("hashed", spec)])?;
+    world.settled("hashed", 3)?;
+    let nodes = [world.node("node1")?, world.node("node2")?];
+    for v4 in FAMILIES {
+        let client = ip(of(OUTSIDE, v4))?;
+        for protocol in PROTOCOLS {
+            let mut all = BTreeSet::new();
+            for number in 0..24 {
+                let from = SocketAddr::new(client, FIRST_PORT + number);
+                let mut names = BTreeSet::new();
+                for node in nodes {
+                    let to = SocketAddr::new(of(node.addresses, v4), HASHED_PORT);
+                    let talk = world.outside.talk_from(protocol, Some(from), to, PATIENCE);
+                    let what = || format!("{protocol:?} from {from} to {to}");
+                    let answer = talk.and_then(|mut talk| talk.ask()).with_context(what)?;
+                    names.insert(answer.name);
+                }
+                ensure!(names.len() == 1, "{protocol:?} from {from}: {names:?}");
+                all.extend(names);
+            }
+            ensure!(all.len() > 1, "{protocol:?}: {all:?} alone");
+        }
+    }
+    world.delete(&["hashed"])
+}
+
 /// Services without a selector: slices, or the older Endpoints, that somebody wrote; their backend may be no pod.
 pub fn written_by_hand(world: &mut World) -> Result<()> {
     let addresses: [IpAddr; 2] = [ip(BEYOND[0])?, ip(BEYOND[1])?];
@@ -184,11 +219,7 @@ pub fn written_by_hand(world: &mut World) -> Result<()> {
         for v4 in FAMILIES {
             for protocol in PROTOCOLS {
                 let to = |pair| SocketAddr::new(of(pair, v4), PORT);
-                // A packet of a pod is not both given a backend and masqueraded: without socket programs, a pod does
-                // not get to a Service's backend outside the cluster.
-                if place.meets_programs() {
-                    spread(place, protocol, to(manual), &["a2", "outside"])?;
-                }
+                spread(place, protocol, to(manual), &["a2", "outside"])?;
                 spread(place, protocol, to(older), &["a2"])?;
             }
         }

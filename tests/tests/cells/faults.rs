@@ -16,6 +16,7 @@ use xebec_tests::place::{PROTOCOLS, Place, Protocol};
 use xebec_tests::{eventually, kill, pids_of, xebec_bin};
 
 use super::bad_input::told_of;
+use super::kept::Kept;
 use super::world::{
     EXTERNAL, FAMILIES, MINUTE, NAMESPACE, PORT, World, ip, of, service, slices, spread,
 };
@@ -235,7 +236,8 @@ pub fn killed(world: &mut World) -> Result<()> {
             }
         }
     }
-    let outcome = kill_all(world);
+    let mut kept = Kept::begin(world)?;
+    let outcome = kill_all(world, &mut kept);
     stop.store(true, Ordering::Relaxed);
     let mut failed = Vec::new();
     for Exchange { what, thread } in exchanges {
@@ -248,11 +250,27 @@ pub fn killed(world: &mut World) -> Result<()> {
     }
     outcome?;
     ensure!(failed.is_empty(), "lost:\n{}", failed.join("\n"));
+    kept.end(world)?;
     bad_objects_are_named(world)?;
     world.delete(&["lasting", "twin-0", "twin-1", "bad"])
 }
 
-fn kill_all(world: &mut World) -> Result<()> {
+/// Waits until the programs of the agents that run now have taken over.
+fn taken_over(world: &World) -> Result<()> {
+    eventually("the agents have taken over", MINUTE, || {
+        world.settled("lasting", 3)?;
+        let mut all = true;
+        for node in world.nodes.keys() {
+            let status = world.cluster.agent_status(node)?;
+            all &= status["devices"]
+                .as_str()
+                .is_some_and(|devices| !devices.is_empty());
+        }
+        Ok(all)
+    })
+}
+
+fn kill_all(world: &mut World, kept: &mut Kept) -> Result<()> {
     let before = node_processes(world)?;
     ensure!(before.len() == 2, "the nodes' processes are {before:?}");
     for pid in before.values() {
@@ -262,16 +280,12 @@ fn kill_all(world: &mut World) -> Result<()> {
         let now = node_processes(world)?;
         Ok(now.len() == 2 && now.iter().all(|(node, pid)| before.get(node) != Some(pid)))
     })?;
-    eventually("the agents know their Services", MINUTE, || {
-        world.settled("lasting", 3).map(|()| true)
-    })?;
+    taken_over(world)?;
+    kept.check(world)?;
     kill(world.cluster.pid()?, Signal::SIGKILL)?;
     std::thread::sleep(Duration::from_millis(500));
     make_them_bad(world)?;
     world.cluster.start()?;
-    eventually("the agents know their Services again", MINUTE, || {
-        world.settled("lasting", 3).map(|()| true)
-    })?;
-    std::thread::sleep(Duration::from_millis(500));
-    Ok(())
+    taken_over(world)?;
+    kept.check(world)
 }

@@ -7,6 +7,7 @@ use anyhow::{Result, anyhow, ensure};
 use serde_json::json;
 use xebec_tests::place::{PROTOCOLS, Place};
 
+use super::life::Loose;
 use super::world::{EXTERNAL, FAMILIES, HOST_PORT, OUTSIDE, PORT, World, ip, of, service, spread};
 
 const NODE_PORT: u16 = 30_010;
@@ -52,6 +53,34 @@ pub fn every_frontend(world: &mut World) -> Result<()> {
         }
     }
     world.delete(&["plain"])
+}
+
+/// Sockets of IPv6 that talk IPv4, as runtimes make them that know both: they are translated, and see whom they asked.
+pub fn mapped(world: &mut World) -> Result<()> {
+    let spec = json!({"type": "NodePort", "selector": {"app": "web"}, "nodePort": NODE_PORT + 13});
+    world.apply(&[service("mapped", spec)])?;
+    world.settled("mapped", 3)?;
+    let node = world.node("node2")?;
+    let to = |ip: IpAddr, port: u16| match ip {
+        IpAddr::V4(ip) => SocketAddr::new(ip.to_ipv6_mapped().into(), port),
+        ip => SocketAddr::new(ip, port),
+    };
+    let cluster_ip = to(of(world.cluster_ips("mapped")?, true), PORT);
+    let node_port = to(of(node.addresses, true), NODE_PORT + 13);
+    let late = &world.pod("late")?.place;
+    for place in [late, &late.without_sockets(), &node.place] {
+        for to in [cluster_ip, node_port] {
+            for protocol in PROTOCOLS {
+                spread(place, protocol, to, &ALL)?;
+                let mut talk = place.talk(protocol, to)?;
+                talk.ask()?;
+                let peer = talk.peer()?;
+                ensure!(peer == to, "{}, {protocol:?}: {peer}, not {to}", place.name);
+            }
+            Loose::new(place, to)?.ask()?;
+        }
+    }
+    world.delete(&["mapped"])
 }
 
 /// Ports of a pod at its node, which are at no other node; the pod sees who asks from outside.

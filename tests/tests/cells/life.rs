@@ -15,7 +15,7 @@ const ENDING_PORT: u16 = 30_015;
 const OTHERS_PORT: u16 = 30_017;
 
 /// A Service of node ports whose slices the test writes.
-fn by_hand(name: &str, port: u16) -> Value {
+pub fn by_hand(name: &str, port: u16) -> Value {
     service(name, json!({"type": "NodePort", "nodePort": port}))
 }
 
@@ -31,19 +31,19 @@ fn write(world: &World, name: &str, endpoints: &[(&str, Value)], wanted: &[&str]
 }
 
 /// A socket that is connected to nobody, and where it sends to.
-struct Loose {
+pub struct Loose {
     place: Place,
     socket: UdpSocket,
     to: SocketAddr,
 }
 
 impl Loose {
-    fn new(place: &Place, to: SocketAddr) -> Result<Self> {
+    pub fn new(place: &Place, to: SocketAddr) -> Result<Self> {
         let (place, socket) = (place.clone(), place.datagrams(to.is_ipv4())?);
         Ok(Self { place, socket, to })
     }
 
-    fn ask(&mut self) -> io::Result<Answer> {
+    pub fn ask(&mut self) -> io::Result<Answer> {
         let sent = self.place.run(|| self.socket.send_to(b"?", self.to));
         sent.map_err(io::Error::other)??;
         let mut buffer = [0; 256];
@@ -57,7 +57,7 @@ impl Loose {
 }
 
 /// Fails unless this one answers.
-fn is(what: &str, answer: io::Result<Answer>, wanted: &str) -> Result<()> {
+pub fn is(what: &str, answer: io::Result<Answer>, wanted: &str) -> Result<()> {
     let answer = answer.with_context(|| what.to_owned())?;
     ensure!(answer.name == wanted, "{what}: {answer:?}, not {wanted}");
     Ok(())

@@ -1,9 +1,8 @@
 //! Who may come, by what node, and what the server sees of them: traffic policies, source ranges and the health of a
 //! node's endpoints.
 
-use std::io::{ErrorKind, Read, Write};
-use std::net::{IpAddr, SocketAddr, TcpStream};
-use std::time::Duration;
+use std::io::ErrorKind;
+use std::net::{IpAddr, SocketAddr};
 
 use anyhow::{Context, Result, ensure};
 use serde_json::{Value, json};
@@ -32,28 +31,11 @@ pub fn seen_as(
     Ok(())
 }
 
-/// What a load balancer is told at a node's `healthCheckNodePort`: the status, the headers and the body.
-fn health(place: &Place, at: SocketAddr) -> Result<(u16, String, Value)> {
-    let mut stream = place
-        .run(|| TcpStream::connect_timeout(&at, Duration::from_secs(3)))?
-        .with_context(|| format!("{}: no answer from {at}", place.name))?;
-    stream.write_all(b"GET /healthz HTTP/1.0\r\n\r\n")?;
-    let mut text = String::new();
-    stream.read_to_string(&mut text)?;
-    let (head, body) = text.split_once("\r\n\r\n").context("no HTTP")?;
-    let status = head
-        .split(' ')
-        .nth(1)
-        .and_then(|status| status.parse().ok());
-    let status = status.with_context(|| format!("answered {text:?}"))?;
-    Ok((status, head.to_lowercase(), serde_json::from_str(body)?))
-}
-
 /// Fails unless the node says to both families that it has so many endpoints.
 fn says(world: &World, node: &str, port: u16, count: u64) -> Result<()> {
     for v4 in FAMILIES {
         let at = SocketAddr::new(of(world.node(node)?.addresses, v4), port);
-        let (status, head, body) = health(&world.outside, at)?;
+        let (status, head, body) = world.outside.http_get(at, "/healthz")?;
         ensure!(
             status == if count > 0 { 200 } else { 503 },
             "{at}: {status}"
@@ -68,6 +50,7 @@ fn says(world: &World, node: &str, port: u16, count: u64) -> Result<()> {
             "localEndpoints": count,
             "serviceProxyHealthy": true,
         });
+        let body: Value = serde_json::from_str(&body).with_context(|| body.clone())?;
         ensure!(body == wanted, "{at}: {body}");
     }
     Ok(())
@@ -132,6 +115,13 @@ pub fn external_traffic(world: &mut World) -> Result<()> {
     })?;
     let to = at(node1.addresses[0], LOCAL_PORT);
     ensure!(world.outside.is_silent(Protocol::Tcp, to)?, "node1 answers");
+    for v4 in FAMILIES {
+        let balanced = at(of(balancer, v4), PORT);
+        eventually("the other node announces the address", MINUTE, || {
+            let answer = world.outside.ask(Protocol::Tcp, balanced);
+            Ok(answer.is_ok_and(|answer| answer.name == "a2"))
+        })?;
+    }
     world.delete(&["local", "far"])
 }
 
