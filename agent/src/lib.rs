@@ -23,6 +23,7 @@ pub mod network;
 pub mod nodes;
 pub mod parting;
 pub mod policy;
+mod pressure;
 pub mod remove;
 pub mod routes;
 mod scope;
@@ -186,7 +187,7 @@ pub async fn run(client: kube::Client, config: Config, shutdown: CancellationTok
         shutdown.clone(),
     );
     let services = services::run(
-        client,
+        client.clone(),
         tables.clone(),
         services::Options {
             node_name: config.node_name.clone(),
@@ -198,6 +199,7 @@ pub async fn run(client: kube::Client, config: Config, shutdown: CancellationTok
         services_ready,
         shutdown.clone(),
     );
+    let pressure = pressure::run(client.clone(), config.node_name.clone(), shutdown.clone());
     let growth = growth::run(
         tables.clone(),
         dataplane.clone(),
@@ -246,6 +248,7 @@ pub async fn run(client: kube::Client, config: Config, shutdown: CancellationTok
         parting,
         announce,
         growth,
+        pressure,
         follow_file
     )
     .map(drop)

@@ -10,9 +10,10 @@ use std::path::{Path, PathBuf};
 use anyhow::{Context, Result};
 use aya::Ebpf;
 use aya::maps::{HashMap, MapData};
-use aya::programs::links::FdLink;
+use aya::programs::links::{FdLink, LinkError};
 use aya::programs::{
-    CgroupAttachMode, CgroupSockAddr, Program, ProgramError, SchedClassifier, TcAttachType,
+    CgroupAttachMode, CgroupSock, CgroupSockAddr, Program, ProgramError, SchedClassifier,
+    TcAttachType,
 };
 
 use xebec_dataplane_common::nat::BACK_BY_TC;
@@ -20,7 +21,7 @@ use xebec_dataplane_common::nat::BACK_BY_TC;
 use crate::maps::{FlowMaps, Hits, NetworkMaps, PolicyMaps, ServiceMaps, SocketMap, take};
 use crate::network::Device;
 pub use express::{By, Xdp};
-pub use growth::{FLOWS, Grown, Sizes, Step};
+pub use growth::{AFFINITIES, FLOWS, Grown, Sizes, Step};
 pub use tc::detach;
 
 /// Folder of the pinned links of socket hooks.
@@ -58,6 +59,9 @@ const SOCKET_HOOKS: &[&str] = &[
     "xebec_connect4",
     "xebec_connect6",
 ];
+
+/// The hook of a socket's end, which is of another kind.
+const SOCKET_END: &str = "xebec_release";
 
 /// The hooks of a pod's device: where they are attached, and their names.
 const POD_HOOKS: &[(TcAttachType, &str)] = &[
@@ -231,16 +235,21 @@ impl Loaded {
         let stamp = std::time::SystemTime::now()
             .duration_since(std::time::UNIX_EPOCH)
             .map_or(0, |since| since.as_nanos());
-        for name in SOCKET_HOOKS {
-            let program = hook::<CgroupSockAddr>(&mut self.ebpf, name)?;
-            let link = program
-                .attach(&directory, CgroupAttachMode::Single)
-                .with_context(|| format!("could not attach {name} to {}", cgroup.display()))?;
-            let link = program
-                .take_link(link)
-                .with_context(|| format!("could not keep the link of {name}"))?;
-            let link = FdLink::try_from(link)
-                .with_context(|| format!("this kernel attaches {name} without a link"))?;
+        for &name in [SOCKET_END].iter().chain(SOCKET_HOOKS) {
+            let link = match name {
+                SOCKET_END => {
+                    let program = hook::<CgroupSock>(&mut self.ebpf, name)?;
+                    let link = program.attach(&directory, CgroupAttachMode::Single);
+                    by_descriptor(link.and_then(|link| program.take_link(link)))
+                }
+                _ => {
+                    let program = hook::<CgroupSockAddr>(&mut self.ebpf, name)?;
+                    let link = program.attach(&directory, CgroupAttachMode::Single);
+                    by_descriptor(link.and_then(|link| program.take_link(link)))
+                }
+            };
+            let link =
+                link.with_context(|| format!("could not attach {name} to {}", cgroup.display()))?;
             link.pin(pins.join(format!("{name}-{stamp}")))
                 .with_context(|| format!("could not pin the link of {name}"))?;
         }
@@ -263,6 +272,14 @@ impl Loaded {
     pub fn classifier(&mut self, name: &str) -> Result<&mut SchedClassifier> {
         hook(&mut self.ebpf, name)
     }
+}
+
+/// A link that can be pinned.
+fn by_descriptor<L>(link: Result<L, ProgramError>) -> Result<FdLink>
+where
+    L: TryInto<FdLink, Error = LinkError>,
+{
+    Ok(link?.try_into()?)
 }
 
 /// A program of this name and kind.

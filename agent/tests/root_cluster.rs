@@ -9,9 +9,13 @@ mod faults;
 mod growth;
 #[path = "cluster/masquerade.rs"]
 mod masquerade;
+#[path = "cluster/pressure.rs"]
+mod pressure;
 mod space;
 #[path = "cluster/stage.rs"]
 mod stage;
+#[path = "cluster/upgrade.rs"]
+mod upgrade;
 
 /// The agent that the other tests start: this executable again.
 #[test]

@@ -41,7 +41,7 @@ pub static NODE_ADDRESSES: HashMap<Ip, u8> = HashMap::with_max_entries(65_536, N
 
 /// Which backend a client has; adopted by the next agent.
 #[map]
-pub static AFFINITIES: LruHashMap<AffinityKey, Affinity> = LruHashMap::pinned(16_384, 0);
+pub static AFFINITIES: LruHashMap<AffinityKey, Affinity> = LruHashMap::pinned(65_536, 0);
 
 /// How many flows each Service got, by its number; adopted by the next agent.
 #[map]

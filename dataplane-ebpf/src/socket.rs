@@ -1,9 +1,11 @@
 //! cgroup socket hooks: a Service's address becomes a backend's once, when a socket connects or sends.
 
+use core::ptr::read_volatile;
+
 use aya_ebpf::helpers::generated::{bpf_get_current_ancestor_cgroup_id, bpf_get_netns_cookie};
 use aya_ebpf::helpers::{bpf_get_socket_cookie, bpf_set_retval};
-use aya_ebpf::macros::cgroup_sock_addr;
-use aya_ebpf::programs::SockAddrContext;
+use aya_ebpf::macros::{cgroup_sock, cgroup_sock_addr};
+use aya_ebpf::programs::{SockAddrContext, SockContext};
 use xebec_dataplane_common::ip::Ip;
 use xebec_dataplane_common::nat::Tuple;
 use xebec_dataplane_common::service::{ASKED, GIVEN, SocketKey, SocketValue};
@@ -17,6 +19,7 @@ const ALLOW: i32 = 1;
 const REFUSE: i32 = 0;
 const ECONNREFUSED: i32 = 111;
 const EHOSTUNREACH: i32 = 113;
+const AF_INET: u32 = 2;
 
 #[cgroup_sock_addr(connect4)]
 pub fn xebec_connect4(ctx: SockAddrContext) -> i32 {
@@ -56,6 +59,46 @@ pub fn xebec_getpeername4(ctx: SockAddrContext) -> i32 {
 #[cgroup_sock_addr(getpeername6)]
 pub fn xebec_getpeername6(ctx: SockAddrContext) -> i32 {
     restore(&ctx, Family::V6)
+}
+
+/// A connected socket's translation ends with it. Those of one that sends without connecting are not known here, and are
+/// forgotten as the oldest of a full table.
+#[cgroup_sock(sock_release)]
+pub fn xebec_release(ctx: SockContext) -> i32 {
+    // Each field is read by itself and at once: the kernel allows no address in a context that was reckoned.
+    // SAFETY: the kernel gives a valid context for the whole call, and this hook may read these fields of any socket.
+    let (family, port, v4, v6) = unsafe {
+        let sock = ctx.sock;
+        let v6 = [
+            read_volatile(&raw const (*sock).dst_ip6[0]),
+            read_volatile(&raw const (*sock).dst_ip6[1]),
+            read_volatile(&raw const (*sock).dst_ip6[2]),
+            read_volatile(&raw const (*sock).dst_ip6[3]),
+        ];
+        let v4 = read_volatile(&raw const (*sock).dst_ip4);
+        ((*sock).family, (*sock).dst_port, v4, v6)
+    };
+    let address = if family == AF_INET {
+        Ip::v4(v4)
+    } else {
+        Ip(v6)
+    };
+    if port == 0 {
+        return ALLOW;
+    }
+    let key = SocketKey {
+        // SAFETY: the context is the one that the kernel gave.
+        cookie: unsafe { bpf_get_socket_cookie(ctx.sock.cast()) },
+        address,
+        port,
+        side: GIVEN,
+        pad: 0,
+    };
+    // Most sockets have none, and looking costs less than taking away what is not there.
+    if SOCKETS.get_ptr(&key).is_some() {
+        let _ = SOCKETS.remove(&key);
+    }
+    ALLOW
 }
 
 /// Which family a socket is of. One of IPv6 may talk IPv4, by the addresses that stand for it.
@@ -186,7 +229,6 @@ fn translate(ctx: &SockAddrContext, family: Family, sends: bool) -> i32 {
         generation: choice.generation,
         service: choice.service,
     };
-    // A full table forgets the oldest; only what getpeername says would differ then.
     if sends {
         remember(&SOCKETS, &key, &value, 0);
     }

@@ -31,10 +31,14 @@ pub struct Sizes {
     /// Entries of the table of flows, which does not grow: a translated flow takes two, and what was silent longest
     /// goes when it is full. It counts where no agent before this one left its table.
     pub flows: u32,
+    /// Entries of the table of which client has which backend (`sessionAffinity`), which goes by the same rules.
+    pub affinities: u32,
 }
 
 /// [`Sizes::flows`] by default: 35 MB of the kernel's memory.
 pub const FLOWS: u32 = 196_608;
+/// [`Sizes::affinities`] by default: 7 MB of the kernel's memory.
+pub const AFFINITIES: u32 = 65_536;
 
 impl Default for Sizes {
     fn default() -> Self {
@@ -52,6 +56,7 @@ impl Default for Sizes {
                 ranges: 1 << 20,
             },
             flows: FLOWS,
+            affinities: AFFINITIES,
         }
     }
 }
@@ -108,13 +113,25 @@ pub(super) struct Pins {
 }
 
 impl Pins {
+    /// Makes the folders, and takes away those of other layouts: programs that are attached keep their maps without them.
     pub(super) fn new(dir: &Path) -> Result<Self> {
         let new = Self {
             adopted: dir.join(format!("{ADOPTED}-{LAYOUT}")),
             current: dir.join(format!("{CURRENT}-{LAYOUT}")),
             next: dir.join(format!("{NEXT}-{LAYOUT}")),
         };
-        for dir in [&new.adopted, &new.current, &new.next] {
+        let ours = [&new.adopted, &new.current, &new.next];
+        for folder in pinned(dir)? {
+            let name = folder.file_name().and_then(|name| name.to_str());
+            let kind = name.and_then(|name| name.split_once('-'));
+            let of_maps = kind.is_some_and(|(kind, _)| [ADOPTED, CURRENT, NEXT].contains(&kind));
+            if of_maps && !ours.contains(&&folder) {
+                clear(&folder)?;
+                std::fs::remove_dir(&folder)
+                    .with_context(|| format!("could not remove {}", folder.display()))?;
+            }
+        }
+        for dir in ours {
             std::fs::create_dir_all(dir)
                 .with_context(|| format!("could not make {}", dir.display()))?;
         }
@@ -149,6 +166,7 @@ impl Pins {
         let mut loader = EbpfLoader::new();
         loader.default_map_pin_directory(&self.adopted);
         loader.map_max_entries("FLOWS", sizes.flows);
+        loader.map_max_entries("AFFINITIES", sizes.affinities);
         let sizes = [Step::Backends(room), Step::Tables(room)];
         for (name, size) in sizes.into_iter().flat_map(Step::sizes) {
             loader.map_max_entries(name, size);
@@ -269,6 +287,8 @@ impl Loaded {
             let program = hook::<aya::programs::CgroupSockAddr>(&mut ebpf, name)?;
             super::checked(name, || program.load())?;
         }
+        let end = hook::<aya::programs::CgroupSock>(&mut ebpf, super::SOCKET_END)?;
+        super::checked(super::SOCKET_END, || end.load())?;
         for (_, name) in super::POD_HOOKS.iter().chain(super::NETWORK_HOOKS) {
             let program = hook::<aya::programs::SchedClassifier>(&mut ebpf, name)?;
             super::checked(name, || program.load())?;

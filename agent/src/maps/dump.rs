@@ -10,7 +10,9 @@ use bytemuck::must_cast;
 use bytes::Bytes;
 use serde_json::{Value, json};
 use tokio::sync::mpsc::Sender;
-use xebec_dataplane_common::flow::{Flow, FlowKey, TURN_BACK, TURN_FORTH, TURN_LATE, ticks};
+use xebec_dataplane_common::flow::{
+    Flow, FlowKey, TURN_BACK, TURN_DIRECT, TURN_FORTH, TURN_LATE, ticks,
+};
 use xebec_dataplane_common::ip::Ip;
 use xebec_dataplane_common::nat::Tuple;
 use xebec_dataplane_common::service::{
@@ -269,6 +271,8 @@ fn reversed(tuple: &Tuple) -> Tuple {
 fn flow(key: &FlowKey, flow: &Flow, now: u32, what: What, filter: Filter) -> Option<Value> {
     let forth = tuple(key, flow.from_low != 0);
     let turned = match flow.turn & (TURN_FORTH | TURN_BACK) {
+        // Its packets go to the backend's node as they are, and their translation is that node's.
+        TURN_FORTH if flow.turn & TURN_DIRECT != 0 => Some(("dsr", forth)),
         TURN_FORTH => Some(("forward", forth)),
         TURN_BACK => Some(("reply", reversed(&forth))),
         _ => None,
@@ -393,6 +397,11 @@ mod tests {
         assert_eq!(row["translation"]["direction"], "reply");
         assert_eq!(row["translation"]["hook"], "egress");
         assert_eq!(row["translation"]["source"], "192.0.2.1:30080");
+        let mut direct = value;
+        direct.turn = TURN_FORTH | TURN_DIRECT;
+        let row = flow(&key, &direct, 102, What::Flows, Filter::default()).unwrap();
+        assert_eq!(row["translation"]["direction"], "dsr");
+        assert_eq!(row["translation"]["new_destination"], "10.244.1.5:80");
     }
 
     #[test]

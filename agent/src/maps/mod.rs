@@ -3,9 +3,9 @@
 pub(crate) mod batch;
 pub(crate) mod dump;
 pub(crate) mod parted;
-pub(crate) mod ports;
 mod services;
 mod table;
+pub(crate) mod usage;
 
 use std::net::IpAddr;
 

@@ -10,7 +10,7 @@ use prometheus_client::metrics::gauge::ConstGauge;
 use crate::bpf_maps::Held;
 use crate::flows::Flows;
 use crate::maps::batch;
-use crate::maps::ports::Ports;
+use crate::maps::usage::Usage;
 
 /// Counters of packets and events, read when somebody asks.
 pub(super) struct Packets(pub Flows);
@@ -79,16 +79,20 @@ impl Collector for Packets {
     }
 }
 
-/// The node's ports that translated flows hold, counted (by this function) when somebody asks.
+/// The node's ports and the entries of tables that flows and affinities take up, counted (by this function) when
+/// somebody asks.
 #[derive(Debug)]
-pub(super) struct NatPorts(pub fn() -> Result<Ports>);
+pub(super) struct InUse(pub fn() -> Result<Usage>);
 
-impl Collector for NatPorts {
+impl Collector for InUse {
     fn encode(&self, mut encoder: DescriptorEncoder) -> std::fmt::Result {
-        let ports = match (self.0)() {
-            Ok(ports) => ports,
+        let Usage { ports, tables } = match (self.0)() {
+            Ok(usage) => usage,
             Err(error) => {
-                tracing::warn!(error = format!("{error:#}"), "metrics lack the ports");
+                tracing::warn!(
+                    error = format!("{error:#}"),
+                    "metrics lack ports and tables in use"
+                );
                 return Ok(());
             }
         };
@@ -111,6 +115,13 @@ impl Collector for NatPorts {
         ] {
             let metric = encoder.encode_descriptor(name, help, None, MetricType::Gauge)?;
             ConstGauge::new(value).encode(metric)?;
+        }
+        let help = "Part that is in use of a table which forgets what was not asked for longest when it is full";
+        let name = "xebec_bpf_map_pressure";
+        let mut metric = encoder.encode_descriptor(name, help, None, MetricType::Gauge)?;
+        for table in tables {
+            let labels = [("map", table.name)];
+            ConstGauge::new(table.pressure()).encode(metric.encode_family(&labels)?)?;
         }
         Ok(())
     }
@@ -184,6 +195,7 @@ mod tests {
 
     use super::*;
     use crate::bpf_maps;
+    use crate::maps::usage::{Ports, Table};
     use crate::names::Names;
 
     fn text(collector: impl Collector) -> String {
@@ -210,23 +222,33 @@ mod tests {
     }
 
     #[test]
-    fn ports_are_told_with_how_many_there_are() {
-        let told = text(NatPorts(|| {
-            Ok(Ports {
-                used: 9,
-                busiest: 7,
-                available: 4_536,
+    fn what_is_in_use_is_told_with_how_much_there_is() {
+        let told = text(InUse(|| {
+            let table = |name: &'static str, in_use: u64| Table {
+                name,
+                in_use,
+                capacity: 1_000,
+            };
+            Ok(Usage {
+                ports: Ports {
+                    used: 9,
+                    busiest: 7,
+                    available: 4_536,
+                },
+                tables: [table("FLOWS", 250), table("AFFINITIES", 1_000)],
             })
         }));
         for line in [
             "xebec_nat_ports_used 9\n",
             "xebec_nat_ports_used_most 7\n",
             "xebec_nat_ports 4536\n",
+            "xebec_bpf_map_pressure{map=\"FLOWS\"} 0.25\n",
+            "xebec_bpf_map_pressure{map=\"AFFINITIES\"} 1.0\n",
         ] {
             assert!(told.contains(line), "{told}");
         }
         // What can't be counted is left out, and the rest is told.
-        let told = text(NatPorts(|| anyhow::bail!("no map")));
+        let told = text(InUse(|| anyhow::bail!("no map")));
         assert_eq!(told, "# EOF\n");
     }
 

@@ -79,7 +79,7 @@ impl Metrics {
         );
         registry.register_collector(Box::new(dataplane::Packets(sources.flows.clone())));
         registry.register_collector(Box::new(dataplane::KernelMaps(crate::bpf_maps::held)));
-        registry.register_collector(Box::new(dataplane::NatPorts(crate::maps::ports::used)));
+        registry.register_collector(Box::new(dataplane::InUse(crate::maps::usage::count)));
         registry.register_collector(Box::new(process::Process));
         for part in parts {
             part.register(&mut registry);

@@ -49,6 +49,8 @@ pub fn left_out() -> bool {
 pub struct Options {
     /// How large the maps of Services are at first and at most: frontends, chunks, backends and ranges.
     pub sizes: Option<[[u32; 4]; 2]>,
+    /// How many flows and affinities there is room for.
+    pub forgetful: Option<[u32; 2]>,
     /// A file as ip-masq-agent has it.
     pub ip_masq: Option<PathBuf>,
     /// As on kernels without tcx.
@@ -82,6 +84,11 @@ pub fn run_agent() {
         most: room(&sizes[1]),
         ..Sizes::default()
     });
+    let mut sizes = sizes.unwrap_or_default();
+    if let Some(entries) = settings["forgetful"].as_array() {
+        let of = |index: usize| entries[index].as_u64().unwrap() as u32;
+        (sizes.flows, sizes.affinities) = (of(0), of(1));
+    }
     let cgroup = PathBuf::from(settings["cgroup"].as_str().unwrap());
     let config = xebec_agent::Config {
         lb_mode: xebec_agent::network::LbMode::Snat,
@@ -107,7 +114,7 @@ pub fn run_agent() {
             metrics: Some("127.0.0.1:10249".parse().unwrap()),
             healthz: None,
         },
-        sizes: sizes.unwrap_or_default(),
+        sizes,
         ip_masq: settings["ip_masq"].as_str().map(PathBuf::from),
     };
     let runtime = tokio::runtime::Builder::new_multi_thread()
@@ -251,7 +258,7 @@ impl Stage {
         assert!(self.agent.is_none());
         let settings = json!({
             "dir": self.place.dir.path(), "cgroup": self.place.cgroup,
-            "sizes": options.sizes, "ip_masq": options.ip_masq,
+            "sizes": options.sizes, "forgetful": options.forgetful, "ip_masq": options.ip_masq,
             "xdp": options.xdp,
         });
         let _ = std::fs::remove_file(self.path("agent.sock"));
@@ -485,10 +492,15 @@ pub fn frontend(number: u32) -> Ipv4Addr {
     Ipv4Addr::from_bits(0x0a60_0000 + number)
 }
 
+/// A pod of the other node.
+pub fn server(number: u32) -> Ipv4Addr {
+    Ipv4Addr::from_bits(0x0a80_0000 + 1 + number % 0x3f_fff0)
+}
+
 /// Service number `number` and its slice with so many endpoints from the `first` of the other node's pods on.
 pub fn service(number: u32, protocol: &str, first: u32, endpoints: u32) -> [Value; 2] {
     let name = format!("s{number}");
-    let at = |index: u32| Ipv4Addr::from_bits(0x0a80_0000 + 1 + (first + index) % 0x3f_fff0);
+    let at = |index: u32| server(first + index);
     let endpoints: Vec<Value> = (0..endpoints)
         .map(|index| {
             json!({
@@ -568,8 +580,12 @@ impl Stage {
 
     /// A connection of the pod to a Service.
     pub fn dial(&self, number: u32) -> TcpStream {
+        self.dial_at((frontend(number), PORT).into())
+    }
+
+    /// A connection of the pod to anybody.
+    pub fn dial_at(&self, to: SocketAddr) -> TcpStream {
         self.pod.run(|| {
-            let to = SocketAddr::from((frontend(number), PORT));
             let stream = TcpStream::connect_timeout(&to, Duration::from_secs(5)).unwrap();
             stream.set_nodelay(true).unwrap();
             stream

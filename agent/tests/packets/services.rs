@@ -6,8 +6,8 @@ use xebec_agent::maps::{PolicyKernel, ServiceKernel};
 use xebec_dataplane_common::flow::REASON_NO_SERVICE;
 use xebec_dataplane_common::ip::Ip;
 use xebec_dataplane_common::service::{
-    DROP_INSIDE, DROP_OUTSIDE, ENDING, EXTERNAL, HASH_INSIDE, ON_THIS_NODE, SOURCE_RANGES,
-    THIS_NODE,
+    DROP_INSIDE, DROP_OUTSIDE, ENDING, EXTERNAL, HASH_INSIDE, HASH_OUTSIDE, ON_THIS_NODE,
+    SOURCE_RANGES, THIS_NODE,
 };
 
 use super::packet::INIT;
@@ -507,6 +507,53 @@ fn a_hash_chooses_the_same_again_and_chance_does_not() {
                 assert!(!same || found.len() == 1, "{found:?}");
                 all.extend(found);
             }
+            assert!(all.len() > 24, "{all:?}");
+        }
+    }
+}
+
+/// Nodes agree about clients of the outside: which of a Service's addresses they ask makes no difference.
+#[test]
+fn a_hash_for_the_outside_is_of_the_client_and_the_ports_alone() {
+    if left_out() {
+        return;
+    }
+    for f in FAMILIES {
+        let mut kernel = Kernel::shared();
+        for number in 1..=32_u16 {
+            kernel.backend(number.into(), web(f), 8_000 + number, ON_THIS_NODE, 1);
+        }
+        let addresses = [80, 81].map(|last| at(f, [203, 0, 113, last]));
+        for (hash, same) in [(HASH_OUTSIDE, true), (HASH_INSIDE, false)] {
+            let front = Front {
+                service: 1,
+                flags: EXTERNAL | hash,
+                inside: (1..=32).collect(),
+                outside: (1..=32).collect(),
+                ..Front::default()
+            };
+            for address in addresses {
+                kernel.service(address, 80, &front);
+            }
+            let mut all = HashSet::new();
+            let mut agreed = 0;
+            for port in 4000..4100 {
+                let mut found = HashSet::new();
+                for address in addresses {
+                    kernel.tables().flows.clear();
+                    let sent = udp(client(f), address, port, 80);
+                    let (verdict, out) = kernel.run("xebec_from_network", &sent.bytes());
+                    let chosen = (1..=32_u16)
+                        .find(|number| out == sent.to(web(f), 8_000 + number).bytes())
+                        .unwrap_or_else(|| panic!("{sent:?} became {out:02x?}"));
+                    assert_eq!(verdict, OK);
+                    found.insert(chosen);
+                }
+                agreed += u32::from(found.len() == 1);
+                all.extend(found);
+            }
+            // By chance one in 32 agrees.
+            assert_eq!(agreed == 100, same, "{agreed}");
             assert!(all.len() > 24, "{all:?}");
         }
     }

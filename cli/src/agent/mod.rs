@@ -93,6 +93,9 @@ struct Run {
     /// one left keeps its size until the node starts anew
     #[arg(long, default_value_t = xebec_agent::loader::FLOWS, value_parser = clap::value_parser!(u32).range(1_024..=33_554_432))]
     flow_entries: u32,
+    /// Entries of the table of clients that keep their backend (sessionAffinity), 100 bytes each
+    #[arg(long, default_value_t = xebec_agent::loader::AFFINITIES, value_parser = clap::value_parser!(u32).range(1_024..=33_554_432))]
+    affinity_entries: u32,
     /// The host's cgroup v2 hierarchy, or the folder with all hierarchies; by default where it is mounted
     #[arg(long)]
     cgroup_root: Option<PathBuf>,
@@ -276,6 +279,7 @@ impl Run {
             l2_announcements: self.l2_announcements,
             sizes: xebec_agent::loader::Sizes {
                 flows: self.flow_entries,
+                affinities: self.affinity_entries,
                 ..Default::default()
             },
             ip_masq: self.ip_masq_config.clone(),
