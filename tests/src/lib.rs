@@ -206,22 +206,7 @@ impl Cluster {
     /// What a node's agent answers to a request for this path.
     pub fn ask_agent(&self, node: &str, path: &str) -> Result<Value> {
         let socket = self.dir.join(format!("run/nodes/{node}/agent.sock"));
-        let mut stream = UnixStream::connect(&socket)
-            .with_context(|| format!("could not connect to {}", socket.display()))?;
-        // By HTTP/1.0 nothing comes in chunks.
-        write!(
-            stream,
-            "GET {path} HTTP/1.0\r\nhost: agent\r\nconnection: close\r\n\r\n"
-        )
-        .context("could not ask the agent")?;
-        let mut text = String::new();
-        stream
-            .read_to_string(&mut text)
-            .context("the agent did not answer")?;
-        let (_, body) = text
-            .split_once("\r\n\r\n")
-            .with_context(|| format!("the agent answered {text:?}"))?;
-        serde_json::from_str(body).with_context(|| format!("the agent answered {text:?}"))
+        ask_socket(&socket, path)
     }
 
     /// The log of the cluster's process.
@@ -242,6 +227,26 @@ impl Drop for Cluster {
         }
         let _ = std::fs::remove_dir_all(&self.dir);
     }
+}
+
+/// What an agent answers at its socket to a request for this path.
+pub fn ask_socket(socket: &Path, path: &str) -> Result<Value> {
+    let mut stream = UnixStream::connect(socket)
+        .with_context(|| format!("could not connect to {}", socket.display()))?;
+    // By HTTP/1.0 nothing comes in chunks.
+    write!(
+        stream,
+        "GET {path} HTTP/1.0\r\nhost: agent\r\nconnection: close\r\n\r\n"
+    )
+    .context("could not ask the agent")?;
+    let mut text = String::new();
+    stream
+        .read_to_string(&mut text)
+        .context("the agent did not answer")?;
+    let (_, body) = text
+        .split_once("\r\n\r\n")
+        .with_context(|| format!("the agent answered {text:?}"))?;
+    serde_json::from_str(body).with_context(|| format!("the agent answered {text:?}"))
 }
 
 /// Sends a signal to a process, or to a group where the number is negative.

@@ -5,7 +5,8 @@ mod cells;
 
 use anyhow::Result;
 use cells::{
-    bad_input, endpoints, faults, frontends, life, odd, policies, sctp, told, ways, world::World,
+    alone, bad_input, endpoints, faults, frontends, life, odd, policies, sctp, told, ways,
+    world::World,
 };
 use xebec_tests::{Machine, assert_nothing_left};
 
@@ -43,6 +44,7 @@ const MODES: [Mode; 3] = [
             ("closed", odd::closed),
             ("associations", sctp::associations),
             ("around the stack", ways::around),
+            ("agent alone", alone::agent_alone),
             ("killed", faults::killed),
         ],
     ),

@@ -61,7 +61,7 @@ pub fn ip(text: &str) -> Result<IpAddr> {
         .with_context(|| format!("{text:?} is no address"))
 }
 
-fn ip_command(line: &str) -> Result<()> {
+pub fn ip_command(line: &str) -> Result<()> {
     let output = Command::new("ip").args(line.split(' ')).output();
     succeed(&format!("ip {line}"), output.context("could not start ip")?).map(drop)
 }
@@ -444,14 +444,18 @@ impl World {
 
 /// The cgroup of a node's pods, where its socket programs are.
 fn cgroup(node: &str) -> Result<PathBuf> {
+    Ok(cgroups()?.join("xebec").join(node))
+}
+
+/// Where cgroup v2 is mounted.
+pub fn cgroups() -> Result<PathBuf> {
     let mounts = std::fs::read_to_string("/proc/self/mounts").context("could not read mounts")?;
     let point = mounts.lines().find_map(|line| {
         let mut words = line.split(' ').skip(1);
         let (point, kind) = (words.next()?, words.next()?);
         (kind == "cgroup2").then_some(point)
     });
-    let point = point.context("cgroup v2 is not mounted")?;
-    Ok(PathBuf::from(point).join("xebec").join(node))
+    point.map(PathBuf::from).context("cgroup v2 is not mounted")
 }
 
 /// Fails unless exactly these have answered.
