@@ -6,7 +6,7 @@
 use std::collections::BTreeMap;
 use std::fs::File;
 use std::io::{self, BufRead, BufReader, ErrorKind, Read, Write};
-use std::net::{Ipv6Addr, SocketAddr, TcpListener, TcpStream, UdpSocket};
+use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr, TcpListener, TcpStream, UdpSocket};
 use std::os::fd::{AsRawFd, OwnedFd};
 use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicBool, Ordering};
@@ -215,19 +215,40 @@ impl Place {
         self.talk(protocol, to)?.ask()
     }
 
-    /// Asks so many times, each by a socket of its own: how often each answered.
+    /// Asks so many times, each by a socket of its own: how often each answered. All of it is done there at once.
     pub fn ask_many(
         &self,
         protocol: Protocol,
         to: SocketAddr,
         count: usize,
     ) -> Result<BTreeMap<String, usize>> {
+        let ask = || -> io::Result<Answer> {
+            let mut talk = match protocol {
+                Protocol::Tcp => {
+                    let stream = TcpStream::connect_timeout(&to, PATIENCE)?;
+                    Talk::Tcp(BufReader::new(stream))
+                }
+                Protocol::Udp => {
+                    let any: IpAddr = match to {
+                        SocketAddr::V4(_) => Ipv4Addr::UNSPECIFIED.into(),
+                        SocketAddr::V6(_) => Ipv6Addr::UNSPECIFIED.into(),
+                    };
+                    let socket = UdpSocket::bind((any, 0))?;
+                    socket.connect(to)?;
+                    Talk::Udp(socket)
+                }
+            };
+            talk.set_patience(PATIENCE)?;
+            talk.ask()
+        };
         let mut by_name = BTreeMap::new();
-        for _ in 0..count {
-            let answer = self.ask(protocol, to);
-            let answer = answer.with_context(|| format!("{} to {protocol:?} {to}", self.name))?;
-            *by_name.entry(answer.name).or_default() += 1;
-        }
+        let asked = self.run(|| {
+            for _ in 0..count {
+                *by_name.entry(ask()?.name).or_default() += 1;
+            }
+            Ok::<_, io::Error>(())
+        })?;
+        asked.with_context(|| format!("{} to {protocol:?} {to}", self.name))?;
         Ok(by_name)
     }
 

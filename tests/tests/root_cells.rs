@@ -5,7 +5,8 @@ mod cells;
 
 use anyhow::Result;
 use cells::{
-    bad_input, endpoints, faults, frontends, life, odd, policies, sctp, told, ways, world::World,
+    bad_input, endpoints, faults, frontends, left_alone, life, local, near, odd, policies, sctp,
+    told, ways, weights, world::World,
 };
 use xebec_tests::{Machine, assert_nothing_left};
 
@@ -26,8 +27,13 @@ const MODES: [Mode; 3] = [
             ("external traffic", policies::external_traffic),
             ("internal traffic", policies::internal_traffic),
             ("source ranges", policies::source_ranges),
+            ("local ones that end", local::ending),
+            ("left alone", left_alone::left_alone),
+            ("weights", weights::weights),
             ("not ready", endpoints::not_ready),
             ("near ones", endpoints::near_ones),
+            ("one zone", near::one_zone),
+            ("hints", near::hints),
             ("same ones", endpoints::same_ones),
             ("hashed", endpoints::hashed),
             ("written by hand", endpoints::written_by_hand),

@@ -161,7 +161,7 @@ fn leaves(world: &mut World, stays_anothers: bool) -> Result<()> {
 }
 
 /// Many talks, of which each is with this one.
-fn talks_with(
+pub fn talks_with(
     place: &Place,
     protocol: Protocol,
     to: SocketAddr,

@@ -10,7 +10,7 @@ use xebec_tests::place::Protocol;
 use super::world::{FAMILIES, NAMESPACE, PORT, TARGET, World, of, service};
 
 /// What a command prints, as JSON.
-fn printed(world: &World, args: &[&str]) -> Result<Vec<Value>> {
+pub fn printed(world: &World, args: &[&str]) -> Result<Vec<Value>> {
     let text = world.cluster.run(&[args, &["-o", "json"]].concat())?;
     let rows = serde_json::from_str(&text);
     rows.with_context(|| format!("xebec {} printed {text:?}", args.join(" ")))
