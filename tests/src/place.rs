@@ -388,6 +388,28 @@ impl Talk {
         }
     }
 
+    /// How long a connection's packets may be, as far as its kernel has learned by now.
+    pub fn path_mtu(&self) -> io::Result<u32> {
+        let Self::Tcp(stream) = self else {
+            return Err(io::Error::other("datagrams have no connection"));
+        };
+        // SAFETY: all zeros are a valid value of this plain structure.
+        let mut info: nix::libc::tcp_info = unsafe { std::mem::zeroed() };
+        let mut length = size_of_val(&info) as nix::libc::socklen_t;
+        // SAFETY: the kernel writes at most `length` bytes, which `info` has.
+        let outcome = unsafe {
+            nix::libc::getsockopt(
+                stream.get_ref().as_raw_fd(),
+                nix::libc::IPPROTO_TCP,
+                nix::libc::TCP_INFO,
+                (&raw mut info).cast(),
+                &raw mut length,
+            )
+        };
+        nix::errno::Errno::result(outcome)?;
+        Ok(info.tcpi_pmtu)
+    }
+
     /// Waits until the socket has an error or its end, and tells which; `None` if neither comes.
     pub fn fate(&mut self) -> Option<ErrorKind> {
         let outcome = match self {

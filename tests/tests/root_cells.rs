@@ -6,7 +6,7 @@ mod cells;
 use anyhow::Result;
 use cells::{
     bad_input, endpoints, faults, frontends, left_alone, life, local, near, odd, policies, sctp,
-    told, ways, weights, world::World,
+    told, too_big, ways, weights, world::World,
 };
 use xebec_tests::{Machine, assert_nothing_left};
 
@@ -47,6 +47,8 @@ const MODES: [Mode; 3] = [
             ("crowd", bad_input::crowd),
             ("in fragments", odd::in_fragments),
             ("closed", odd::closed),
+            ("too big, said by a router", too_big::said_by_a_router),
+            ("too big, said by a node", too_big::said_by_a_node),
             ("associations", sctp::associations),
             ("around the stack", ways::around),
             ("killed", faults::killed),

@@ -13,6 +13,7 @@ pub mod odd;
 pub mod policies;
 pub mod sctp;
 pub mod told;
+pub mod too_big;
 pub mod ways;
 pub mod weights;
 pub mod world;

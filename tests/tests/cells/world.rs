@@ -48,7 +48,7 @@ const ARGS: [&str; 6] = [
     "--load-balancer-cidr",
     "10.245.0.201-10.245.0.219,fd00:10:245::d0-fd00:10:245::df",
 ];
-const NETNS: &str = "xebec-test-cells";
+pub const NETNS: &str = "xebec-test-cells";
 const CABLE: &str = "xbcells0";
 
 /// One of a pair, by family.
@@ -61,7 +61,7 @@ pub fn ip(text: &str) -> Result<IpAddr> {
         .with_context(|| format!("{text:?} is no address"))
 }
 
-fn ip_command(line: &str) -> Result<()> {
+pub fn ip_command(line: &str) -> Result<()> {
     let output = Command::new("ip").args(line.split(' ')).output();
     succeed(&format!("ip {line}"), output.context("could not start ip")?).map(drop)
 }
