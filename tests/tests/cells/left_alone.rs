@@ -6,7 +6,7 @@ use anyhow::{Result, ensure};
 use serde_json::{Value, json};
 use xebec_tests::place::PROTOCOLS;
 
-use super::told::printed;
+use super::told::{Metrics, printed};
 use super::world::{FAMILIES, NAMESPACE, TARGET, World, of, service, slices};
 
 const ALONE: [&str; 4] = ["headless", "headless-by-hand", "away", "foreign"];
@@ -26,6 +26,21 @@ fn flows(world: &World, node: &str, at: SocketAddr) -> Result<Vec<Value>> {
         &port,
     ];
     printed(world, &list)
+}
+
+/// What each node's agent counts of what it could not write, or had no room for.
+fn failures(world: &World) -> Result<Vec<f64>> {
+    let mut all = Vec::new();
+    for node in world.nodes.values() {
+        let metrics = Metrics::of(node)?;
+        for name in [
+            "xebec_services_write_failures_total",
+            "xebec_services_lacking_room",
+        ] {
+            all.push(metrics.value(name)?);
+        }
+    }
+    Ok(all)
 }
 
 /// No agent makes frontends of them, or anything of their endpoints; who asks an endpoint by its own address reaches it as
@@ -49,6 +64,7 @@ pub fn left_alone(world: &mut World) -> Result<()> {
     let a2 = world.pod("a2")?;
     objects.extend(slices("headless-by-hand", &[(a2.addresses, json!({}))]));
     let said = world.cluster.log().len();
+    let failed = failures(world)?;
     world.apply(&objects)?;
     // Whoever knows of the next one has heard of those before.
     world.apply(&[service("beside", json!({"selector": web}))])?;
@@ -91,6 +107,8 @@ pub fn left_alone(world: &mut World) -> Result<()> {
         .filter(|line| line.contains("WARN") || line.contains("ERROR"))
         .collect();
     ensure!(complaints.is_empty(), "{complaints:#?}");
+    let now = failures(world)?;
+    ensure!(now == failed, "{now:?} failures, {failed:?} before");
     world.delete(&ALONE)?;
     world.delete(&["beside"])
 }
