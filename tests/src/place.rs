@@ -9,7 +9,7 @@ use std::io::{self, BufRead, BufReader, ErrorKind, Read, Write};
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr, TcpListener, TcpStream, UdpSocket};
 use std::os::fd::{AsRawFd, OwnedFd};
 use std::path::{Path, PathBuf};
-use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex, PoisonError};
 use std::thread::JoinHandle;
 use std::time::Duration;
@@ -133,16 +133,7 @@ impl Place {
 
     /// A socket of this place, made there and not yet connected.
     fn socket(&self, protocol: Protocol, v4: bool) -> io::Result<OwnedFd> {
-        let family = if v4 {
-            AddressFamily::Inet
-        } else {
-            AddressFamily::Inet6
-        };
-        let kind = match protocol {
-            Protocol::Tcp => SockType::Stream,
-            Protocol::Udp => SockType::Datagram,
-        };
-        self.run(|| socket(family, kind, SockFlag::SOCK_CLOEXEC, None))
+        self.run(|| open(protocol, v4))
             .map_err(io::Error::other)?
             .map_err(Into::into)
     }
@@ -178,6 +169,8 @@ impl Place {
             // Of sockets for datagrams that all have this, the kernel gives several the same port by itself.
             setsockopt(&socket, sockopt::ReuseAddr, &true)?;
             bind(socket.as_raw_fd(), &SockaddrStorage::from(from))?;
+        } else if protocol == Protocol::Udp {
+            bind_anew(&socket, to.is_ipv4())?;
         }
         let connected = self.connect(&socket, to)?;
         connected.map_err(|error| match error {
@@ -229,13 +222,10 @@ impl Place {
                     Talk::Tcp(BufReader::new(stream))
                 }
                 Protocol::Udp => {
-                    let any: IpAddr = match to {
-                        SocketAddr::V4(_) => Ipv4Addr::UNSPECIFIED.into(),
-                        SocketAddr::V6(_) => Ipv6Addr::UNSPECIFIED.into(),
-                    };
-                    let socket = UdpSocket::bind((any, 0))?;
-                    socket.connect(to)?;
-                    Talk::Udp(socket)
+                    let socket = open(protocol, to.is_ipv4())?;
+                    bind_anew(&socket, to.is_ipv4())?;
+                    connect(socket.as_raw_fd(), &SockaddrStorage::from(to))?;
+                    Talk::Udp(socket.into())
                 }
             };
             talk.set_patience(PATIENCE)?;
@@ -292,6 +282,41 @@ impl Place {
         let mut talk = Talk::Udp(socket.into());
         talk.set_patience(SILENCE)?;
         told(talk.ask().map(drop))
+    }
+}
+
+/// A socket where the caller is.
+fn open(protocol: Protocol, v4: bool) -> nix::Result<OwnedFd> {
+    let family = if v4 {
+        AddressFamily::Inet
+    } else {
+        AddressFamily::Inet6
+    };
+    let kind = match protocol {
+        Protocol::Tcp => SockType::Stream,
+        Protocol::Udp => SockType::Datagram,
+    };
+    socket(family, kind, SockFlag::SOCK_CLOEXEC, None)
+}
+
+/// Gives a socket for datagrams a port that none had before it, for a long while. Those that kernels give come again, and
+/// what a flow was sent to before, it is sent to then.
+fn bind_anew(socket: &OwnedFd, v4: bool) -> io::Result<()> {
+    /// Below node ports and those that kernels give.
+    const PORTS: std::ops::Range<usize> = 12_000..30_000;
+    static NEXT: AtomicUsize = AtomicUsize::new(0);
+    let any: IpAddr = if v4 {
+        Ipv4Addr::UNSPECIFIED.into()
+    } else {
+        Ipv6Addr::UNSPECIFIED.into()
+    };
+    loop {
+        let number = NEXT.fetch_add(1, Ordering::Relaxed) % PORTS.len();
+        let from = SocketAddr::new(any, (PORTS.start + number) as u16);
+        match bind(socket.as_raw_fd(), &SockaddrStorage::from(from)) {
+            Err(nix::errno::Errno::EADDRINUSE) => {}
+            outcome => return outcome.map_err(Into::into),
+        }
     }
 }
 
