@@ -6,10 +6,10 @@
 use std::collections::BTreeMap;
 use std::fs::File;
 use std::io::{self, BufRead, BufReader, ErrorKind, Read, Write};
-use std::net::{Ipv6Addr, SocketAddr, TcpListener, TcpStream, UdpSocket};
+use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr, TcpListener, TcpStream, UdpSocket};
 use std::os::fd::{AsRawFd, OwnedFd};
 use std::path::{Path, PathBuf};
-use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex, PoisonError};
 use std::thread::JoinHandle;
 use std::time::Duration;
@@ -133,16 +133,7 @@ impl Place {
 
     /// A socket of this place, made there and not yet connected.
     fn socket(&self, protocol: Protocol, v4: bool) -> io::Result<OwnedFd> {
-        let family = if v4 {
-            AddressFamily::Inet
-        } else {
-            AddressFamily::Inet6
-        };
-        let kind = match protocol {
-            Protocol::Tcp => SockType::Stream,
-            Protocol::Udp => SockType::Datagram,
-        };
-        self.run(|| socket(family, kind, SockFlag::SOCK_CLOEXEC, None))
+        self.run(|| open(protocol, v4))
             .map_err(io::Error::other)?
             .map_err(Into::into)
     }
@@ -178,6 +169,8 @@ impl Place {
             // Of sockets for datagrams that all have this, the kernel gives several the same port by itself.
             setsockopt(&socket, sockopt::ReuseAddr, &true)?;
             bind(socket.as_raw_fd(), &SockaddrStorage::from(from))?;
+        } else if protocol == Protocol::Udp {
+            bind_anew(&socket, to.is_ipv4())?;
         }
         let connected = self.connect(&socket, to)?;
         connected.map_err(|error| match error {
@@ -215,19 +208,37 @@ impl Place {
         self.talk(protocol, to)?.ask()
     }
 
-    /// Asks so many times, each by a socket of its own: how often each answered.
+    /// Asks so many times, each by a socket of its own: how often each answered. All of it is done there at once.
     pub fn ask_many(
         &self,
         protocol: Protocol,
         to: SocketAddr,
         count: usize,
     ) -> Result<BTreeMap<String, usize>> {
+        let ask = || -> io::Result<Answer> {
+            let mut talk = match protocol {
+                Protocol::Tcp => {
+                    let stream = TcpStream::connect_timeout(&to, PATIENCE)?;
+                    Talk::Tcp(BufReader::new(stream))
+                }
+                Protocol::Udp => {
+                    let socket = open(protocol, to.is_ipv4())?;
+                    bind_anew(&socket, to.is_ipv4())?;
+                    connect(socket.as_raw_fd(), &SockaddrStorage::from(to))?;
+                    Talk::Udp(socket.into())
+                }
+            };
+            talk.set_patience(PATIENCE)?;
+            talk.ask()
+        };
         let mut by_name = BTreeMap::new();
-        for _ in 0..count {
-            let answer = self.ask(protocol, to);
-            let answer = answer.with_context(|| format!("{} to {protocol:?} {to}", self.name))?;
-            *by_name.entry(answer.name).or_default() += 1;
-        }
+        let asked = self.run(|| {
+            for _ in 0..count {
+                *by_name.entry(ask()?.name).or_default() += 1;
+            }
+            Ok::<_, io::Error>(())
+        })?;
+        asked.with_context(|| format!("{} to {protocol:?} {to}", self.name))?;
         Ok(by_name)
     }
 
@@ -271,6 +282,41 @@ impl Place {
         let mut talk = Talk::Udp(socket.into());
         talk.set_patience(SILENCE)?;
         told(talk.ask().map(drop))
+    }
+}
+
+/// A socket where the caller is.
+fn open(protocol: Protocol, v4: bool) -> nix::Result<OwnedFd> {
+    let family = if v4 {
+        AddressFamily::Inet
+    } else {
+        AddressFamily::Inet6
+    };
+    let kind = match protocol {
+        Protocol::Tcp => SockType::Stream,
+        Protocol::Udp => SockType::Datagram,
+    };
+    socket(family, kind, SockFlag::SOCK_CLOEXEC, None)
+}
+
+/// Gives a socket for datagrams a port that none had before it, for a long while. Those that kernels give come again, and
+/// what a flow was sent to before, it is sent to then.
+fn bind_anew(socket: &OwnedFd, v4: bool) -> io::Result<()> {
+    /// Below node ports and those that kernels give.
+    const PORTS: std::ops::Range<usize> = 12_000..30_000;
+    static NEXT: AtomicUsize = AtomicUsize::new(0);
+    let any: IpAddr = if v4 {
+        Ipv4Addr::UNSPECIFIED.into()
+    } else {
+        Ipv6Addr::UNSPECIFIED.into()
+    };
+    loop {
+        let number = NEXT.fetch_add(1, Ordering::Relaxed) % PORTS.len();
+        let from = SocketAddr::new(any, (PORTS.start + number) as u16);
+        match bind(socket.as_raw_fd(), &SockaddrStorage::from(from)) {
+            Err(nix::errno::Errno::EADDRINUSE) => {}
+            outcome => return outcome.map_err(Into::into),
+        }
     }
 }
 
@@ -365,6 +411,28 @@ impl Talk {
             Self::Tcp(stream) => stream.get_ref().peer_addr(),
             Self::Udp(socket) => socket.peer_addr(),
         }
+    }
+
+    /// How long a connection's packets may be, as far as its kernel has learned by now.
+    pub fn path_mtu(&self) -> io::Result<u32> {
+        let Self::Tcp(stream) = self else {
+            return Err(io::Error::other("datagrams have no connection"));
+        };
+        // SAFETY: all zeros are a valid value of this plain structure.
+        let mut info: nix::libc::tcp_info = unsafe { std::mem::zeroed() };
+        let mut length = size_of_val(&info) as nix::libc::socklen_t;
+        // SAFETY: the kernel writes at most `length` bytes, which `info` has.
+        let outcome = unsafe {
+            nix::libc::getsockopt(
+                stream.get_ref().as_raw_fd(),
+                nix::libc::IPPROTO_TCP,
+                nix::libc::TCP_INFO,
+                (&raw mut info).cast(),
+                &raw mut length,
+            )
+        };
+        nix::errno::Errno::result(outcome)?;
+        Ok(info.tcpi_pmtu)
     }
 
     /// Waits until the socket has an error or its end, and tells which; `None` if neither comes.

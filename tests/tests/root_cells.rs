@@ -5,8 +5,8 @@ mod cells;
 
 use anyhow::Result;
 use cells::{
-    alone, bad_input, endpoints, faults, frontends, life, odd, policies, sctp, told, ways,
-    world::World,
+    alone, bad_input, endpoints, faults, frontends, left_alone, life, local, near, odd, policies,
+    sctp, told, too_big, ways, weights, world::World,
 };
 use xebec_tests::{Machine, assert_nothing_left};
 
@@ -27,8 +27,13 @@ const MODES: [Mode; 3] = [
             ("external traffic", policies::external_traffic),
             ("internal traffic", policies::internal_traffic),
             ("source ranges", policies::source_ranges),
+            ("local ones that end", local::ending),
+            ("left alone", left_alone::left_alone),
+            ("weights", weights::weights),
             ("not ready", endpoints::not_ready),
             ("near ones", endpoints::near_ones),
+            ("one zone", near::one_zone),
+            ("hints", near::hints),
             ("same ones", endpoints::same_ones),
             ("hashed", endpoints::hashed),
             ("written by hand", endpoints::written_by_hand),
@@ -42,6 +47,8 @@ const MODES: [Mode; 3] = [
             ("crowd", bad_input::crowd),
             ("in fragments", odd::in_fragments),
             ("closed", odd::closed),
+            ("too big, said by a router", too_big::said_by_a_router),
+            ("too big, said by a node", too_big::said_by_a_node),
             ("associations", sctp::associations),
             ("around the stack", ways::around),
             ("agent alone", alone::agent_alone),

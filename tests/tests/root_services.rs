@@ -1,4 +1,4 @@
-//! Services of both families over two nodes, with real sockets: every kind of frontend, from pods, from the machine and
+//! Services of both families, and of IPv6 alone, over two nodes, with real sockets: every kind of frontend, from pods, from the machine and
 //! by a load balancer's address that a node announces; one without endpoints refuses at once.
 
 use std::collections::BTreeSet;
@@ -60,7 +60,11 @@ fn url(address: &str, port: u16) -> String {
 
 /// Every frontend is answered by both backends, from pods of both nodes; node ports and the load balancer's address
 /// from the machine, too, which is no node.
-fn every_frontend_answers(cluster: &Cluster, backends: &BTreeSet<String>) -> Result<()> {
+fn every_frontend_answers(
+    cluster: &Cluster,
+    backends: &BTreeSet<String>,
+    families: usize,
+) -> Result<()> {
     let web = cluster.get(&["service", "web", "-n", "shop"])?;
     let nodes = cluster.get(&["nodes"])?;
     let items = nodes["items"].as_array().context("no nodes")?;
@@ -73,9 +77,10 @@ fn every_frontend_answers(cluster: &Cluster, backends: &BTreeSet<String>) -> Res
         .map(|address| url(address, 30_080))
         .chain([url(&load_balancer(cluster)?.context("no address")?, 80)])
         .collect();
-    ensure!(outside.len() == 5, "two addresses a node: {outside:?}");
+    let right = outside.len() == NODES.len() * families + 1;
+    ensure!(right, "{families} addresses a node: {outside:?}");
     let cluster_ips = texts(&web["spec"]["clusterIPs"]);
-    ensure!(cluster_ips.len() == 2, "both families: {cluster_ips:?}");
+    ensure!(cluster_ips.len() == families, "{families}: {cluster_ips:?}");
     let inside = cluster_ips.iter().map(|address| url(address, 80));
     let mut wanted: Vec<(From<'_>, String)> = outside
         .iter()
@@ -119,15 +124,21 @@ fn nobody_is_told_of(cluster: &Cluster) -> Result<()> {
     Ok(())
 }
 
-fn scenario(cluster: &mut Cluster) -> Result<()> {
+/// With so many families.
+fn scenario(cluster: &mut Cluster, families: usize) -> Result<()> {
     cluster.k(&["create", "namespace", "shop"])?;
     let web = json!({"app": "web"});
+    let policy = if families == 2 {
+        "RequireDualStack"
+    } else {
+        "SingleStack"
+    };
     let mut objects = pods();
     objects.push(service(
         "web",
         json!({
             "type": "LoadBalancer",
-            "ipFamilyPolicy": "RequireDualStack",
+            "ipFamilyPolicy": policy,
             "selector": web,
             "ports": [{"port": 80, "targetPort": 8080, "nodePort": 30_080}],
         }),
@@ -135,7 +146,7 @@ fn scenario(cluster: &mut Cluster) -> Result<()> {
     objects.push(service(
         "nobody",
         json!({
-            "ipFamilyPolicy": "RequireDualStack",
+            "ipFamilyPolicy": policy,
             "selector": {"app": "nobody"},
             "ports": [{"port": 80}],
         }),
@@ -153,26 +164,30 @@ fn scenario(cluster: &mut Cluster) -> Result<()> {
     eventually("a node announces the address", MINUTE, || {
         Ok(shop::ask(&url(&address, 80), 1).is_ok())
     })?;
-    every_frontend_answers(cluster, &cluster.ready_pods("shop", "app=web")?)?;
+    let backends = cluster.ready_pods("shop", "app=web")?;
+    every_frontend_answers(cluster, &backends, families)?;
     nobody_is_told_of(cluster)?;
     cluster.down()
 }
 
-#[test]
-fn services_of_both_families_over_two_nodes() -> Result<()> {
+fn over_two_nodes(name: &str, pods: &str, balancers: &str, families: usize) -> Result<()> {
     let before = Machine::now()?;
-    let mut cluster = Cluster::up(
-        "services",
-        &[
-            "--nodes",
-            "2",
-            "--pod-cidr",
-            "10.244.0.0/16,fd00:10:244::/56",
-            "--load-balancer-cidr",
-            "10.245.0.200-10.245.0.210",
-        ],
-    )?;
-    scenario(&mut cluster)?;
+    let ranges = ["--pod-cidr", pods, "--load-balancer-cidr", balancers];
+    let mut cluster = Cluster::up(name, &[&["--nodes", "2"], &ranges[..]].concat())?;
+    scenario(&mut cluster, families)?;
     drop(cluster);
     assert_nothing_left(&before)
+}
+
+#[test]
+fn services_of_both_families_over_two_nodes() -> Result<()> {
+    let pods = "10.244.0.0/16,fd00:10:244::/56";
+    over_two_nodes("services", pods, "10.245.0.200-10.245.0.210", 2)
+}
+
+/// Pods, nodes and Services have no address of IPv4 at all.
+#[test]
+fn services_of_ipv6_alone_over_two_nodes() -> Result<()> {
+    let balancers = "fd00:10:245::c8-fd00:10:245::d2";
+    over_two_nodes("services-six", "fd00:10:244::/56", balancers, 1)
 }

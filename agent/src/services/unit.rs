@@ -297,11 +297,12 @@ impl<K: ServiceKernel> Tables<K> {
     /// that new flows may go to are chosen, and those whose flows go on are needed: whoever ends, and who was a backend
     /// and is still there. Without a connection, only who answers keeps it.
     fn members(&self, wanted: &Wanted, known: Option<&Unit>) -> Vec<Member> {
+        let lasts = |end: &End| wanted.protocol != UDP || end.traits & SERVING != 0;
         let ends = wanted.ends.iter();
         let mut members: Vec<Member> = ends
             .map(|end| Member {
                 number: self.backends.find(&target(end, wanted)).unwrap_or(0),
-                needed: end.traits & TERMINATING != 0,
+                needed: end.traits & TERMINATING != 0 && lasts(end),
                 chosen: false,
             })
             .collect();
@@ -312,8 +313,7 @@ impl<K: ServiceKernel> Tables<K> {
         if let Some(known) = known {
             let idle = members.iter_mut().zip(&wanted.ends);
             for (member, end) in idle.filter(|(member, _)| !member.needed) {
-                let lasts = wanted.protocol != UDP || end.traits & SERVING != 0;
-                member.needed = lasts && known.members.binary_search(&member.number).is_ok();
+                member.needed = lasts(end) && known.members.binary_search(&member.number).is_ok();
             }
         }
         members

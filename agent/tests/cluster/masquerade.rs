@@ -1,9 +1,9 @@
 //! Whom pods' own addresses are shown to, as ip-masq-agent's file says, and the ports that translation holds.
 
-use std::net::{IpAddr, Ipv4Addr};
+use std::net::IpAddr;
 
 use crate::alone;
-use crate::stage::{OUTSIDE, Options, Stage, left_out};
+use crate::stage::{FAR_POD, NODE, OUTSIDE, Options, Stage, left_out};
 
 #[test]
 fn pods_keep_their_address_towards_whom_the_file_names() {
@@ -21,30 +21,46 @@ fn pods_keep_their_address_towards_whom_the_file_names() {
     stage.start(&options);
     stage.wait_until_ready();
     let pod = stage.connect();
-    let node: IpAddr = [192, 0, 2, 10].into();
-    let sees = |stage: &mut Stage, whom: IpAddr| {
-        // A datagram may come before the kernel has been told.
-        stage.wait("the source that is seen", |stage| {
-            stage.seen_source(OUTSIDE) == Some(whom)
-        });
+    let parsed = |pair: [&str; 2]| -> [IpAddr; 2] { pair.map(|ip| ip.parse().unwrap()) };
+    let (node, outside, far_pod) = (parsed(NODE), parsed(OUTSIDE), parsed(FAR_POD));
+    // Whom someone outside sees by TCP and UDP: of IPv4, and of IPv6.
+    let sees = |stage: &mut Stage, whom: [IpAddr; 2]| {
+        for (outside, whom) in outside.into_iter().zip(whom) {
+            for tcp in [true, false] {
+                // A packet may come before the kernel has been told.
+                stage.wait("the source that is seen", |stage| {
+                    stage.seen_source(outside, tcp) == Some(whom)
+                });
+            }
+        }
+    };
+    let cluster_stays_native = |stage: &Stage| {
+        for (to, pod) in far_pod.into_iter().zip(pod) {
+            for tcp in [true, false] {
+                assert_eq!(stage.seen_source(to, tcp), Some(pod));
+            }
+        }
     };
     // There is no file: only private addresses see the pod's.
     sees(&mut stage, node);
     assert_eq!(stage.metric("xebec_nat_ports"), Some(4_536.0));
     let used = stage.metric("xebec_nat_ports_used").unwrap();
-    assert!(used >= 1.0 && stage.metric("xebec_nat_ports_used_most") == Some(used));
-    let in_cluster = Ipv4Addr::new(10, 128, 0, 9);
-    assert_eq!(stage.seen_source(in_cluster), Some(pod));
-    // A ConfigMap's file appears, names the block, and does not any more.
-    std::fs::write(&path, "nonMasqueradeCIDRs:\n- 198.51.100.0/24\n").unwrap();
+    let most = stage.metric("xebec_nat_ports_used_most").unwrap();
+    // By each protocol to each family, one at least.
+    assert!(most >= 1.0 && most + 3.0 <= used, "{most} of {used}");
+    cluster_stays_native(&stage);
+    // A ConfigMap's file appears, names a block of each family, of one, and other blocks.
+    let both = "nonMasqueradeCIDRs:\n- 198.51.100.0/24\n- 2001:db8:51::/48\n";
+    std::fs::write(&path, both).unwrap();
     sees(&mut stage, pod);
-    std::fs::write(&path, "nonMasqueradeCIDRs:\n- 203.0.113.0/24\n").unwrap();
+    std::fs::write(&path, "nonMasqueradeCIDRs:\n- 2001:db8:51::/48\n").unwrap();
+    sees(&mut stage, [node[0], pod[1]]);
+    std::fs::write(&path, "nonMasqueradeCIDRs:\n- 198.51.100.0/24\n").unwrap();
+    sees(&mut stage, [pod[0], node[1]]);
+    let others = "nonMasqueradeCIDRs:\n- 203.0.113.0/24\n- 2001:db8:52::/48\n";
+    std::fs::write(&path, others).unwrap();
     sees(&mut stage, node);
-    assert_eq!(
-        stage.seen_source(in_cluster),
-        Some(pod),
-        "the cluster stays native"
-    );
+    cluster_stays_native(&stage);
     // What means nothing changes nothing.
     std::fs::write(&path, "nonMasqueradeCIDRs: [x]\n").unwrap();
     sees(&mut stage, node);

@@ -3,6 +3,8 @@
 //! ```text
 //!  pod 10.244.0.x ── veth ── node 192.0.2.10 ── veth ── other node 192.0.2.20, pods 10.128.0.0/10
 //! ```
+//!
+//! All but the other node's many pods is there of IPv6, too.
 
 use std::io::{Read, Write};
 use std::net::{IpAddr, Ipv4Addr, SocketAddr, TcpListener, TcpStream, UdpSocket};
@@ -25,13 +27,19 @@ use crate::space::{Space, ip};
 const SETTINGS: &str = "XEBEC_TEST_AGENT";
 /// The test that is an agent.
 const PART: &str = "part_agent";
-const NODE: &str = "192.0.2.10";
+/// The node's addresses, IPv4's first as in all pairs.
+pub const NODE: [&str; 2] = ["192.0.2.10", "2001:db8:2::10"];
+const OTHER: [&str; 2] = ["192.0.2.20", "2001:db8:2::20"];
+const PODS: [&str; 2] = ["10.244.0.0/24", "fd00:10:244::/64"];
+const OTHER_PODS: [&str; 2] = ["10.128.0.0/10", "fd00:10:128::/64"];
 const API: &str = "127.0.0.1:6443";
 /// The port of every backend, of every Service, and of a server that is no backend.
 pub const TARGET: u16 = 8080;
 pub const PORT: u16 = 80;
 /// Someone outside the cluster.
-pub const OUTSIDE: Ipv4Addr = Ipv4Addr::new(198, 51, 100, 7);
+pub const OUTSIDE: [&str; 2] = ["198.51.100.7", "2001:db8:51::7"];
+/// A pod of the other node.
+pub const FAR_POD: [&str; 2] = ["10.128.0.9", "fd00:10:128::9"];
 /// How long anything may take.
 const PATIENCE: Duration = Duration::from_secs(120);
 
@@ -94,8 +102,8 @@ pub fn run_agent() {
         lb_mode: xebec_agent::network::LbMode::Snat,
         host_legacy_routing: false,
         node_name: "a".into(),
-        node_ips: vec![NODE.parse().unwrap()],
-        pod_cidrs: vec!["10.244.0.0/24".parse().unwrap()],
+        node_ips: NODE.map(|ip| ip.parse().unwrap()).into(),
+        pod_cidrs: PODS.map(|range| range.parse().unwrap()).into(),
         socket: dir.join("agent.sock"),
         state_dir: dir.join("state"),
         bpf_dir: dir.join("bpf"),
@@ -187,7 +195,8 @@ impl Stage {
             ip("link set lo up");
             ip("link add net type veth peer name far");
             ip(&format!("link set far netns {}", other.path().display()));
-            ip("addr add 192.0.2.10/24 dev net");
+            ip(&format!("addr add {}/24 dev net", NODE[0]));
+            ip(&format!("addr add {}/64 dev net nodad", NODE[1]));
             ip("link set net up");
             for name in ["all", "default", "net"] {
                 set("net/ipv4/conf", name, "rp_filter", "0");
@@ -195,35 +204,43 @@ impl Stage {
         });
         other.run(|| {
             ip("link set lo up");
-            ip("addr add 192.0.2.20/24 dev far");
+            ip(&format!("addr add {}/24 dev far", OTHER[0]));
+            ip(&format!("addr add {}/64 dev far nodad", OTHER[1]));
             ip("link set far up");
-            ip("route add 10.244.0.0/24 via 192.0.2.10");
-            // Every address of the block is this node's, and so is the one outside.
-            ip("route add local 10.128.0.0/10 dev lo");
-            ip(&format!("addr add {OUTSIDE}/32 dev lo"));
+            for (range, node) in PODS.iter().zip(NODE) {
+                ip(&format!("route add {range} via {node}"));
+            }
+            // Every address of IPv4's block is this node's, and so is the one outside.
+            ip(&format!("route add local {} dev lo", OTHER_PODS[0]));
+            ip(&format!("addr add {}/128 dev lo nodad", FAR_POD[1]));
+            for outside in OUTSIDE {
+                ip(&format!("addr add {outside} dev lo"));
+            }
             for name in ["all", "far"] {
                 set("net/ipv4/conf", name, "rp_filter", "0");
             }
             echo_tcp(TARGET);
             echo_udp(TARGET);
-            tell_sources(TARGET + 1);
+            for at in OUTSIDE.iter().chain(&FAR_POD) {
+                tell_sources(at.parse().unwrap());
+            }
         });
         node.run(|| {
-            ip("route add 198.51.100.0/24 via 192.0.2.20");
+            for (outside, other) in OUTSIDE.iter().zip(OTHER) {
+                ip(&format!("route add {outside} via {other}"));
+            }
             api.serve(API.parse().unwrap());
         });
         api.set("namespaces", [json!({"metadata": {"name": "n"}})]);
-        let nodes = [
-            ("a", NODE, "10.244.0.0/24"),
-            ("b", "192.0.2.20", "10.128.0.0/10"),
-        ];
+        let nodes = [("a", NODE, PODS), ("b", OTHER, OTHER_PODS)];
         api.set(
             "nodes",
-            nodes.map(|(name, address, range)| {
+            nodes.map(|(name, addresses, ranges)| {
+                let own = addresses.map(|ip| json!({"type": "InternalIP", "address": ip}));
                 json!({
                     "metadata": {"name": name},
-                    "spec": {"podCIDR": range, "podCIDRs": [range]},
-                    "status": {"addresses": [{"type": "InternalIP", "address": address}]},
+                    "spec": {"podCIDR": ranges[0], "podCIDRs": ranges},
+                    "status": {"addresses": own},
                 })
             }),
         );
@@ -297,17 +314,19 @@ impl Stage {
         });
     }
 
-    /// Connects the pod.
-    pub fn connect(&self) -> IpAddr {
+    /// Connects the pod; its addresses.
+    pub fn connect(&self) -> [IpAddr; 2] {
         let request = json!({
             "command": "ADD", "containerID": "client", "netns": self.pod.path(), "ifname": "eth0",
             "args": "K8S_POD_NAMESPACE=n;K8S_POD_NAME=client", "path": "",
             "config": {"cniVersion": "1.1.0", "name": "xebec", "type": "xebec-cni"},
         });
         let result = self.try_ask("POST", "/cni", &request.to_string()).unwrap();
-        let address = result["ips"][0]["address"].as_str();
-        let address = address.unwrap_or_else(|| panic!("{result}"));
-        address.split('/').next().unwrap().parse().unwrap()
+        [0, 1].map(|at| {
+            let address = result["ips"][at]["address"].as_str();
+            let address = address.unwrap_or_else(|| panic!("{result}"));
+            address.split('/').next().unwrap().parse().unwrap()
+        })
     }
 
     /// SIGKILL.
@@ -376,17 +395,25 @@ impl Stage {
         lines.find(|(found, _)| *found == name)?.1.parse().ok()
     }
 
-    /// Who sees a datagram of the pod to someone outside or elsewhere: the source address.
-    pub fn seen_source(&self, to: Ipv4Addr) -> Option<IpAddr> {
+    /// The source address of a connection, or a datagram, of the pod as an address of the other node sees it.
+    pub fn seen_source(&self, to: IpAddr, tcp: bool) -> Option<IpAddr> {
+        let (to, time) = (SocketAddr::new(to, TARGET + 1), Duration::from_millis(300));
         self.pod.run(|| {
-            let socket = UdpSocket::bind("0.0.0.0:0").unwrap();
-            socket
-                .set_read_timeout(Some(Duration::from_millis(300)))
-                .unwrap();
-            socket.send_to(b"who", (to, TARGET + 1)).ok()?;
-            let mut buffer = [0; 64];
-            let length = socket.recv(&mut buffer).ok()?;
-            std::str::from_utf8(&buffer[..length]).ok()?.parse().ok()
+            let mut text = String::new();
+            if tcp {
+                let mut stream = TcpStream::connect_timeout(&to, time).ok()?;
+                stream.set_read_timeout(Some(time)).unwrap();
+                stream.read_to_string(&mut text).ok()?;
+            } else {
+                let any = if to.is_ipv4() { "0.0.0.0:0" } else { "[::]:0" };
+                let socket = UdpSocket::bind(any).unwrap();
+                socket.set_read_timeout(Some(time)).unwrap();
+                socket.send_to(b"who", to).ok()?;
+                let mut buffer = [0; 64];
+                let length = socket.recv(&mut buffer).ok()?;
+                text.push_str(std::str::from_utf8(&buffer[..length]).ok()?);
+            }
+            text.parse().ok()
         })
     }
 }
@@ -435,8 +462,8 @@ fn everywhere(port: u16) -> UdpSocket {
     socket
 }
 
-/// Answers each datagram by what is made of it and of its source, from the address that it was sent to.
-fn answer_udp(port: u16, answer: impl Fn(&[u8], SocketAddr) -> Vec<u8> + Send + 'static) {
+/// Answers each datagram with itself, from the address that it was sent to.
+fn echo_udp(port: u16) {
     let socket = everywhere(port);
     std::thread::spawn(move || {
         let mut buffer = [0; 2048];
@@ -460,11 +487,7 @@ fn answer_udp(port: u16, answer: impl Fn(&[u8], SocketAddr) -> Vec<u8> + Send + 
             info.ipi_spec_dst = info.ipi_addr;
             info.ipi_ifindex = 0;
             let length = message.bytes;
-            let text = answer(
-                &buffer[..length],
-                SocketAddr::new(from.ip().into(), from.port()),
-            );
-            let parts = [std::io::IoSlice::new(&text)];
+            let parts = [std::io::IoSlice::new(&buffer[..length])];
             let control = [ControlMessage::Ipv4PacketInfo(info)];
             // Who is gone needs no answer.
             let _ = nix::sys::socket::sendmsg(
@@ -478,13 +501,23 @@ fn answer_udp(port: u16, answer: impl Fn(&[u8], SocketAddr) -> Vec<u8> + Send + 
     });
 }
 
-fn echo_udp(port: u16) {
-    answer_udp(port, |text, _| text.to_vec());
-}
-
-/// Tells everybody who they seem to be.
-fn tell_sources(port: u16) {
-    answer_udp(port, |_, from| from.ip().to_string().into_bytes());
+/// Tells everybody who asks this address who they seem to be, by TCP and UDP.
+fn tell_sources(at: IpAddr) {
+    let socket = UdpSocket::bind((at, TARGET + 1)).unwrap();
+    std::thread::spawn(move || {
+        while let Ok((_, from)) = socket.recv_from(&mut [0; 64]) {
+            // Who is gone needs no answer.
+            let _ = socket.send_to(from.ip().to_string().as_bytes(), from);
+        }
+    });
+    let listener = TcpListener::bind((at, TARGET + 1)).unwrap();
+    std::thread::spawn(move || {
+        for mut stream in listener.incoming().flatten() {
+            if let Ok(from) = stream.peer_addr() {
+                let _ = stream.write_all(from.ip().to_string().as_bytes());
+            }
+        }
+    });
 }
 
 /// Address of Service number `number`.

@@ -5,10 +5,13 @@ use std::net::{IpAddr, SocketAddr};
 
 use anyhow::{Result, anyhow, ensure};
 use serde_json::json;
-use xebec_tests::place::{PROTOCOLS, Place};
+use xebec_tests::eventually;
+use xebec_tests::place::{PROTOCOLS, Place, Protocol};
 
 use super::life::Loose;
-use super::world::{EXTERNAL, FAMILIES, HOST_PORT, OUTSIDE, PORT, World, ip, of, service, spread};
+use super::world::{
+    EXTERNAL, FAMILIES, HOST_PORT, MINUTE, OUTSIDE, PORT, World, ip, of, service, spread,
+};
 
 const NODE_PORT: u16 = 30_010;
 const ALL: [&str; 3] = ["a1", "a2", "b1"];
@@ -131,38 +134,66 @@ pub fn hairpin(world: &mut World) -> Result<()> {
     world.delete(&["self"])
 }
 
-/// A Service without endpoints refuses at once, by a reset or an ICMP error, whoever asks.
+/// A Service without endpoints refuses at once, by a reset or an ICMP error, whoever asks: by its ClusterIP, an external
+/// address, a load balancer's or a node port, whatever its policies.
 pub fn nobody_there(world: &mut World) -> Result<()> {
-    let spec =
-        json!({"type": "NodePort", "nodePort": NODE_PORT + 21, "selector": {"app": "nobody"}});
-    world.apply(&[service("none", spec)])?;
+    let spec = |policy: &str, port: u16| {
+        json!({
+            "type": "LoadBalancer", "nodePort": port, "selector": {"app": "nobody"}, "externalTrafficPolicy": policy,
+            "internalTrafficPolicy": policy,
+        })
+    };
+    let mut open = spec("Cluster", NODE_PORT + 21);
+    open["externalIPs"] = json!(EXTERNAL);
+    // No node announces the address of this one.
+    let local = spec("Local", NODE_PORT + 37);
+    world.apply(&[service("none", open), service("none-local", local)])?;
     world.settled("none", 0)?;
-    let ips = world.cluster_ips("none")?;
+    world.settled("none-local", 0)?;
+    let at = SocketAddr::new;
+    let balancers = [world.balancer("none")?, world.balancer("none-local")?];
+    let ips = [world.cluster_ips("none")?, world.cluster_ips("none-local")?];
     for v4 in FAMILIES {
-        let cluster_ip = SocketAddr::new(of(ips, v4), PORT);
-        let mut wanted = Vec::new();
+        let external = at(ip(of(EXTERNAL, v4))?, PORT);
+        let balanced = balancers.map(|all| at(of(all, v4), PORT));
+        let refused = Some(ErrorKind::ConnectionRefused);
+        eventually("a node announces the address", MINUTE, || {
+            Ok(world.outside.refusal(Protocol::Tcp, balanced[0]) == refused)
+        })?;
+        let everywhere = [at(of(ips[0], v4), PORT), at(of(ips[1], v4), PORT), external];
+        let mut wanted = vec![
+            (world.outside.clone(), external),
+            (world.outside.clone(), balanced[0]),
+            (world.machine.clone(), balanced[0]),
+        ];
+        let ports: Vec<SocketAddr> = world
+            .nodes
+            .values()
+            .flat_map(|node| {
+                [NODE_PORT + 21, NODE_PORT + 37].map(|port| at(of(node.addresses, v4), port))
+            })
+            .collect();
         for pod in ["a1", "a2"] {
             let place = &world.pod(pod)?.place;
-            wanted.push((place.clone(), cluster_ip));
-            wanted.push((place.without_sockets(), cluster_ip));
+            for place in [place, &place.without_sockets()] {
+                let all = everywhere.iter().chain(&balanced).chain(&ports);
+                wanted.extend(all.map(|to| (place.clone(), *to)));
+            }
         }
         for node in world.nodes.values() {
-            let port = SocketAddr::new(of(node.addresses, v4), NODE_PORT + 21);
-            wanted.push((node.place.clone(), cluster_ip));
-            wanted.push((node.place.clone(), port));
-            wanted.push((world.outside.clone(), port));
-            wanted.push((world.machine.clone(), port));
-            wanted.push((world.pod("b1")?.place.clone(), port));
-            wanted.push((world.pod("b1")?.place.without_sockets(), port));
+            let all = everywhere.iter().chain(&balanced).chain(&ports);
+            wanted.extend(all.map(|to| (node.place.clone(), *to)));
+        }
+        for place in [&world.outside, &world.machine] {
+            wanted.extend(ports.iter().map(|to| (place.clone(), *to)));
         }
         for (place, to) in wanted {
             for protocol in PROTOCOLS {
                 let refusal = place.refusal(protocol, to);
-                let refused = Some(ErrorKind::ConnectionRefused);
                 let what = format!("{} to {protocol:?} {to}", place.name);
                 ensure!(refusal == refused, "{what}: {refusal:?}");
             }
         }
     }
-    world.delete(&["none"])
+    world.delete(&["none", "none-local"])
 }

@@ -13,6 +13,8 @@ use super::world::{FAMILIES, MINUTE, PORT, World, of, service, slices, spread};
 const LIFE_PORT: u16 = 30_014;
 const ENDING_PORT: u16 = 30_015;
 const OTHERS_PORT: u16 = 30_017;
+/// What a socket hears whose backend is gone.
+const ENDED: [ErrorKind; 2] = [ErrorKind::ConnectionAborted, ErrorKind::ConnectionReset];
 
 /// A Service of node ports whose slices the test writes.
 pub fn by_hand(name: &str, port: u16) -> Value {
@@ -145,8 +147,7 @@ fn leaves(world: &mut World, stays_anothers: bool) -> Result<()> {
             continue;
         }
         let fate = talk.fate();
-        let ended = [ErrorKind::ConnectionAborted, ErrorKind::ConnectionReset];
-        let told = fate.is_some_and(|fate| ended.contains(&fate));
+        let told = fate.is_some_and(|fate| ENDED.contains(&fate));
         ensure!(told, "{what}: {fate:?} instead of an end");
     }
     // With nobody left, datagrams are refused, too.
@@ -161,7 +162,7 @@ fn leaves(world: &mut World, stays_anothers: bool) -> Result<()> {
 }
 
 /// Many talks, of which each is with this one.
-fn talks_with(
+pub fn talks_with(
     place: &Place,
     protocol: Protocol,
     to: SocketAddr,
@@ -232,16 +233,28 @@ pub fn terminating(world: &mut World) -> Result<()> {
     write(world, "ending", &[("a1", ends)], &["a1"])?;
     all("a1")?;
     go_on("when it alone is left")?;
-    // What answers no more keeps its connections as long as it is there; new ones are refused.
-    write(world, "ending", &[("a1", ended)], &["a1"])?;
+    // What answers no more keeps its connections as long as it is there; new ones are refused, and so are datagrams.
+    let a1 = world.pod("a1")?.addresses;
+    world.apply(&slices("ending", &[(a1, json!({"conditions": ended}))]))?;
+    for node in world.nodes.keys() {
+        world.chosen(node, "ending", &[])?;
+    }
     for (place, to) in &ways {
         let refusal = place.refusal(Protocol::Tcp, *to);
         let refused = Some(ErrorKind::ConnectionRefused);
         ensure!(refusal == refused, "{} to {to}: {refusal:?}", place.name);
     }
-    talks.retain(|(_, talk)| matches!(talk, Talk::Tcp(_)));
     for (what, talk) in &mut talks {
-        is(what, talk.ask(), "a1")?;
+        if matches!(talk, Talk::Tcp(_)) {
+            is(what, talk.ask(), "a1")?;
+            continue;
+        }
+        // A packet is refused; a socket that was translated is ended.
+        eventually(&format!("{what}: told"), MINUTE, || {
+            let asked = talk.ask().err().map(|error| error.kind());
+            let refused = asked == Some(ErrorKind::ConnectionRefused);
+            Ok(refused || talk.fate().is_some_and(|fate| ENDED.contains(&fate)))
+        })?;
     }
     world.delete(&["ending"])
 }

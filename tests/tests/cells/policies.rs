@@ -31,8 +31,16 @@ pub fn seen_as(
     Ok(())
 }
 
-/// Fails unless the node says to both families that it has so many endpoints.
-fn says(world: &World, node: &str, port: u16, count: u64) -> Result<()> {
+/// The `healthCheckNodePort` of a Service.
+pub fn health_port(world: &World, service: &str) -> Result<u16> {
+    let object = world.cluster.get(&["service", service, "-n", NAMESPACE])?;
+    let port = object["spec"]["healthCheckNodePort"].as_u64();
+    let port = port.and_then(|port| u16::try_from(port).ok());
+    port.with_context(|| format!("{service} has no healthCheckNodePort"))
+}
+
+/// Fails unless the node says to both families at a Service's `healthCheckNodePort` that it has so many endpoints.
+pub fn says(world: &World, node: &str, service: &str, port: u16, count: u64) -> Result<()> {
     for v4 in FAMILIES {
         let at = SocketAddr::new(of(world.node(node)?.addresses, v4), port);
         let (status, head, body) = world.outside.http_get(at, "/healthz")?;
@@ -46,7 +54,7 @@ fn says(world: &World, node: &str, port: u16, count: u64) -> Result<()> {
         );
         ensure!(head.contains("content-type: application/json"), "{head}");
         let wanted = json!({
-            "service": {"namespace": NAMESPACE, "name": "local"},
+            "service": {"namespace": NAMESPACE, "name": service},
             "localEndpoints": count,
             "serviceProxyHealthy": true,
         });
@@ -99,18 +107,15 @@ pub fn external_traffic(world: &mut World) -> Result<()> {
             seen_as(from, protocol, at(by1, LOCAL_PORT + 10), "a2", by1)?;
         }
     }
-    let local = world.cluster.get(&["service", "local", "-n", NAMESPACE])?;
-    let port = local["spec"]["healthCheckNodePort"].as_u64();
-    let port = port.and_then(|port| u16::try_from(port).ok());
-    let port = port.context("the Service has no healthCheckNodePort")?;
-    says(world, "node1", port, 1)?;
-    says(world, "node2", port, 0)?;
+    let port = health_port(world, "local")?;
+    says(world, "node1", "local", port, 1)?;
+    says(world, "node2", "local", port, 0)?;
     let patch = r#"{"spec":{"selector":{"name":"a2"}}}"#;
     let patch = ["patch", "service", "local", "-n", NAMESPACE, "-p", patch];
     world.cluster.k(&patch)?;
     eventually("the endpoint is the other node's", MINUTE, || {
-        says(world, "node1", port, 0)?;
-        says(world, "node2", port, 1)?;
+        says(world, "node1", "local", port, 0)?;
+        says(world, "node2", "local", port, 1)?;
         Ok(true)
     })?;
     let to = at(node1.addresses[0], LOCAL_PORT);
@@ -126,7 +131,7 @@ pub fn external_traffic(world: &mut World) -> Result<()> {
 }
 
 /// Fails unless packets are dropped; a socket that would send them is told at once.
-fn nobody(place: &Place, protocol: Protocol, to: SocketAddr) -> Result<()> {
+pub fn nobody(place: &Place, protocol: Protocol, to: SocketAddr) -> Result<()> {
     let right = if place.meets_programs() {
         place.refusal(protocol, to) == Some(ErrorKind::HostUnreachable)
     } else {

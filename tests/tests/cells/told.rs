@@ -1,16 +1,16 @@
 //! What the commands say of Services is what the kernel does.
 
 use std::collections::BTreeSet;
-use std::net::{Ipv4Addr, SocketAddr};
+use std::net::{IpAddr, Ipv4Addr, SocketAddr};
 
 use anyhow::{Context, Result, ensure};
 use serde_json::{Value, json};
 use xebec_tests::place::Protocol;
 
-use super::world::{FAMILIES, NAMESPACE, PORT, TARGET, World, of, service};
+use super::world::{FAMILIES, NAMESPACE, Node, PORT, TARGET, World, of, service};
 
 /// What a command prints, as JSON.
-fn printed(world: &World, args: &[&str]) -> Result<Vec<Value>> {
+pub fn printed(world: &World, args: &[&str]) -> Result<Vec<Value>> {
     let text = world.cluster.run(&[args, &["-o", "json"]].concat())?;
     let rows = serde_json::from_str(&text);
     rows.with_context(|| format!("xebec {} printed {text:?}", args.join(" ")))
@@ -107,13 +107,32 @@ pub fn by_commands(world: &mut World) -> Result<()> {
     world.delete(&["told"])
 }
 
+/// Where a node's agent tells its metrics.
+const METRICS: SocketAddr = SocketAddr::new(IpAddr::V4(Ipv4Addr::LOCALHOST), 10_249);
+
+/// The metrics of a node's agent, at one moment.
+pub struct Metrics(String);
+
+impl Metrics {
+    pub fn of(node: &Node) -> Result<Self> {
+        let (_, _, text) = node.place.http_get(METRICS, "/metrics")?;
+        Ok(Self(text))
+    }
+
+    pub fn value(&self, name: &str) -> Result<f64> {
+        let lines = self.0.lines().filter_map(|line| line.split_once(' '));
+        let mut values = lines.filter(|(of, _)| *of == name);
+        let value = values.next().and_then(|(_, value)| value.parse().ok());
+        value.with_context(|| format!("no {name} in {}", self.0))
+    }
+}
+
 /// The ports that kube-proxy has at a node, with its names for what means the same.
 pub fn at_ports(world: &mut World) -> Result<()> {
     world.apply(&[service("measured", json!({"selector": {"app": "web"}}))])?;
     world.settled("measured", 3)?;
     let node = world.node("node1")?;
-    let own = |port: u16| SocketAddr::new(Ipv4Addr::LOCALHOST.into(), port);
-    let (status, _, mode) = node.place.http_get(own(10_249), "/proxyMode")?;
+    let (status, _, mode) = node.place.http_get(METRICS, "/proxyMode")?;
     ensure!((status, &*mode) == (200, "xebec"), "{status}: {mode}");
     // At 0.0.0.0, as kube-proxy's by default.
     let at = SocketAddr::new(of(node.addresses, true), 10_256);
@@ -124,14 +143,7 @@ pub fn at_ports(world: &mut World) -> Result<()> {
             "{at}{path}: {status}, {body}"
         );
     }
-    let (_, _, metrics) = node.place.http_get(own(10_249), "/metrics")?;
-    let value = |name: &str| {
-        let lines = metrics.lines().filter_map(|line| line.split_once(' '));
-        let mut values = lines.filter(|(of, _)| *of == name);
-        values
-            .next()
-            .and_then(|(_, value)| value.parse::<f64>().ok())
-    };
+    let metrics = Metrics::of(node)?;
     for name in [
         "kubeproxy_network_programming_duration_seconds_count",
         "kubeproxy_sync_proxy_rules_duration_seconds_count",
@@ -142,10 +154,8 @@ pub fn at_ports(world: &mut World) -> Result<()> {
         "kubeproxy_proxy_livez_total{code=\"200\"}",
         "xebec_services",
     ] {
-        ensure!(
-            value(name).is_some_and(|value| value > 0.0),
-            "{name} in {metrics}"
-        );
+        let value = metrics.value(name)?;
+        ensure!(value > 0.0, "{name} is {value}");
     }
     world.delete(&["measured"])
 }

@@ -64,8 +64,8 @@ fn gone(world: &World) -> Result<()> {
     world.delete(&["direct", "direct-sctp"])
 }
 
-/// A question that needs several packets, and its answers.
-fn asks_much(place: &Place, to: SocketAddr, server: &str, client: IpAddr) -> Result<()> {
+/// A question that needs several packets, and its answers; the connection goes on.
+pub fn asks_much(place: &Place, to: SocketAddr, server: &str, client: IpAddr) -> Result<Talk> {
     const QUESTIONS: usize = 2_000;
     let Talk::Tcp(mut stream) = place.talk(Protocol::Tcp, to)? else {
         bail!("no connection");
@@ -80,10 +80,11 @@ fn asks_much(place: &Place, to: SocketAddr, server: &str, client: IpAddr) -> Res
         let answer = Answer::read(&line)?;
         ensure!(
             answer.name == server && answer.client.ip() == client,
-            "{answer:?}"
+            "{} to {to}: {answer:?}, not {server} that sees {client}",
+            place.name
         );
     }
-    Ok(())
+    Ok(Talk::Tcp(stream))
 }
 
 /// A datagram from a socket that is connected to nobody: the answer tells who sends it.

@@ -48,7 +48,7 @@ const ARGS: [&str; 6] = [
     "--load-balancer-cidr",
     "10.245.0.201-10.245.0.219,fd00:10:245::d0-fd00:10:245::df",
 ];
-const NETNS: &str = "xebec-test-cells";
+pub const NETNS: &str = "xebec-test-cells";
 const CABLE: &str = "xbcells0";
 
 /// One of a pair, by family.
@@ -132,6 +132,7 @@ pub struct Node {
 }
 
 pub struct Pod {
+    pub node: &'static str,
     pub addresses: [IpAddr; 2],
     pub place: Place,
 }
@@ -143,6 +144,11 @@ pub struct World {
     pub outside: Place,
     pub machine: Place,
     servers: Vec<Server>,
+}
+
+/// The zone that a node is in, where no scenario says otherwise.
+pub fn own_zone(node: &str) -> String {
+    format!("zone-{node}")
 }
 
 /// Addresses of both families among these.
@@ -268,8 +274,7 @@ impl World {
                 let route = ["ip", "route", "add", to, "via", by];
                 world.cluster.in_node(node, &route)?;
             }
-            let zone = format!("topology.kubernetes.io/zone=zone-{node}");
-            world.cluster.k(&["label", "node", node, &zone])?;
+            world.put_in_zone(node, &own_zone(node))?;
         }
         eventually("the pods run", MINUTE, || {
             Ok(world.cluster.ready_pods(NAMESPACE, "app=web")?.len() == 3)
@@ -300,6 +305,13 @@ impl World {
             )?;
         }
         Ok(())
+    }
+
+    /// Puts a node in another zone.
+    pub fn put_in_zone(&self, node: &str, zone: &str) -> Result<()> {
+        let zone = format!("topology.kubernetes.io/zone={zone}");
+        let label = ["label", "node", "--overwrite", node, &zone];
+        self.cluster.k(&label).map(drop)
     }
 
     fn find_nodes(&mut self) -> Result<()> {
@@ -339,8 +351,16 @@ impl World {
             let name = pod["metadata"]["name"].as_str().unwrap_or_default();
             let ips = pod["status"]["podIPs"].as_array().into_iter().flatten();
             let addresses = both(ips.map(|one| parsed(&one["ip"])));
-            if let (Some(addresses), Some(place)) = (addresses, found.remove(name)) {
-                self.pods.insert(name.to_owned(), Pod { addresses, place });
+            let node = PODS.iter().find(|(pod, _)| *pod == name);
+            if let (Some(addresses), Some(place), Some((_, node))) =
+                (addresses, found.remove(name), node)
+            {
+                let pod = Pod {
+                    node,
+                    addresses,
+                    place,
+                };
+                self.pods.insert(name.to_owned(), pod);
             }
         }
         Ok(self.pods.len() == PODS.len())
@@ -434,6 +454,44 @@ impl World {
             }
         }
         self.settled(service, pods.len())
+    }
+
+    /// Waits until the agent of a node sends what is new for each ClusterIP to exactly these: pods, or the machine outside
+    /// at [`BEYOND`].
+    pub fn chosen(&self, node: &str, service: &str, wanted: &[&str]) -> Result<()> {
+        let mut targets = BTreeSet::new();
+        for (v4, name) in FAMILIES
+            .into_iter()
+            .flat_map(|v4| wanted.iter().map(move |name| (v4, *name)))
+        {
+            let ip = match name {
+                "outside" => ip(of(BEYOND, v4))?,
+                pod => of(self.pod(pod)?.addresses, v4),
+            };
+            targets.insert((v4, SocketAddr::new(ip, TARGET).to_string()));
+        }
+        let what = format!("{service} is {wanted:?} on {node}");
+        eventually(&what, MINUTE, || {
+            let rows = self.rows(node, service)?;
+            let ours = rows.iter().filter(|row| row["type"] == "ClusterIP");
+            let mut by_port: BTreeMap<&str, BTreeSet<(bool, String)>> = BTreeMap::new();
+            for row in ours {
+                ensure!(row["state"] == "ok", "{row}");
+                let port = row["port"].as_str().unwrap_or_default();
+                let found = by_port.entry(port).or_default();
+                for one in row["inside"].as_array().into_iter().flatten() {
+                    let target = one["backend"].as_str().unwrap_or_default();
+                    if one["weight"] != 0 {
+                        found.insert((!target.starts_with('['), target.to_owned()));
+                    }
+                }
+            }
+            ensure!(
+                by_port.values().all(|found| *found == targets),
+                "{by_port:?}"
+            );
+            Ok(by_port.len() == 2)
+        })
     }
 
     pub fn down(mut self) -> Result<()> {

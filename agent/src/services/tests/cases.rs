@@ -238,6 +238,16 @@ fn datagrams_leave_a_backend_that_does_not_answer() {
         udp(&[("10.0.0.1", "a", ""), ("10.0.0.2", "a", "r")]),
         Some(2)
     );
+    // Nor do they wait for one that ends.
+    assert_eq!(udp(&[("10.0.0.1", "a", "r")]), Some(3));
+    assert_eq!(
+        udp(&[("10.0.0.1", "a", "st"), ("10.0.0.2", "a", "r")]),
+        Some(3)
+    );
+    assert_eq!(
+        udp(&[("10.0.0.1", "a", "t"), ("10.0.0.2", "a", "r")]),
+        Some(4)
+    );
 }
 
 #[test]
