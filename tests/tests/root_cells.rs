@@ -5,7 +5,8 @@ mod cells;
 
 use anyhow::Result;
 use cells::{
-    bad_input, endpoints, faults, frontends, life, odd, policies, sctp, told, ways, world::World,
+    bad_input, endpoints, express, faults, frontends, life, odd, policies, sctp, told, ways,
+    world::World,
 };
 use xebec_tests::{Machine, assert_nothing_left};
 
@@ -14,7 +15,7 @@ type Scenario = (&'static str, fn(&mut World) -> Result<()>);
 /// Flags of `up`, and what is run with them.
 type Mode = (&'static [&'static str], &'static [Scenario]);
 
-const MODES: [Mode; 3] = [
+const MODES: [Mode; 5] = [
     (
         &[],
         &[
@@ -60,6 +61,18 @@ const MODES: [Mode; 3] = [
             ("hybrid", ways::hybrid),
             ("through the stack", ways::through),
         ],
+    ),
+    (
+        &["--xdp", "native"],
+        &[
+            ("every frontend, xdp", frontends::every_frontend),
+            ("associations, xdp", sctp::associations),
+            ("by the driver's xdp", express::by_driver),
+        ],
+    ),
+    (
+        &["--xdp", "generic"],
+        &[("by the stack's xdp", express::by_stack)],
     ),
 ];
 

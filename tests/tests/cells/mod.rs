@@ -2,6 +2,7 @@
 
 pub mod bad_input;
 pub mod endpoints;
+pub mod express;
 pub mod faults;
 pub mod frontends;
 pub mod kept;
