@@ -5,8 +5,8 @@ mod cells;
 
 use anyhow::Result;
 use cells::{
-    bad_input, endpoints, express, faults, frontends, life, odd, policies, sctp, told, ways,
-    world::World,
+    addresses, bad_input, endpoints, express, faults, frontends, life, odd, policies, sctp, told,
+    ways, world::World,
 };
 use xebec_tests::{Machine, assert_nothing_left};
 
@@ -15,7 +15,7 @@ type Scenario = (&'static str, fn(&mut World) -> Result<()>);
 /// Flags of `up`, and what is run with them.
 type Mode = (&'static [&'static str], &'static [Scenario]);
 
-const MODES: [Mode; 5] = [
+const MODES: [Mode; 6] = [
     (
         &[],
         &[
@@ -44,6 +44,7 @@ const MODES: [Mode; 5] = [
             ("closed", odd::closed),
             ("associations", sctp::associations),
             ("around the stack", ways::around),
+            ("addresses come and go", addresses::come_and_go),
             ("killed", faults::killed),
         ],
     ),
@@ -71,8 +72,15 @@ const MODES: [Mode; 5] = [
         ],
     ),
     (
-        &["--xdp", "generic"],
-        &[("by the stack's xdp", express::by_stack)],
+        &["--xdp", "generic", "--nodeport-addresses", "primary"],
+        &[
+            ("by the stack's xdp", express::by_stack),
+            ("primary addresses", addresses::primary),
+        ],
+    ),
+    (
+        &["--nodeport-addresses", addresses::MORE_BLOCKS],
+        &[("addresses in blocks", addresses::blocks)],
     ),
 ];
 

@@ -1,5 +1,6 @@
 //! The scenarios of `root_cells`, and the cluster that they share.
 
+pub mod addresses;
 pub mod bad_input;
 pub mod endpoints;
 pub mod express;

@@ -62,7 +62,8 @@ pub fn ip(text: &str) -> Result<IpAddr> {
         .with_context(|| format!("{text:?} is no address"))
 }
 
-fn ip_command(line: &str) -> Result<()> {
+/// Runs `ip` where the thread is.
+pub fn ip_command(line: &str) -> Result<()> {
     let output = Command::new("ip").args(line.split(' ')).output();
     succeed(&format!("ip {line}"), output.context("could not start ip")?).map(drop)
 }
