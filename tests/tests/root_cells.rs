@@ -43,6 +43,9 @@ const MODES: [Mode; 6] = [
             ("in fragments", odd::in_fragments),
             ("closed", odd::closed),
             ("associations", sctp::associations),
+            ("associations from outside", sctp::from_outside),
+            ("associations with oneself", sctp::hairpin),
+            ("associations with nobody", sctp::nobody_there),
             ("around the stack", ways::around),
             ("addresses come and go", addresses::come_and_go),
             ("killed", faults::killed),
@@ -68,6 +71,8 @@ const MODES: [Mode; 6] = [
         &[
             ("every frontend, xdp", frontends::every_frontend),
             ("associations, xdp", sctp::associations),
+            ("associations from outside, xdp", sctp::from_outside),
+            ("associations by xdp", express::associations),
             ("by the driver's xdp", express::by_driver),
         ],
     ),

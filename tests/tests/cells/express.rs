@@ -6,8 +6,10 @@ use anyhow::{Context, Result, ensure};
 use serde_json::json;
 use xebec_tests::eventually;
 use xebec_tests::place::{PROTOCOLS, Protocol};
+use xebec_tests::sctp::End;
 
-use super::world::{EXTERNAL, FAMILIES, MINUTE, PORT, World, answered, ip, of, service};
+use super::sctp::{associated, with_sctp};
+use super::world::{EXTERNAL, FAMILIES, MINUTE, OUTSIDE, PORT, World, answered, ip, of, service};
 
 const EXPRESS_PORT: u16 = 30_040;
 
@@ -22,6 +24,18 @@ fn translated(world: &World) -> Result<[u64; 2]> {
         }
     }
     Ok(all)
+}
+
+/// Fails unless XDP has translated so many packets since then, and tc next to none.
+fn nearly_all_by_xdp(world: &World, what: &str, before: [u64; 2], least: u64) -> Result<()> {
+    let now = translated(world)?;
+    let (by_xdp, by_tc) = (now[0] - before[0], now[1] - before[1]);
+    // tc gets those whose way has no neighbour yet.
+    ensure!(
+        by_xdp >= least && by_tc <= by_xdp / 50,
+        "{what}: {by_xdp} packets by XDP, {by_tc} by tc"
+    );
+    Ok(())
 }
 
 /// Node ports of both nodes, an external address and a load balancer's, with backends on both nodes: of 1,000 requests
@@ -66,19 +80,14 @@ fn outsiders(world: &World, hook: &str) -> Result<()> {
                 let by_name = world.outside.ask_many(protocol, to, REQUESTS)?;
                 answered(&format!("{protocol:?} {to}"), &by_name, &["a1", "a2", "b1"])?;
             }
-            let now = translated(world)?;
-            let (by_xdp, by_tc) = (now[0] - before[0], now[1] - before[1]);
             // Of a connection at least what begins, asks and ends it.
             let each = match protocol {
                 Protocol::Tcp => 4,
                 Protocol::Udp => 1,
             };
             let least = each * (REQUESTS * ways.len()) as u64;
-            // tc gets those whose way has no neighbour yet.
-            ensure!(
-                by_xdp >= least && by_tc <= by_xdp / 50,
-                "{protocol:?} to {ways:?}: {by_xdp} packets by XDP, {by_tc} by tc"
-            );
+            let what = format!("{protocol:?} to {ways:?}");
+            nearly_all_by_xdp(world, &what, before, least)?;
         }
     }
     world.delete(&["express"])
@@ -92,4 +101,26 @@ pub fn by_driver(world: &mut World) -> Result<()> {
 /// With `--xdp generic`.
 pub fn by_stack(world: &mut World) -> Result<()> {
     outsiders(world, "xdpgeneric")
+}
+
+/// With `--xdp native`: so it is with SCTP.
+pub fn associations(world: &mut World) -> Result<()> {
+    const ASSOCIATIONS: u64 = 100;
+    world.apply(&[with_sctp("express-sctp", "a2", EXPRESS_PORT)])?;
+    world.settled("express-sctp", 1)?;
+    let (node, a2) = (world.node("node1")?.addresses, world.pod("a2")?);
+    for v4 in FAMILIES {
+        let backend = End::open(&a2.place, of(a2.addresses, v4))?;
+        let client = End::open(&world.outside, ip(of(OUTSIDE, v4))?)?;
+        let to = SocketAddr::new(of(node, v4), EXPRESS_PORT);
+        // From here on, everybody knows everybody's hardware address.
+        associated(&client, to, &backend, of(node, v4))?;
+        let before = translated(world)?;
+        for _ in 0..ASSOCIATIONS {
+            associated(&client, to, &backend, of(node, v4))?;
+        }
+        // Two packets of the client, and one back.
+        nearly_all_by_xdp(world, &format!("SCTP to {to}"), before, 3 * ASSOCIATIONS)?;
+    }
+    world.delete(&["express-sctp"])
 }
