@@ -1,8 +1,10 @@
 //! SCTP by raw sockets, for kernels that have none of its own: whole packets with one chunk (RFC 9260), built and read
 //! here, the checksum included.
 
+use std::io::ErrorKind;
 use std::net::{IpAddr, SocketAddr, UdpSocket};
 use std::os::fd::{AsRawFd, FromRawFd, OwnedFd};
+use std::time::Duration;
 
 use anyhow::{Context, Result, ensure};
 use nix::libc;
@@ -125,6 +127,24 @@ impl End {
             name: place.name.clone(),
             socket,
         })
+    }
+
+    /// Sends a packet that is answered by an error, and gives its kind; `None` if a packet answers. What is dropped
+    /// is waited for this long.
+    pub fn refusal(
+        &self,
+        to: IpAddr,
+        packet: &Packet,
+        patience: Duration,
+    ) -> Result<Option<ErrorKind>> {
+        // A socket that is connected hears of errors.
+        self.socket
+            .connect((to, 0))
+            .with_context(|| format!("{}: could not connect to {to}", self.name))?;
+        self.socket.set_read_timeout(Some(patience))?;
+        self.send(to, packet)?;
+        let outcome = self.socket.recv(&mut [0; 2048]);
+        Ok(outcome.err().map(|error| error.kind()))
     }
 
     /// Sends a packet.

@@ -5,8 +5,8 @@ mod cells;
 
 use anyhow::Result;
 use cells::{
-    alone, bad_input, endpoints, faults, frontends, left_alone, life, local, near, odd, policies,
-    sctp, told, too_big, ways, weights, world::World,
+    addresses, alone, bad_input, endpoints, express, faults, frontends, left_alone, life, local,
+    near, odd, policies, sctp, told, too_big, ways, weights, world::World,
 };
 use xebec_tests::{Machine, assert_nothing_left};
 
@@ -15,7 +15,7 @@ type Scenario = (&'static str, fn(&mut World) -> Result<()>);
 /// Flags of `up`, and what is run with them.
 type Mode = (&'static [&'static str], &'static [Scenario]);
 
-const MODES: [Mode; 3] = [
+const MODES: [Mode; 6] = [
     (
         &[],
         &[
@@ -50,8 +50,12 @@ const MODES: [Mode; 3] = [
             ("too big, said by a router", too_big::said_by_a_router),
             ("too big, said by a node", too_big::said_by_a_node),
             ("associations", sctp::associations),
+            ("associations from outside", sctp::from_outside),
+            ("associations with oneself", sctp::hairpin),
+            ("associations with nobody", sctp::nobody_there),
             ("around the stack", ways::around),
             ("agent alone", alone::agent_alone),
+            ("addresses come and go", addresses::come_and_go),
             ("killed", faults::killed),
         ],
     ),
@@ -69,6 +73,27 @@ const MODES: [Mode; 3] = [
             ("hybrid", ways::hybrid),
             ("through the stack", ways::through),
         ],
+    ),
+    (
+        &["--xdp", "native"],
+        &[
+            ("every frontend, xdp", frontends::every_frontend),
+            ("associations, xdp", sctp::associations),
+            ("associations from outside, xdp", sctp::from_outside),
+            ("associations by xdp", express::associations),
+            ("by the driver's xdp", express::by_driver),
+        ],
+    ),
+    (
+        &["--xdp", "generic", "--nodeport-addresses", "primary"],
+        &[
+            ("by the stack's xdp", express::by_stack),
+            ("primary addresses", addresses::primary),
+        ],
+    ),
+    (
+        &["--nodeport-addresses", addresses::MORE_BLOCKS],
+        &[("addresses in blocks", addresses::blocks)],
     ),
 ];
 

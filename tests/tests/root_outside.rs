@@ -6,7 +6,6 @@ use std::process::Command;
 use std::time::Duration;
 
 use anyhow::{Context, Result};
-use xebec_tests::ethtool::{self, Offload};
 use xebec_tests::{Cluster, Machine, assert_nothing_left, eventually, shop, succeed, xebec_bin};
 
 const MINUTE: Duration = Duration::from_secs(60);
@@ -25,13 +24,6 @@ fn ip(line: &str) -> Result<()> {
 
 impl Outside {
     fn new() -> Result<Self> {
-        let outside = Self::with_address(OUTSIDE)?;
-        ip(&format!("addr add {NODE}/24 dev xbtest0"))?;
-        Ok(outside)
-    }
-
-    /// One whose cable's other end has no address yet.
-    fn with_address(address: Ipv4Addr) -> Result<Self> {
         let outside = Self;
         outside.remove();
         for line in [
@@ -40,7 +32,8 @@ impl Outside {
             // No link-local address, which would come a moment later.
             "link set xbtest0 addrgenmode none".to_owned(),
             "link set xbtest0 up".to_owned(),
-            format!("-n {NAMESPACE} addr add {address}/24 dev eth0"),
+            format!("addr add {NODE}/24 dev xbtest0"),
+            format!("-n {NAMESPACE} addr add {OUTSIDE}/24 dev eth0"),
             format!("-n {NAMESPACE} link set eth0 up"),
             format!("-n {NAMESPACE} link set lo up"),
         ] {
@@ -50,8 +43,8 @@ impl Outside {
     }
 
     /// Asks a node port of the shop 1,000 times: none is lost, and every web pod answers.
-    fn asks_all(&self, cluster: &Cluster, node: Ipv4Addr) -> Result<()> {
-        let url = format!("http://{node}:30080/whoami");
+    fn asks_all(&self, cluster: &Cluster) -> Result<()> {
+        let url = format!("http://{NODE}:30080/whoami");
         let text = succeed(
             "demo get",
             self.command(&xebec_bin())
@@ -172,7 +165,7 @@ fn node_ports_from_outside_and_pods_to_the_outside() -> Result<()> {
     eventually("the web pods are Ready", MINUTE, || {
         Ok(cluster.ready_pods("shop", "app=web")?.len() == 3)
     })?;
-    outside.asks_all(&cluster, NODE)?;
+    outside.asks_all(&cluster)?;
     // The cable's end is no hardware: XDP would not see which of its frames lack their checksums.
     let node = cluster.get(&["nodes"])?["items"][0]["metadata"]["name"].clone();
     let status = cluster.agent_status(node.as_str().unwrap_or_default())?;
@@ -229,61 +222,4 @@ fn pod_is_refused(cluster: &Cluster, node: &str) -> Result<()> {
     let kind = answer.as_ref().map_err(std::io::Error::kind);
     assert_eq!(kind, Err(std::io::ErrorKind::ConnectionRefused));
     Ok(())
-}
-
-/// How many packets from the network a node's XDP and tc have translated.
-fn translated(cluster: &Cluster, node: &str) -> Result<[u64; 2]> {
-    let status = cluster.agent_status(node)?;
-    let of = |hook: &str| status["translated"][hook].as_u64();
-    let both = of("xdp").zip(of("tc"));
-    both.map(|(xdp, tc)| [xdp, tc])
-        .with_context(|| format!("the agent of {node} says {status}"))
-}
-
-/// XDP on the nodes' devices: it serves node ports whose backends are on this node and on another one.
-#[test]
-fn node_ports_by_xdp() -> Result<()> {
-    /// The first node, and a machine at the same switch.
-    const NODE1: Ipv4Addr = Ipv4Addr::new(10, 245, 0, 11);
-    const NEIGHBOUR: Ipv4Addr = Ipv4Addr::new(10, 245, 0, 200);
-    let outside = Outside::with_address(NEIGHBOUR)?;
-    let before = Machine::now()?;
-    let mut cluster = Cluster::up("outside-xdp", &["--nodes", "2", "--xdp", "native"])?;
-    // XDP does not see that a frame's checksum is still to be filled in. Real machines fill them in when they send.
-    ethtool::set(
-        Some(format!("/run/netns/{NAMESPACE}").into()),
-        "eth0",
-        Offload::TxChecksums,
-        false,
-    )?;
-    let node2 = cluster.netns("node2");
-    ethtool::set(Some(node2), "eth0", Offload::TxChecksums, false)?;
-    // What XDP sends out of a veth device, the other end takes by the queue that GRO has.
-    ethtool::set(None, "xebec0-n1", Offload::Gro, true)?;
-    ip("link set xbtest0 master xebec0")?;
-    cluster.k(&["apply", "-f", &shop::manifest().to_string_lossy()])?;
-    eventually("the web pods are Ready", MINUTE, || {
-        Ok(cluster.ready_pods("shop", "app=web")?.len() == 3)
-    })?;
-    let pods = cluster.get(&["pods", "-n", "shop", "-l", "app=web"])?;
-    let on = |node: &str| {
-        let pods = pods["items"].as_array().into_iter().flatten();
-        pods.filter(|pod| pod["spec"]["nodeName"] == node).count()
-    };
-    assert!(on("node1") > 0 && on("node2") > 0, "{pods}");
-    let [xdp_before, tc_before] = translated(&cluster, "node1")?;
-    outside.asks_all(&cluster, NODE1)?;
-    let [xdp, tc] = translated(&cluster, "node1")?;
-    let (by_xdp, by_tc) = (xdp - xdp_before, tc - tc_before);
-    println!("{by_xdp} packets by XDP, {by_tc} by tc");
-    // A connection takes four packets of the client at least. tc gets those whose way has no neighbour yet.
-    assert!(by_xdp >= 4_000, "{by_xdp} packets by XDP, {by_tc} by tc");
-    assert!(
-        by_tc <= by_xdp / 50,
-        "{by_xdp} packets by XDP, {by_tc} by tc"
-    );
-    let status = cluster.run(&["status"])?;
-    assert!(status.contains("devices eth0 by xdp"), "{status}");
-    cluster.down()?;
-    assert_nothing_left(&before)
 }

@@ -1,8 +1,10 @@
 //! The scenarios of `root_cells`, and the cluster that they share.
 
+pub mod addresses;
 pub mod alone;
 pub mod bad_input;
 pub mod endpoints;
+pub mod express;
 pub mod faults;
 pub mod frontends;
 pub mod kept;

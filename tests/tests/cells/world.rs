@@ -8,6 +8,7 @@ use std::time::Duration;
 
 use anyhow::{Context, Result, ensure};
 use serde_json::{Value, json};
+use xebec_tests::ethtool::{self, Offload};
 use xebec_tests::place::{Place, Protocol, Server};
 use xebec_tests::{Cluster, eventually, shop, succeed};
 
@@ -61,6 +62,7 @@ pub fn ip(text: &str) -> Result<IpAddr> {
         .with_context(|| format!("{text:?} is no address"))
 }
 
+/// Runs `ip` where the thread is.
 pub fn ip_command(line: &str) -> Result<()> {
     let output = Command::new("ip").args(line.split(' ')).output();
     succeed(&format!("ip {line}"), output.context("could not start ip")?).map(drop)
@@ -304,6 +306,20 @@ impl World {
                 },
             )?;
         }
+        if more.contains(&"--xdp") {
+            self.make_frames_whole()?;
+        }
+        Ok(())
+    }
+
+    /// Has the switch's ports do what hardware does for XDP, which does not see that a frame's checksum is still to be
+    /// filled in; and what XDP sends out of a veth device, the other end takes by the queue that GRO has.
+    fn make_frames_whole(&self) -> Result<()> {
+        for port in 1..=self.nodes.len() {
+            let port = format!("xebec0-n{port}");
+            ethtool::set(None, &port, Offload::TxChecksums, false)?;
+            ethtool::set(None, &port, Offload::Gro, true)?;
+        }
         Ok(())
     }
 
@@ -517,7 +533,7 @@ pub fn cgroups() -> Result<PathBuf> {
 }
 
 /// Fails unless exactly these have answered.
-fn answered(what: &str, by_name: &BTreeMap<String, usize>, wanted: &[&str]) -> Result<()> {
+pub fn answered(what: &str, by_name: &BTreeMap<String, usize>, wanted: &[&str]) -> Result<()> {
     let names: BTreeSet<&str> = by_name.keys().map(String::as_str).collect();
     let wanted: BTreeSet<&str> = wanted.iter().copied().collect();
     ensure!(
