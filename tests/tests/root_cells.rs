@@ -48,6 +48,7 @@ const MODES: [Mode; 6] = [
             ("associations with nobody", sctp::nobody_there),
             ("around the stack", ways::around),
             ("addresses come and go", addresses::come_and_go),
+            ("ports used again, addresses", addresses::ports_used_again),
             ("killed", faults::killed),
         ],
     ),
