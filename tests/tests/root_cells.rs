@@ -56,6 +56,7 @@ const MODES: [Mode; 6] = [
             ("around the stack", ways::around),
             ("agent alone", alone::agent_alone),
             ("addresses come and go", addresses::come_and_go),
+            ("ports used again, addresses", addresses::ports_used_again),
             ("killed", faults::killed),
         ],
     ),

@@ -119,19 +119,6 @@ fn serves(places: &[Place], address: IpAddr) -> Result<()> {
     Ok(())
 }
 
-/// The same of an address that the first node alone takes for its own. Pods of the other node ask by connections: it
-/// masquerades them, and a datagram that it later sends to the same backend by the same port may be answered to them.
-fn serves_more(places: &[Place], address: IpAddr) -> Result<()> {
-    let (far, others): (Vec<_>, Vec<_>) = places
-        .iter()
-        .cloned()
-        .partition(|place| place.name.starts_with("late"));
-    for place in far {
-        spread(&place, Protocol::Tcp, port_at(address), &ALL)?;
-    }
-    serves(&others, address)
-}
-
 /// Fails unless all are refused there.
 fn refuses(places: &[Place], address: IpAddr) -> Result<()> {
     let to = port_at(address);
@@ -171,7 +158,7 @@ pub fn come_and_go(world: &mut World) -> Result<()> {
             let answer = world.outside.ask(Protocol::Tcp, port_at(address));
             Ok(answer.is_ok_and(|answer| ALL.contains(&&*answer.name)))
         })?;
-        serves_more(&everybody, address)?;
+        serves(&everybody, address)?;
     }
     more.move_outside()?;
     for address in addresses {
@@ -192,6 +179,12 @@ pub fn come_and_go(world: &mut World) -> Result<()> {
     let nodes: Vec<Place> = nodes.collect();
     serves(&nodes, Ipv4Addr::LOCALHOST.into())?;
     refuses(&nodes, Ipv6Addr::LOCALHOST.into())?;
+    // A pod's loopback is its own.
+    for pod in ["a1", "late"] {
+        let place = &world.pod(pod)?.place;
+        let own = [place.clone(), place.without_sockets()];
+        refuses(&own, Ipv4Addr::LOCALHOST.into())?;
+    }
     world.delete(&["ported"])
 }
 
@@ -223,12 +216,32 @@ pub fn blocks(world: &mut World) -> Result<()> {
         eventually("the new address serves", MINUTE, || {
             Ok(world.outside.ask(Protocol::Tcp, port_at(address)).is_ok())
         })?;
-        serves_more(&everybody, address)?;
+        serves(&everybody, address)?;
         for (name, node) in &world.nodes {
             is_plain(world, name, of(node.addresses, v4))?;
         }
     }
     let node = world.node("node1")?.place.clone();
     refuses(&[node], Ipv4Addr::LOCALHOST.into())?;
+    world.delete(&["ported"])
+}
+
+/// Datagrams of pods of the second node to an address that the first one alone takes for its own, which the second
+/// masquerades; then others', which the second sends to the same backends by the same ports: each is answered to who
+/// has sent it.
+pub fn ports_used_again(world: &mut World) -> Result<()> {
+    const DATAGRAMS: usize = 600;
+    ported(world)?;
+    let _more = More::new(world)?;
+    let late = &world.pod("late")?.place;
+    for v4 in FAMILIES {
+        let more = port_at(ip(of(MORE, v4))?);
+        eventually("the new address serves", MINUTE, || {
+            Ok(world.outside.ask(Protocol::Tcp, more).is_ok())
+        })?;
+        late.ask_many(Protocol::Udp, more, DATAGRAMS)?;
+        let to = port_at(of(world.node("node2")?.addresses, v4));
+        world.outside.ask_many(Protocol::Udp, to, DATAGRAMS)?;
+    }
     world.delete(&["ported"])
 }
