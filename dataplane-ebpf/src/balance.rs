@@ -115,6 +115,10 @@ pub fn choose(tuple: &Tuple, client: &Client, choice: &mut Choice) -> u32 {
     let Some(frontend) = frontend(tuple, client.inside) else {
         return NONE;
     };
+    // A pod's loopback is its own, and what comes by a wire is for nobody's: the node's own sockets alone may.
+    if (!client.namespace || client.unseen) && tuple.destination.is_loopback_v4() {
+        return NONE;
+    }
     let (service, flags) = (frontend.service, frontend.flags);
     choice.service = service;
     choice.flags = flags;
@@ -175,6 +179,9 @@ pub fn refuses(tuple: &Tuple, inside: bool, choice: &mut Choice) -> bool {
     let Some(frontend) = frontend(tuple, inside) else {
         return false;
     };
+    if tuple.destination.is_loopback_v4() {
+        return false;
+    }
     let flags = frontend.flags;
     choice.service = frontend.service;
     let (run, drops) = if inside || flags & EXTERNAL == 0 {

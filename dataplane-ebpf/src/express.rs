@@ -12,6 +12,7 @@ use xebec_dataplane_common::nat::{BACK_BY_QUEUE, BACK_BY_REDIRECT};
 use xebec_dataplane_common::{ICMP, ICMP6, SCTP, TCP, UDP};
 
 use crate::frame::Frame;
+use crate::lookup::At;
 use crate::packet::{self, Packet};
 use crate::rewrite;
 use crate::route;
@@ -44,7 +45,7 @@ pub fn xebec_express(ctx: XdpContext) -> u32 {
     if all.packet.ttl <= 1 || !is_simple(&ctx, &all.packet) {
         return XDP_PASS;
     }
-    let plan = translate::plan(all);
+    let plan = translate::plan(all, At::Early);
     if plan != Plan::Known && plan != Plan::Begins {
         return XDP_PASS;
     }

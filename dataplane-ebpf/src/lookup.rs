@@ -10,8 +10,13 @@ use crate::scratch::{Scratch, scratch, settle};
 #[derive(Clone, Copy, PartialEq, Eq)]
 #[repr(u32)]
 pub enum At {
-    /// A device that leads to other nodes and the outside; how the flow was judged stands in `judged`.
-    Network,
+    /// Where a packet leaves by a device that leads to other nodes and the outside; how its flow was judged stands in
+    /// `judged`.
+    ToNetwork,
+    /// Where it comes in by one, by the device in `device`: nothing can have been translated but by XDP.
+    FromNetwork,
+    /// The same, at XDP.
+    Early,
     /// The same, of a packet that another node sent on as it came: one that begins a connection anew is another's.
     Unwrapped,
     /// Where a packet is about to enter its pod.
@@ -65,7 +70,9 @@ extern "C" fn xebec_look_up(at: u32) -> u32 {
 fn find(all: &mut Scratch, at: u32) -> u32 {
     let up = FlowKey::write(&all.packet.tuple, &mut all.key);
     let mut flow = flow::entry(&all.key);
-    if at == At::FromPod as u32 && nat::gives_way(flow, all, up) {
+    let first = at == At::FromPod as u32 || at == At::Early as u32;
+    let may_be = at == At::FromNetwork as u32;
+    if (first || may_be) && nat::gives_way(flow, all, up, first) {
         flow = core::ptr::null_mut();
     }
     all.listed = u8::from(!flow.is_null());

@@ -7,12 +7,12 @@ use aya_ebpf::helpers::generated::bpf_loop;
 use xebec_dataplane_common::flow::{
     CLOSED, Flow, FlowKey, TURN_BACK, TURN_DIRECT, TURN_FORTH, TURN_KEPT, TURN_NONE, TURN_STAYS,
 };
-use xebec_dataplane_common::nat::Settings;
+use xebec_dataplane_common::nat::{BACK_BY_TC, Settings};
 use xebec_dataplane_common::{ICMP, ICMP6, SCTP, TCP, UDP};
 
 use crate::flow::{self, ACK, FIN, RST, SYN, begins, now};
 use crate::hash;
-use crate::maps::{FLOWS, SETTINGS, remember};
+use crate::maps::{DEVICES, FLOWS, SETTINGS, remember};
 use crate::scratch::{Scratch, scratch, settle};
 use crate::tell::{self, As};
 
@@ -158,15 +158,19 @@ fn pair(flow: &Flow, all: &mut Scratch, forth: bool) -> bool {
 }
 
 /// Whether a flow is gone now: one of datagrams that were translated to the very tuple that the packet has by itself.
-/// Answers bear one tuple for both, so they are the younger one's; the older finds another port for itself.
+/// Answers bear one tuple for both, so they are the younger one's; the older finds another port for itself. Where the
+/// hook is not the `first` that sees the packet, it is on devices without XDP.
 #[inline(always)]
-pub fn gives_way(flow: *mut Flow, all: &mut Scratch, up: bool) -> bool {
+pub fn gives_way(flow: *mut Flow, all: &mut Scratch, up: bool, first: bool) -> bool {
     if flow.is_null() || all.packet.tuple.protocol != UDP || all.packet.is_error() {
         return false;
     }
     // SAFETY: as in `find`.
     unsafe {
         if (*flow).turn & TURN_BACK == 0 || ((*flow).from_low != 0) != up {
+            return false;
+        }
+        if !first && DEVICES.get(&all.device).copied().unwrap_or(BACK_BY_TC) != BACK_BY_TC {
             return false;
         }
         FlowKey::write(&(*flow).to, &mut all.other);

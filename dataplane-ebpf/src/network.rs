@@ -43,7 +43,9 @@ pub fn xebec_from_network(ctx: TcContext) -> i32 {
         settle();
         direct::plan(all)
     } else {
-        translate::plan(all)
+        // SAFETY: the kernel gives a valid context for the whole call.
+        all.device = unsafe { (*ctx.skb.skb).ifindex };
+        translate::plan(all, At::FromNetwork)
     };
     settle();
     match plan {
@@ -148,7 +150,7 @@ pub fn xebec_to_network(ctx: TcContext) -> i32 {
     if !pod && !translate::is_node(&all.packet.tuple.source) {
         return TC_ACT_OK as i32;
     }
-    if look_up(At::Network).turn != Turn::Exit {
+    if look_up(At::ToNetwork).turn != Turn::Exit {
         // Who came to the pod by its own address is answered from it.
         if !pod || all.packet.is_error() || all.answers != 0 {
             return TC_ACT_OK as i32;

@@ -42,6 +42,8 @@ pub struct Scratch {
     pub question: Question,
     /// What is told of it.
     pub told: Told,
+    /// The device that it came in by; 0 where that does not matter.
+    pub device: u32,
     /// 1 where the table has an entry under its key.
     pub listed: u8,
     /// 1 where it answers a flow that the other end began.

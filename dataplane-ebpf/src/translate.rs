@@ -36,8 +36,8 @@ pub enum Plan {
 
 /// Looks for a packet's translation: what it becomes stands in `to`, and in `stays` whether its way ends here; of one that begins, all but the port. A hook may still leave the packet to the other one then: that finds the translation again, or chooses a backend itself.
 #[inline(always)]
-pub fn plan(all: &mut Scratch) -> Plan {
-    match look_up(At::Network).turn {
+pub fn plan(all: &mut Scratch, at: At) -> Plan {
+    match look_up(at).turn {
         Turn::Entry => return Plan::Known,
         Turn::Direct => return Plan::Direct,
         Turn::None | Turn::Exit => {}

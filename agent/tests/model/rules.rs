@@ -916,6 +916,7 @@ impl Model {
 
     /// In from the network.
     pub fn comes_in(&mut self, seen: &Seen, made: &Made) -> Fate {
+        self.give_way(seen);
         let known = match self.translation(seen) {
             Some((ends, DIRECT)) => return self.directly(seen, ends.to),
             Some((ends, how)) => (!how.late).then_some(ends),

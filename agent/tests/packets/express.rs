@@ -25,6 +25,7 @@ fn to_a_pod_of_this_node() {
             without_checksum,
         ] {
             let mut kernel = Kernel::shared();
+            kernel.serve_early();
             kernel.node_port(30_080, web(f), 8080);
             let mut expected = sent.clone();
             (expected.destination, expected.destination_port) = (web(f), 8080);

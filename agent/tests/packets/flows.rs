@@ -1,12 +1,13 @@
 //! The two entries of a translated flow: one that is missing is made again, and flows between the same ends don't
 //! bend one another.
 
+use xebec_agent::maps::ServiceKernel;
 use xebec_dataplane_common::flow::{SECOND, ticks};
-use xebec_dataplane_common::service::ON_THIS_NODE;
+use xebec_dataplane_common::service::{ON_THIS_NODE, OWN as OWN_ADDRESS};
 
 use super::{
-    ACK, FAMILIES, Family, Front, Kernel, OK, POD_MAC, REDIRECT, SHOT, client, echo, far, left_out,
-    node, pod, service, source_port, tcp, udp, web,
+    ACK, FAMILIES, Family, Front, Kernel, OK, POD_MAC, Packet, REDIRECT, SHOT, client, echo, far,
+    left_out, node, pod, service, source_port, tcp, udp, web,
 };
 
 fn service_at(kernel: &mut Kernel, f: Family, backend: std::net::IpAddr) {
@@ -221,6 +222,72 @@ fn a_direct_flow_is_not_bent_by_one_through_the_service() {
             (REDIRECT, back.from(service(f), 80).bytes())
         );
     }
+}
+
+/// The same of one outside, which asks a backend of this node by itself and by a node port: another node that
+/// masquerades does, when its ports come round.
+#[test]
+fn a_direct_flow_from_the_network_is_not_bent_by_one_through_a_node_port() {
+    if left_out() {
+        return;
+    }
+    for (f, translated_first) in FAMILIES.into_iter().flat_map(|f| [(f, false), (f, true)]) {
+        let mut kernel = Kernel::shared();
+        kernel.node_port(30_080, web(f), 8080);
+        let direct = udp(client(f), web(f), 4000, 8080);
+        let through = udp(client(f), node(f), 4000, 30_080);
+        let ask = |kernel: &mut Kernel, sent: &Packet| {
+            let (verdict, out) = kernel.run("xebec_from_network", &sent.bytes());
+            let mut expected = direct.clone();
+            expected.source_port = source_port(&out);
+            assert_eq!((verdict, &out), (OK, &expected.bytes()));
+            // The stack brings it to the pod.
+            kernel.as_web();
+            assert_eq!(kernel.run("xebec_to_pod", &out), (OK, out));
+            kernel.as_pod();
+            expected.source_port
+        };
+        kernel.received_on(1);
+        if translated_first {
+            assert_eq!(ask(&mut kernel, &through), 4000);
+        }
+        assert_eq!(ask(&mut kernel, &direct), 4000);
+        let port = ask(&mut kernel, &through);
+        assert!(port >= 61_000);
+        assert_eq!(ask(&mut kernel, &through), port);
+        assert_eq!(ask(&mut kernel, &direct), 4000);
+        for (port, answers) in [(4000, 8080), (port, 30_080)] {
+            let answer = direct.answer().to(client(f), port);
+            let (_, out) = kernel.run("xebec_to_network", &answer.bytes());
+            assert_eq!(source_port(&out), answers, "to port {port}");
+        }
+    }
+}
+
+/// Node ports at the loopback address are for sockets of the node alone.
+#[test]
+fn loopback_is_nobodys_on_a_wire() {
+    if left_out() {
+        return;
+    }
+    let f = Family::V4;
+    let mut kernel = Kernel::shared();
+    kernel.node_port(30_080, web(f), 8080);
+    let loopback: std::net::IpAddr = [127, 0, 0, 1].into();
+    let services = &mut kernel.maps().services;
+    services.set_node_address(loopback, OWN_ADDRESS).unwrap();
+    for sent in [
+        udp(client(f), loopback, 4000, 30_080),
+        tcp(client(f), loopback, 4000, 30_080, "S"),
+    ] {
+        let sent = sent.bytes();
+        assert_eq!(kernel.run("xebec_from_network", &sent), (OK, sent.clone()));
+        assert_eq!(kernel.run_early(0, &sent), (super::PASS, sent.clone()));
+    }
+    let sent = udp(pod(f), loopback, 4000, 30_080);
+    let (_, out) = kernel.run("xebec_from_pod", &sent.bytes());
+    assert_eq!(out, sent.bytes());
+    assert_eq!(kernel.translations(), 0);
 }
 
 /// Translated first: as long as it lives there is no other flow between its ends; when it has ended there is.

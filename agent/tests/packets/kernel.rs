@@ -12,7 +12,7 @@ use xebec_agent::maps::{PolicyKernel, PolicyMaps, ServiceKernel};
 use xebec_agent::network::Device;
 use xebec_dataplane_common::flow::{Counters, Event, Flow, FlowKey, TURN_NONE};
 use xebec_dataplane_common::ip::Ip;
-use xebec_dataplane_common::nat::{BACK_BY_TC, Settings, Tuple};
+use xebec_dataplane_common::nat::{BACK_BY_QUEUE, BACK_BY_TC, Settings, Tuple};
 use xebec_dataplane_common::policy::{
     Endpoint, NO_SHAPE, RuleKey, SHAPE_PROTOCOL, SHAPES, Set, port_bits,
 };
@@ -228,6 +228,11 @@ impl Kernel {
         if yes {
             self.tables.devices.set(&index, BACK_BY_TC);
         }
+    }
+
+    /// The device that packets come in by has XDP, too.
+    pub fn serve_early(&mut self) {
+        self.tables.devices.set(&self.ifindex, BACK_BY_QUEUE);
     }
 
     /// Writes who the pods are.

@@ -58,6 +58,13 @@ impl Ip {
         self.0[0] | self.0[1] | self.0[2] | self.0[3] != 0
     }
 
+    /// Whether it is an IPv4 address of the host itself (RFC 1122, 3.2.1.3), which no packet on a wire may have.
+    #[inline(always)]
+    pub const fn is_loopback_v4(&self) -> bool {
+        let [first, ..] = self.0[3].to_ne_bytes();
+        self.is_v4() && first == 127
+    }
+
     /// Whether a router sends on what is for it by its routes alone: none of a group (RFC 5771; RFC 4291, 2.7), of a
     /// link, of the host itself, and none at all.
     #[inline(always)]
@@ -132,6 +139,22 @@ mod tests {
         assert_eq!((ip.prefix_bits(24), ip.every()), (120, Ip::EVERY_V4));
         assert!(!Ip::NONE.is_some() && ip.is_some() && Ip::EVERY_V4.is_some());
     }
+
+    #[test]
+    fn loopback_is_a_block_of_ipv4() {
+        for (text, is) in [
+            ("127.0.0.1", true),
+            ("127.255.0.9", true),
+            ("126.0.0.1", false),
+            ("128.0.0.1", false),
+            ("::1", false),
+            ("::7f00:1", false),
+        ] {
+            let address: IpAddr = text.parse().unwrap();
+            assert_eq!(Ip::from(address).is_loopback_v4(), is, "{text}");
+        }
+    }
+
     #[test]
     fn routers_send_on_what_is_for_one_host_elsewhere() {
         for (text, sent_on) in [
