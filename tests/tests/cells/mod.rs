@@ -11,6 +11,7 @@ pub mod kept;
 pub mod left_alone;
 pub mod life;
 pub mod local;
+pub mod machine;
 pub mod near;
 pub mod odd;
 pub mod policies;
