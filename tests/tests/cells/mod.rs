@@ -15,6 +15,7 @@ pub mod machine;
 pub mod near;
 pub mod odd;
 pub mod policies;
+pub mod routes;
 pub mod sctp;
 pub mod told;
 pub mod too_big;

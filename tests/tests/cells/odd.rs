@@ -1,7 +1,7 @@
 //! Packets out of the ordinary: datagrams in fragments, and errors about translated flows.
 
 use std::io::ErrorKind;
-use std::net::{IpAddr, SocketAddr};
+use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr, UdpSocket};
 
 use anyhow::{Context, Result, ensure};
 use serde_json::json;
@@ -103,6 +103,48 @@ pub fn closed(world: &mut World) -> Result<()> {
             }
         }
         world.delete(&[&name])?;
+    }
+    Ok(())
+}
+
+/// One destination takes all the ports that the node has for it: what more goes there is dropped and counted, and others
+/// have as many ports as before.
+pub fn crowded(world: &mut World) -> Result<()> {
+    const DATAGRAMS: u16 = 6_000;
+    const FIRST_PORT: u16 = 40_000;
+    let no_port = || -> Result<u64> {
+        let status = world.cluster.agent_status("node1")?;
+        let count = status["packets"]["no_port"].as_u64();
+        count.with_context(|| status.to_string())
+    };
+    let pod = &world.pod("b1")?.place;
+    for v4 in FAMILIES {
+        let address = ip(of(BEYOND, v4))?;
+        let _server =
+            Server::start_at(&world.outside, "outside", SocketAddr::new(address, TARGET))?;
+        let before = no_port()?;
+        let any: IpAddr = match v4 {
+            true => Ipv4Addr::UNSPECIFIED.into(),
+            false => Ipv6Addr::UNSPECIFIED.into(),
+        };
+        let sent = pod.run(|| -> std::io::Result<()> {
+            for port in FIRST_PORT..FIRST_PORT + DATAGRAMS {
+                let socket = UdpSocket::bind((any, port))?;
+                // What is dropped at the device is no error of the socket's.
+                socket.send_to(b"?", (address, TARGET + 1))?;
+            }
+            Ok(())
+        })?;
+        sent.context("could not send")?;
+        let dropped = no_port()? - before;
+        ensure!(dropped > 0, "{DATAGRAMS} flows have ports");
+        for protocol in PROTOCOLS {
+            for place in [pod, &world.pod("a1")?.place] {
+                let to = SocketAddr::new(address, TARGET);
+                let what = || format!("{}, {protocol:?} to {to}", place.name);
+                place.ask(protocol, to).with_context(what)?;
+            }
+        }
     }
     Ok(())
 }

@@ -11,7 +11,10 @@ use xebec_tests::eventually;
 use xebec_tests::place::{PATIENCE, Place, Protocol, SILENCE};
 use xebec_tests::sctp::{ABORT, End, Packet, init, init_ack};
 
-use super::world::{EXTERNAL, FAMILIES, MINUTE, OUTSIDE, PORT, TARGET, World, ip, of, service};
+use super::world::{
+    BEYOND, EXTERNAL, FAMILIES, HOST_PORT, HOST_TARGET, MINUTE, OUTSIDE, PORT, TARGET, World, ip,
+    of, service,
+};
 
 const NODE_PORT: u16 = 30_018;
 const LOCAL_PORT: u16 = 30_042;
@@ -37,6 +40,11 @@ fn with_sctp_as(name: &str, node_port: u16, mut spec: Value) -> Value {
 /// Begins an association and ends it. Fails unless each end gets each packet whole, and the backend sees this address
 /// and the client the Service's.
 pub fn associated(client: &End, to: SocketAddr, backend: &End, seen: IpAddr) -> Result<()> {
+    associated_at(client, to, (backend, TARGET), seen)
+}
+
+/// The same with a backend of this port.
+fn associated_at(client: &End, to: SocketAddr, backend: (&End, u16), seen: IpAddr) -> Result<()> {
     let (port, seen) = meets(client, to, backend, seen)
         .with_context(|| format!("SCTP from {} to {to}", client.at))?;
     ensure!(
@@ -55,7 +63,12 @@ fn fresh_port() -> u16 {
 }
 
 /// The client's port, and what the backend sees.
-fn meets(client: &End, to: SocketAddr, backend: &End, seen: IpAddr) -> Result<(u16, SocketAddr)> {
+fn meets(
+    client: &End,
+    to: SocketAddr,
+    (backend, target): (&End, u16),
+    seen: IpAddr,
+) -> Result<(u16, SocketAddr)> {
     let port = fresh_port();
     let (own, others) = (0x1000_0000 | u32::from(port), 0x2000_0000 | u32::from(port));
     let sent = |tag: u32, chunk: Vec<u8>| Packet {
@@ -71,12 +84,12 @@ fn meets(client: &End, to: SocketAddr, backend: &End, seen: IpAddr) -> Result<(u
     let by = got.source_port;
     let forth = |packet: Packet| Packet {
         source_port: by,
-        destination_port: TARGET,
+        destination_port: target,
         ..packet
     };
     ensure!(got == forth(begins), "the backend got {got:?}");
     let answer = Packet {
-        source_port: TARGET,
+        source_port: target,
         destination_port: by,
         tag: own,
         chunk: init_ack(others),
@@ -125,6 +138,26 @@ pub fn associations(world: &mut World) -> Result<()> {
         associated(&client, ports[1], &backend, by2)?;
     }
     world.delete(&["sctp"])
+}
+
+/// By a pod's host port, from everywhere: it sees outsiders as they are. And from a pod to the outside, which sees the
+/// node.
+pub fn without_services(world: &mut World) -> Result<()> {
+    for v4 in FAMILIES {
+        let (a1, b1) = (world.pod("a1")?, world.pod("b1")?);
+        let node1 = of(world.node("node1")?.addresses, v4);
+        let host = End::open(&a1.place, of(a1.addresses, v4))?;
+        let outside = End::open(&world.outside, ip(of(OUTSIDE, v4))?)?;
+        let to = SocketAddr::new(node1, HOST_PORT);
+        let pod = End::open(&b1.place, of(b1.addresses, v4))?;
+        for client in [&pod, &outside] {
+            associated_at(client, to, (&host, HOST_TARGET), client.at)?;
+        }
+        let beyond = End::open(&world.outside, ip(of(BEYOND, v4))?)?;
+        let to = SocketAddr::new(beyond.at, TARGET);
+        associated(&pod, to, &beyond, node1)?;
+    }
+    Ok(())
 }
 
 /// How beginning an association fails.

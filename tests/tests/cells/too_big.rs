@@ -5,13 +5,13 @@
 use std::net::{IpAddr, SocketAddr};
 use std::path::PathBuf;
 use std::process::Command;
-use std::time::Duration;
 
 use anyhow::{Context, Result, ensure};
 use serde_json::json;
 use xebec_tests::place::{Place, Server};
 use xebec_tests::succeed;
 
+use super::routes::Routes;
 use super::ways::asks_much;
 use super::world::{
     FAMILIES, NETNS, OUTSIDE, PORT, TARGET, World, ip, ip_command, of, service, slices,
@@ -206,41 +206,15 @@ pub fn said_by_a_router(world: &mut World) -> Result<()> {
     world.delete(&["router-near", "router-far", "router-behind"])
 }
 
-/// A node's way to a pod that is narrower than its devices, for as long as this lives.
-struct Narrow<'a> {
-    world: &'a World,
-    pod: &'a str,
-}
-
-impl<'a> Narrow<'a> {
-    fn new(world: &'a World, pod: &'a str) -> Result<Self> {
-        let narrow = Self { world, pod };
-        for v4 in FAMILIES {
-            narrow.route("add", v4)?;
-        }
-        // The programs remember routes for up to 67 ms.
-        std::thread::sleep(Duration::from_millis(200));
-        Ok(narrow)
-    }
-
-    fn route(&self, what: &str, v4: bool) -> Result<()> {
-        let pod = self.world.pod(self.pod)?;
-        let to = of(pod.addresses, v4).to_string();
-        let by = of(self.world.node(pod.node)?.addresses, v4).to_string();
-        let mtu = NARROW.to_string();
-        let route = ["ip", "route", what, &to, "via", &by, "mtu", "lock", &mtu];
-        self.world.cluster.in_node("node1", &route).map(drop)
-    }
-}
-
-impl Drop for Narrow<'_> {
-    fn drop(&mut self) {
-        for v4 in FAMILIES {
-            // One that could not be made is not there.
-            let _ = self.route("del", v4);
-        }
-        let _ = forget(self.world);
-    }
+/// A way of the first node to this pod that is narrower than its devices.
+fn narrow<'a>(world: &'a World, pod: &str) -> Result<Routes<'a>> {
+    let pod = world.pod(pod)?;
+    let node = world.node(pod.node)?;
+    let routes = FAMILIES.map(|v4| {
+        let (to, by) = (of(pod.addresses, v4), of(node.addresses, v4));
+        format!("{to} via {by} mtu lock {NARROW}")
+    });
+    Routes::add(world, "node1", routes.into())
 }
 
 /// A node says it whose way to the backend's node is narrow: to a pod of its own that asks the ClusterIP, and to who asks
@@ -251,7 +225,7 @@ pub fn said_by_a_node(world: &mut World) -> Result<()> {
     world.settled("narrow", 1)?;
     let ips = world.cluster_ips("narrow")?;
     let (b1, node1) = (world.pod("b1")?, world.node("node1")?);
-    let _narrow = Narrow::new(world, "a2")?;
+    let narrow = narrow(world, "a2")?;
     for v4 in FAMILIES {
         let (pod, node) = (of(b1.addresses, v4), of(node1.addresses, v4));
         let inside = SocketAddr::new(of(ips, v4), PORT);
@@ -262,5 +236,7 @@ pub fn said_by_a_node(world: &mut World) -> Result<()> {
         learns(&world.outside, at_node, "a2", node)?;
         learns(&world.machine, at_node, "a2", node)?;
     }
+    drop(narrow);
+    forget(world)?;
     world.delete(&["narrow"])
 }

@@ -3,7 +3,6 @@
 
 use std::io::{BufRead, Write};
 use std::net::{IpAddr, SocketAddr};
-use std::time::Duration;
 
 use anyhow::{Context, Result, bail, ensure};
 use serde_json::json;
@@ -11,43 +10,12 @@ use xebec_tests::place::{Answer, PROTOCOLS, Place, Protocol, Server, Talk};
 use xebec_tests::sctp::End;
 
 use super::policies::seen_as;
+use super::routes::Routes;
 use super::sctp::{associated, with_sctp};
 use super::world::{BEYOND, FAMILIES, OUTSIDE, PORT, TARGET, World, ip, of, service};
 
 const DIRECT_PORT: u16 = 30_019;
 const SCTP_PORT: u16 = 30_020;
-
-/// Packets of a node to the machine outside go nowhere, for as long as this lives.
-struct Closed<'a> {
-    world: &'a World,
-    node: &'a str,
-}
-
-impl<'a> Closed<'a> {
-    fn new(world: &'a World, node: &'a str) -> Result<Self> {
-        let closed = Self { world, node };
-        for to in OUTSIDE {
-            closed.route("add", to)?;
-        }
-        // The programs remember routes for up to 67 ms.
-        std::thread::sleep(Duration::from_millis(200));
-        Ok(closed)
-    }
-
-    fn route(&self, what: &str, to: &str) -> Result<()> {
-        let route = ["ip", "route", what, "blackhole", to];
-        self.world.cluster.in_node(self.node, &route).map(drop)
-    }
-}
-
-impl Drop for Closed<'_> {
-    fn drop(&mut self) {
-        for to in OUTSIDE {
-            // One that could not be made is not there.
-            let _ = self.route("del", to);
-        }
-    }
-}
 
 /// A Service of all protocols with its only backend on the second node.
 fn far(world: &World) -> Result<()> {
@@ -107,7 +75,8 @@ pub fn direct(world: &mut World) -> Result<()> {
         let to = SocketAddr::new(of(node1, v4), DIRECT_PORT);
         seen_as(outside, Protocol::Udp, to, "a2", ip(of(OUTSIDE, v4))?)?;
     }
-    let _closed = Closed::new(world, "node1")?;
+    let nowhere = OUTSIDE.map(|to| format!("blackhole {to}"));
+    let _closed = Routes::add(world, "node1", nowhere.into())?;
     for v4 in FAMILIES {
         let client = ip(of(OUTSIDE, v4))?;
         let to = SocketAddr::new(of(node1, v4), DIRECT_PORT);

@@ -18,7 +18,7 @@ pub const NAMESPACE: &str = "cells";
 pub const TARGET: u16 = 9000;
 /// Where `a1` answers what comes by its host port. A backend that is a Service's, too, would not be gone with the
 /// Service's endpoint.
-const HOST_TARGET: u16 = 9001;
+pub const HOST_TARGET: u16 = 9001;
 /// The port that Services have.
 pub const PORT: u16 = 80;
 /// The port of the pod `a1` at its node.
@@ -189,7 +189,7 @@ fn pod(name: &str, node: &str) -> Value {
     }
     let container = &mut pod["spec"]["containers"][0];
     if name == "a1" {
-        container["ports"] = ["TCP", "UDP"]
+        container["ports"] = ["TCP", "UDP", "SCTP"]
             .map(|protocol| {
                 json!({"name": protocol.to_lowercase(), "containerPort": HOST_TARGET, "hostPort": HOST_PORT, "protocol": protocol})
             })
