@@ -28,13 +28,15 @@ impl<'a> Routes<'a> {
     }
 
     fn each(&self, what: &str) -> Result<()> {
-        let outcomes = self.routes.iter().map(|route| {
+        let mut all = Ok(());
+        for route in &self.routes {
             let words = ["ip", "route", what].into_iter().chain(route.split(' '));
             let words: Vec<&str> = words.collect();
-            self.world.cluster.in_node(self.node, &words).map(drop)
-        });
-        // All of them, whatever becomes of one.
-        outcomes.fold(Ok(()), |all, one| all.and(one))
+            let one = self.world.cluster.in_node(self.node, &words);
+            // All of them, whatever becomes of one.
+            all = all.and(one.map(drop));
+        }
+        all
     }
 }
 
