@@ -199,7 +199,7 @@ pub async fn run(client: kube::Client, config: Config, shutdown: CancellationTok
         services_ready,
         shutdown.clone(),
     );
-    let pressure = pressure::run(client.clone(), config.node_name.clone(), shutdown.clone());
+    let pressure = pressure::run(client, config.node_name.clone(), shutdown.clone());
     let growth = growth::run(
         tables.clone(),
         dataplane.clone(),

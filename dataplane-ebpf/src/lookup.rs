@@ -17,7 +17,7 @@ pub enum At {
     FromNetwork,
     /// The same, at XDP.
     Early,
-    /// The same, of a packet that another node sent on as it came: one that begins a connection anew is another's.
+    /// Where it came in within another packet, as another node had got it: one that begins a connection anew is another's.
     Unwrapped,
     /// Where a packet is about to enter its pod.
     ToPod,

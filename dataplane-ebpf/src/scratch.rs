@@ -42,7 +42,7 @@ pub struct Scratch {
     pub question: Question,
     /// What is told of it.
     pub told: Told,
-    /// The device that it came in by; 0 where that does not matter.
+    /// The device that it came in by, for tc's hook of the network alone.
     pub device: u32,
     /// 1 where the table has an entry under its key.
     pub listed: u8,

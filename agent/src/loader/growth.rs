@@ -113,25 +113,13 @@ pub(super) struct Pins {
 }
 
 impl Pins {
-    /// Makes the folders, and takes away those of other layouts: programs that are attached keep their maps without them.
     pub(super) fn new(dir: &Path) -> Result<Self> {
         let new = Self {
             adopted: dir.join(format!("{ADOPTED}-{LAYOUT}")),
             current: dir.join(format!("{CURRENT}-{LAYOUT}")),
             next: dir.join(format!("{NEXT}-{LAYOUT}")),
         };
-        let ours = [&new.adopted, &new.current, &new.next];
-        for folder in pinned(dir)? {
-            let name = folder.file_name().and_then(|name| name.to_str());
-            let kind = name.and_then(|name| name.split_once('-'));
-            let of_maps = kind.is_some_and(|(kind, _)| [ADOPTED, CURRENT, NEXT].contains(&kind));
-            if of_maps && !ours.contains(&&folder) {
-                clear(&folder)?;
-                std::fs::remove_dir(&folder)
-                    .with_context(|| format!("could not remove {}", folder.display()))?;
-            }
-        }
-        for dir in ours {
+        for dir in [&new.adopted, &new.current, &new.next] {
             std::fs::create_dir_all(dir)
                 .with_context(|| format!("could not make {}", dir.display()))?;
         }
@@ -180,7 +168,26 @@ impl Pins {
                     .with_context(|| format!("could not pin {}", path.display()))?;
             }
         }
+        self.clear_others()?;
         Ok(loaded)
+    }
+
+    /// Takes away the folders of other layouts: programs that are attached keep their maps without them. Not before the
+    /// kernel has taken the new programs: where it refuses them, the agent before this one can go on with its own.
+    fn clear_others(&self) -> Result<()> {
+        let ours = [&self.adopted, &self.current, &self.next];
+        let dir = self.adopted.parent();
+        for folder in pinned(dir.context("the maps' folder is in no other")?)? {
+            let name = folder.file_name().and_then(|name| name.to_str());
+            let kind = name.and_then(|name| name.split_once('-'));
+            let of_maps = kind.is_some_and(|(kind, _)| [ADOPTED, CURRENT, NEXT].contains(&kind));
+            if of_maps && !ours.contains(&&folder) {
+                clear(&folder)?;
+                std::fs::remove_dir(&folder)
+                    .with_context(|| format!("could not remove {}", folder.display()))?;
+            }
+        }
+        Ok(())
     }
 
     /// Where a map's pin is in the end.

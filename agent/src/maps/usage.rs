@@ -106,21 +106,26 @@ fn flows(flows: &MapData, settings: &Settings, now: u32) -> Result<(Ports, Table
 fn affinities_of(affinities: &MapData, frontends: &MapData, now: u64) -> Result<Table> {
     const KEY: usize = size_of::<FrontendKey>();
     const VALUE: usize = size_of::<Frontend>();
-    let mut lasts: HashMap<u32, u64> = HashMap::new();
-    batch::entries::<[u8; KEY], [u8; VALUE]>(frontends, |_, frontend| {
-        let frontend: Frontend = must_cast(*frontend);
-        if frontend.affinity != 0 {
-            lasts.insert(frontend.service, u64::from(frontend.affinity) * SECOND);
-        }
-        ControlFlow::Continue(())
-    })?;
-    let mut in_use = 0;
+    let mut idle: Vec<(u32, u64)> = Vec::new();
     batch::entries::<[u8; 24], [u8; 16]>(affinities, |key, affinity| {
         let (key, affinity): (AffinityKey, Affinity) = (must_cast(*key), must_cast(*affinity));
-        let idle = now.saturating_sub(affinity.seen);
-        in_use += u64::from(lasts.get(&key.service).is_some_and(|lasts| idle <= *lasts));
+        idle.push((key.service, now.saturating_sub(affinity.seen)));
         ControlFlow::Continue(())
     })?;
+    let mut lasts: HashMap<u32, u64> = HashMap::new();
+    // Of Services there may be very many, and most nodes have no affinities.
+    if !idle.is_empty() {
+        batch::entries::<[u8; KEY], [u8; VALUE]>(frontends, |_, frontend| {
+            let frontend: Frontend = must_cast(*frontend);
+            if frontend.affinity != 0 {
+                lasts.insert(frontend.service, u64::from(frontend.affinity) * SECOND);
+            }
+            ControlFlow::Continue(())
+        })?;
+    }
+    let is_in_use =
+        |(service, idle): &&(u32, u64)| lasts.get(service).is_some_and(|lasts| idle <= lasts);
+    let in_use = idle.iter().filter(is_in_use).count() as u64;
     Ok(Table {
         name: "AFFINITIES",
         in_use,
