@@ -1,4 +1,4 @@
-//! Packets out of the ordinary: datagrams in fragments, and errors about translated flows.
+//! Packets out of the ordinary: datagrams in fragments, errors about translated flows, and flows that find no port.
 
 use std::io::ErrorKind;
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr, UdpSocket};
