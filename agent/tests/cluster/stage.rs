@@ -213,8 +213,9 @@ impl Stage {
             // Every address of IPv4's block is this node's, and so is the one outside.
             ip(&format!("route add local {} dev lo", OTHER_PODS[0]));
             ip(&format!("addr add {}/128 dev lo nodad", FAR_POD[1]));
-            for outside in OUTSIDE {
-                ip(&format!("addr add {outside} dev lo"));
+            // Without `nodad` an address is not there until a moment later, on `lo` as elsewhere.
+            for (outside, rest) in OUTSIDE.iter().zip(["", " nodad"]) {
+                ip(&format!("addr add {outside} dev lo{rest}"));
             }
             for name in ["all", "far"] {
                 set("net/ipv4/conf", name, "rp_filter", "0");

@@ -55,7 +55,8 @@ impl<'a> More<'a> {
             let (own, by) = (of(MORE, v4), of(OUTSIDE, v4));
             ip_at(&node1.place, &format!("addr del {own} dev eth0"))?;
             ip_at(outside, &format!("route del {own}"))?;
-            ip_at(outside, &format!("addr add {own} dev lo"))?;
+            let rest = if v4 { "" } else { " nodad" };
+            ip_at(outside, &format!("addr add {own} dev lo{rest}"))?;
             for node in [node1, node2] {
                 ip_at(&node.place, &format!("route replace {own} via {by}"))?;
             }

@@ -89,7 +89,7 @@ impl Outside {
                 format!("{first}/{length} dev eth0{dad}"),
                 // What does not ask for it is not sent from it.
                 format!("{second}/{length} dev eth0{dad} preferred_lft 0"),
-                format!("{} dev lo", BEYOND[own]),
+                format!("{} dev lo{dad}", BEYOND[own]),
             ] {
                 ip_command(&format!("-n {NETNS} addr add {address}"))?;
             }
