@@ -11,8 +11,9 @@ use serde_json::{Value, json};
 
 use super::kernel::{Kind, Program};
 use super::pound::Target;
+use super::setting::{self, Setting};
 use super::wrap::{self, Pick};
-use super::{SUBJECTS, Setting, programs};
+use super::{SUBJECTS, programs};
 use crate::Effort;
 use crate::row::{Aim, Case, Row};
 use crate::services::{Network, Part, XebecStage, first_service, part, watch};
@@ -60,7 +61,7 @@ pub fn run(effort: Effort) -> Result<Vec<Row>> {
     for (words, scenario) in SCENARIOS {
         let mut order = Order {
             program: None,
-            devices: [setting.device, super::index(&out[0])?],
+            devices: [setting.device, setting::index(&out[0])?],
             hardware: setting.hardware,
             target: setting.targets[0],
             scenario: super::scenario::place(scenario).context("there is no such scenario")?,

@@ -22,24 +22,23 @@ mod kernel;
 pub mod live;
 pub mod pound;
 mod scenario;
+mod setting;
+mod told;
 mod wrap;
 
 use std::collections::BTreeMap;
-use std::net::IpAddr;
 
-use anyhow::{Context, Result, anyhow};
+use anyhow::{Context, Result, bail, ensure};
 use aya::programs::loaded_programs;
-use serde_json::Value;
 
 use crate::row::{Aim, Case, Row, median, number};
-use crate::services::{
-    MANY, NODE_IP, NODE_IP6, NODE_PORT, Network, OUTSIDE, OUTSIDE6, PORT, Part, XebecStage,
-    backend, backend6,
-};
+use crate::services::{MANY, Network, Part, XebecStage};
 use crate::{Effort, Outcome};
 use kernel::Kind;
-use pound::{Order, Pounded, Target};
-use scenario::{Flows, LEFT_OUT, SCENARIOS};
+use pound::{Order, Pounded};
+use scenario::{Flows, SCENARIOS};
+use setting::Setting;
+use told::Told;
 
 /// A program that is measured: what it is, its name in the kernel, its kind, and the device that its frames come in at.
 struct Subject {
@@ -91,187 +90,241 @@ fn aim(subject: &Subject, name: &str) -> Aim {
     }
 }
 
-/// Measures all subjects in all scenarios at each size.
+/// Measures all subjects in all scenarios at each size; sizes take turns, as programs and floors do, so that all meet the
+/// same machine.
 pub fn run(effort: Effort) -> Result<Outcome> {
     let sizes: &[usize] = effort.of(&[1, 100_000], &[1]);
     let samples = effort.of(20_000, 4_000);
-    // Floors are measured in turn with the programs, so that both meet the same machine.
     let rounds = effort.of(5, 2);
+    let mut stands = Vec::new();
+    for &services in sizes {
+        stands.push(Stand::new(services)?);
+    }
     let mut rows = Vec::new();
-    let mut notes = Vec::new();
-    let mut table: BTreeMap<(usize, usize, usize), String> = BTreeMap::new();
-    // By scenario and subject: what it cost with the fewest Services and with the most.
-    let mut costs: BTreeMap<(usize, usize), Vec<f64>> = BTreeMap::new();
-    for (column, &services) in sizes.iter().enumerate() {
-        let before = programs()?;
-        let mut stage = XebecStage::with_outside("xdp-lb", services, 10, MANY)?;
-        stage.flows = FLOWS;
-        stage.start_agent(true)?;
-        let (mut client, _without) = stage.agent_pod()?;
-        let first = crate::services::first_service(services)?;
-        crate::services::watch(&mut client, first, None, 300.0, || Ok(()))?;
-        let mut pound = Part::start(
-            Network::Of(&stage.stage.node),
-            false,
-            &["--cpu", "0", "pound"],
-        )?;
-        for (place, subject) in SUBJECTS.iter().enumerate() {
-            let setting = Setting::of(subject, &stage, &client)?;
-            let program = subject.newest(&before);
-            for (index, scenario) in SCENARIOS.iter().enumerate() {
+    let mut told = Told::new(sizes);
+    for (place, subject) in SUBJECTS.iter().enumerate() {
+        for (index, scenario) in SCENARIOS.iter().enumerate() {
+            if subject.pod && scenario.flows == Flows::Many(262_144) {
+                // A pod has no more ports than 64k.
+                continue;
+            }
+            let mut orders = Vec::new();
+            for stand in &stands {
+                let mut order = stand.settings[place].order(subject.kind, index, samples);
+                if subject.pod {
+                    // All rounds' flows fit below what lies between two scenarios' ports.
+                    order.samples = order.samples.min(1_000);
+                }
+                orders.push(order);
+            }
+            let measured = in_rounds(rounds, &mut stands, place, &mut orders);
+            for (column, (measured, stand)) in measured.into_iter().zip(&stands).enumerate() {
                 let words = format!(
                     "{}, {}, {} Service{}",
                     scenario.name,
                     subject.words,
-                    number(services as f64),
-                    if services == 1 { "" } else { "s" }
+                    number(stand.services as f64),
+                    if stand.services == 1 { "" } else { "s" }
                 );
-                if subject.pod && scenario.flows == Flows::Many(262_144) {
-                    // A pod has no more ports than 64k.
-                    continue;
-                }
-                let mut order = setting.order(subject.kind, index, samples);
-                if subject.pod {
-                    // Below what lies between two scenarios' ports.
-                    order.samples = order.samples.min(5_000);
-                }
-                let measured = program
-                    .as_ref()
-                    .map_err(|error| anyhow!("{error:#}"))
-                    .and_then(|id| in_rounds(rounds, &mut pound, &mut order, *id));
-                let (looped, over, last, floor) = match measured {
+                let measured = match measured {
                     Ok(measured) => measured,
                     Err(error) => {
-                        notes.push(format!("{words}: {error:#}"));
+                        eprintln!("bench: xdp-lb: {words}: {error:#}");
+                        told.notes.push(format!("{words}: {error:#}"));
                         continue;
                     }
                 };
-                if let Some(why) = &last.wrong {
-                    notes.push(format!("{words}: not there yet ({why})"));
-                    eprintln!("bench: xdp-lb: {words}: {why}");
-                    continue;
-                }
-                let single = format!(
-                    "alone {:.0}, p99 {:.0}",
-                    median(&over),
-                    last.p99 - floor.p50
+                let cell = measured.cell();
+                eprintln!(
+                    "bench: xdp-lb: {words}: {cell} ns over {:.0}",
+                    measured.floor
                 );
-                let cell = match looped.is_empty() {
-                    true => format!("({single})"),
-                    false => format!("{:.0} ({single})", median(&looped)),
+                let aim = aim(subject, scenario.name);
+                let case = match measured.looped.is_empty() {
+                    true => format!("{words}, single runs"),
+                    false => words,
                 };
-                eprintln!("bench: xdp-lb: {words}: {cell} ns over {:.0}", floor.p50);
-                table.insert((index, place, column), cell);
-                if let Aim::AtMost(_) = aim(subject, scenario.name) {
-                    let cost = if looped.is_empty() { &over } else { &looped };
-                    costs.entry((place, index)).or_default().push(median(cost));
-                }
                 rows.push(Row::alone(
                     Case {
                         bench: "xdp-lb",
-                        case: &match looped.is_empty() {
-                            true => format!("{words}, single runs"),
-                            false => words.clone(),
-                        },
+                        case: &case,
                         unit: "ns",
-                        aim: aim(subject, scenario.name),
+                        aim,
                     },
-                    if looped.is_empty() { &over } else { &looped },
+                    measured.costs(),
                 )?);
+                told.cells.insert((index, place, column), cell);
+                if let Aim::AtMost(_) = aim {
+                    let costs = told.costs.entry((place, index)).or_default();
+                    costs.insert(column, measured.costs().to_vec());
+                }
             }
         }
-        drop(pound);
-        drop(client);
-        stage.stop_agent()?;
     }
-    let (changes, lines) = changes(sizes, &costs)?;
-    rows.extend(changes);
-    notes.extend(lines);
+    for stand in stands {
+        stand.end()?;
+    }
+    rows.extend(told.changes()?);
     Ok(Outcome {
-        sections: vec![("xdp-lb", markdown(sizes, &table, &notes))],
+        sections: vec![("xdp-lb", told.markdown())],
         rows: rows.into_iter().filter(Row::has_aim).collect(),
         lines: Vec::new(),
     })
 }
 
-/// What each subject costs with the most Services over what it costs with the fewest, by scenarios that have an aim.
-fn changes(
-    sizes: &[usize],
-    costs: &BTreeMap<(usize, usize), Vec<f64>>,
-) -> Result<(Vec<Row>, Vec<String>)> {
-    let (mut rows, mut lines) = (Vec::new(), Vec::new());
-    let (Some(fewest), Some(most)) = (sizes.first(), sizes.last()) else {
-        return Ok((rows, lines));
-    };
-    for (place, subject) in SUBJECTS.iter().enumerate() {
-        let of_subject = costs.iter().filter(|((one, _), _)| *one == place);
-        let ratios: Vec<f64> = of_subject
-            .filter_map(|(_, costs)| match costs.as_slice() {
-                [few, many] => Some(many / few),
-                _ => None,
-            })
-            .collect();
-        if ratios.is_empty() {
-            continue;
-        }
-        let words = format!(
-            "{}, {} Services over {}",
-            subject.words,
-            number(*most as f64),
-            number(*fewest as f64)
-        );
-        let (low, high) = ratios
-            .iter()
-            .fold((f64::MAX, f64::MIN), |(low, high), one| {
-                (low.min(*one), high.max(*one))
-            });
-        lines.push(format!(
-            "{words}, by scenarios that have an aim: median {:.2}, {low:.2} to {high:.2}",
-            median(&ratios)
-        ));
-        rows.push(Row::alone(
-            Case {
-                bench: "xdp-lb",
-                case: &words,
-                unit: "times",
-                aim: Aim::AtMost(1.05),
-            },
-            &ratios,
-        )?);
-    }
-    Ok((rows, lines))
+/// A node with an agent, some Services, and the part that runs its programs.
+struct Stand {
+    // Dropped in this order: what runs before where it runs.
+    pound: Part,
+    client: Part,
+    _without: Part,
+    stage: XebecStage,
+    services: usize,
+    /// By subject: where its frames come in, and its number.
+    settings: Vec<Setting>,
+    programs: Vec<u32>,
 }
 
-/// All rounds of the program and of an empty one: differences in loops (none where there are none) and of single runs,
-/// and what was measured last.
-fn in_rounds(
-    rounds: u32,
-    pound: &mut Part,
-    order: &mut Order,
-    id: u32,
-) -> Result<(Vec<f64>, Vec<f64>, Pounded, Pounded)> {
-    let (mut looped, mut over) = (Vec::new(), Vec::new());
-    let mut last = None;
-    for round in 0..rounds {
-        order.round = round;
-        order.program = None;
-        let floor: Pounded = pound.ask(&order)?;
-        order.program = Some(id);
-        let ours: Pounded = pound.ask(&order)?;
-        over.push(ours.p50 - floor.p50);
-        looped.extend(
-            ours.looped
-                .zip(floor.looped)
-                .map(|(ours, floor)| ours - floor),
-        );
-        let wrong = ours.wrong.is_some();
-        last = Some((ours, floor));
-        if wrong {
-            break;
+impl Stand {
+    fn new(services: usize) -> Result<Self> {
+        let before = programs()?;
+        let mut stage =
+            XebecStage::with_outside(&format!("xdp-lb-{services}"), services, 10, MANY)?;
+        stage.flows = FLOWS;
+        stage.start_agent(true)?;
+        let (mut client, without) = stage.agent_pod()?;
+        let first = crate::services::first_service(services)?;
+        crate::services::watch(&mut client, first, None, 300.0, || Ok(()))?;
+        let words = ["--cpu", "0", "pound"];
+        let pound = Part::start(Network::Of(&stage.stage.node), false, &words)?;
+        let (mut settings, mut numbers) = (Vec::new(), Vec::new());
+        for subject in &SUBJECTS {
+            settings.push(Setting::of(subject, &stage, &client)?);
+            numbers.push(subject.newest(&before)?);
+        }
+        Ok(Self {
+            pound,
+            client,
+            _without: without,
+            stage,
+            services,
+            settings,
+            programs: numbers,
+        })
+    }
+
+    fn end(mut self) -> Result<()> {
+        drop(self.pound);
+        drop(self.client);
+        self.stage.stop_agent()
+    }
+
+    /// How many backends were chosen for new flows so far.
+    fn chosen(&self) -> Result<u64> {
+        let rows = self.stage.table("services")?;
+        let each = rows
+            .iter()
+            .map(|row| (row["number"].as_u64(), row["hits"].as_u64().unwrap_or(0)));
+        Ok(each.collect::<BTreeMap<_, _>>().values().sum())
+    }
+}
+
+/// What all rounds of one subject gave in one scenario at one size, over an empty program: nanoseconds.
+struct Measured {
+    /// In loops; none where there are none.
+    looped: Vec<f64>,
+    /// Medians of single runs.
+    over: Vec<f64>,
+    /// Their 99th percentile, of the last round.
+    p99: f64,
+    /// The empty program's.
+    floor: f64,
+}
+
+impl Measured {
+    /// What the aims are about.
+    fn costs(&self) -> &[f64] {
+        match self.looped.is_empty() {
+            true => &self.over,
+            false => &self.looped,
         }
     }
-    let (ours, floor) = last.context("nothing was measured")?;
-    Ok((looped, over, ours, floor))
+
+    fn cell(&self) -> String {
+        let single = format!("alone {:.0}, p99 {:.0}", median(&self.over), self.p99);
+        match self.looped.is_empty() {
+            true => format!("({single})"),
+            false => format!("{:.0} ({single})", median(&self.looped)),
+        }
+    }
+}
+
+/// All rounds of a subject in a scenario: the program and an empty one, at each size.
+fn in_rounds(
+    rounds: u32,
+    stands: &mut [Stand],
+    subject: usize,
+    orders: &mut [Order],
+) -> Vec<Result<Measured>> {
+    let mut all: Vec<Result<(Measured, u64)>> = stands
+        .iter()
+        .zip(&*orders)
+        .map(|(stand, order)| {
+            let before = match order.is_fresh() {
+                true => stand.chosen()?,
+                false => 0,
+            };
+            let none = Measured {
+                looped: Vec::new(),
+                over: Vec::new(),
+                p99: 0.0,
+                floor: 0.0,
+            };
+            Ok((none, before))
+        })
+        .collect();
+    for round in 0..rounds {
+        for ((stand, order), measured) in stands.iter_mut().zip(&mut *orders).zip(&mut all) {
+            let Ok((so_far, _)) = measured else { continue };
+            order.round = round;
+            if let Err(error) = so_far.add(stand, subject, order) {
+                *measured = Err(error);
+            }
+        }
+    }
+    let ends = all.into_iter().zip(stands).zip(orders);
+    ends.map(|((measured, stand), order)| {
+        let (measured, before) = measured?;
+        let begun = u64::from(rounds * order.begun(!measured.looped.is_empty()));
+        if order.is_fresh() {
+            // A new flow may find no free port in a few tries; what was known is not counted at all.
+            let chosen = stand.chosen()? - before;
+            ensure!(
+                chosen + begun / 10 >= begun,
+                "of {begun} new flows {chosen} were new"
+            );
+        }
+        Ok(measured)
+    })
+    .collect()
+}
+
+impl Measured {
+    fn add(&mut self, stand: &mut Stand, subject: usize, order: &mut Order) -> Result<()> {
+        order.program = None;
+        let floor: Pounded = stand.pound.ask(&order)?;
+        order.program = Some(stand.programs[subject]);
+        let ours: Pounded = stand.pound.ask(&order)?;
+        if let Some(why) = ours.wrong {
+            bail!("not there yet ({why})");
+        }
+        self.over.push(ours.p50 - floor.p50);
+        let looped = ours.looped.zip(floor.looped);
+        self.looped.extend(looped.map(|(ours, floor)| ours - floor));
+        self.p99 = ours.p99 - floor.p50;
+        self.floor = floor.p50;
+        Ok(())
+    }
 }
 
 /// All programs of the kernel: their numbers and names.
@@ -298,141 +351,4 @@ impl Subject {
             .with_context(|| format!("the agent loaded no {}", self.name))?;
         Ok(id)
     }
-}
-
-/// Where a subject's frames come in, and what they ask.
-struct Setting {
-    device: u32,
-    hardware: [[u8; 6]; 2],
-    targets: [Target; 2],
-}
-
-impl Setting {
-    fn of(subject: &Subject, stage: &XebecStage, pod: &Part) -> Result<Self> {
-        let links = |part: &Part, words: &str| -> Result<Value> {
-            serde_json::from_str(&part.run("ip", words)?).context("ip printed no JSON")
-        };
-        let inside = links(pod, "-json addr show dev eth0")?;
-        // The node's end of the pod's cable is the one whose number the pod's end names.
-        let device = if subject.pod {
-            let number = inside[0]["link_index"]
-                .as_u64()
-                .context("the pod's device names no other end")?;
-            let all = links(&stage.stage.node, "-json link show")?;
-            all.as_array()
-                .into_iter()
-                .flatten()
-                .find(|link| link["ifindex"].as_u64() == Some(number))
-                .cloned()
-                .context("the pod's device has no other end on the node")?
-        } else {
-            links(&stage.stage.node, "-json link show dev o0")?[0].clone()
-        };
-        let near = mac(&device)?;
-        // A port of a backend where nobody serves.
-        let nowhere: [IpAddr; 2] = [backend(2).into(), backend6(2).into()];
-        let target = |sender, service: (IpAddr, u16), six: bool| Target {
-            sender,
-            service: service.into(),
-            nowhere: (nowhere[usize::from(six)], 9).into(),
-        };
-        Ok(if subject.pod {
-            let address = |family: &str| -> Result<IpAddr> {
-                let all = inside[0]["addr_info"].as_array().into_iter().flatten();
-                let mut global = all.filter(|one| one["scope"] == "global");
-                global
-                    .find(|one| one["family"] == family)
-                    .and_then(|one| one["local"].as_str()?.parse().ok())
-                    .with_context(|| format!("the pod has no address of {family}"))
-            };
-            Self {
-                device: index(&device)?,
-                hardware: [near, mac(&inside[0])?],
-                targets: [
-                    target(Some(address("inet")?), (OUTSIDE.into(), PORT), false),
-                    target(Some(address("inet6")?), (OUTSIDE6.into(), PORT), true),
-                ],
-            }
-        } else {
-            Self {
-                device: index(&device)?,
-                hardware: [near, [2, 0, 0, 0, 0, 9]],
-                targets: [
-                    target(None, (NODE_IP.into(), NODE_PORT), false),
-                    target(None, (NODE_IP6.into(), NODE_PORT), true),
-                ],
-            }
-        })
-    }
-
-    fn order(&self, kind: Kind, scenario: usize, samples: u32) -> Order {
-        Order {
-            program: None,
-            kind,
-            device: self.device,
-            hardware: self.hardware,
-            targets: self.targets,
-            scenario,
-            samples,
-            round: 0,
-        }
-    }
-}
-
-fn index(link: &Value) -> Result<u32> {
-    link["ifindex"]
-        .as_u64()
-        .and_then(|index| index.try_into().ok())
-        .context("a device has no number")
-}
-
-fn mac(link: &Value) -> Result<[u8; 6]> {
-    let text = link["address"].as_str().unwrap_or_default();
-    let bytes: Vec<u8> = text
-        .split(':')
-        .filter_map(|byte| u8::from_str_radix(byte, 16).ok())
-        .collect();
-    bytes
-        .try_into()
-        .ok()
-        .with_context(|| format!("{text:?} is no hardware address"))
-}
-
-/// The table: a line for each scenario.
-fn markdown(
-    sizes: &[usize],
-    table: &BTreeMap<(usize, usize, usize), String>,
-    notes: &[String],
-) -> String {
-    let row = |words: &[String]| format!("| {} |", words.join(" | "));
-    let mut head = vec!["scenario".to_owned()];
-    for subject in &SUBJECTS {
-        for size in sizes {
-            head.push(format!("{}, {}", subject.words, number(*size as f64)));
-        }
-    }
-    let mut lines = vec![
-        "Nanoseconds of the program over an empty one, in a loop that writes the packet anew (and for a packet that comes alone: median, 99th percentile); columns by number of Services. Scenarios are named as in the Linux kernel's `bench xdp-lb`. Aims: XDP at most 100 ns for one flow (`hit`), 180 for 4,096 (`diverse`), 400 for 262,144 (`256k`); tc, which also enforces policy and tells of flows, 150 and 300; a new flow (`miss`, in a table of 524,288 and more) 800.".to_owned(),
-        String::new(),
-        row(&head),
-        row(&vec!["---".to_owned(); head.len()]),
-    ];
-    for (index, scenario) in SCENARIOS.iter().enumerate() {
-        let mut words = vec![scenario.name.to_owned()];
-        for place in 0..SUBJECTS.len() {
-            for column in 0..sizes.len() {
-                let cell = table.get(&(index, place, column));
-                words.push(cell.cloned().unwrap_or_else(|| "–".to_owned()));
-            }
-        }
-        lines.push(row(&words));
-    }
-    lines.push(String::new());
-    lines.extend(notes.iter().map(|note| format!("- {note}")));
-    lines.extend(
-        LEFT_OUT
-            .iter()
-            .map(|(names, why)| format!("- not measured: {names}: {why}")),
-    );
-    lines.join("\n")
 }

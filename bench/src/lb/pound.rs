@@ -12,7 +12,7 @@ use super::scenario::{Becomes, Flows, SCENARIOS, Scenario};
 use super::wrap::{self, Pick, Vary};
 use crate::services::{MANY, TARGET_PORT, backend, backend6, part};
 
-/// Runs before anything counts.
+/// Runs before anything counts, if not half as many count.
 const WARM: u32 = 2_000;
 /// One run of so many is looked at whole.
 const LOOK: u32 = 500;
@@ -122,17 +122,35 @@ impl Order {
         let scenario = SCENARIOS
             .get(self.scenario)
             .context("there is no such scenario")?;
-        let flows = match scenario.flows {
-            Flows::One => 1,
-            Flows::Many(flows) | Flows::Half(flows) => flows,
-            Flows::Fresh => 0,
-        };
+        let flows = scenario.flows.known();
         let begins = scenario.begins.unwrap_or(scenario.content);
         Ok((
             flows,
             self.template(scenario, begins),
             self.template(scenario, scenario.content),
         ))
+    }
+
+    /// Whether it begins new flows that a Service takes.
+    pub fn is_fresh(&self) -> bool {
+        SCENARIOS.get(self.scenario).is_some_and(|scenario| {
+            scenario.flows == Flows::Fresh && scenario.becomes == Becomes::Sent
+        })
+    }
+
+    /// How many flows a round of new ones begins.
+    pub fn begun(&self, looped: bool) -> u32 {
+        let loops = (LOOPS as u32 + 1) * LOOP_FRESH;
+        self.singles() + if looped { loops } else { 0 }
+    }
+
+    /// Single runs before anything counts.
+    fn warm(&self) -> u32 {
+        WARM.min(self.samples / 2)
+    }
+
+    fn singles(&self) -> u32 {
+        self.warm() + self.samples
     }
 
     /// A frame of flow number `flow` of the scenario.
@@ -150,9 +168,15 @@ impl Order {
                     // 198.18.0.0/15 is for benchmarks.
                     Ipv4Addr::from_bits(0xc612_0000 + low).into()
                 };
+                // A flow that one kind of program began is none of the other's new ones.
+                let new = flow >= scenario.flows.known();
+                let kind = match self.kind {
+                    Kind::Classifier if new => 1_000,
+                    _ => 0,
+                };
                 (
                     address,
-                    (1_024 + place * 2_000 + (flow >> 17) % 2_000) as u16,
+                    (1_024 + place * 2_000 + kind + (flow >> 17) % 1_000) as u16,
                 )
             }
         };
@@ -195,11 +219,7 @@ fn pound(order: &Order) -> Result<Pounded> {
         Some(id) => Program::by_id(id, order.kind)?,
         None => Program::empty(order.kind)?,
     };
-    let known = match scenario.flows {
-        Flows::One => 1,
-        Flows::Many(flows) | Flows::Half(flows) => flows,
-        Flows::Fresh => 0,
-    };
+    let known = scenario.flows.known();
     if let Some(begins) = scenario.begins {
         for flow in 0..known {
             let frame = order.frame(scenario, begins, flow);
@@ -207,12 +227,13 @@ fn pound(order: &Order) -> Result<Pounded> {
         }
     }
     let mut chance = Chance(0x9e37_79b9);
-    let mut fresh = known;
+    // No round's new flows are those of one before.
+    let mut fresh = known + order.round * order.singles();
     let mut nanos = Vec::with_capacity(order.samples as usize);
     let mut verdicts = Vec::with_capacity(order.samples as usize);
     let mut wrong = Vec::new();
     let mut looked: usize = 0;
-    for sample in 0..WARM + order.samples {
+    for sample in 0..order.singles() {
         let mut new = || {
             fresh += 1;
             fresh - 1
@@ -238,7 +259,7 @@ fn pound(order: &Order) -> Result<Pounded> {
             continue;
         }
         let ran = program.run(&frame, order.device, 1, None)?;
-        if sample >= WARM {
+        if sample >= order.warm() {
             nanos.push(ran.nanos);
             verdicts.push(ran.verdict);
         }

@@ -15,6 +15,17 @@ pub enum Flows {
     Half(u32),
 }
 
+impl Flows {
+    /// How many there are before anything is measured.
+    pub fn known(self) -> u32 {
+        match self {
+            Flows::One => 1,
+            Flows::Many(flows) | Flows::Half(flows) => flows,
+            Flows::Fresh => 0,
+        }
+    }
+}
+
 /// What shall become of the frames.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
 pub enum Becomes {
