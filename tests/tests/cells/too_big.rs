@@ -5,11 +5,10 @@
 use std::net::{IpAddr, SocketAddr};
 use std::path::PathBuf;
 use std::process::Command;
-use std::time::Duration;
 
-use anyhow::{Context, Result, bail, ensure};
+use anyhow::{Context, Result, ensure};
 use serde_json::json;
-use xebec_tests::place::{Place, Protocol, Server, Talk};
+use xebec_tests::place::{Place, Server};
 use xebec_tests::succeed;
 
 use super::routes::Routes;
@@ -24,11 +23,6 @@ const BEHIND_PORT: u16 = 30_052;
 const NARROW_PORT: u16 = 30_053;
 /// What fits the narrow part of a way.
 const NARROW: u32 = 1_300;
-/// Bytes of a datagram that fits a cable, but not that.
-const LONG: usize = 1_400;
-/// A datagram that was too big is lost; the next one goes in pieces.
-const TRIES: usize = 5;
-const PATIENCE: Duration = Duration::from_millis(500);
 /// A machine behind the machine outside, which is its router; not one of those to which pods go by their own address.
 const BEHIND: [&str; 2] = ["192.175.48.82", "2001:db8:51:1::2"];
 /// Its router's side of the cable.
@@ -156,46 +150,12 @@ fn forget(world: &World) -> Result<()> {
     Ok(())
 }
 
-/// Long datagrams, until one is answered by one as long. The first is not: where nothing is too big, nothing is shown.
-fn asks_at_length(place: &Place, to: SocketAddr, server: &str, client: IpAddr) -> Result<Talk> {
-    let what = format!("{}, datagrams to {to}", place.name);
-    let mut talk = place.talk(Protocol::Udp, to)?;
-    talk.set_patience(PATIENCE)?;
-    let mut failed = Vec::new();
-    while failed.len() < TRIES {
-        match talk.ask_at_length(LONG) {
-            Ok(answer) => {
-                ensure!(!failed.is_empty(), "{what}: nothing was too big");
-                ensure!(
-                    answer.name == server && answer.client.ip() == client,
-                    "{what}: {answer:?}, not {server} that sees {client}"
-                );
-                return Ok(talk);
-            }
-            Err(error) => failed.push(error.to_string()),
-        }
-    }
-    bail!("{what}: no answer as long as the question: {failed:?}")
-}
-
-/// Sends much and is answered, and knows then how narrow the way is; by datagrams as well, with nothing known again.
-fn learns(
-    world: &World,
-    place: &Place,
-    to: SocketAddr,
-    server: &str,
-    client: IpAddr,
-) -> Result<()> {
-    let knows = |what: &str, talk: Talk| -> Result<()> {
-        let mtu = talk.path_mtu()?;
-        let words = format!("{} to {to}, {what}", place.name);
-        ensure!(mtu == NARROW, "{words}: packets of {mtu} bytes");
-        Ok(())
-    };
-    forget(world)?;
-    knows("TCP", asks_much(place, to, server, client)?)?;
-    forget(world)?;
-    knows("UDP", asks_at_length(place, to, server, client)?)
+/// Sends much and is answered, and knows then how narrow the way is.
+fn learns(place: &Place, to: SocketAddr, server: &str, client: IpAddr) -> Result<()> {
+    let mtu = asks_much(place, to, server, client)?.path_mtu()?;
+    let what = format!("{} to {to}", place.name);
+    ensure!(mtu == NARROW, "{what}: packets of {mtu} bytes");
+    Ok(())
 }
 
 /// A router beyond says it: to pods that answer a client behind it, and to everybody who sends to a backend behind it.
@@ -233,17 +193,15 @@ pub fn said_by_a_router(world: &mut World) -> Result<()> {
                 said > 0,
                 "{server} answers behind {to}: nothing was too big"
             );
-            forget(world)?;
-            asks_at_length(&behind.place, to, server, seen)?;
         }
         let at = SocketAddr::new(client, TARGET);
         let _server = Server::start_at(&behind.place, "behind", at)?;
         let inside = SocketAddr::new(of(ips, v4), PORT);
         for place in [&b1.place.without_sockets(), &b1.place, &node1.place] {
-            learns(world, place, inside, "behind", node)?;
+            learns(place, inside, "behind", node)?;
         }
         let at_node = SocketAddr::new(node, BEHIND_PORT);
-        learns(world, &world.outside, at_node, "behind", node)?;
+        learns(&world.outside, at_node, "behind", node)?;
     }
     world.delete(&["router-near", "router-far", "router-behind"])
 }
@@ -273,10 +231,10 @@ pub fn said_by_a_node(world: &mut World) -> Result<()> {
         let inside = SocketAddr::new(of(ips, v4), PORT);
         let at_node = SocketAddr::new(node, NARROW_PORT);
         for place in [&b1.place.without_sockets(), &b1.place] {
-            learns(world, place, inside, "a2", pod)?;
+            learns(place, inside, "a2", pod)?;
         }
-        learns(world, &world.outside, at_node, "a2", node)?;
-        learns(world, &world.machine, at_node, "a2", node)?;
+        learns(&world.outside, at_node, "a2", node)?;
+        learns(&world.machine, at_node, "a2", node)?;
     }
     drop(narrow);
     forget(world)?;
