@@ -413,26 +413,27 @@ impl Talk {
         }
     }
 
-    /// How long a connection's packets may be, as far as its kernel has learned by now.
+    /// How long packets of a connected socket may be, as far as its kernel has learned by now (`IP_MTU`).
     pub fn path_mtu(&self) -> io::Result<u32> {
-        let Self::Tcp(stream) = self else {
-            return Err(io::Error::other("datagrams have no connection"));
+        let (fd, v4) = match self {
+            Self::Tcp(stream) => {
+                let stream = stream.get_ref();
+                (stream.as_raw_fd(), stream.local_addr()?.is_ipv4())
+            }
+            Self::Udp(socket) => (socket.as_raw_fd(), socket.local_addr()?.is_ipv4()),
         };
-        // SAFETY: all zeros are a valid value of this plain structure.
-        let mut info: nix::libc::tcp_info = unsafe { std::mem::zeroed() };
-        let mut length = size_of_val(&info) as nix::libc::socklen_t;
-        // SAFETY: the kernel writes at most `length` bytes, which `info` has.
+        let (level, name) = match v4 {
+            true => (nix::libc::IPPROTO_IP, nix::libc::IP_MTU),
+            false => (nix::libc::IPPROTO_IPV6, nix::libc::IPV6_MTU),
+        };
+        let mut mtu: nix::libc::c_int = 0;
+        let mut length = size_of_val(&mtu) as nix::libc::socklen_t;
+        // SAFETY: the kernel writes at most `length` bytes, which `mtu` has.
         let outcome = unsafe {
-            nix::libc::getsockopt(
-                stream.get_ref().as_raw_fd(),
-                nix::libc::IPPROTO_TCP,
-                nix::libc::TCP_INFO,
-                (&raw mut info).cast(),
-                &raw mut length,
-            )
+            nix::libc::getsockopt(fd, level, name, (&raw mut mtu).cast(), &raw mut length)
         };
         nix::errno::Errno::result(outcome)?;
-        Ok(info.tcpi_pmtu)
+        u32::try_from(mtu).map_err(io::Error::other)
     }
 
     /// Waits until the socket has an error or its end, and tells which; `None` if neither comes.

@@ -125,7 +125,10 @@ fn what_services_promise() -> Result<()> {
             let outcome = scenario(&mut world);
             println!("{name}: {:.1} s", begun.elapsed().as_secs_f32());
             if let Err(error) = outcome {
-                failed.push(format!("{name}: {error:#}"));
+                let words = format!("{name}: {error:#}");
+                // Here as well: what follows can be long.
+                println!("{words}");
+                failed.push(words);
                 // What it leaves is not to disturb others.
                 world.delete(&["--all"])?;
             }

@@ -5,10 +5,11 @@
 use std::net::{IpAddr, SocketAddr};
 use std::path::PathBuf;
 use std::process::Command;
+use std::time::Duration;
 
-use anyhow::{Context, Result, ensure};
+use anyhow::{Context, Result, bail, ensure};
 use serde_json::json;
-use xebec_tests::place::{Place, Server};
+use xebec_tests::place::{Place, Protocol, Server, Talk};
 use xebec_tests::succeed;
 
 use super::routes::Routes;
@@ -23,6 +24,11 @@ const BEHIND_PORT: u16 = 30_052;
 const NARROW_PORT: u16 = 30_053;
 /// What fits the narrow part of a way.
 const NARROW: u32 = 1_300;
+/// Bytes of a datagram that fits a cable, but not that.
+const LONG: usize = 1_400;
+/// A datagram that was too big is lost, and the next one goes in pieces.
+const TRIES: usize = 5;
+const PATIENCE: Duration = Duration::from_millis(500);
 /// A machine behind the machine outside, which is its router; not one of those to which pods go by their own address.
 const BEHIND: [&str; 2] = ["192.175.48.82", "2001:db8:51:1::2"];
 /// Its router's side of the cable.
@@ -61,8 +67,12 @@ impl<'a> Behind<'a> {
             }
             ip_command(&format!("-n {netns} link set {device} up"))?;
         }
-        ip_command(&format!("-n {NETNS} link set {CABLE} mtu {NARROW}"))?;
         for v4 in FAMILIES {
+            // By the route: a veth device with a smaller MTU would also refuse what comes from there.
+            let to = of(BEHIND, v4);
+            ip_command(&format!(
+                "-n {NETNS} route add {to} dev {CABLE} mtu lock {NARROW}"
+            ))?;
             let by = of(ROUTER, v4);
             ip_command(&format!("-n {BEHIND_NETNS} route add default via {by}"))?;
             for node in world.nodes.keys() {
@@ -115,6 +125,19 @@ impl<'a> Behind<'a> {
         value.with_context(|| format!("{path} has no {head}"))
     }
 
+    /// Is answered more than a packet holds, and the router said so. A server may also send its answers one by one.
+    fn is_answered_much(&self, to: SocketAddr, server: &str, seen: IpAddr) -> Result<()> {
+        let v4 = to.is_ipv4();
+        for _ in 0..TRIES {
+            let before = self.said(v4)?;
+            asks_much(&self.place, to, server, seen)?;
+            if self.said(v4)? > before {
+                return Ok(());
+            }
+        }
+        bail!("{server} answers behind {to}: nothing was too big")
+    }
+
     fn remove(&self) {
         let netns = ["netns", "del", BEHIND_NETNS];
         let _ = Command::new("ip").args(netns).output();
@@ -150,12 +173,46 @@ fn forget(world: &World) -> Result<()> {
     Ok(())
 }
 
-/// Sends much and is answered, and knows then how narrow the way is.
-fn learns(place: &Place, to: SocketAddr, server: &str, client: IpAddr) -> Result<()> {
-    let mtu = asks_much(place, to, server, client)?.path_mtu()?;
-    let what = format!("{} to {to}", place.name);
-    ensure!(mtu == NARROW, "{what}: packets of {mtu} bytes");
-    Ok(())
+/// Long datagrams, until one is answered by one as long. The first is not: where nothing is too big, nothing is shown.
+fn asks_at_length(place: &Place, to: SocketAddr, server: &str, client: IpAddr) -> Result<Talk> {
+    let what = format!("{}, datagrams to {to}", place.name);
+    let mut talk = place.talk(Protocol::Udp, to)?;
+    talk.set_patience(PATIENCE)?;
+    let mut failed = Vec::new();
+    while failed.len() < TRIES {
+        match talk.ask_at_length(LONG) {
+            Ok(answer) => {
+                ensure!(!failed.is_empty(), "{what}: nothing was too big");
+                ensure!(
+                    answer.name == server && answer.client.ip() == client,
+                    "{what}: {answer:?}, not {server} that sees {client}"
+                );
+                return Ok(talk);
+            }
+            Err(error) => failed.push(error.to_string()),
+        }
+    }
+    bail!("{what}: no answer as long as the question: {failed:?}")
+}
+
+/// Sends much and is answered, and knows then how narrow the way is; by datagrams as well, with nothing known again.
+fn learns(
+    world: &World,
+    place: &Place,
+    to: SocketAddr,
+    server: &str,
+    client: IpAddr,
+) -> Result<()> {
+    let knows = |what: &str, talk: Talk| -> Result<()> {
+        let mtu = talk.path_mtu()?;
+        let words = format!("{} to {to}, {what}", place.name);
+        ensure!(mtu == NARROW, "{words}: packets of {mtu} bytes");
+        Ok(())
+    };
+    forget(world)?;
+    knows("TCP", asks_much(place, to, server, client)?)?;
+    forget(world)?;
+    knows("UDP", asks_at_length(place, to, server, client)?)
 }
 
 /// A router beyond says it: to pods that answer a client behind it, and to everybody who sends to a backend behind it.
@@ -185,23 +242,19 @@ pub fn said_by_a_router(world: &mut World) -> Result<()> {
         let (client, node) = (of(behind.addresses, v4), of(node1.addresses, v4));
         // The pod of the node itself sees the client, one of another sees the node.
         for (port, server, seen) in [(NEAR_PORT, "a1", client), (FAR_PORT, "a2", node)] {
-            let before = behind.said(v4)?;
             let to = SocketAddr::new(node, port);
-            asks_much(&behind.place, to, server, seen)?;
-            let said = behind.said(v4)? - before;
-            ensure!(
-                said > 0,
-                "{server} answers behind {to}: nothing was too big"
-            );
+            behind.is_answered_much(to, server, seen)?;
+            forget(world)?;
+            asks_at_length(&behind.place, to, server, seen)?;
         }
         let at = SocketAddr::new(client, TARGET);
         let _server = Server::start_at(&behind.place, "behind", at)?;
         let inside = SocketAddr::new(of(ips, v4), PORT);
         for place in [&b1.place.without_sockets(), &b1.place, &node1.place] {
-            learns(place, inside, "behind", node)?;
+            learns(world, place, inside, "behind", node)?;
         }
         let at_node = SocketAddr::new(node, BEHIND_PORT);
-        learns(&world.outside, at_node, "behind", node)?;
+        learns(world, &world.outside, at_node, "behind", node)?;
     }
     world.delete(&["router-near", "router-far", "router-behind"])
 }
@@ -231,10 +284,10 @@ pub fn said_by_a_node(world: &mut World) -> Result<()> {
         let inside = SocketAddr::new(of(ips, v4), PORT);
         let at_node = SocketAddr::new(node, NARROW_PORT);
         for place in [&b1.place.without_sockets(), &b1.place] {
-            learns(place, inside, "a2", pod)?;
+            learns(world, place, inside, "a2", pod)?;
         }
-        learns(&world.outside, at_node, "a2", node)?;
-        learns(&world.machine, at_node, "a2", node)?;
+        learns(world, &world.outside, at_node, "a2", node)?;
+        learns(world, &world.machine, at_node, "a2", node)?;
     }
     drop(narrow);
     forget(world)?;
