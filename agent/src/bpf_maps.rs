@@ -5,6 +5,9 @@ use std::collections::BTreeMap;
 use anyhow::{Context, Result};
 use aya::maps::MapData;
 use serde_json::{Value, json};
+use xebec_dataplane_common::table::WAYS;
+
+use crate::maps::flow_table::FLOWS;
 
 /// A map, as the kernel describes it.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -19,7 +22,7 @@ pub(crate) struct Held {
     pub key_size: u64,
     /// Bytes of a value.
     pub value_size: u64,
-    /// How many entries there is room for.
+    /// How many entries there is room for; in the table of flows, a set of the kernel's holds several.
     pub capacity: u64,
     /// Memory that it takes now.
     pub bytes: u64,
@@ -59,9 +62,14 @@ pub(crate) fn held() -> Result<Vec<Held>> {
         .filter_map(Result::ok)
         .filter_map(|map| {
             let (key_size, value_size, capacity, bytes) = *maps.get(&u64::from(map.id()))?;
+            let name = map.name_as_str()?.to_owned();
+            let capacity = match &*name {
+                FLOWS => capacity * WAYS as u64,
+                _ => capacity,
+            };
             Some(Held {
                 id: map.id(),
-                name: map.name_as_str()?.to_owned(),
+                name,
                 kind: map
                     .map_type()
                     .map_or_else(|_| "unknown".to_owned(), |kind| format!("{kind:?}")),

@@ -9,14 +9,17 @@ use kube::runtime::events::{Event, EventType, Recorder, Reporter};
 use tokio_util::sync::CancellationToken;
 use tracing::{info, warn};
 
+use crate::maps::flow_table::FLOWS;
 use crate::maps::usage::{self, Table};
 
 /// How often tables are read: the kernel tells nobody when it forgets.
 const PERIOD: Duration = Duration::from_secs(30);
-/// A table is full from here on: the kernel keeps up to 128 places free for each CPU.
+/// A table is full from here on: of affinities, the kernel keeps up to 128 places free for each CPU.
 const FULL: f64 = 0.9;
-/// It is no longer full from here down.
-const ROOMY: f64 = 0.8;
+/// That of flows: one in a hundred then finds no place in its set but that of another that goes on.
+const FULL_OF_FLOWS: f64 = 0.7;
+/// It is no longer full where so much less is in use.
+const LESS: f64 = 0.1;
 
 /// Looks at the tables until `shutdown`, and tells of those that are full by a warning and an Event of the node.
 pub(crate) async fn run(
@@ -80,10 +83,14 @@ impl Told {
     /// What is to be told of a table, if it has become full: an Event's reason and words.
     fn news(&mut self, table: &Table) -> Option<(&'static str, String)> {
         let pressure = table.pressure();
-        if pressure < ROOMY && self.0.remove(table.name) {
+        let full = match table.name {
+            FLOWS => FULL_OF_FLOWS,
+            _ => FULL,
+        };
+        if pressure < full - LESS && self.0.remove(table.name) {
             info!(table = table.name, "a table has room again");
         }
-        if pressure < FULL || !self.0.insert(table.name) {
+        if pressure < full || !self.0.insert(table.name) {
             return None;
         }
         let (reason, what, flag) = match table.name {
@@ -118,21 +125,22 @@ mod tests {
             };
             told.news(&table)
         };
-        assert_eq!(look("FLOWS", 899), None);
-        let (reason, words) = look("FLOWS", 900).unwrap();
+        assert_eq!(look("FLOWS", 699), None);
+        let (reason, words) = look("FLOWS", 700).unwrap();
         assert_eq!(reason, "FlowTableFull");
         assert!(
-            words.contains("900 of the 1000") && words.contains("--flow-entries"),
+            words.contains("700 of the 1000") && words.contains("--flow-entries"),
             "{words}"
         );
         assert_eq!(look("FLOWS", 1_000), None);
-        assert_eq!(look("FLOWS", 800), None);
+        assert_eq!(look("FLOWS", 600), None);
         assert_eq!(look("FLOWS", 1_000), None);
         // Each by itself.
+        assert_eq!(look("AFFINITIES", 899), None);
         let (reason, words) = look("AFFINITIES", 1_000).unwrap();
         assert_eq!(reason, "AffinityTableFull");
         assert!(words.contains("--affinity-entries"), "{words}");
-        assert_eq!(look("FLOWS", 799), None);
+        assert_eq!(look("FLOWS", 599), None);
         assert!(look("FLOWS", 990).is_some());
     }
 }

@@ -19,11 +19,12 @@ use crate::balance;
 use crate::flow;
 use crate::frame::{Frame, difference, mended};
 use crate::lookup::{At, look_up};
-use crate::maps::{FLOWS, NATIVE, remember};
+use crate::maps::NATIVE;
 use crate::nat::{self, Turn};
 use crate::packet::{ETHERNET, ETHERTYPE_IPV4, ETHERTYPE_IPV6, IPV6};
 use crate::rewrite::{self, pair};
 use crate::scratch::{Scratch, scratch, settle};
+use crate::table::{self, How, Which};
 use crate::translate::{self, Plan};
 use crate::way;
 
@@ -98,7 +99,7 @@ pub fn begin(all: &mut Scratch) -> bool {
     all.begun.to.destination = all.choice.address.words();
     all.begun.to.destination_port = all.choice.port;
     all.begun.from_low = u8::from(FlowKey::write(&all.packet.tuple, &mut all.key));
-    remember(&FLOWS, &all.key, &all.begun, 0)
+    table::enter(Which::Key, How::Over)
 }
 
 /// Looks for the way to the node of the backend in `to`, which then is the outer packet's. As [`way::find`], nothing is

@@ -2,15 +2,16 @@
 
 use aya_ebpf::helpers::generated::bpf_ktime_get_coarse_ns;
 use xebec_dataplane_common::flow::{
-    CLOSED, CLOSED_BACK, CLOSED_FORTH, Flow, FlowKey, TURN_LATE, TURN_NONE, ticks,
+    CLOSED, CLOSED_BACK, CLOSED_FORTH, Flow, TURN_LATE, TURN_NONE, ticks,
 };
 use xebec_dataplane_common::ip::Ip;
 use xebec_dataplane_common::nat::Tuple;
 use xebec_dataplane_common::{SCTP, TCP};
 
-use crate::maps::{BACKENDS, FLOWS, GENERATION, remember};
+use crate::maps::{BACKENDS, GENERATION};
 use crate::packet::Packet;
 use crate::scratch::Scratch;
+use crate::table::{self, How, Which};
 
 /// TCP flags.
 pub const FIN: u8 = 0x01;
@@ -112,15 +113,6 @@ pub fn has_backend(flow: &Flow) -> bool {
         .is_some_and(|backend| backend.is(flow.backend_generation))
 }
 
-/// A flow's entry; null if there is none. One lookup serves all that a hook asks of it.
-#[inline(always)]
-pub fn entry(key: &FlowKey) -> *mut Flow {
-    match FLOWS.get_ptr_mut(key) {
-        Some(flow) => flow,
-        None => core::ptr::null_mut(),
-    }
-}
-
 /// Asks whether a packet's flow was allowed, and notes that it was seen.
 #[inline(always)]
 pub fn find(flow: *mut Flow, packet: &Packet, up: bool, known: &mut Known) {
@@ -220,7 +212,8 @@ pub fn enter(all: &mut Scratch, up: bool) {
     let (packet, rule) = (&all.packet, all.told.rule);
     let (now, protocol) = (now(packet), packet.tuple.protocol);
     let told = packet.tcp_flags & (SYN | FIN | RST);
-    if let Some(flow) = FLOWS.get_ptr_mut(&all.key) {
+    let flow = table::find(Which::Key);
+    if !flow.is_null() {
         // SAFETY: as in `find`.
         unsafe {
             let same = ((*flow).from_low != 0) == up;
@@ -248,7 +241,7 @@ pub fn enter(all: &mut Scratch, up: bool) {
         ..plain()
     };
     // A full table forgets the flow that was idle longest; this can't fail for want of room.
-    remember(&FLOWS, &all.key, &all.begun, 0);
+    table::enter(Which::Key, How::Over);
 }
 
 /// A flow of which nothing is known.

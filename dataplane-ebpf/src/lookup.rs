@@ -5,6 +5,7 @@ use xebec_dataplane_common::flow::FlowKey;
 use crate::flow::{self, begins};
 use crate::nat::{self, Turn};
 use crate::scratch::{Scratch, scratch, settle};
+use crate::table::{self, Which};
 
 /// Who asks.
 #[derive(Clone, Copy, PartialEq, Eq)]
@@ -69,7 +70,7 @@ extern "C" fn xebec_look_up(at: u32) -> u32 {
 #[inline(always)]
 fn find(all: &mut Scratch, at: u32) -> u32 {
     let up = FlowKey::write(&all.packet.tuple, &mut all.key);
-    let mut flow = flow::entry(&all.key);
+    let mut flow = table::find(Which::Key);
     let first = at == At::FromPod as u32 || at == At::Early as u32;
     let may_be = at == At::FromNetwork as u32;
     if (first || may_be) && nat::gives_way(flow, all, up, first) {

@@ -1,6 +1,8 @@
 //! The kernel side of the dataplane: one file per hook.
 #![no_std]
 #![no_main]
+// For one instruction, in `table`.
+#![feature(asm_experimental_arch)]
 
 mod balance;
 mod crc;
@@ -22,6 +24,7 @@ mod rewrite;
 mod route;
 mod scratch;
 mod socket;
+mod table;
 mod tell;
 mod translate;
 mod way;

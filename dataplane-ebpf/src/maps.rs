@@ -2,7 +2,7 @@
 
 use aya_ebpf::macros::map;
 use aya_ebpf::maps::{Array, HashMap, LpmTrie, LruHashMap, LruPerCpuHashMap, PerCpuArray, RingBuf};
-use xebec_dataplane_common::flow::{Counters, Flow, FlowKey};
+use xebec_dataplane_common::flow::Counters;
 use xebec_dataplane_common::ip::Ip;
 use xebec_dataplane_common::nat::Settings;
 use xebec_dataplane_common::policy::{CidrKey, Endpoint, RuleKey, Set};
@@ -10,6 +10,7 @@ use xebec_dataplane_common::service::{
     Affinity, AffinityKey, Backend, Chunk, Frontend, FrontendKey, RangeKey, Scope, SocketKey,
     SocketValue,
 };
+use xebec_dataplane_common::table::{FlowSet, Shape};
 
 use crate::packet::Datagram;
 
@@ -92,7 +93,11 @@ pub static SETTINGS: Array<Settings> = Array::with_max_entries(1, 0);
 /// Flows: what was decided for them and what becomes of them; adopted by the next agent, as all is that packets and
 /// sockets made. What the API says is written anew.
 #[map]
-pub static FLOWS: LruHashMap<FlowKey, Flow> = LruHashMap::pinned(196_608, 0);
+pub static FLOWS: Array<FlowSet> = Array::pinned(16_384, MMAPABLE);
+
+/// How keys find their places in [`FLOWS`]; adopted with it.
+#[map]
+pub static SHAPE: Array<Shape> = Array::pinned(1, 0);
 
 /// Ports of the first fragment, by addresses, protocol and identification; adopted by the next agent.
 #[map]

@@ -12,12 +12,11 @@ use xebec_dataplane_common::{ICMP, ICMP6, SCTP, TCP, UDP};
 
 use crate::flow::{self, ACK, FIN, RST, SYN, begins, now};
 use crate::hash;
-use crate::maps::{DEVICES, FLOWS, SETTINGS, remember};
+use crate::maps::{DEVICES, SETTINGS};
 use crate::scratch::{Scratch, scratch, settle};
+use crate::table::{self, How, Which};
 use crate::tell::{self, As};
 
-/// `BPF_NOEXIST`.
-const NEW_ONLY: u64 = 1;
 /// How many ports are tried before a packet is dropped: where 99 of 100 are taken, one of so many is free.
 const TRIES: u32 = 1_024;
 /// How far apart: a prime beyond all numbers of ports, so that each try is another port.
@@ -122,7 +121,7 @@ pub fn find(flow: *mut Flow, all: &mut Scratch, up: bool) -> Turn {
             (*flow).paired = now;
             (*flow).seen = now;
             if !pair(&*flow, all, forth) {
-                let _ = FLOWS.remove(&all.key);
+                table::remove(Which::Key);
                 all.listed = 0;
                 all.answers = 0;
                 return Turn::None;
@@ -137,7 +136,8 @@ pub fn find(flow: *mut Flow, all: &mut Scratch, up: bool) -> Turn {
 fn pair(flow: &Flow, all: &mut Scratch, forth: bool) -> bool {
     let up = FlowKey::write(&all.to, &mut all.other);
     all.packet.tuple.reverse(&mut all.back);
-    if let Some(other) = FLOWS.get_ptr_mut(&all.other) {
+    let other = table::find(Which::Other);
+    if !other.is_null() {
         // SAFETY: as in `find`.
         unsafe {
             if (*other).turn != flow.other || (*other).to != all.back {
@@ -154,7 +154,7 @@ fn pair(flow: &Flow, all: &mut Scratch, forth: bool) -> bool {
     all.begun.from_low = u8::from(up == forth);
     all.begun.turn = flow.other;
     all.begun.other = flow.turn;
-    remember(&FLOWS, &all.other, &all.begun, NEW_ONLY)
+    table::enter(Which::Other, How::New)
 }
 
 /// Whether a flow is gone now: one of datagrams that were translated to the very tuple that the packet has by itself.
@@ -175,8 +175,8 @@ pub fn gives_way(flow: *mut Flow, all: &mut Scratch, up: bool, first: bool) -> b
         }
         FlowKey::write(&(*flow).to, &mut all.other);
     }
-    let _ = FLOWS.remove(&all.other);
-    let _ = FLOWS.remove(&all.key);
+    table::remove(Which::Other);
+    table::remove(Which::Key);
     true
 }
 
@@ -199,8 +199,9 @@ fn enter(all: &mut Scratch, how: Try) -> bool {
     let (turn, other) = (all.begun.turn, all.begun.other);
     let up = FlowKey::write(&all.to, &mut all.other);
     all.packet.tuple.reverse(&mut all.back);
-    let mut flags = NEW_ONLY;
-    if let Some(old) = FLOWS.get_ptr_mut(&all.other) {
+    let mut how_to = How::New;
+    let old = table::find(Which::Other);
+    if !old.is_null() {
         // SAFETY: as in `find`.
         unsafe {
             if (*old).turn != other && (*old).turn != TURN_KEPT || (*old).to != all.back {
@@ -214,10 +215,10 @@ fn enter(all: &mut Scratch, how: Try) -> bool {
                     }
                     FlowKey::write(&(*old).to, &mut all.other);
                     // A full table has forgotten the other half of a flow: what is left of it holds no port.
-                    let half = flow::entry(&all.other);
+                    let half = table::find(Which::Other);
                     let whole = !half.is_null() && (*half).turn == (*old).other;
                     if whole && over {
-                        let _ = FLOWS.remove(&all.other);
+                        table::remove(Which::Other);
                     }
                     FlowKey::write(&all.to, &mut all.other);
                     if whole && !over {
@@ -228,7 +229,7 @@ fn enter(all: &mut Scratch, how: Try) -> bool {
                 }
             }
         }
-        flags = 0;
+        how_to = How::Over;
     }
     let begun = &mut all.begun;
     begun.seen = now;
@@ -236,14 +237,14 @@ fn enter(all: &mut Scratch, how: Try) -> bool {
     begun.to.set(&all.back);
     begun.from_low = u8::from(up);
     (begun.turn, begun.other) = (other, turn);
-    let entered = remember(&FLOWS, &all.other, begun, flags);
+    let entered = table::enter(Which::Other, how_to);
     (begun.turn, begun.other) = (turn, other);
     if !entered {
         return false;
     }
     begun.to.set(&all.to);
     begun.from_low = u8::from(FlowKey::write(&all.packet.tuple, &mut all.key));
-    remember(&FLOWS, &all.key, begun, 0)
+    table::enter(Which::Key, How::Over)
 }
 
 /// Parts from the translation of a packet's flow, which is about to be entered anew. True if it becomes the same but
@@ -266,9 +267,10 @@ extern "C" fn xebec_part() -> u32 {
 
 #[inline(always)]
 fn leave(all: &mut Scratch) -> bool {
-    let Some(flow) = FLOWS.get_ptr_mut(&all.key) else {
+    let flow = table::find(Which::Key);
+    if flow.is_null() {
         return false;
-    };
+    }
     // SAFETY: as in `find`.
     unsafe {
         if (*flow).turn & (TURN_FORTH | TURN_BACK) == 0 || (*flow).turn & TURN_DIRECT != 0 {
@@ -287,7 +289,8 @@ fn leave(all: &mut Scratch) -> bool {
         }
         FlowKey::write(old, &mut all.other);
         all.packet.tuple.reverse(&mut all.back);
-        if let Some(other) = FLOWS.get_ptr_mut(&all.other) {
+        let other = table::find(Which::Other);
+        if !other.is_null() {
             // A full table may have forgotten it, and its place be another flow's.
             if (*other).turn != (*flow).other || (*other).to != all.back {
                 return false;
@@ -296,7 +299,7 @@ fn leave(all: &mut Scratch) -> bool {
                 (*other).turn = TURN_KEPT;
                 (*other).closed = CLOSED;
             } else {
-                let _ = FLOWS.remove(&all.other);
+                table::remove(Which::Other);
             }
         }
     }
@@ -390,5 +393,7 @@ extern "C" fn try_port(number: u64, _: *mut c_void) -> i64 {
     };
     settle();
     all.entered = u8::from(enter(all, how));
-    i64::from(all.entered)
+    // Read again, it is compared: the kernel wants to see 0 or 1.
+    settle();
+    i64::from(all.entered != 0)
 }

@@ -16,6 +16,7 @@ use crate::flow::{Judged, Known};
 use crate::packet::Packet;
 use crate::policy::Question;
 use crate::route::Way;
+use crate::table::Sought;
 use crate::tell::Told;
 
 /// What is known of a packet.
@@ -34,6 +35,8 @@ pub struct Scratch {
     pub choice: Choice,
     /// The flow that it begins.
     pub begun: Flow,
+    /// Where a key stands in the table of flows.
+    pub sought: Sought,
     /// What the table knew of its flow.
     pub known: Known,
     /// How its flow was judged before.

@@ -76,8 +76,9 @@ pub fn build() -> Result<PathBuf> {
         ])
         .args(["--target", "bpfel-unknown-none"])
         .env("CARGO_TARGET_DIR", &target)
-        // aya-ebpf uses compiler features that are not stable; this lets it, and nothing else.
-        .env("RUSTC_BOOTSTRAP", "aya_ebpf")
+        // aya-ebpf uses compiler features that are not stable, and our programs one instruction of assembly; this lets
+        // them, and nothing else.
+        .env("RUSTC_BOOTSTRAP", "aya_ebpf,xebec_dataplane")
         .env("RUSTFLAGS", FLAGS)
         .env("CARGO_PROFILE_RELEASE_LTO", "off")
         .env("CARGO_PROFILE_RELEASE_CODEGEN_UNITS", "1")

@@ -7,9 +7,10 @@ use anyhow::{Context, Result};
 use aya::maps::MapData;
 use aya::{Ebpf, EbpfLoader};
 use xebec_dataplane_common::LAYOUT;
+use xebec_dataplane_common::table::WAYS;
 
 use super::{By, Loaded, Xdp, hook, object, pinned};
-use crate::maps::{Room, ServiceMaps};
+use crate::maps::{Room, ServiceMaps, flow_table};
 use crate::network::Device;
 
 /// Folder of maps that the next agent adopts.
@@ -35,8 +36,8 @@ pub struct Sizes {
     pub affinities: u32,
 }
 
-/// [`Sizes::flows`] by default: 35 MB of the kernel's memory.
-pub const FLOWS: u32 = 196_608;
+/// [`Sizes::flows`] by default: 36 MB of the kernel's memory.
+pub const FLOWS: u32 = 262_144;
 /// [`Sizes::affinities`] by default: 7 MB of the kernel's memory.
 pub const AFFINITIES: u32 = 65_536;
 
@@ -153,13 +154,14 @@ impl Pins {
         }
         let mut loader = EbpfLoader::new();
         loader.default_map_pin_directory(&self.adopted);
-        loader.map_max_entries("FLOWS", sizes.flows);
+        loader.map_max_entries("FLOWS", sizes.flows.div_ceil(WAYS as u32));
         loader.map_max_entries("AFFINITIES", sizes.affinities);
         let sizes = [Step::Backends(room), Step::Tables(room)];
         for (name, size) in sizes.into_iter().flat_map(Step::sizes) {
             loader.map_max_entries(name, size);
         }
-        let loaded = Loaded::load(&mut loader)?;
+        let mut loaded = Loaded::load(&mut loader)?;
+        flow_table::shape(&mut loaded.0)?;
         for (name, map) in loaded.0.maps() {
             // Constants have names with dots, which no pin can have.
             if !name.contains('.') && !self.adopted.join(name).exists() {

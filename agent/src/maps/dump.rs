@@ -23,6 +23,7 @@ use xebec_dataplane_common::service::{
 use xebec_dataplane_common::{ICMP, ICMP6, SCTP, TCP, UDP};
 
 use super::batch;
+use super::flow_table::FlowTable;
 use crate::bpf_maps;
 
 /// Lines are sent on in pieces of this many bytes.
@@ -329,12 +330,11 @@ fn flows(what: What, filter: Filter, lines: &mut Lines) -> Result<()> {
     let clock = nix::time::clock_gettime(nix::time::ClockId::CLOCK_MONOTONIC)
         .context("could not read the clock")?;
     let now = ticks(std::time::Duration::from(clock).as_nanos() as u64);
-    batch::entries::<[u8; 40], [u8; 76]>(&bpf_maps::open("FLOWS")?, |key, value| {
-        match flow(&must_cast(*key), &must_cast(*value), now, what, filter) {
-            Some(row) => lines.put(&row),
-            None => ControlFlow::Continue(()),
-        }
-    })
+    FlowTable::open()?.each(|key, value| match flow(key, value, now, what, filter) {
+        Some(row) => lines.put(&row),
+        None => ControlFlow::Continue(()),
+    });
+    Ok(())
 }
 
 #[cfg(test)]

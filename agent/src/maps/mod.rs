@@ -2,6 +2,7 @@
 
 pub(crate) mod batch;
 pub(crate) mod dump;
+pub mod flow_table;
 pub(crate) mod parted;
 mod services;
 mod table;

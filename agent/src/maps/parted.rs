@@ -9,10 +9,10 @@ use aya::Pod;
 use aya::maps::{HashMap, Map, MapData};
 use bytemuck::{AnyBitPattern, must_cast};
 use xebec_dataplane_common::UDP;
-use xebec_dataplane_common::flow::{Flow, FlowKey};
 use xebec_dataplane_common::service::{ASKED, SocketKey, SocketValue};
 
 use super::batch;
+use super::flow_table::FlowTable;
 use crate::bpf_maps;
 
 /// Numbers of a Service's port and of a backend.
@@ -29,15 +29,13 @@ pub(crate) struct Parted {
 
 /// Forgets all of these now. The maps must not name the backends for the Services any more.
 pub(crate) fn part(pairs: &Pairs) -> Result<Parted> {
-    part_in(bpf_maps::open("FLOWS")?, bpf_maps::open("SOCKETS")?, pairs)
+    part_in(&FlowTable::open()?, bpf_maps::open("SOCKETS")?, pairs)
 }
 
-fn part_in(flows: MapData, sockets: MapData, pairs: &Pairs) -> Result<Parted> {
-    let flows = forget(flows, |key: &[u8; 40], flow: &[u8; 76]| {
-        let (key, flow): (FlowKey, Flow) = (must_cast(*key), must_cast(*flow));
-        key.protocol == UDP && flow.backend != 0 && pairs.contains(&(flow.service, flow.backend))
-    })
-    .context("could not forget flows to backends that left their Service")?;
+fn part_in(flows: &FlowTable, sockets: MapData, pairs: &Pairs) -> Result<Parted> {
+    let flows = flows.retain(|key, flow| {
+        key.protocol != UDP || flow.backend == 0 || !pairs.contains(&(flow.service, flow.backend))
+    });
     let mut cookies = HashSet::new();
     forget(sockets, |key: &[u8; 32], value: &[u8; 32]| {
         let (key, value): (SocketKey, SocketValue) = (must_cast(*key), must_cast(*value));
@@ -76,6 +74,7 @@ fn forget<K: Pod + AnyBitPattern, V: Pod + AnyBitPattern>(
 #[cfg(test)]
 mod tests {
     use bytemuck::Zeroable;
+    use xebec_dataplane_common::flow::{Flow, FlowKey};
     use xebec_dataplane_common::service::GIVEN;
     use xebec_dataplane_common::{TCP, UDP};
 
@@ -95,7 +94,7 @@ mod tests {
             println!("skipped: it needs root");
             return;
         }
-        let (flows, mut all) = map::<[u8; 40], [u8; 76]>(4_811);
+        let flows = FlowTable::alone(4_811);
         for (number, (protocol, service, backend)) in [
             (UDP, 1, 7),
             (UDP, 1, 7),
@@ -111,8 +110,7 @@ mod tests {
             (key.low_port, key.protocol) = (number as u16, protocol);
             let mut flow = Flow::zeroed();
             (flow.service, flow.backend) = (service, backend);
-            let (key, flow): ([u8; 40], [u8; 76]) = (must_cast(key), must_cast(flow));
-            all.insert(key, flow, 0).unwrap();
+            assert!(flows.set(&key, flow));
         }
         let (sockets, mut given) = map::<[u8; 32], [u8; 32]>(4_812);
         for (cookie, side, protocol, service) in [
@@ -129,12 +127,17 @@ mod tests {
             let (key, value): ([u8; 32], [u8; 32]) = (must_cast(key), must_cast(value));
             given.insert(key, value, 0).unwrap();
         }
-        let parted = part_in(flows, sockets, &Pairs::from([(1, 7), (3, 8)])).unwrap();
+        let parted = part_in(&flows, sockets, &Pairs::from([(1, 7), (3, 8)])).unwrap();
         let wanted = Parted {
             flows: 2,
             sockets: HashSet::from([11, 12]),
         };
         assert_eq!(parted, wanted);
-        assert_eq!((all.keys().count(), given.keys().count()), (4, 4));
+        let mut left = 0;
+        flows.each(|_, _| {
+            left += 1;
+            ControlFlow::Continue(())
+        });
+        assert_eq!((left, given.keys().count()), (4, 4));
     }
 }

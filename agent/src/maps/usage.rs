@@ -6,12 +6,13 @@ use std::ops::ControlFlow;
 use anyhow::{Context, Result};
 use aya::maps::MapData;
 use bytemuck::must_cast;
-use xebec_dataplane_common::flow::{Flow, FlowKey, SECOND, TURN_FORTH, ticks};
+use xebec_dataplane_common::flow::{Flow, SECOND, TURN_FORTH, ticks};
 use xebec_dataplane_common::ip::Ip;
 use xebec_dataplane_common::nat::Settings;
 use xebec_dataplane_common::service::{Affinity, AffinityKey, Frontend, FrontendKey};
 
 use super::batch;
+use super::flow_table::FlowTable;
 use crate::bpf_maps;
 
 /// Ports that translated flows have at the node.
@@ -62,7 +63,7 @@ pub(crate) fn count() -> Result<Usage> {
     let settings = settings
         .first()
         .context("the map of settings has no entry")?;
-    let (ports, flows) = flows(&bpf_maps::open("FLOWS")?, &must_cast(*settings), ticks(now))?;
+    let (ports, flows) = flows(&FlowTable::open()?, &must_cast(*settings), ticks(now));
     let (frontends, affinities) = (bpf_maps::open("FRONTENDS")?, bpf_maps::open("AFFINITIES")?);
     Ok(Usage {
         ports,
@@ -75,20 +76,19 @@ fn capacity(map: &MapData) -> Result<u64> {
     Ok(info.max_entries().into())
 }
 
-fn flows(flows: &MapData, settings: &Settings, now: u32) -> Result<(Ports, Table)> {
+fn flows(flows: &FlowTable, settings: &Settings, now: u32) -> (Ports, Table) {
     let mut ends: HashMap<(Ip, u16, u8), u64> = HashMap::new();
     let mut in_use = 0;
-    batch::entries::<[u8; 40], [u8; 76]>(flows, |key, flow| {
-        let (key, flow): (FlowKey, Flow) = (must_cast(*key), must_cast(*flow));
+    flows.each(|key, flow| {
         if !flow.is_replaceable(key.protocol, now) {
             in_use += 1;
-            if holds_port(&flow, settings) {
+            if holds_port(flow, settings) {
                 let end = (flow.to.destination, flow.to.destination_port, key.protocol);
                 *ends.entry(end).or_default() += 1;
             }
         }
         ControlFlow::Continue(())
-    })?;
+    });
     let ports = Ports {
         used: ends.values().sum(),
         busiest: ends.values().copied().max().unwrap_or_default(),
@@ -97,9 +97,9 @@ fn flows(flows: &MapData, settings: &Settings, now: u32) -> Result<(Ports, Table
     let table = Table {
         name: "FLOWS",
         in_use,
-        capacity: capacity(flows)?,
+        capacity: flows.capacity(),
     };
-    Ok((ports, table))
+    (ports, table)
 }
 
 /// How long affinities last, their Services say.
@@ -146,6 +146,7 @@ fn holds_port(flow: &Flow, settings: &Settings) -> bool {
 #[cfg(test)]
 mod tests {
     use bytemuck::Zeroable;
+    use xebec_dataplane_common::flow::FlowKey;
     use xebec_dataplane_common::nat::Tuple;
     use xebec_dataplane_common::{TCP, UDP};
 
@@ -167,10 +168,8 @@ mod tests {
             ports: 100,
             ..Settings::zeroed()
         };
-        const CAPACITY: u32 = 4_807;
-        let mut map: aya::maps::HashMap<MapData, [u8; 40], [u8; 76]> =
-            aya::maps::HashMap::create(CAPACITY, 1).unwrap();
-        let mut add = |number: u16, protocol: u8, change: &dyn Fn(&mut Flow)| {
+        let table = FlowTable::alone(4_807);
+        let add = |number: u16, protocol: u8, change: &dyn Fn(&mut Flow)| {
             let tuple = Tuple {
                 source: ip("10.244.0.5"),
                 destination: ip("198.51.100.7"),
@@ -188,8 +187,7 @@ mod tests {
             flow.to.source = settings.node4;
             flow.to.source_port = (61_000 + number % 100).to_be();
             change(&mut flow);
-            let (key, flow): ([u8; 40], [u8; 76]) = (must_cast(key), must_cast(flow));
-            map.insert(key, flow, 0).unwrap();
+            assert!(table.set(&key, flow));
         };
         for number in 1..=5 {
             add(number, TCP, &|_| {});
@@ -212,9 +210,7 @@ mod tests {
             add(number, TCP, change);
         }
         add(16, UDP, &|flow| flow.seen = 900);
-        let held = bpf_maps::held().unwrap();
-        let map = held.iter().find(|map| map.capacity == u64::from(CAPACITY));
-        let found = flows(&map.unwrap().open().unwrap(), &settings, 1_010).unwrap();
+        let found = flows(&table, &settings, 1_010);
         let wanted = Ports {
             used: 7,
             busiest: 6,
@@ -224,7 +220,7 @@ mod tests {
         let table = Table {
             name: "FLOWS",
             in_use: 11,
-            capacity: CAPACITY.into(),
+            capacity: 4_815,
         };
         assert_eq!(found, (wanted, table));
     }

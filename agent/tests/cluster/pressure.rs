@@ -49,10 +49,10 @@ fn full_of_what_is_in_use_is_a_metric_and_an_event() {
     assert_eq!(stage.silent(0..1_024), [0; 0]);
     let [flows, affinities] = tables.map(|map| pressure(&stage, map));
     assert!((0.25..0.3).contains(&affinities), "{affinities}");
-    assert!((0.25..0.6).contains(&flows), "{flows}");
+    assert!((0.24..0.6).contains(&flows), "{flows}");
     assert_eq!(stage.silent(1_024..SERVICES), [0; 0], "each is answered");
     for map in tables {
-        assert!(pressure(&stage, map) > 0.9, "{map}");
+        assert!(pressure(&stage, map) > 0.85, "{map}");
     }
     stage.wait("events", |stage| stage.api.events().len() >= 2);
     let mut events = stage.api.events();

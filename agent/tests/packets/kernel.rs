@@ -2,6 +2,7 @@
 
 use std::net::IpAddr;
 use std::ops::{Deref, DerefMut};
+use std::os::fd::{AsFd, OwnedFd};
 use std::sync::{Mutex, MutexGuard, PoisonError};
 
 use aya::TestRun;
@@ -21,7 +22,7 @@ use xebec_dataplane_common::service::{
     OWN as OWN_ADDRESS, Run,
 };
 
-use super::table::Table;
+use super::table::{Flows, Table};
 use super::{FAMILIES, POD_MAC, Packet, far_node, node, pod, settings, web};
 
 /// The loopback device stands for the pod's, and this for the web pod's.
@@ -42,7 +43,7 @@ type Block = [u32; 6];
 
 /// The maps that are read or emptied.
 pub struct Tables {
-    pub flows: Table<FlowKey, Flow>,
+    pub flows: Flows,
     pub affinities: Table<AffinityKey, Affinity>,
     pub backends: Table<u32, Backend>,
     fragments: Table<[u32; 10], u32>,
@@ -118,7 +119,11 @@ impl Kernel {
 
     /// One that is the test's own, with a folder of pinned links; needs root.
     pub fn own() -> Self {
-        Self::with_sizes(Sizes::default())
+        // Tests empty it often, and none fills a part of it that would count.
+        Self::with_sizes(Sizes {
+            flows: 1 << 16,
+            ..Sizes::default()
+        })
     }
 
     /// The same with maps of these sizes.
@@ -498,12 +503,19 @@ impl Kernel {
     pub fn change(&self, packet: &Packet, change: impl Fn(&mut Flow)) {
         let mut flow = self.flow(packet).unwrap();
         change(&mut flow);
-        self.tables.flows.set(&flow_key(packet), flow);
+        assert!(self.tables.flows.set(&flow_key(packet), flow));
     }
 
     /// Runs a program on a frame: its verdict and the frame as it is then.
     pub fn run(&mut self, program: &str, frame: &[u8]) -> (u32, Vec<u8>) {
         self.run_on(program, self.ifindex, self.ingress_ifindex, frame)
+    }
+
+    /// A program of tc, for whoever runs it by itself.
+    pub fn program(&mut self, name: &str) -> OwnedFd {
+        let program = self.loaded.classifier(name).unwrap();
+        let descriptor = program.fd().unwrap().as_fd();
+        descriptor.try_clone_to_owned().unwrap()
     }
 
     /// The same at a device, which must be one of this namespace, of a frame that was received by another.
@@ -660,7 +672,7 @@ fn tables(loaded: &mut Loaded) -> Tables {
         numbers.extend(info.map_ids().unwrap().unwrap());
     }
     Tables {
-        flows: Table::find(&numbers, "FLOWS").unwrap(),
+        flows: Flows::find(&numbers).unwrap(),
         affinities: Table::find(&numbers, "AFFINITIES").unwrap(),
         backends: Table::find(&numbers, "BACKENDS").unwrap(),
         fragments: Table::find(&numbers, "FRAGMENTS").unwrap(),

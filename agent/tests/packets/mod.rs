@@ -15,6 +15,7 @@ mod refuse;
 mod sctp;
 mod services;
 pub mod table;
+mod together;
 mod ways;
 pub mod wires;
 

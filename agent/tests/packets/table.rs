@@ -1,10 +1,13 @@
 //! Maps as the kernel holds them, by their names: what the agent never reads or empties, tests do.
 
 use std::marker::PhantomData;
+use std::ops::{ControlFlow, Deref};
 use std::os::fd::{AsFd, AsRawFd};
 
-use aya::maps::{MapFd, MapInfo};
+use aya::maps::{MapData, MapFd, MapInfo};
 use bytemuck::{AnyBitPattern, NoUninit};
+use xebec_agent::maps::flow_table::{FLOWS, FlowTable, SHAPE};
+use xebec_dataplane_common::flow::{Flow, FlowKey};
 
 /// Commands of bpf(2).
 const LOOKUP: libc::c_long = 1;
@@ -20,6 +23,47 @@ struct Element {
     key: u64,
     value: u64,
     flags: u64,
+}
+
+/// The table of flows.
+pub struct Flows(FlowTable);
+
+impl Deref for Flows {
+    type Target = FlowTable;
+
+    fn deref(&self) -> &FlowTable {
+        &self.0
+    }
+}
+
+impl Flows {
+    /// The one among the maps with these numbers.
+    pub fn find(numbers: &[u32]) -> Option<Self> {
+        let open = |name: &str| {
+            let mut all = numbers
+                .iter()
+                .map(|number| MapInfo::from_id(*number).unwrap());
+            let info = all.find(|info| info.name_as_str() == Some(name))?;
+            Some(MapData::from_id(info.id()).unwrap())
+        };
+        let table = FlowTable::new(&open(FLOWS)?, open(SHAPE)?);
+        Some(Self(table.unwrap()))
+    }
+
+    /// All entries.
+    pub fn entries(&self) -> Vec<(FlowKey, Flow)> {
+        let mut all = Vec::new();
+        self.each(|key, flow| {
+            all.push((*key, *flow));
+            ControlFlow::Continue(())
+        });
+        all
+    }
+
+    /// Removes all entries.
+    pub fn clear(&self) {
+        self.retain(|_, _| false);
+    }
 }
 
 /// A map of keys and values of these kinds.

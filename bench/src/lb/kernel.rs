@@ -2,18 +2,14 @@
 //! the agent's maps by number.
 
 use std::io::Error;
-use std::os::fd::{AsFd, AsRawFd, FromRawFd, OwnedFd};
+use std::os::fd::{AsRawFd, FromRawFd, OwnedFd};
 
 use anyhow::{Context, Result, ensure};
-use aya::maps::MapData;
 
 const MAP_CREATE: libc::c_int = 0;
 const MAP_UPDATE: libc::c_int = 2;
 const PROG_LOAD: libc::c_int = 5;
 const PROG_TEST_RUN: libc::c_int = 10;
-const MAP_LOOKUP_BATCH: libc::c_int = 24;
-const MAP_LOOKUP_AND_DELETE_BATCH: libc::c_int = 25;
-const MAP_UPDATE_BATCH: libc::c_int = 26;
 const LINK_CREATE: libc::c_int = 28;
 /// `BPF_XDP`.
 const ATTACH_XDP: u32 = 37;
@@ -168,117 +164,6 @@ impl Map {
     /// Its descriptor.
     pub fn fd(&self) -> i32 {
         self.0.as_raw_fd()
-    }
-}
-
-/// The part for many entries of a map.
-#[repr(C)]
-#[derive(Default)]
-struct Batch {
-    in_batch: u64,
-    out_batch: u64,
-    keys: u64,
-    values: u64,
-    count: u32,
-    map_fd: u32,
-    element_flags: u64,
-    flags: u64,
-}
-
-/// How many entries are read at once: more than a bucket holds.
-const AT_ONCE: usize = 4_096;
-
-/// A hash map of the agent, read and written many entries at a time.
-pub struct Table {
-    map: MapData,
-    key: usize,
-    value: usize,
-}
-
-impl Table {
-    /// The one with this number.
-    pub fn by_id(id: u32) -> Result<Self> {
-        let map = MapData::from_id(id).with_context(|| format!("could not open the map {id}"))?;
-        let info = map.info().context("could not ask for a map's sizes")?;
-        Ok(Self {
-            key: info.key_size() as usize,
-            value: info.value_size() as usize,
-            map,
-        })
-    }
-
-    /// Bytes of a key and of a value.
-    pub fn sizes(&self) -> (usize, usize) {
-        (self.key, self.value)
-    }
-
-    fn batch(&self, count: usize) -> Batch {
-        Batch {
-            count: count as u32,
-            map_fd: self.map.fd().as_fd().as_raw_fd() as u32,
-            ..Default::default()
-        }
-    }
-
-    /// Gives keys and values of all entries, some at a time, side by side; `take` has the kernel delete them as it gives
-    /// them.
-    pub fn walk(
-        &self,
-        take: bool,
-        mut each: impl FnMut(&[u8], &mut [u8]) -> Result<()>,
-    ) -> Result<()> {
-        let command = match take {
-            true => MAP_LOOKUP_AND_DELETE_BATCH,
-            false => MAP_LOOKUP_BATCH,
-        };
-        let mut keys = vec![0; AT_ONCE * self.key];
-        let mut values = vec![0; AT_ONCE * self.value];
-        // A place in the walk is the number of a bucket.
-        let (mut place, mut next, mut begun) = (0_u32, 0_u32, false);
-        loop {
-            let mut attr = Batch {
-                in_batch: if begun {
-                    std::ptr::from_ref(&place) as u64
-                } else {
-                    0
-                },
-                out_batch: std::ptr::from_mut(&mut next) as u64,
-                keys: keys.as_mut_ptr() as u64,
-                values: values.as_mut_ptr() as u64,
-                ..self.batch(AT_ONCE)
-            };
-            let last = match bpf(command, &mut attr) {
-                Ok(_) => false,
-                Err(error) if error.raw_os_error() == Some(libc::ENOENT) => true,
-                Err(error) => return Err(error).context("could not read entries of a map"),
-            };
-            let given = attr.count as usize;
-            each(&keys[..given * self.key], &mut values[..given * self.value])?;
-            if last {
-                return Ok(());
-            }
-            (place, begun) = (next, true);
-        }
-    }
-
-    /// Writes entries whose keys and values lie side by side.
-    pub fn update(&self, keys: &[u8], values: &[u8]) -> Result<()> {
-        let count = keys.len() / self.key;
-        ensure!(
-            values.len() == count * self.value,
-            "there are not as many values as keys"
-        );
-        if count == 0 {
-            return Ok(());
-        }
-        let mut attr = Batch {
-            keys: keys.as_ptr() as u64,
-            values: values.as_ptr() as u64,
-            ..self.batch(count)
-        };
-        bpf(MAP_UPDATE_BATCH, &mut attr)
-            .context("could not write entries of a map")
-            .map(drop)
     }
 }
 

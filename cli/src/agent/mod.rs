@@ -89,7 +89,7 @@ struct Run {
     xdp: XdpMode,
     #[command(flatten)]
     ways: Ways,
-    /// Entries of the table of flows, 180 bytes each; a translated flow takes two. A table that an agent before this
+    /// Entries of the table of flows, 137 bytes each; a translated flow takes two. A table that an agent before this
     /// one left keeps its size until the node starts anew
     #[arg(long, default_value_t = xebec_agent::loader::FLOWS, value_parser = clap::value_parser!(u32).range(1_024..=33_554_432))]
     flow_entries: u32,

@@ -305,7 +305,7 @@ mod tests {
             [offset_of!(Event, verdict), offset_of!(Event, set)],
             [46, 52]
         );
-        assert_eq!(crate::LAYOUT, 10, "raise it with every change of a layout");
+        assert_eq!(crate::LAYOUT, 11, "raise it with every change of a layout");
     }
 
     fn tuple(source: (u32, u16), destination: (u32, u16)) -> Tuple {

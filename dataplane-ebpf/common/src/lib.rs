@@ -9,9 +9,10 @@ pub mod ip;
 pub mod nat;
 pub mod policy;
 pub mod service;
+pub mod table;
 
 /// Raised whenever a struct here changes, so that maps of another layout are never adopted.
-pub const LAYOUT: u32 = 10;
+pub const LAYOUT: u32 = 11;
 
 /// TCP, as IP numbers it.
 pub const TCP: u8 = 6;
