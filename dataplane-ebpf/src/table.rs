@@ -423,9 +423,17 @@ extern "C" fn xebec_write_place(give_back: u32) -> u32 {
     let entry = slot(set, place + 1);
     // SAFETY: the place is this program's until its mark says otherwise.
     unsafe {
-        copy(addr_of_mut!((*entry).key).cast(), sought.words.as_ptr(), WORDS);
+        copy(
+            addr_of_mut!((*entry).key).cast(),
+            sought.words.as_ptr(),
+            WORDS,
+        );
         let begun = addr_of!(all.begun).cast();
-        copy(addr_of_mut!((*entry).flow).cast(), begun, size_of::<Flow>() / 4);
+        copy(
+            addr_of_mut!((*entry).flow).cast(),
+            begun,
+            size_of::<Flow>() / 4,
+        );
     }
     publish(set, place, busy, busy & !BUSY);
     sought.last = at(sought.set, place as u32);

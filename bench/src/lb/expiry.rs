@@ -19,10 +19,12 @@ use serde_json::{Value, json};
 use xebec_agent::maps::flow_table::{self, FlowTable};
 use xebec_dataplane_common::flow::{longest_idle, ticks};
 
+use super::SUBJECTS;
 use super::kernel::Program;
 use super::pound;
+use super::setting::Setting;
+use super::stand::programs;
 use super::wrap::{self, Pick};
-use super::{SUBJECTS, Setting, programs};
 use crate::Effort;
 use crate::row::{Aim, Case, Row, number};
 use crate::services::{MANY, Network, Part, XebecStage, part};

@@ -9,11 +9,12 @@ use anyhow::{Context, Result, ensure};
 use serde::{Deserialize, Serialize};
 use serde_json::{Value, json};
 
+use super::SUBJECTS;
 use super::kernel::{Kind, Program};
 use super::pound::Target;
 use super::setting::{self, Setting};
+use super::stand::programs;
 use super::wrap::{self, Pick};
-use super::{SUBJECTS, programs};
 use crate::Effort;
 use crate::row::{Aim, Case, Row};
 use crate::services::{Network, Part, XebecStage, first_service, part, watch};

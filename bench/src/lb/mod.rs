@@ -21,23 +21,21 @@ mod frame;
 mod kernel;
 pub mod live;
 pub mod pound;
+mod rounds;
 mod scenario;
 mod setting;
+mod stand;
 mod told;
 mod wrap;
 
-use std::collections::BTreeMap;
+use anyhow::Result;
 
-use anyhow::{Context, Result, bail, ensure};
-use aya::programs::loaded_programs;
-
-use crate::row::{Aim, Case, Row, median, number};
-use crate::services::{MANY, Network, Part, XebecStage};
+use crate::row::{Aim, Case, Row, number};
 use crate::{Effort, Outcome};
 use kernel::Kind;
-use pound::{Order, Pounded};
+use rounds::in_rounds;
 use scenario::{Flows, SCENARIOS};
-use setting::Setting;
+use stand::Stand;
 use told::Told;
 
 /// A program that is measured: what it is, its name in the kernel, its kind, and the device that its frames come in at.
@@ -69,11 +67,6 @@ const SUBJECTS: [Subject; 3] = [
     },
 ];
 
-/// Room for a million translated flows: nothing has to go that a scenario wants to find, and new flows come to a table
-/// of 524,288 at least: those of `tcp-v4-lru-256k`, in single runs and in loops.
-const FLOWS: u32 = 1 << 21;
-/// The kernel keeps so many bytes of a program's name.
-const NAME: usize = 15;
 /// What a subject shall reach in a scenario, in nanoseconds over the floor.
 fn aim(subject: &Subject, name: &str) -> Aim {
     let balancer = subject.kind == Kind::Xdp;
@@ -170,185 +163,4 @@ pub fn run(effort: Effort) -> Result<Outcome> {
         rows: rows.into_iter().filter(Row::has_aim).collect(),
         lines: Vec::new(),
     })
-}
-
-/// A node with an agent, some Services, and the part that runs its programs.
-struct Stand {
-    // Dropped in this order: what runs before where it runs.
-    pound: Part,
-    client: Part,
-    _without: Part,
-    stage: XebecStage,
-    services: usize,
-    /// By subject: where its frames come in, and its number.
-    settings: Vec<Setting>,
-    programs: Vec<u32>,
-}
-
-impl Stand {
-    fn new(services: usize) -> Result<Self> {
-        let before = programs()?;
-        let mut stage =
-            XebecStage::with_outside(&format!("xdp-lb-{services}"), services, 10, MANY)?;
-        stage.flows = FLOWS;
-        stage.start_agent(true)?;
-        let (mut client, without) = stage.agent_pod()?;
-        let first = crate::services::first_service(services)?;
-        crate::services::watch(&mut client, first, None, 300.0, || Ok(()))?;
-        let words = ["--cpu", "0", "pound"];
-        let pound = Part::start(Network::Of(&stage.stage.node), false, &words)?;
-        let (mut settings, mut numbers) = (Vec::new(), Vec::new());
-        for subject in &SUBJECTS {
-            settings.push(Setting::of(subject, &stage, &client)?);
-            numbers.push(subject.newest(&before)?);
-        }
-        Ok(Self {
-            pound,
-            client,
-            _without: without,
-            stage,
-            services,
-            settings,
-            programs: numbers,
-        })
-    }
-
-    fn end(mut self) -> Result<()> {
-        drop(self.pound);
-        drop(self.client);
-        self.stage.stop_agent()
-    }
-
-    /// How many backends were chosen for new flows so far.
-    fn chosen(&self) -> Result<u64> {
-        let rows = self.stage.table("services")?;
-        let each = rows
-            .iter()
-            .map(|row| (row["number"].as_u64(), row["hits"].as_u64().unwrap_or(0)));
-        Ok(each.collect::<BTreeMap<_, _>>().values().sum())
-    }
-}
-
-/// What all rounds of one subject gave in one scenario at one size, over an empty program: nanoseconds.
-struct Measured {
-    /// In loops; none where there are none.
-    looped: Vec<f64>,
-    /// Medians of single runs.
-    over: Vec<f64>,
-    /// Their 99th percentile, of the last round.
-    p99: f64,
-    /// The empty program's.
-    floor: f64,
-}
-
-impl Measured {
-    /// What the aims are about.
-    fn costs(&self) -> &[f64] {
-        match self.looped.is_empty() {
-            true => &self.over,
-            false => &self.looped,
-        }
-    }
-
-    fn cell(&self) -> String {
-        let single = format!("alone {:.0}, p99 {:.0}", median(&self.over), self.p99);
-        match self.looped.is_empty() {
-            true => format!("({single})"),
-            false => format!("{:.0} ({single})", median(&self.looped)),
-        }
-    }
-}
-
-/// All rounds of a subject in a scenario: the program and an empty one, at each size.
-fn in_rounds(
-    rounds: u32,
-    stands: &mut [Stand],
-    subject: usize,
-    orders: &mut [Order],
-) -> Vec<Result<Measured>> {
-    let mut all: Vec<Result<(Measured, u64)>> = stands
-        .iter()
-        .zip(&*orders)
-        .map(|(stand, order)| {
-            let before = match order.is_fresh() {
-                true => stand.chosen()?,
-                false => 0,
-            };
-            let none = Measured {
-                looped: Vec::new(),
-                over: Vec::new(),
-                p99: 0.0,
-                floor: 0.0,
-            };
-            Ok((none, before))
-        })
-        .collect();
-    for round in 0..rounds {
-        for ((stand, order), measured) in stands.iter_mut().zip(&mut *orders).zip(&mut all) {
-            let Ok((so_far, _)) = measured else { continue };
-            order.round = round;
-            if let Err(error) = so_far.add(stand, subject, order) {
-                *measured = Err(error);
-            }
-        }
-    }
-    let ends = all.into_iter().zip(stands).zip(orders);
-    ends.map(|((measured, stand), order)| {
-        let (measured, before) = measured?;
-        let begun = u64::from(rounds * order.begun(!measured.looped.is_empty()));
-        if order.is_fresh() {
-            // A new flow may find no free port in a few tries; what was known is not counted at all.
-            let chosen = stand.chosen()? - before;
-            ensure!(
-                chosen + begun / 10 >= begun,
-                "of {begun} new flows {chosen} were new"
-            );
-        }
-        Ok(measured)
-    })
-    .collect()
-}
-
-impl Measured {
-    fn add(&mut self, stand: &mut Stand, subject: usize, order: &mut Order) -> Result<()> {
-        order.program = None;
-        let floor: Pounded = stand.pound.ask(&order)?;
-        order.program = Some(stand.programs[subject]);
-        let ours: Pounded = stand.pound.ask(&order)?;
-        if let Some(why) = ours.wrong {
-            bail!("not there yet ({why})");
-        }
-        self.over.push(ours.p50 - floor.p50);
-        let looped = ours.looped.zip(floor.looped);
-        self.looped.extend(looped.map(|(ours, floor)| ours - floor));
-        self.p99 = ours.p99 - floor.p50;
-        self.floor = floor.p50;
-        Ok(())
-    }
-}
-
-/// All programs of the kernel: their numbers and names.
-fn programs() -> Result<BTreeMap<u32, String>> {
-    let mut found = BTreeMap::new();
-    for program in loaded_programs() {
-        // One that ends while we look is none of ours.
-        let Ok(program) = program else { continue };
-        let name = program.name_as_str().unwrap_or_default().to_owned();
-        found.insert(program.id(), name);
-    }
-    Ok(found)
-}
-
-impl Subject {
-    /// The number of the agent's program, which was not there before the agent was. One whose maps have grown has loaded
-    /// its programs again: the last ones are those that are attached.
-    fn newest(&self, before: &BTreeMap<u32, String>) -> Result<u32> {
-        let name = &self.name[..self.name.len().min(NAME)];
-        let own = |(id, found): &(u32, String)| found == name && !before.contains_key(id);
-        let (id, _) = programs()?
-            .into_iter()
-            .rfind(own)
-            .with_context(|| format!("the agent loaded no {}", self.name))?;
-        Ok(id)
-    }
 }
