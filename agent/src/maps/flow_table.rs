@@ -2,8 +2,6 @@
 
 use std::mem::offset_of;
 use std::ops::ControlFlow;
-use std::os::fd::{AsFd, AsRawFd};
-use std::ptr::NonNull;
 use std::sync::atomic::{AtomicU32, Ordering, fence};
 
 use anyhow::{Context, Result, bail, ensure};
@@ -12,6 +10,7 @@ use bytemuck::{Zeroable, must_cast, must_cast_ref};
 use xebec_dataplane_common::flow::{Flow, FlowKey};
 use xebec_dataplane_common::table::{AGE, BUSY, FlowSet, PRINT, Place, Shape, WAYS};
 
+use super::memory::Memory;
 use crate::bpf_maps;
 
 /// The name of the map that holds the table.
@@ -72,25 +71,9 @@ pub(crate) fn shape(ebpf: &mut aya::Ebpf) -> Result<()> {
 
 /// The table of flows.
 pub struct FlowTable {
-    words: NonNull<AtomicU32>,
+    memory: Memory,
     sets: usize,
     shape: Shape,
-}
-
-// SAFETY: the memory stays where it is until the value is dropped, and all of it is atomic.
-unsafe impl Send for FlowTable {}
-// SAFETY: as above.
-unsafe impl Sync for FlowTable {}
-
-impl Drop for FlowTable {
-    fn drop(&mut self) {
-        // SAFETY: it was mapped with this length, and nothing points into it any more.
-        unsafe { libc::munmap(self.words.as_ptr().cast(), length(self.sets)) };
-    }
-}
-
-fn length(sets: usize) -> usize {
-    (sets * size_of::<FlowSet>()).next_multiple_of(4096)
 }
 
 impl FlowTable {
@@ -121,27 +104,20 @@ impl FlowTable {
             .info()
             .context("could not ask for the size of FLOWS")?;
         let sets = info.max_entries() as usize;
-        // SAFETY: the kernel chooses the place of new memory, which nothing else uses.
-        let memory = unsafe {
-            libc::mmap(
-                std::ptr::null_mut(),
-                length(sets),
-                libc::PROT_READ | libc::PROT_WRITE,
-                libc::MAP_SHARED,
-                flows.fd().as_fd().as_raw_fd(),
-                0,
-            )
-        };
-        ensure!(
-            memory != libc::MAP_FAILED,
-            "could not map the memory of FLOWS: {}",
-            std::io::Error::last_os_error()
-        );
+        let memory = Memory::of(flows.fd(), sets * size_of::<FlowSet>())
+            .context("could not map the memory of FLOWS")?;
         Ok(Self {
-            words: NonNull::new(memory.cast()).context("FLOWS is at no address")?,
+            memory,
             sets,
             shape,
         })
+    }
+
+    /// All of it, as words: programs write them at any time, so they are read as atomic ones are.
+    fn words(&self) -> &[AtomicU32] {
+        let first = self.memory.start().cast::<AtomicU32>().as_ptr();
+        // SAFETY: so much is mapped as long as `self` lives, and a page's beginning is aligned.
+        unsafe { std::slice::from_raw_parts(first, self.sets * SET) }
     }
 
     /// How many entries there is room for.
@@ -151,9 +127,8 @@ impl FlowTable {
 
     /// A word of a set.
     fn word(&self, set: usize, word: usize) -> &AtomicU32 {
-        assert!(set < self.sets && word < SET, "no such word");
-        // SAFETY: it is within the memory, which was checked, and aligned as the memory is.
-        unsafe { self.words.add(set * SET + word).as_ref() }
+        assert!(word < SET, "no such word");
+        &self.words()[set * SET + word]
     }
 
     fn mark(&self, set: usize, way: usize) -> &AtomicU32 {
@@ -199,9 +174,7 @@ impl FlowTable {
 
     /// The places of a set that are not free, one bit for each.
     fn taken(&self, set: usize) -> u32 {
-        assert!(set < self.sets, "no such set");
-        // SAFETY: so many marks are at the set's beginning, which is within the memory.
-        let marks = unsafe { std::slice::from_raw_parts(self.words.add(set * SET).as_ptr(), WAYS) };
+        let marks = &self.words()[set * SET..][..WAYS];
         let mut taken = 0;
         for (way, mark) in marks.iter().enumerate() {
             taken |= u32::from(mark.load(Ordering::Relaxed) & PRINT != 0) << way;
@@ -355,7 +328,8 @@ mod tests {
             println!("skipped: it needs root");
             return;
         }
-        let table = FlowTable::alone(20_000);
+        // So much room that no set of any secret is full.
+        let table = FlowTable::alone(100_000);
         let mut known = HashMap::new();
         for number in 0..8_000 {
             let mut flow = Flow::zeroed();

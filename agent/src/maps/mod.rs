@@ -3,6 +3,7 @@
 pub(crate) mod batch;
 pub(crate) mod dump;
 pub mod flow_table;
+mod memory;
 pub(crate) mod parted;
 mod services;
 mod table;

@@ -7,6 +7,7 @@ use std::ptr::NonNull;
 use aya::maps::MapData;
 
 use super::batch::Attributes;
+use super::memory::Memory;
 
 /// Commands of bpf(2).
 const MAP_CREATE: libc::c_int = 0;
@@ -59,33 +60,13 @@ struct Create {
     rest: [u32; 13],
 }
 
-/// The memory of an array, shared with the kernel.
-struct Shared {
-    start: NonNull<u8>,
-    length: usize,
-    /// Bytes from one value to the next.
-    stride: usize,
-}
-
-// SAFETY: the memory stays where it is until the value is dropped, and is written through `&mut` alone.
-unsafe impl Send for Shared {}
-// SAFETY: nothing is read or written through `&`, except by reads that the kernel's writes can't tear.
-unsafe impl Sync for Shared {}
-
-impl Drop for Shared {
-    fn drop(&mut self) {
-        // SAFETY: it was mapped with this length, and nothing points into it any more.
-        unsafe { libc::munmap(self.start.as_ptr().cast(), self.length) };
-    }
-}
-
 /// A hash map or an array.
 pub(crate) struct Table {
     map: OwnedFd,
     key_size: usize,
     value_size: usize,
     capacity: u32,
-    shared: Option<Shared>,
+    shared: Option<Memory>,
 }
 
 impl Table {
@@ -144,30 +125,16 @@ impl Table {
 
     /// Maps the memory of an array that lets itself be mapped.
     fn share(mut self, flags: u32) -> Self {
-        let stride = self.value_size.next_multiple_of(8);
-        let length = (stride * self.capacity as usize).next_multiple_of(4096);
-        if flags & MMAPABLE == 0 || self.capacity == 0 {
-            return self;
-        }
-        // SAFETY: a new mapping at a place of the kernel's choice touches nothing of ours.
-        let start = unsafe {
-            libc::mmap(
-                std::ptr::null_mut(),
-                length,
-                libc::PROT_READ | libc::PROT_WRITE,
-                libc::MAP_SHARED,
-                self.map.as_raw_fd(),
-                0,
-            )
-        };
-        if start != libc::MAP_FAILED {
-            self.shared = NonNull::new(start.cast()).map(|start| Shared {
-                start,
-                length,
-                stride,
-            });
+        if flags & MMAPABLE != 0 {
+            let length = self.stride() * self.capacity as usize;
+            self.shared = Memory::of(&self.map, length).ok();
         }
         self
+    }
+
+    /// Bytes from one value of an array to the next.
+    fn stride(&self) -> usize {
+        self.value_size.next_multiple_of(8)
     }
 
     /// How many entries there is room for.
@@ -179,7 +146,7 @@ impl Table {
     pub fn place(&mut self, index: u32) -> Option<NonNull<u8>> {
         let shared = self.shared.as_ref().filter(|_| index < self.capacity)?;
         // SAFETY: the entry is within the mapping.
-        Some(unsafe { shared.start.add(index as usize * shared.stride) })
+        Some(unsafe { shared.start().add(index as usize * self.stride()) })
     }
 
     /// Writes entries whose keys and values lie side by side.
