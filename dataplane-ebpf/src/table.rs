@@ -9,7 +9,9 @@ use core::arch::asm;
 use core::ptr::{addr_of, addr_of_mut, read_volatile, write_volatile};
 
 use xebec_dataplane_common::flow::{CLOSED, Flow, ticks};
-use xebec_dataplane_common::table::{AGE, BUSY, FlowSet, PRINT, Place, Shape, WAYS, WORDS, age};
+use xebec_dataplane_common::table::{
+    AGE, BUSY, FRESH, FlowSet, PRINT, PRINT_SHIFT, Place, Shape, TURN, TURN_SHIFT, WAYS, WORDS, age,
+};
 
 use crate::maps::{FLOWS, SHAPE};
 use crate::scratch::{Scratch, scratch, settle};
@@ -36,6 +38,12 @@ pub enum How {
 
 /// How much longer ago than in truth a flow counts as asked for once both ends have closed it: two hours.
 const OVER: u32 = ticks(7_200_000_000_000);
+
+/// The word behind the marks: [`FlowSet::next`].
+const NEXT: usize = WAYS;
+
+/// The bits of a mark that are a print alone where its place can be read.
+const WHOSE: u32 = PRINT | BUSY;
 
 /// How often a place is looked for that another CPU takes first.
 const TRIES: u32 = 3;
@@ -103,8 +111,8 @@ pub struct Sought {
     place: u32,
     mark: u32,
     stood: u32,
-    /// What this CPU entered last, as [`at`] tells it: the other half of a new flow must not take its place.
-    last: u32,
+    /// [`FlowSet::next`] when the place was chosen.
+    turn: u32,
 }
 
 /// A place's number, which is never 0.
@@ -223,13 +231,13 @@ extern "C" fn xebec_find_flow(which: u32) -> u32 {
     let first = sought.first as usize;
     // Read before the mark is compared: neither waits for the other's memory.
     let same = sought.is_at(set, first);
-    if read(set, first) & !AGE == sought.print && same {
+    if read(set, first) & WHOSE == sought.print && same {
         sought.date(set, first);
         return at(sought.set, sought.first);
     }
     for way in 0..WAYS {
         settle();
-        if read(set, way) & !AGE == sought.print && sought.is_at(set, way) {
+        if read(set, way) & WHOSE == sought.print && sought.is_at(set, way) {
             sought.date(set, way);
             return at(sought.set, way as u32);
         }
@@ -252,44 +260,47 @@ extern "C" fn xebec_remove_flow(which: u32) -> u32 {
     0
 }
 
-/// Chooses the place of the key that is sought: its first, if that is free or at least half as old as the oldest; that
-/// one if not. A free one is older than any that is taken; where the key stands it is not written over. False if there
-/// is none.
+/// Chooses the place of the key that is sought: its first, if that is free or at least half as old as the oldest, and
+/// nothing that has just begun; the oldest if not, of those that are as old the one that was taken longest ago. A free
+/// one is older than any that is taken; where the key stands it is not written over. False if there is none.
 #[inline(always)]
 fn choose(sought: &mut Sought, set: *mut FlowSet) -> bool {
     let first = read(set, sought.first as usize);
     (sought.place, sought.mark) = (sought.first, first);
-    if first & !AGE == 0 {
+    sought.turn = read(set, NEXT) & TURN;
+    if first & PRINT == 0 {
         return true;
     }
     let mut oldest = 0;
     for way in 0..WAYS as u32 {
-        let idle = sought.idle(way, read(set, way as usize));
-        oldest = later(oldest, idle << 4 | way);
+        let mark = read(set, way as usize);
+        let since = sought.turn.wrapping_sub(mark & TURN) & TURN;
+        oldest = later(
+            oldest,
+            sought.idle(mark) << 8 | since >> TURN_SHIFT - 4 | way,
+        );
     }
-    let idle = sought.idle(sought.first, first);
-    if idle == 0 || idle * 2 < oldest >> 4 {
+    let idle = sought.idle(first);
+    if idle <= FRESH + 1 || idle * 2 < oldest >> 8 {
         sought.place = oldest & 15;
         sought.mark = read(set, (oldest & 15) as usize);
     }
     // Another CPU may have taken it since.
-    oldest >> 4 != 0 && sought.mark & BUSY == 0
+    oldest >> 8 != 0 && sought.mark & BUSY == 0
 }
 
 impl Sought {
-    /// For how long nobody asked for what is in a place, and one more; 0 where another must not take it.
+    /// For how long nobody asked for what has this mark, and one more; 0 where another must not take its place.
     #[inline(always)]
-    fn idle(&self, way: u32, mark: u32) -> u32 {
-        // No place's number if what this CPU entered last is in another set.
-        let own = (self.last ^ self.set << 4).wrapping_sub(1);
-        idle(mark, self.now) & is_not(way, own) & is_not(mark & PRINT, self.print)
+    fn idle(&self, mark: u32) -> u32 {
+        idle(mark, self.now) & is_not(mark & PRINT, self.print)
     }
 }
 
 /// For how long nobody asked for what has this mark, and one more; 0 where it is being written.
 #[inline(always)]
 fn idle(mark: u32, now: u32) -> u32 {
-    let free = hidden((mark >> 17).wrapping_sub(1)) >> 31;
+    let free = hidden((mark >> PRINT_SHIFT).wrapping_sub(1)) >> 31;
     let settled = hidden(mark >> 16 & 1).wrapping_sub(1);
     ((now.wrapping_sub(mark) & AGE) + 1 + (free << 16)) & settled
 }
@@ -368,10 +379,10 @@ extern "C" fn xebec_let_go() -> u32 {
         settle();
         if sought.stood & 1 << way != 0 {
             let mut mark = read(set, way);
-            if mark & !AGE == sought.print && !exchange(set, way, mark, sought.now) {
+            if mark & WHOSE == sought.print && !exchange(set, way, mark, sought.now) {
                 // Somebody has dated it at this moment, or freed it.
                 mark = read(set, way);
-                if mark & !AGE == sought.print {
+                if mark & WHOSE == sought.print {
                     exchange(set, way, mark, sought.now);
                 }
             }
@@ -394,7 +405,7 @@ extern "C" fn xebec_claim_place(which: u32) -> u32 {
         let chosen = choose(&mut all.sought, set);
         settle();
         let sought = &all.sought;
-        let becomes = sought.print | BUSY | sought.now;
+        let becomes = sought.print | sought.turn | BUSY | sought.now;
         if chosen && exchange(set, sought.place as usize, sought.mark, becomes) {
             return 1;
         }
@@ -414,7 +425,7 @@ extern "C" fn xebec_write_place(give_back: u32) -> u32 {
         return 0;
     };
     let place = sought.place as usize;
-    let busy = sought.print | BUSY | sought.now;
+    let busy = sought.print | sought.turn | BUSY | sought.now;
     if give_back != 0 {
         sought.stood = 0;
         publish(set, place, busy, sought.now);
@@ -436,7 +447,8 @@ extern "C" fn xebec_write_place(give_back: u32) -> u32 {
         );
     }
     publish(set, place, busy, busy & !BUSY);
-    sought.last = at(sought.set, place as u32);
+    // SAFETY: as in `read`. What two CPUs write here at once is either's.
+    unsafe { write_volatile(mark(set, NEXT), sought.turn.wrapping_add(1 << TURN_SHIFT)) };
     1
 }
 

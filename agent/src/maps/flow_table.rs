@@ -167,7 +167,7 @@ impl FlowTable {
         let print = mark & PRINT;
         self.mark(set, way)
             .fetch_update(Ordering::AcqRel, Ordering::Relaxed, |now| {
-                (now & !AGE == print).then_some(now & AGE)
+                (now & (PRINT | BUSY) == print).then_some(now & AGE)
             })
             .is_ok()
     }

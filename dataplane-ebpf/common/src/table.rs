@@ -27,8 +27,11 @@ pub struct Place {
 pub struct FlowSet {
     /// What stands in each place, and since when: [`print`](Shape::find) of its key, [`BUSY`], and its [`age`].
     pub marks: [u32; WAYS],
-    /// Always 0; the marks fill as many cache lines as a place.
-    pub pad: [u32; 17],
+    /// How many entries were entered, in the bits of [`TURN`]. Of those that were asked for in the same moment, the one
+    /// that was entered longest ago goes.
+    pub next: u32,
+    /// Always 0; what is before the places fills as many bytes as one.
+    pub pad: [u32; 16],
     /// The places.
     pub places: [Place; WAYS],
 }
@@ -37,8 +40,14 @@ pub struct FlowSet {
 pub const AGE: u32 = 0xffff;
 /// Set in a mark whose place is being written: whoever reads passes it by.
 pub const BUSY: u32 = 1 << 16;
+/// The bits of a mark that tell when its flow was entered: [`FlowSet::next`] at that time.
+pub const TURN: u32 = 0xf << TURN_SHIFT;
+/// Where [`TURN`] begins.
+pub const TURN_SHIFT: u32 = 17;
 /// The bits of a mark that tell whose it is; none in a free one.
-pub const PRINT: u32 = !(AGE | BUSY);
+pub const PRINT: u32 = !(AGE | BUSY | TURN);
+/// Where [`PRINT`] begins.
+pub const PRINT_SHIFT: u32 = 21;
 
 /// When something was asked for, as marks tell it, of the ticks of [`ticks`](crate::flow::ticks): they come again after
 /// 19 hours.
@@ -46,6 +55,9 @@ pub const PRINT: u32 = !(AGE | BUSY);
 pub const fn age(ticks: u32) -> u32 {
     ticks & AGE
 }
+
+/// What was asked for so many ticks ago at most has just begun, as far as anybody can tell.
+pub const FRESH: u32 = 1;
 
 /// Words of a key.
 pub const WORDS: usize = size_of::<FlowKey>() / 4;
@@ -106,4 +118,5 @@ impl Shape {
 const _: () = {
     assert!(size_of::<Place>() == 128 && size_of::<FlowSet>() == 16 * size_of::<Place>());
     assert!(core::mem::offset_of!(FlowSet, places) == size_of::<Place>());
+    assert!(core::mem::offset_of!(FlowSet, next) == 4 * WAYS);
 };
