@@ -143,7 +143,7 @@ fn rows(flows: u32, entry: f64, tracked: Option<f64>, told: &[Told]) -> Result<V
         },
         Row::paired(
             case(
-                &format!("a new flow in place of one of {many} expired ones"),
+                &format!("a new flow in a full table, {many} of it expired"),
                 "ns",
             ),
             "in an empty table",
@@ -151,14 +151,17 @@ fn rows(flows: u32, entry: f64, tracked: Option<f64>, told: &[Told]) -> Result<V
         )?,
         Row::paired(
             case(
-                &format!("{many} expired flows replaced by as many new ones"),
+                &format!("{many} new flows in a full table with as many expired ones"),
                 "s",
             ),
             "a sweep, then the same in an empty table",
             &seconds(|one| (one.expired, one.sweep + one.empty)),
         )?,
         Row::alone(
-            case("entries of expired ones that as many new flows leave", "%"),
+            case(
+                "of the expired ones' entries, left by as many new flows",
+                "%",
+            ),
             &told.iter().map(|one| one.left).collect::<Vec<_>>(),
         )?,
     ])
