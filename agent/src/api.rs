@@ -4,7 +4,7 @@ use std::convert::Infallible;
 use std::path::PathBuf;
 use std::sync::Arc;
 
-use anyhow::{Context, Result};
+use anyhow::{Context, Result, bail};
 use bytes::Bytes;
 use futures::StreamExt;
 use http::{Method, Request, Response, StatusCode};
@@ -17,6 +17,7 @@ use serde_json::{Value, json};
 use tokio::net::UnixListener;
 use tokio::sync::broadcast::error::RecvError;
 use tokio_util::sync::CancellationToken;
+use xebec_policy::explain::{Asked, Party};
 
 use crate::endpoints::Endpoints;
 use crate::flows::{Filter, Flows, Seen};
@@ -187,6 +188,51 @@ fn services(tables: &Tables) -> Result<Vec<Value>> {
     Ok(rows)
 }
 
+/// What becomes of a flow, and why: `from` and `to` are `NAMESPACE/POD`, `node:NAME` or an address, `protocol` is a
+/// number, `port` the destination's, `family` 4 or 6.
+async fn explain(tables: &Tables, query: &str) -> Result<Value> {
+    let party = |text: &str| -> Result<Party> {
+        if let Ok(address) = text.parse() {
+            return Ok(Party::Address(address));
+        }
+        match (text.strip_prefix("node:"), text.split_once('/')) {
+            (Some(node), _) => Ok(Party::Node(node.to_owned())),
+            (None, Some((namespace, pod))) => Ok(Party::Pod((namespace.into(), pod.into()))),
+            (None, None) => bail!("{text:?} is neither NAMESPACE/POD nor node:NAME nor an address"),
+        }
+    };
+    let (mut from, mut to, mut v4) = (None, None, None);
+    let (mut protocol, mut port) = (xebec_dataplane_common::TCP, 0);
+    for (key, value) in form_urlencoded::parse(query.as_bytes()) {
+        let number = || {
+            value
+                .parse()
+                .with_context(|| format!("{key}={value} is no number"))
+        };
+        match &*key {
+            "from" => from = Some(party(&value)?),
+            "to" => to = Some(party(&value)?),
+            "protocol" => protocol = u8::try_from(number()?).context("protocols are below 256")?,
+            "port" => port = number()?,
+            "family" => v4 = Some(value == "4"),
+            other => bail!("{other:?} can't be asked for"),
+        }
+    }
+    let asked = Asked {
+        from: from.context("from is missing")?,
+        to: to.context("to is missing")?,
+        protocol,
+        port,
+        v4,
+    };
+    let engine = tables
+        .engine
+        .as_ref()
+        .context("no policies are known here")?;
+    let explanation = engine.lock().await.explain(&asked)?;
+    serde_json::to_value(explanation).context("could not write JSON")
+}
+
 async fn answer(request: Request<Incoming>, tables: &Tables) -> Response<Body> {
     let endpoints = &tables.endpoints;
     let path = request.uri().path().to_owned();
@@ -245,13 +291,34 @@ async fn answer(request: Request<Incoming>, tables: &Tables) -> Response<Body> {
             None => reply(StatusCode::OK, &json!([])),
         },
         (&Method::GET, "/tables/endpoints") => {
-            let rows: Vec<Value> = endpoints
-                .list()
-                .await
+            let all = endpoints.list().await;
+            let engine = match &tables.engine {
+                Some(engine) => Some(engine.lock().await),
+                None => None,
+            };
+            let rows: Vec<Value> = all
                 .into_iter()
-                .map(|one| json!({"namespace": one.namespace, "pod": one.pod, "address": one.addresses.first(), "addresses": one.addresses, "device": one.device, "container": one.container_id}))
+                .map(|one| {
+                    let first = one.addresses.first().copied();
+                    let mut row = json!({"namespace": one.namespace, "pod": one.pod, "address": first, "addresses": one.addresses, "device": one.device, "container": one.container_id});
+                    let more = engine.as_ref().and_then(|engine| engine.endpoint_row(first?));
+                    if let (Some(row), Some(Value::Object(more))) = (row.as_object_mut(), more) {
+                        row.extend(more);
+                    }
+                    row
+                })
                 .collect();
             reply(StatusCode::OK, &rows.into())
+        }
+        (&Method::GET, "/policy/explain") => {
+            let query = request.uri().query().unwrap_or_default();
+            match explain(tables, query).await {
+                Ok(value) => reply(StatusCode::OK, &value),
+                Err(error) => reply(
+                    StatusCode::BAD_REQUEST,
+                    &json!({"error": format!("{error:#}")}),
+                ),
+            }
         }
         (&Method::GET, "/status") => match tables.flows.counters() {
             Ok(counters) => reply(

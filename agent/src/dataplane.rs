@@ -5,11 +5,11 @@ use std::time::Duration;
 
 use anyhow::{Context, Result};
 use tokio::sync::{Mutex, watch};
+use xebec_policy::rule::Name;
 
 use crate::link::Wires;
 use crate::loader::Loaded;
 use crate::maps::PolicyMaps;
-use crate::policy::compile::Name;
 use crate::policy::watch::Shared;
 
 /// How long a new pod may wait until the API has told of it.

@@ -11,12 +11,12 @@ use rtnetlink::Handle;
 use serde::{Deserialize, Deserializer, Serialize};
 use serde_json::{Value, json};
 use tokio::sync::{Mutex, watch};
+use xebec_policy::rule::Name;
 
 use crate::dataplane::{Dataplane, Known};
 use crate::host_ports::{HostPort, Mapping};
 use crate::ipam::Ipam;
 use crate::link::{self, Wires};
-use crate::policy::compile::Name;
 
 /// One pod's connection.
 #[derive(Clone, Debug, Serialize, Deserialize)]

@@ -13,15 +13,15 @@ use tokio::io::unix::AsyncFd;
 use tokio::sync::{broadcast, oneshot};
 use tokio_util::sync::CancellationToken;
 use xebec_dataplane_common::flow::{
-    Counters, DROPPED, EGRESS, Event, REASON_CHECKSUM, REASON_FRAGMENT, REASON_INVALID,
-    REASON_NO_MAPPING, REASON_NO_ROUTE, REASON_NO_SERVICE, REASON_POLICY, REASON_SOURCE,
-    REASON_TOO_BIG, REASON_TTL,
+    AUDITED, Counters, DROPPED, EGRESS, Event, REASON_CHECKSUM, REASON_FRAGMENT, REASON_INVALID,
+    REASON_NO_MAPPING, REASON_NO_ROUTE, REASON_NO_SERVICE, REASON_POLICY, REASON_RULE,
+    REASON_SOURCE, REASON_TOO_BIG, REASON_TTL,
 };
 use xebec_dataplane_common::{ICMP, ICMP6, SCTP, TCP, UDP};
+use xebec_policy::names::{Names, Peer};
+use xebec_policy::rule::{PolicyRef, RuleId};
 
 use crate::maps::{FlowMaps, next_event};
-use crate::names::{Names, Peer};
-use crate::policy::compile::{Name, RuleId};
 
 /// How many flows are kept: as many as Hubble keeps by default.
 const KEPT: usize = 4_095;
@@ -43,7 +43,7 @@ pub struct Seen {
     source: Arc<Peer>,
     destination: Arc<Peer>,
     rule: Option<Arc<RuleId>>,
-    denied_by: Option<Arc<Vec<Name>>>,
+    denied_by: Option<Arc<Vec<Arc<PolicyRef>>>>,
 }
 
 /// Gives this thread a smaller share of a busy CPU: who reads what others did must not slow them down.
@@ -203,7 +203,7 @@ impl Flows {
             .to_string();
         let mut flow = json!({
             "time": time,
-            "verdict": if event.verdict == DROPPED { "DROPPED" } else { "FORWARDED" },
+            "verdict": verdict(event),
             "IP": {
                 "source": IpAddr::from(event.source),
                 "destination": IpAddr::from(event.destination),
@@ -227,29 +227,51 @@ impl Flows {
         if event.verdict == DROPPED {
             flow["drop_reason"] = event.reason.into();
             flow["drop_reason_desc"] = reason(event.reason).into();
-            if let Some(policies) = &seen.denied_by {
-                flow[format!("{direction}_denied_by")] = policies.iter().map(policy).collect();
+        }
+        if event.reason != 0 {
+            // Either a rule says so, or none of these policies allows it.
+            let by: Option<Value> = match (&seen.rule, &seen.denied_by) {
+                (Some(rule), _) => Some(json!([rule_value(rule)])),
+                (None, Some(policies)) => Some(policies.iter().map(|one| policy(one)).collect()),
+                (None, None) => None,
+            };
+            if let Some(by) = by {
+                flow[format!("{direction}_denied_by")] = by;
             }
-        } else {
+        }
+        if event.verdict != DROPPED {
             flow["trace_observation_point"] = if event.direction == EGRESS {
                 "FROM_ENDPOINT"
             } else {
                 "TO_ENDPOINT"
             }
             .into();
-            if let Some(rule) = &seen.rule {
-                let direction = rule.direction.name().to_ascii_lowercase();
-                let mut by = policy(&rule.policy);
-                by["rule"] = rule.index.into();
-                flow[format!("{direction}_allowed_by")] = json!([by]);
+            if let Some(rule) = seen.rule.as_ref().filter(|_| event.reason == 0) {
+                let direction = rule.direction().name().to_ascii_lowercase();
+                flow[format!("{direction}_allowed_by")] = json!([rule_value(rule)]);
             }
         }
         json!({"flow": flow, "node_name": &*self.node_name, "time": time})
     }
 }
 
-fn policy(name: &Name) -> Value {
-    json!({"kind": "NetworkPolicy", "namespace": name.0, "name": name.1})
+/// As Hubble names verdicts.
+fn verdict(event: &Event) -> &'static str {
+    match event.verdict {
+        DROPPED => "DROPPED",
+        AUDITED => "AUDIT",
+        _ => "FORWARDED",
+    }
+}
+
+fn policy(policy: &PolicyRef) -> Value {
+    json!({"kind": policy.source.kind(), "namespace": policy.namespace, "name": policy.name})
+}
+
+fn rule_value(rule: &RuleId) -> Value {
+    let mut value = policy(&rule.policy);
+    value["rule"] = rule.index.into();
+    value
 }
 
 fn endpoint(peer: &Peer) -> Value {
@@ -337,6 +359,7 @@ fn reason(number: u8) -> &'static str {
     match number {
         REASON_SOURCE => "INVALID_SOURCE_IP",
         REASON_POLICY => "POLICY_DENIED",
+        REASON_RULE => "POLICY_DENY",
         REASON_INVALID => "INVALID_PACKET_DROPPED",
         REASON_CHECKSUM => "ERROR_WHILE_CORRECTING_L4_CHECKSUM",
         REASON_NO_SERVICE => "SERVICE_BACKEND_NOT_FOUND",
@@ -432,11 +455,7 @@ impl Filter {
     /// Whether a flow is wanted.
     pub fn passes(&self, seen: &Seen) -> bool {
         let ends = [&seen.source, &seen.destination];
-        let verdict = if seen.event.verdict == DROPPED {
-            "DROPPED"
-        } else {
-            "FORWARDED"
-        };
+        let verdict = verdict(&seen.event);
         let ports = [seen.event.source_port, seen.event.destination_port].map(u16::from_be);
         self.namespace
             .as_ref()

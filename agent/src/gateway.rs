@@ -4,12 +4,13 @@ use std::net::IpAddr;
 use std::path::PathBuf;
 
 use anyhow::{Context, Result};
+use bytemuck::Zeroable;
 use ipnet::IpNet;
 use xebec_dataplane_common::policy::Endpoint;
+use xebec_policy::kernel::PolicyKernel;
 
 use crate::forwarding;
 use crate::loader::{self, Xdp};
-use crate::maps::PolicyKernel;
 use crate::network;
 
 /// What the way out needs to know.
@@ -36,15 +37,7 @@ pub async fn open(config: &Config) -> Result<()> {
     }
     // To the programs, the nodes are here what pods are on a node.
     for node in &config.nodes {
-        let endpoint = Endpoint {
-            ifindex: 0,
-            identity: 0,
-            ingress_set: 0,
-            egress_set: 0,
-            mac: [0; 6],
-            pad: 0,
-        };
-        maps.policy.set_endpoint(*node, endpoint)?;
+        maps.policy.set_endpoint(*node, Endpoint::zeroed())?;
     }
     maps.network
         .set_settings(network::settings_of(&config.addresses)?)?;

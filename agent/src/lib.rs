@@ -6,6 +6,7 @@ mod api;
 mod bpf_maps;
 mod dataplane;
 pub mod endpoints;
+mod events;
 pub mod flows;
 pub mod forwarding;
 pub mod gateway;
@@ -18,7 +19,6 @@ pub mod maps;
 pub mod masquerade;
 pub mod memory;
 pub mod metrics;
-pub mod names;
 pub mod network;
 pub mod nodes;
 pub mod parting;
@@ -41,8 +41,8 @@ use tokio_util::sync::CancellationToken;
 
 use dataplane::Dataplane;
 use endpoints::Endpoints;
-use policy::engine::Engine;
 use xebec_dataplane_common::nat::Settings;
+use xebec_policy::engine::Engine;
 
 /// How the agent runs.
 #[derive(Clone, Debug)]
@@ -93,7 +93,7 @@ pub async fn run(client: kube::Client, config: Config, shutdown: CancellationTok
     let mut maps = programs.maps()?;
     maps.services
         .set_scope(scope::of(config.pod_cgroup.as_deref())?)?;
-    let names = names::Names::default();
+    let names = xebec_policy::names::Names::default();
     let mut flows = flows::Flows::new(names.clone(), &config.node_name);
     let follow = flows.follow(maps.flows, shutdown.clone())?;
     // Flows that an agent before this one allowed are judged anew: its generation was taken from the clock, too.
@@ -164,10 +164,20 @@ pub async fn run(client: kube::Client, config: Config, shutdown: CancellationTok
         shutdown.clone(),
     );
     let nodes = nodes::run(client.clone(), nodes, shutdown.clone());
+    let (teller, telling) = events::Teller::new(client.clone(), &config.node_name);
+    let stopping = shutdown.clone();
+    let telling = async move {
+        tokio::select! {
+            () = stopping.cancelled() => {}
+            () = telling => {}
+        }
+        Ok(())
+    };
     let policy = policy::watch::run(
         client.clone(),
         engine.clone(),
         nodes_told.clone(),
+        teller.clone(),
         synced,
         shutdown.clone(),
     );
@@ -196,10 +206,11 @@ pub async fn run(client: kube::Client, config: Config, shutdown: CancellationTok
         },
         nodes_told,
         endpoints.host_ports(),
+        teller.clone(),
         services_ready,
         shutdown.clone(),
     );
-    let pressure = pressure::run(client, config.node_name.clone(), shutdown.clone());
+    let pressure = pressure::run(teller, config.node_name.clone(), shutdown.clone());
     let growth = growth::run(
         tables.clone(),
         dataplane.clone(),
@@ -249,6 +260,7 @@ pub async fn run(client: kube::Client, config: Config, shutdown: CancellationTok
         announce,
         growth,
         pressure,
+        telling,
         follow_file
     )
     .map(drop)
@@ -306,7 +318,7 @@ pub async fn run_detached(config: Config, shutdown: CancellationToken) -> Result
         services: None,
         hits: None,
         engine: None,
-        flows: flows::Flows::new(names::Names::default(), &config.node_name),
+        flows: flows::Flows::new(xebec_policy::names::Names::default(), &config.node_name),
         served: network::Served::default(),
     };
     api::run(config.socket, tables, shutdown).await

@@ -21,8 +21,16 @@ pub struct NodeView {
     pub addresses: Vec<IpAddr>,
     /// Its ranges of pod addresses.
     pub pod_ranges: Vec<IpNet>,
+    /// Its labels.
+    pub labels: BTreeMap<String, String>,
+}
+
+impl NodeView {
     /// Its zone (`topology.kubernetes.io/zone`).
-    pub zone: Option<String>,
+    pub fn zone(&self) -> Option<&str> {
+        let zone = self.labels.get("topology.kubernetes.io/zone");
+        zone.map(String::as_str)
+    }
 }
 
 /// All nodes by name; none until the API has told of all of them once.
@@ -50,11 +58,7 @@ impl From<&Node> for NodeView {
         Self {
             addresses: of("InternalIP").chain(of("ExternalIP")).collect(),
             pod_ranges: ranges.collect(),
-            zone: node
-                .metadata
-                .labels
-                .as_ref()
-                .and_then(|labels| labels.get("topology.kubernetes.io/zone").cloned()),
+            labels: node.metadata.labels.clone().unwrap_or_default(),
         }
     }
 }
@@ -125,7 +129,7 @@ mod tests {
         }))
         .unwrap();
         let view = NodeView::from(&node);
-        assert_eq!(view.zone.as_deref(), Some("z"));
+        assert_eq!(view.zone(), Some("z"));
         assert_eq!(
             view.addresses,
             ["10.0.0.1", "fd00::1", "203.0.113.5"].map(|text| text.parse::<IpAddr>().unwrap())

@@ -5,10 +5,10 @@ use std::time::Duration;
 
 use anyhow::{Context, Result};
 use k8s_openapi::api::core::v1::ObjectReference;
-use kube::runtime::events::{Event, EventType, Recorder, Reporter};
 use tokio_util::sync::CancellationToken;
 use tracing::{info, warn};
 
+use crate::events::{Notice, Teller};
 use crate::maps::flow_table::FLOWS;
 use crate::maps::usage::{self, Table};
 
@@ -23,15 +23,10 @@ const LESS: f64 = 0.1;
 
 /// Looks at the tables until `shutdown`, and tells of those that are full by a warning and an Event of the node.
 pub(crate) async fn run(
-    client: kube::Client,
+    teller: Teller,
     node_name: String,
     shutdown: CancellationToken,
 ) -> Result<()> {
-    let reporter = Reporter {
-        controller: "xebec-agent".to_owned(),
-        instance: Some(node_name.clone()),
-    };
-    let recorder = Recorder::new(client, reporter);
     let node = ObjectReference {
         api_version: Some("v1".to_owned()),
         kind: Some("Node".to_owned()),
@@ -61,16 +56,12 @@ pub(crate) async fn run(
             let Some((reason, words)) = told.news(&table) else {
                 continue;
             };
-            let event = Event {
-                type_: EventType::Warning,
+            teller.tell(Notice {
+                about: node.clone(),
                 reason: reason.to_owned(),
-                note: Some(words),
-                action: "WatchTables".to_owned(),
-                secondary: None,
-            };
-            if let Err(error) = recorder.publish(&event, &node).await {
-                warn!(%error, "an event could not be sent");
-            }
+                action: "WatchTables",
+                words,
+            });
         }
     }
 }
@@ -105,7 +96,6 @@ impl Told {
             "{} of the {} entries of {} are of {what}: those that were silent longest are forgotten. Give the agent more by {flag}",
             table.in_use, table.capacity, table.name
         );
-        warn!(table = table.name, "{words}");
         Some((reason, words))
     }
 }

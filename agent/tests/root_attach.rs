@@ -8,15 +8,17 @@ use std::net::{Ipv4Addr, UdpSocket};
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::{Duration, Instant};
 
+use bytemuck::Zeroable;
 use space::{Space, filters, has_qdisc, ip};
 use xebec_agent::link::{self, Wires};
 use xebec_agent::loader::{self, Loaded, Maps, Xdp};
-use xebec_agent::maps::{PolicyKernel, ServiceKernel};
+use xebec_agent::maps::ServiceKernel;
 use xebec_agent::network::Device;
 use xebec_dataplane_common::ip::Ip;
 use xebec_dataplane_common::nat::Settings;
 use xebec_dataplane_common::policy::Endpoint;
 use xebec_dataplane_common::service::{Backend, CHUNK, EXTERNAL, Frontend, FrontendKey, OWN, Run};
+use xebec_policy::kernel::PolicyKernel;
 
 const POD: Ipv4Addr = Ipv4Addr::new(10, 244, 0, 5);
 const WEB: Ipv4Addr = Ipv4Addr::new(10, 244, 0, 6);
@@ -99,10 +101,8 @@ fn endpoint(wires: Wires) -> Endpoint {
     Endpoint {
         ifindex: wires.ifindex,
         identity: 1000,
-        ingress_set: 0,
-        egress_set: 0,
         mac: wires.mac,
-        pad: 0,
+        ..Endpoint::zeroed()
     }
 }
 

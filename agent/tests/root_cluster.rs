@@ -3,6 +3,8 @@
 
 #[path = "cluster/api.rs"]
 mod api;
+#[path = "cluster/custom.rs"]
+mod custom;
 #[path = "cluster/faults.rs"]
 mod faults;
 #[path = "cluster/growth.rs"]

@@ -7,10 +7,11 @@ use std::io::{Read, Write};
 use std::net::{IpAddr, SocketAddr, TcpListener, TcpStream, UdpSocket};
 use std::time::Duration;
 
+use bytemuck::Zeroable;
 use space::{Space, ip};
 use xebec_agent::link;
 use xebec_agent::loader::{Loaded, Maps, Xdp};
-use xebec_agent::maps::{PolicyKernel, ServiceKernel};
+use xebec_agent::maps::ServiceKernel;
 use xebec_agent::network::Device;
 use xebec_dataplane_common::ip::Ip;
 use xebec_dataplane_common::nat::{DIRECT_TCP, DIRECT_UDP, Settings};
@@ -18,6 +19,7 @@ use xebec_dataplane_common::policy::Endpoint;
 use xebec_dataplane_common::service::{
     Backend, CHUNK, EXTERNAL, Frontend, FrontendKey, OTHERS, OWN, Run,
 };
+use xebec_policy::kernel::PolicyKernel;
 
 const PATIENCE: Duration = Duration::from_secs(3);
 const NODE_PORT: u16 = 30_080;
@@ -202,10 +204,8 @@ fn answers_go_straight_to_the_client() {
         let endpoint = Endpoint {
             ifindex: wires.ifindex,
             identity: 1000,
-            ingress_set: 0,
-            egress_set: 0,
             mac: wires.mac,
-            pad: 0,
+            ..Endpoint::zeroed()
         };
         maps.policy.set_identity(own, 1000).unwrap();
         maps.policy.set_endpoint(own, endpoint).unwrap();

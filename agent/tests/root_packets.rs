@@ -5,14 +5,14 @@ mod model;
 mod packets;
 
 use packets::{
-    FAMILIES, Family, Kernel, OK, POD_MAC, REDIRECT, SHOT, Why, at, client, echo, error, far, node,
-    pod, tcp, udp, web,
+    ACK, FAMILIES, Family, Kernel, OK, POD_MAC, REDIRECT, SHOT, SYN, Why, at, client, echo, error,
+    far, node, pod, tcp, udp, web,
 };
-use xebec_agent::maps::PolicyKernel;
 use xebec_dataplane_common::flow::{
     DROPPED, EGRESS, FORWARDED, INGRESS, REASON_INVALID, REASON_NO_MAPPING, REASON_POLICY,
     REASON_SOURCE,
 };
+use xebec_policy::kernel::PolicyKernel;
 
 /// From one pod of the node to another, to which it is handed directly.
 #[test]
@@ -172,6 +172,54 @@ fn what_enters_a_pod_from_elsewhere_is_judged_and_the_nodes_own_is_let_in() {
             kernel.run("xebec_to_pod", &probe.bytes()),
             (OK, probe.bytes())
         );
+    }
+}
+
+#[test]
+fn what_the_node_began_goes_on_whatever_its_address_and_the_rules_are() {
+    if packets::left_out() {
+        return;
+    }
+    for f in FAMILIES {
+        let mut kernel = Kernel::shared();
+        kernel.isolate_web(80);
+        kernel.as_web();
+        // The API tells of no node with this address.
+        for begun in [
+            tcp(client(f), web(f), 4000, 81, "S"),
+            udp(client(f), web(f), 4000, 81),
+        ] {
+            kernel.received_on(0);
+            let sent = begun.bytes();
+            assert_eq!(kernel.run("xebec_to_pod", &sent), (OK, sent));
+            let answer = begun.back(SYN | ACK).bytes();
+            assert_ne!(kernel.run("xebec_from_pod", &answer).0, SHOT);
+            kernel.policy().set_generation(99).unwrap();
+            let more = begun.back(ACK).bytes();
+            assert_ne!(kernel.run("xebec_from_pod", &more).0, SHOT);
+            kernel.policy().set_generation(1).unwrap();
+            // The same from elsewhere is judged, and so is what answers it.
+            kernel.received_on(1);
+            if begun.protocol() == 17 {
+                kernel.isolate_web_udp(81);
+            } else {
+                kernel.isolate_web(81);
+            }
+            let other = begun.from(client(f), 4001);
+            assert_eq!(kernel.run("xebec_to_pod", &other.bytes()).0, OK);
+            kernel.isolate_web(80);
+            kernel.policy().set_generation(98).unwrap();
+            let answer = other.back(ACK).bytes();
+            assert_eq!(kernel.run("xebec_from_pod", &answer).0, SHOT);
+        }
+        // An agent of before did not note it: then the node's address tells.
+        let begun = tcp(node(f), web(f), 4002, 81, "S");
+        kernel.received_on(0);
+        assert_eq!(kernel.run("xebec_to_pod", &begun.bytes()).0, OK);
+        kernel.change(&begun, |flow| flow.exempt = 0);
+        kernel.policy().set_generation(97).unwrap();
+        let answer = begun.back(ACK).bytes();
+        assert_ne!(kernel.run("xebec_from_pod", &answer).0, SHOT);
     }
 }
 

@@ -21,7 +21,7 @@ fn nodes(all: &[(&str, [&str; 2], [&str; 2])]) -> Nodes {
     let view = |addresses: &[&str; 2], ranges: &[&str; 2]| NodeView {
         addresses: addresses.map(|one| one.parse().unwrap()).into(),
         pod_ranges: ranges.map(|one| one.parse().unwrap()).into(),
-        zone: Default::default(),
+        labels: Default::default(),
     };
     let named = all.iter();
     Some(

@@ -9,6 +9,7 @@ mod kubeconfig;
 mod observe;
 mod paths;
 mod pki;
+mod policy;
 mod service;
 mod status;
 mod tables;
@@ -80,9 +81,9 @@ enum Command {
     /// Services: frontends, backends, and who gets which
     #[command(subcommand)]
     Service(service::Service),
-    /// Network policies, as they are in the kernel
+    /// Network policies: as they are in the kernel, what they make of a flow, and whether a file of them is right
     #[command(subcommand)]
-    Policy(tables::Table),
+    Policy(policy::Policy),
     /// Identities: the label sets that policies tell apart
     #[command(subcommand)]
     Identity(tables::Table),
@@ -135,7 +136,8 @@ fn main() -> ExitCode {
         Err(error) => error.exit(),
     };
     match run(cli) {
-        Ok(()) => ExitCode::SUCCESS,
+        Ok(true) => ExitCode::SUCCESS,
+        Ok(false) => ExitCode::FAILURE,
         Err(error) => {
             eprintln!("xebec: {error:#}");
             ExitCode::FAILURE
@@ -143,7 +145,8 @@ fn main() -> ExitCode {
     }
 }
 
-fn run(cli: Cli) -> Result<()> {
+/// Does what is asked; false where the answer is no.
+fn run(cli: Cli) -> Result<bool> {
     let node = match &cli.command {
         Command::Node { name } => Some(name.as_str()),
         _ => None,
@@ -159,16 +162,17 @@ fn run(cli: Cli) -> Result<()> {
     let runtime = match &cli.command {
         Command::Up(_) | Command::Agent(_) => tokio::runtime::Builder::new_multi_thread(),
         // It makes its own once it has joined its cgroup.
-        Command::Node { name } => return up::child::run(name),
+        Command::Node { name } => return up::child::run(name).map(|()| true),
         _ => tokio::runtime::Builder::new_current_thread(),
     }
     .enable_all()
     .build()
     .context("could not start the async runtime")?;
-    match cli.command {
+    let done = match cli.command {
+        Command::Policy(policy) => return runtime.block_on(policy.run(&layout)),
         Command::Up(up) => {
             if up.detach {
-                return up::detach::run(&layout);
+                return up::detach::run(&layout).map(|()| true);
             }
             runtime.block_on(up.run(layout, &cli.log))
         }
@@ -177,7 +181,6 @@ fn run(cli: Cli) -> Result<()> {
         Command::Status(status) => runtime.block_on(status.run(&layout)),
         Command::Endpoint(table) => runtime.block_on(table.run(&layout, "endpoints")),
         Command::Service(service) => runtime.block_on(service.run(&layout)),
-        Command::Policy(table) => runtime.block_on(table.run(&layout, "policies")),
         Command::Identity(table) => runtime.block_on(table.run(&layout, "identities")),
         Command::Bpf(bpf) => runtime.block_on(bpf.run(&layout)),
         Command::Observe(observe) => runtime.block_on(observe.run(&layout)),
@@ -189,7 +192,8 @@ fn run(cli: Cli) -> Result<()> {
         }
         Command::Node { name } => up::child::run(&name),
         Command::Demo(demo) => runtime.block_on(demo.run()),
-    }
+    };
+    done.map(|()| true)
 }
 
 /// Writes the time, and which of several nodes speaks: they share one log.

@@ -30,18 +30,55 @@ pub enum Table {
     /// List them
     #[command(visible_alias = "ls")]
     List(ListArgs),
+    /// One of them
+    Get {
+        /// An endpoint's [NAMESPACE/]POD or address, an identity's number
+        name: String,
+        #[command(flatten)]
+        list: ListArgs,
+    },
 }
 
 impl Table {
     /// Asks the agent for this table and prints it.
     pub async fn run(self, layout: &Layout, name: &str) -> Result<()> {
-        let Self::List(args) = self;
-        list(layout, &format!("/tables/{name}"), &args).await
+        let path = format!("/tables/{name}");
+        match self {
+            Self::List(args) => list(layout, &path, &args).await,
+            Self::Get { name, list } => {
+                let found = list_some(layout, &path, &list, |row| is_called(row, &name)).await?;
+                anyhow::ensure!(found, "there is none called {name}: see the list");
+                Ok(())
+            }
+        }
     }
+}
+
+/// Whether a row is meant by this name.
+fn is_called(row: &Value, name: &str) -> bool {
+    let pod = match name.split_once('/') {
+        Some((namespace, pod)) => row["namespace"] == namespace && row["pod"] == pod,
+        None => row["pod"] == name,
+    };
+    let addresses = row["addresses"].as_array();
+    pod || addresses.is_some_and(|all| all.iter().any(|one| one == name))
+        || name
+            .parse::<u32>()
+            .is_ok_and(|number| row["pod"].is_null() && row["identity"] == number)
 }
 
 /// Asks the agents for the table at this path and prints it.
 pub async fn list(layout: &Layout, path: &str, args: &ListArgs) -> Result<()> {
+    list_some(layout, path, args, |_| true).await.map(drop)
+}
+
+/// The same for the rows that are wanted; whether there are any.
+pub async fn list_some(
+    layout: &Layout,
+    path: &str,
+    args: &ListArgs,
+    wanted: impl Fn(&Value) -> bool,
+) -> Result<bool> {
     let agents = unix_http::agents(layout, args.node.as_deref())?;
     let several = agents.len() > 1;
     let mut rows = Vec::new();
@@ -52,6 +89,9 @@ pub async fn list(layout: &Layout, path: &str, args: &ListArgs) -> Result<()> {
             .cloned()
             .context("the agent's answer is no list")?
         {
+            if !wanted(&row) {
+                continue;
+            }
             if let (true, Some(row)) = (several, row.as_object_mut()) {
                 row.insert("node".into(), node.clone().into());
             }
@@ -63,9 +103,10 @@ pub async fn list(layout: &Layout, path: &str, args: &ListArgs) -> Result<()> {
             "{}",
             serde_json::to_string_pretty(&rows).context("could not write JSON")?
         );
-        return Ok(());
+    } else {
+        print_rows(&rows)?;
     }
-    print_rows(&rows)
+    Ok(!rows.is_empty())
 }
 
 /// Columns are the fields of the rows, in the order in which the agent gives them.

@@ -38,6 +38,8 @@ pub struct Known {
     pub yes: u8,
     /// 1 for the other end's answer.
     pub reply: u8,
+    /// 1 for an answer to a flow that was judged by rules of another generation.
+    pub again: u8,
     /// 1 where this packet has news.
     pub tell: u8,
     /// The rule that allowed it.
@@ -115,8 +117,9 @@ pub fn has_backend(flow: &Flow) -> bool {
 
 /// Asks whether a packet's flow was allowed, and notes that it was seen.
 #[inline(always)]
-pub fn find(flow: *mut Flow, packet: &Packet, up: bool, known: &mut Known) {
+pub fn find(flow: *mut Flow, packet: &Packet, up: bool, generation: u32, known: &mut Known) {
     known.yes = 0;
+    known.again = 0;
     known.tell = 0;
     if flow.is_null() {
         return;
@@ -135,14 +138,14 @@ pub fn find(flow: *mut Flow, packet: &Packet, up: bool, known: &mut Known) {
             known.reply = 1;
             return;
         }
-        // A new connection over an old one's addresses is another flow. A reply belongs to what was allowed; the
-        // beginner's packets are judged by the rules of today.
+        // A new connection over an old one's addresses is another flow. Both ends' packets are judged by the rules of
+        // today: an answer by what it answers.
         let now = now(packet);
-        if begins(packet)
-            || (*flow).is_forgotten(packet.tuple.protocol, now)
-            || !judged
-            || !reply && (*flow).generation != generation()
-        {
+        if begins(packet) || (*flow).is_forgotten(packet.tuple.protocol, now) || !judged {
+            return;
+        }
+        if (*flow).generation != generation && !(reply && (*flow).exempt != 0) {
+            known.again = u8::from(reply);
             return;
         }
         known.yes = 1;
@@ -173,6 +176,20 @@ pub fn find(flow: *mut Flow, packet: &Packet, up: bool, known: &mut Known) {
             }
         }
     }
+}
+
+/// Notes that the packet's flow is allowed by the rules of today, too, and asks what is known of it.
+#[inline(never)]
+pub fn renew(all: &mut Scratch, up: bool) {
+    let flow = table::find(Which::Key);
+    if !flow.is_null() {
+        // SAFETY: as in `find`.
+        unsafe {
+            (*flow).generation = all.generation;
+            (*flow).rule = all.told.rule;
+        }
+    }
+    find(flow, &all.packet, up, all.generation, &mut all.known);
 }
 
 /// Whether a packet answers a flow that the other end began.
@@ -206,7 +223,8 @@ pub fn has_begun(flow: *mut Flow) -> bool {
     !flow.is_null() && unsafe { (*flow).told[1] != 0 || (*flow).closed != 0 }
 }
 
-/// Enters a flow that was allowed, by the rule that is told of, and is not translated here. One that a node port entered keeps its translation.
+/// Enters a flow that was allowed, by the rule that is told of, and is not translated here. One that a
+/// node port entered keeps its translation.
 #[inline(never)]
 pub fn enter(all: &mut Scratch, up: bool) {
     let (packet, rule) = (&all.packet, all.told.rule);
@@ -218,10 +236,11 @@ pub fn enter(all: &mut Scratch, up: bool) {
         unsafe {
             let same = ((*flow).from_low != 0) == up;
             let over = (*flow).closed != 0 && begins(packet);
-            if (*flow).turn != TURN_NONE && same && !over && !(*flow).is_forgotten(protocol, now) {
+            if same && !over && !(*flow).is_forgotten(protocol, now) {
                 (*flow).seen = now;
-                (*flow).generation = generation();
+                (*flow).generation = all.generation;
                 (*flow).rule = rule;
+                (*flow).exempt = all.exempt;
                 // Judged anew it is still the same: who answered has answered.
                 if begins(packet) {
                     (*flow).told = [told, 0];
@@ -234,10 +253,11 @@ pub fn enter(all: &mut Scratch, up: bool) {
     }
     all.begun = Flow {
         seen: now,
-        generation: generation(),
+        generation: all.generation,
         rule,
         from_low: u8::from(up),
         told: [told, 0],
+        exempt: all.exempt,
         ..plain()
     };
     // A full table forgets the flow that was idle longest; this can't fail for want of room.
@@ -261,7 +281,8 @@ pub fn plain() -> Flow {
         told: [0; 2],
         closed: 0,
         other: TURN_NONE,
-        pad: [0; 2],
+        exempt: 0,
+        pad: 0,
     }
 }
 

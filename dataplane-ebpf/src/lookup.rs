@@ -79,7 +79,7 @@ fn find(all: &mut Scratch, at: u32) -> u32 {
     all.listed = u8::from(!flow.is_null());
     all.answers = u8::from(flow::answers(flow, up));
     if at >= At::ToPod as u32 {
-        flow::find(flow, &all.packet, up, &mut all.known);
+        flow::find(flow, &all.packet, up, all.generation, &mut all.known);
     } else {
         flow::judged(flow, &mut all.judged);
     }

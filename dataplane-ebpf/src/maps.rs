@@ -5,7 +5,7 @@ use aya_ebpf::maps::{Array, HashMap, LpmTrie, LruHashMap, LruPerCpuHashMap, PerC
 use xebec_dataplane_common::flow::Counters;
 use xebec_dataplane_common::ip::Ip;
 use xebec_dataplane_common::nat::Settings;
-use xebec_dataplane_common::policy::{CidrKey, Endpoint, RuleKey, Set};
+use xebec_dataplane_common::policy::{CidrKey, Decision, Endpoint, RuleKey, Set};
 use xebec_dataplane_common::service::{
     Affinity, AffinityKey, Backend, Chunk, Frontend, FrontendKey, RangeKey, Scope, SocketKey,
     SocketValue,
@@ -68,9 +68,9 @@ pub static IDENTITIES: HashMap<Ip, u32> = HashMap::with_max_entries(524_288, NO_
 #[map]
 pub static SETS: HashMap<u32, Set> = HashMap::with_max_entries(16_384, NO_PREALLOC);
 
-/// The entries of all sets; the value is the rule.
+/// The entries of all sets.
 #[map]
-pub static RULES: HashMap<RuleKey, u32> = HashMap::with_max_entries(524_288, NO_PREALLOC);
+pub static RULES: HashMap<RuleKey, Decision> = HashMap::with_max_entries(524_288, NO_PREALLOC);
 
 /// Address blocks of all sets; the value is the class.
 #[map]

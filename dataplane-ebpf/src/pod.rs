@@ -9,7 +9,7 @@ use xebec_dataplane_common::flow::{
     REASON_NO_SERVICE, REASON_POLICY, REASON_SOURCE, TURN_BACK, TURN_FORTH, TURN_LATE, TURN_STAYS,
 };
 use xebec_dataplane_common::ip::Ip;
-use xebec_dataplane_common::policy::Endpoint;
+use xebec_dataplane_common::policy::{Endpoint, IDENTITY_HOST};
 
 use crate::balance::{self, CHOSEN, Client};
 use crate::errors;
@@ -34,6 +34,8 @@ pub fn xebec_from_pod(ctx: TcContext) -> i32 {
     let Some(all) = scratch() else {
         return dropped();
     };
+    // Before any rules are looked at: who is judged by those of before must not pass for judged by those of after.
+    all.generation = flow::generation();
     match packet::read(&ctx) {
         Read::Ip => {}
         Read::Link => return TC_ACT_OK as i32,
@@ -41,13 +43,14 @@ pub fn xebec_from_pod(ctx: TcContext) -> i32 {
         Read::Other | Read::Invalid => return dropped(),
         Read::Early => return deny(&ctx, all, EGRESS, REASON_FRAGMENT),
     }
-    let Some(from) = endpoint(all.packet.sender()) else {
-        return deny(&ctx, all, EGRESS, REASON_SOURCE);
-    };
     // A pod speaks for itself alone, in its errors too.
-    if from.ifindex != ifindex(&ctx) || !all.packet.is_of_sender() {
+    if !endpoint(all.packet.sender(), &mut all.pod)
+        || all.pod.ifindex != ifindex(&ctx)
+        || !all.packet.is_of_sender()
+    {
         return deny(&ctx, all, EGRESS, REASON_SOURCE);
     }
+    all.exempt = 0;
     let Found { up, turn } = look_up(At::FromPod);
     // A packet to a pod of this node meets no other hook. All others are translated where they leave, if so.
     all.turned = match turn {
@@ -62,18 +65,29 @@ pub fn xebec_from_pod(ctx: TcContext) -> i32 {
     }
     all.done = 1;
     settle();
+    if all.known.again != 0 {
+        all.told.begin(&ctx, EGRESS);
+        let reason = xebec_judge_answer(u32::from(up)) as u8;
+        settle();
+        if reason != 0 {
+            all.told.reason = reason;
+            tell::tell();
+            return dropped();
+        }
+        settle();
+    }
     let known = &all.known;
     // A flow to a Service that has no backend any more gets another.
     if known.yes != 0 && (all.turned != 0 || known.reply != 0 || known.service == 0) {
         tell_known(&ctx, all, EGRESS);
     } else {
-        let reason = decide(&ctx, all, &from, up);
+        let reason = decide(&ctx, all, up);
         if reason != 0 {
             all.told.reason = reason;
             tell::tell();
             settle();
             return if all.refused != 0 {
-                answered(&ctx, &from, refuse::NO_PORT)
+                answered(&ctx, all, refuse::NO_PORT)
             } else {
                 dropped()
             };
@@ -97,7 +111,7 @@ pub fn xebec_from_pod(ctx: TcContext) -> i32 {
                 all.told.begin(&ctx, EGRESS);
                 all.told.reason = refuse::reason(why);
                 tell::tell();
-                return answered(&ctx, &from, why);
+                return answered(&ctx, all, why);
             }
             settle();
         }
@@ -115,8 +129,8 @@ pub fn xebec_from_pod(ctx: TcContext) -> i32 {
     } else {
         all.packet.receiver()
     };
-    if let Some(pod) = endpoint(receiver) {
-        return hand_over(&ctx, &all.packet, &pod);
+    if endpoint(receiver, &mut all.peer) {
+        return hand_over(&ctx, &all.packet, &all.peer);
     }
     if nat::settings().around == 0 {
         return TC_ACT_OK as i32;
@@ -131,7 +145,7 @@ pub fn xebec_from_pod(ctx: TcContext) -> i32 {
 /// Decides on a flow that begins: chooses a backend if it is for a Service, judges it by the rules, and enters it. 0, or
 /// why not.
 #[inline(always)]
-fn decide(ctx: &TcContext, all: &mut Scratch, from: &Endpoint, up: bool) -> u8 {
+fn decide(ctx: &TcContext, all: &mut Scratch, up: bool) -> u8 {
     all.told.begin(ctx, EGRESS);
     all.choice.backend = 0;
     all.refused = 0;
@@ -170,37 +184,10 @@ fn decide(ctx: &TcContext, all: &mut Scratch, from: &Endpoint, up: bool) -> u8 {
     }
     settle();
     // Rules are about the backend, not about the Service's address.
-    if from.egress_set != 0 {
-        all.told.set = from.egress_set;
-        let peer = &all.to.destination;
-        all.told.rule = policy::ask(
-            &mut all.question,
-            from.egress_set,
-            peer,
-            policy::identity(peer),
-            &all.to,
-        );
-        if all.told.rule == 0 {
-            return REASON_POLICY;
-        }
-    }
+    let reason = xebec_judge_both() as u8;
     settle();
-    if let Some(pod) = endpoint(&all.to.destination) {
-        if pod.ingress_set != 0 {
-            all.told.direction = INGRESS;
-            all.told.set = pod.ingress_set;
-            let peer = &all.packet.tuple.source;
-            all.told.rule = policy::ask(
-                &mut all.question,
-                pod.ingress_set,
-                peer,
-                from.identity,
-                &all.to,
-            );
-            if all.told.rule == 0 {
-                return REASON_POLICY;
-            }
-        }
+    if reason != 0 {
+        return reason;
     }
     settle();
     if all.choice.backend != 0 {
@@ -215,6 +202,84 @@ fn decide(ctx: &TcContext, all: &mut Scratch, from: &Endpoint, up: bool) -> u8 {
     0
 }
 
+/// Judges what a pod begins by its own rules, and by those of the pod of this node that it is for: 0, or why it is
+/// dropped. Checked by itself and once.
+#[unsafe(no_mangle)]
+#[inline(never)]
+extern "C" fn xebec_judge_both() -> u32 {
+    match scratch() {
+        Some(all) => u32::from(judge_both(all)),
+        None => u32::from(REASON_POLICY),
+    }
+}
+
+#[inline(always)]
+fn judge_both(all: &mut Scratch) -> u8 {
+    let chains = [all.pod.egress, all.pod.egress_audit];
+    let (peer, port) = (all.to.destination.words(), all.to.destination_port);
+    if policy::any(&chains[0]) || policy::any(&chains[1]) {
+        let reason = policy::ask(all, &chains, &peer, policy::identity(&peer), port);
+        if reason != 0 {
+            return reason;
+        }
+    }
+    if endpoint(&peer, &mut all.peer) {
+        let chains = [all.peer.ingress, all.peer.ingress_audit];
+        if policy::any(&chains[0]) || policy::any(&chains[1]) {
+            if all.told.audit == 0 {
+                all.told.direction = INGRESS;
+            }
+            let (peer, identity) = (all.packet.tuple.source.words(), all.pod.identity);
+            return policy::ask(all, &chains, &peer, identity, port);
+        }
+    }
+    0
+}
+
+/// Judges a pod's answer by the rules for what it answers: 0, or why it is dropped. The rules may have changed since the
+/// flow was let through, and its beginner may say nothing more that would be judged. Checked by itself and once.
+#[unsafe(no_mangle)]
+#[inline(never)]
+extern "C" fn xebec_judge_answer(up: u32) -> u32 {
+    match scratch() {
+        Some(all) => u32::from(judge_answer(all, up != 0)),
+        None => u32::from(REASON_POLICY),
+    }
+}
+
+#[inline(always)]
+fn judge_answer(all: &mut Scratch, up: bool) -> u8 {
+    let (peer, port) = (
+        all.packet.tuple.destination.words(),
+        all.packet.tuple.source_port,
+    );
+    let identity = policy::identity(&peer);
+    // Flows that an agent of before entered do not say that the node began them.
+    if identity != IDENTITY_HOST {
+        let chains = [all.pod.ingress, all.pod.ingress_audit];
+        let reason = policy::ask(all, &chains, &peer, identity, port);
+        if reason != 0 {
+            return reason;
+        }
+    }
+    // It came from a pod of this node, if there is one: through a Service it may be known by another address.
+    let beginner = if all.turned != 0 {
+        all.to.destination.words()
+    } else {
+        peer
+    };
+    if endpoint(&beginner, &mut all.peer) {
+        let chains = [all.peer.egress, all.peer.egress_audit];
+        let (peer, identity) = (all.packet.tuple.source.words(), all.pod.identity);
+        let reason = policy::ask(all, &chains, &peer, identity, port);
+        if reason != 0 {
+            return reason;
+        }
+    }
+    flow::renew(all, up);
+    0
+}
+
 /// Enters a pod's flow to the backend that was chosen; `to` then has the rest.
 #[inline(never)]
 fn begin(all: &mut Scratch) -> bool {
@@ -222,7 +287,7 @@ fn begin(all: &mut Scratch) -> bool {
         backend: all.choice.backend,
         backend_generation: all.choice.generation,
         service: all.choice.service,
-        generation: flow::generation(),
+        generation: all.generation,
         rule: all.told.rule,
         turn: TURN_FORTH,
         other: TURN_BACK | TURN_LATE,
@@ -261,34 +326,31 @@ pub fn xebec_to_pod(ctx: TcContext) -> i32 {
     let Some(all) = scratch() else {
         return dropped();
     };
+    all.generation = flow::generation();
     let read = packet::read(&ctx);
     match read {
         Read::Ip | Read::Early => {}
         Read::Link => return TC_ACT_OK as i32,
         Read::Other | Read::Invalid => return dropped(),
     }
-    let Some(to) = endpoint(all.packet.receiver()) else {
-        return deny(&ctx, all, INGRESS, REASON_INVALID);
-    };
-    if to.ifindex != ifindex(&ctx) || !all.packet.is_for_receiver() {
+    if !endpoint(all.packet.receiver(), &mut all.pod)
+        || all.pod.ifindex != ifindex(&ctx)
+        || !all.packet.is_for_receiver()
+    {
         return deny(&ctx, all, INGRESS, REASON_INVALID);
     }
     if read == Read::Early {
         // Networks change the order of fragments, and a pod under no rules may get them in any. Those of a translated
         // flow find no first one there and are forgotten.
-        if to.ingress_set != 0 {
+        if policy::any(&all.pod.ingress) {
             return deny(&ctx, all, INGRESS, REASON_FRAGMENT);
         }
         tell::count(As::Forwarded);
         return TC_ACT_OK as i32;
     }
     // A node may always reach its own pods: its kubelet probes them.
-    let set = if from_this_node(&ctx) {
-        0
-    } else {
-        to.ingress_set
-    };
-    if admit(&ctx, set) {
+    all.exempt = u8::from(from_this_node(&ctx));
+    if admit(&ctx) {
         TC_ACT_OK as i32
     } else {
         TC_ACT_SHOT as i32
@@ -299,64 +361,103 @@ pub fn xebec_to_pod(ctx: TcContext) -> i32 {
 /// through the stack. None for what the stack is to do.
 #[inline(always)]
 pub fn reach(ctx: &TcContext, all: &mut Scratch) -> Option<i32> {
-    let to = endpoint(all.packet.receiver())?;
+    all.generation = flow::generation();
+    if !endpoint(all.packet.receiver(), &mut all.pod) {
+        return None;
+    }
     if all.packet.ttl <= 1 || all.packet.is_error() || !refuse::is_for_this_host(ctx) {
         return None;
     }
     // What claims to be a pod's would have come from that: the stack knows whether there is another way.
-    if endpoint(all.packet.sender()).is_some() {
+    if translate::is_endpoint(all.packet.sender()) {
         return None;
     }
-    Some(if admit(ctx, to.ingress_set) {
-        hand_over(ctx, &all.packet, &to)
+    all.exempt = 0;
+    Some(if admit(ctx) {
+        hand_over(ctx, &all.packet, &all.pod)
     } else {
         TC_ACT_SHOT as i32
     })
 }
 
-/// Judges what is about to enter a pod by its rules, and gives it the addresses that the pod knows the sender by. False
-/// if it is dropped.
+/// Judges what is about to enter a pod by its rules, unless it is exempt, and gives it the addresses that the pod knows
+/// the sender by. False if it is dropped.
 #[inline(always)]
-fn admit(ctx: &TcContext, set: u32) -> bool {
-    xebec_admit(ctx.skb.skb, set) != 0
+fn admit(ctx: &TcContext) -> bool {
+    xebec_admit(ctx.skb.skb) != 0
 }
 
 /// The same; checked by itself and once.
 #[unsafe(no_mangle)]
 #[inline(never)]
-extern "C" fn xebec_admit(skb: *mut __sk_buff, set: u32) -> u32 {
+extern "C" fn xebec_admit(skb: *mut __sk_buff) -> u32 {
     match scratch() {
-        Some(all) => u32::from(let_in(&TcContext::new(skb), all, set)),
+        Some(all) => u32::from(let_in(&TcContext::new(skb), all)),
         None => 0,
     }
 }
 
+/// Judges what is about to enter a pod, an answer by the rules for what it answers: 0, or why it is dropped. Checked by
+/// itself and once.
+#[unsafe(no_mangle)]
+#[inline(never)]
+extern "C" fn xebec_judge_entry() -> u32 {
+    let Some(all) = scratch() else {
+        return u32::from(REASON_POLICY);
+    };
+    let tuple = &all.packet.tuple;
+    let (chains, port) = if all.known.again != 0 {
+        ([all.pod.egress, all.pod.egress_audit], tuple.source_port)
+    } else if all.exempt != 0 {
+        return 0;
+    } else {
+        (
+            [all.pod.ingress, all.pod.ingress_audit],
+            tuple.destination_port,
+        )
+    };
+    if !policy::any(&chains[0]) && !policy::any(&chains[1]) {
+        return 0;
+    }
+    let peer = tuple.source.words();
+    u32::from(policy::ask(
+        all,
+        &chains,
+        &peer,
+        policy::identity(&peer),
+        port,
+    ))
+}
+
 #[inline(always)]
-fn let_in(ctx: &TcContext, all: &mut Scratch, set: u32) -> bool {
+fn let_in(ctx: &TcContext, all: &mut Scratch) -> bool {
     let Found { up, turn } = look_up(At::ToPod);
     all.turned = u8::from(turn == Turn::Exit);
     settle();
-    if all.known.yes != 0 {
-        tell_known(ctx, all, INGRESS);
-    } else {
+    if all.known.yes == 0 {
         all.told.begin(ctx, INGRESS);
-        all.told.set = set;
-        if set != 0 {
-            let tuple = &all.packet.tuple;
-            let identity = policy::identity(&tuple.source);
-            all.told.rule = policy::ask(&mut all.question, set, &tuple.source, identity, tuple);
-            if all.told.rule == 0 {
-                all.told.reason = REASON_POLICY;
-                tell::tell();
-                tell::count(As::Dropped);
-                return false;
-            }
+        let again = all.known.again != 0;
+        let reason = xebec_judge_entry() as u8;
+        settle();
+        if reason != 0 {
+            all.told.reason = reason;
+            tell::tell();
+            tell::count(As::Dropped);
+            return false;
         }
         settle();
-        if !all.packet.is_error() {
-            flow::enter(all, up);
+        if again {
+            flow::renew(all, up);
+        } else {
+            if !all.packet.is_error() {
+                flow::enter(all, up);
+            }
+            tell::tell();
         }
-        tell::tell();
+    }
+    settle();
+    if all.known.yes != 0 {
+        tell_known(ctx, all, INGRESS);
     }
     settle();
     if all.turned != 0 && !rewritten(ctx, &all.packet) {
@@ -367,11 +468,17 @@ fn let_in(ctx: &TcContext, all: &mut Scratch, set: u32) -> bool {
     true
 }
 
-/// A pod of this node.
+/// Looks for the pod of this node that has an address. False if there is none.
 #[inline(always)]
-fn endpoint(address: &Ip) -> Option<Endpoint> {
+fn endpoint(address: &Ip, endpoint: &mut Endpoint) -> bool {
     // SAFETY: the value is copied at once.
-    unsafe { ENDPOINTS.get(address) }.copied()
+    match unsafe { ENDPOINTS.get(address) } {
+        Some(there) => {
+            *endpoint = *there;
+            true
+        }
+        None => false,
+    }
 }
 
 /// The device that this program is attached to.
@@ -417,12 +524,12 @@ fn deny(ctx: &TcContext, all: &mut Scratch, direction: u8, reason: u8) -> i32 {
 
 /// Drops what goes no further and tells its pod why, by the pod's own device: rules judge what a pod sends, not this.
 #[inline(always)]
-fn answered(ctx: &TcContext, from: &Endpoint, why: u32) -> i32 {
+fn answered(ctx: &TcContext, all: &Scratch, why: u32) -> i32 {
     tell::count(As::Dropped);
     if why == way::LOST
         || !refuse::is_for_this_host(ctx)
         || !refuse::answer(ctx, why)
-        || !rewrite::forward_to(ctx, from.mac)
+        || !rewrite::forward_to(ctx, all.pod.mac)
     {
         return TC_ACT_SHOT as i32;
     }
@@ -430,7 +537,7 @@ fn answered(ctx: &TcContext, from: &Endpoint, why: u32) -> i32 {
         tell::count(As::Refused);
     }
     // SAFETY: the helper takes numbers alone.
-    unsafe { bpf_redirect_peer(from.ifindex, 0) as i32 }
+    unsafe { bpf_redirect_peer(all.pod.ifindex, 0) as i32 }
 }
 
 /// Puts a packet into a pod of this node as a router would: one hop less, new hardware addresses. What can't be

@@ -9,6 +9,7 @@ use aya_ebpf::macros::map;
 use aya_ebpf::maps::PerCpuArray;
 use xebec_dataplane_common::flow::{Flow, FlowKey};
 use xebec_dataplane_common::nat::Tuple;
+use xebec_dataplane_common::policy::Endpoint;
 
 use crate::balance::Choice;
 use crate::direct::Outer;
@@ -41,6 +42,12 @@ pub struct Scratch {
     pub known: Known,
     /// How its flow was judged before.
     pub judged: Judged,
+    /// The pod of this node that the hook is of.
+    pub pod: Endpoint,
+    /// The pod of this node at the other end, where there is one.
+    pub peer: Endpoint,
+    /// The rules' generation when the packet came, before anything of them was asked.
+    pub generation: u32,
     /// What the rules are asked.
     pub question: Question,
     /// What is told of it.
@@ -63,6 +70,8 @@ pub struct Scratch {
     pub goes: u8,
     /// 1 where it becomes `to`.
     pub turned: u8,
+    /// 1 where a process of this node sent it, which rules do not bind.
+    pub exempt: u8,
     /// Where the search for a free port starts.
     pub start: u32,
     /// 1 where the packet's own port, or the one that it had before, is tried first.

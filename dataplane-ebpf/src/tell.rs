@@ -2,7 +2,7 @@
 
 use aya_ebpf::helpers::bpf_ktime_get_ns;
 use aya_ebpf::programs::TcContext;
-use xebec_dataplane_common::flow::{DROPPED, Event, FORWARDED};
+use xebec_dataplane_common::flow::{AUDITED, DROPPED, Event, FORWARDED};
 use xebec_dataplane_common::{ICMP, ICMP6, TCP};
 
 use crate::maps::{COUNTERS, EVENTS};
@@ -15,13 +15,15 @@ pub struct Told {
     pub direction: u8,
     /// Why it was dropped; 0 for a packet that went on.
     pub reason: u8,
+    /// Why it would have been, were no policy in audit mode.
+    pub audit: u8,
     /// 1 for a reply.
     pub reply: u8,
     /// Bytes of the packet.
     pub length: u16,
     /// The set that judged.
     pub set: u32,
-    /// The rule that allowed.
+    /// The rule that decided.
     pub rule: u32,
     /// Number of the Service's port.
     pub service: u32,
@@ -34,6 +36,7 @@ impl Told {
         *self = Self {
             direction,
             reason: 0,
+            audit: 0,
             reply: 0,
             length: packet::length(ctx),
             set: 0,
@@ -81,9 +84,17 @@ fn write(packet: &Packet, told: &Told) {
         } else {
             0
         },
-        verdict: if told.reason == 0 { FORWARDED } else { DROPPED },
+        verdict: match (told.reason, told.audit) {
+            (0, 0) => FORWARDED,
+            (0, _) => AUDITED,
+            _ => DROPPED,
+        },
         direction: told.direction,
-        reason: told.reason,
+        reason: if told.reason != 0 {
+            told.reason
+        } else {
+            told.audit
+        },
         reply: told.reply,
         length: told.length,
         set: told.set,

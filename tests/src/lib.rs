@@ -40,6 +40,7 @@ impl Cluster {
 
     /// Starts a cluster with these arguments for `up`, and waits until it is Ready.
     pub fn up(name: &str, args: &[&str]) -> Result<Self> {
+        take_away_what_was_killed();
         let dir = Self::dir_of(name);
         std::fs::create_dir_all(&dir)
             .with_context(|| format!("could not make {}", dir.display()))?;
@@ -226,6 +227,28 @@ impl Drop for Cluster {
             }
         }
         let _ = std::fs::remove_dir_all(&self.dir);
+    }
+}
+
+/// A run of the tests that was killed could not take its cluster down, which the next one would meet.
+fn take_away_what_was_killed() {
+    let folders = std::fs::read_dir("/tmp").into_iter().flatten().flatten();
+    for dir in folders.map(|entry| entry.path()) {
+        let name = dir.file_name().and_then(|name| name.to_str());
+        let of = name
+            .filter(|name| name.starts_with("xebec-test-"))
+            .and_then(|name| name.rsplit_once('-'))
+            .and_then(|(_, pid)| pid.parse::<u32>().ok());
+        let Some(pid) = of else { continue };
+        if Path::new(&format!("/proc/{pid}")).exists() || !dir.join("run/up.json").exists() {
+            continue;
+        }
+        eprintln!("taking away {}, whose test was killed", dir.display());
+        drop(Cluster {
+            dir,
+            args: Vec::new(),
+            down: false,
+        });
     }
 }
 

@@ -84,6 +84,29 @@ fn enter(cgroup: &Path) -> Result<()> {
         .with_context(|| format!("could not enter the cgroup {}", cgroup.display()))
 }
 
+/// The cgroup of a node's pods, where its socket programs are.
+pub fn cgroup_of(node: &str) -> Result<PathBuf> {
+    Ok(cgroups()?.join("xebec").join(node))
+}
+
+/// Where cgroup v2 is mounted.
+pub fn cgroups() -> Result<PathBuf> {
+    let mounts = std::fs::read_to_string("/proc/self/mounts").context("could not read mounts")?;
+    let point = mounts.lines().find_map(|line| {
+        let mut words = line.split(' ').skip(1);
+        let (point, kind) = (words.next()?, words.next()?);
+        (kind == "cgroup2").then_some(point)
+    });
+    point.map(PathBuf::from).context("cgroup v2 is not mounted")
+}
+
+/// Runs something while the process as a whole is in a cgroup: what its threads open meanwhile meets the programs there.
+pub fn inside<T>(cgroup: &Path, work: impl FnOnce() -> T) -> Result<T> {
+    let _one = CGROUP.lock().unwrap_or_else(PoisonError::into_inner);
+    let _back = Back::moved(cgroup)?;
+    Ok(work())
+}
+
 impl Place {
     /// One in the namespace at `netns`, or in this process's own.
     pub fn new(name: &str, netns: Option<PathBuf>, cgroup: Option<PathBuf>) -> Self {

@@ -60,7 +60,8 @@ pub struct Packet {
 }
 
 impl Packet {
-    fn bytes(&self) -> Vec<u8> {
+    /// As it is sent, with its checksum.
+    pub fn bytes(&self) -> Vec<u8> {
         let mut bytes = self.source_port.to_be_bytes().to_vec();
         bytes.extend(self.destination_port.to_be_bytes());
         bytes.extend(self.tag.to_be_bytes());
@@ -69,6 +70,16 @@ impl Packet {
         let checksum = crc::crc32c(&bytes);
         bytes[8..HEADER].copy_from_slice(&checksum.to_le_bytes());
         bytes
+    }
+
+    /// Reads what a raw socket of a family got.
+    pub fn received(bytes: &[u8], v4: bool) -> Result<Self> {
+        // Of IPv4 the kernel gives the network header, too.
+        let before = match bytes.first() {
+            Some(first) if v4 => usize::from(first & 15) * 4,
+            _ => 0,
+        };
+        Self::read(bytes.get(before..).context("a cut packet")?)
     }
 
     /// Reads one; a wrong checksum is an error.
@@ -92,35 +103,38 @@ impl Packet {
     }
 }
 
+/// Opens a raw socket at an address where the caller is. It sends and receives as one for datagrams does, and gets all
+/// SCTP packets to the address.
+pub fn raw(at: IpAddr) -> nix::Result<UdpSocket> {
+    let family = if at.is_ipv4() {
+        libc::AF_INET
+    } else {
+        libc::AF_INET6
+    };
+    let kind = libc::SOCK_RAW | libc::SOCK_CLOEXEC;
+    // SAFETY: the call takes numbers alone.
+    let socket = unsafe { libc::socket(family, kind, libc::IPPROTO_SCTP) };
+    let socket = nix::errno::Errno::result(socket)?;
+    // SAFETY: the descriptor was opened just above, and nobody else has it.
+    let socket = unsafe { OwnedFd::from_raw_fd(socket) };
+    let at = SockaddrStorage::from(SocketAddr::new(at, 0));
+    bind(socket.as_raw_fd(), &at)?;
+    Ok(socket.into())
+}
+
 /// One end of associations: it gets all SCTP packets to an address of a place, whatever their port.
 pub struct End {
     /// Its address.
     pub at: IpAddr,
     name: String,
-    // A raw one: it sends and receives as one for datagrams does.
     socket: UdpSocket,
 }
 
 impl End {
     /// Opens one at an address of this place.
     pub fn open(place: &Place, at: IpAddr) -> Result<Self> {
-        let family = if at.is_ipv4() {
-            libc::AF_INET
-        } else {
-            libc::AF_INET6
-        };
-        let kind = libc::SOCK_RAW | libc::SOCK_CLOEXEC;
-        let opened = place.run(|| {
-            // SAFETY: the call takes numbers alone.
-            let socket = unsafe { libc::socket(family, kind, libc::IPPROTO_SCTP) };
-            let socket = nix::errno::Errno::result(socket)?;
-            // SAFETY: the descriptor was opened just above, and nobody else has it.
-            let socket = unsafe { OwnedFd::from_raw_fd(socket) };
-            let at = SockaddrStorage::from(SocketAddr::new(at, 0));
-            bind(socket.as_raw_fd(), &at).map(|()| socket)
-        })?;
+        let opened = place.run(|| raw(at))?;
         let socket = opened.with_context(|| format!("{}: no raw socket at {at}", place.name))?;
-        let socket = UdpSocket::from(socket);
         socket.set_read_timeout(Some(PATIENCE))?;
         Ok(Self {
             at,
@@ -160,13 +174,8 @@ impl End {
         let received = self.socket.recv_from(&mut buffer);
         let (length, from) =
             received.with_context(|| format!("{}: no SCTP packet came", self.name))?;
-        // Of IPv4 the kernel gives the network header, too.
-        let before = match self.at {
-            IpAddr::V4(_) => usize::from(buffer[0] & 15) * 4,
-            IpAddr::V6(_) => 0,
-        };
-        let bytes = buffer[..length].get(before..).context("a cut packet")?;
-        let packet = Packet::read(bytes).with_context(|| self.name.clone())?;
+        let packet = Packet::received(&buffer[..length], self.at.is_ipv4());
+        let packet = packet.with_context(|| self.name.clone())?;
         Ok((from.ip(), packet))
     }
 }

@@ -286,6 +286,49 @@ pub fn stranger_is_denied(cluster: &Cluster, like: impl Fn(&Value) -> bool) -> R
         !answers.contains("api-"),
         "the stranger got through: {answers}"
     );
+    explains(cluster)
+}
+
+/// `policy explain` says of `web` and the stranger towards `api` what their packets meet, and by which rule.
+fn explains(cluster: &Cluster) -> Result<()> {
+    let pod = |app: &str| -> Result<String> {
+        let name = cluster
+            .ready_pods("shop", &format!("app={app}"))?
+            .pop_first();
+        Ok(format!(
+            "shop/{}",
+            name.with_context(|| format!("no {app} is ready"))?
+        ))
+    };
+    let api = pod("api")?;
+    for (from, allowed) in [(pod("web")?, true), ("shop/stranger".to_owned(), false)] {
+        let ask = ["policy", "explain", "--from", &from, "--to", &api];
+        let ask = [&ask[..], &["--port", "8080/TCP", "-o", "json"]].concat();
+        let output = cluster
+            .xebec(&ask)
+            .output()
+            .context("could not start xebec")?;
+        let text = String::from_utf8_lossy(&output.stdout);
+        let answer: Value = serde_json::from_str(&text).with_context(|| text.to_string())?;
+        let ingress = &answer["ingress"];
+        ensure!(answer["allowed"] == allowed, "{from}: {answer}");
+        ensure!(
+            output.status.success() == allowed,
+            "{from}: {:?}",
+            output.status
+        );
+        // It is the set that is in the kernel.
+        ensure!(ingress["asked"][0]["set"].is_u64(), "{answer}");
+        let (field, words) = match allowed {
+            true => (&ingress["rule"], "shop/api-from-web ingress[0]"),
+            false => (
+                &ingress["remedies"][0],
+                "allows port 8080/TCP, but to others",
+            ),
+        };
+        let right = field.as_str().is_some_and(|text| text.contains(words));
+        ensure!(right, "{from}: {answer}");
+    }
     Ok(())
 }
 

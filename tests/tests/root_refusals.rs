@@ -4,7 +4,7 @@ use std::net::TcpListener;
 use std::process::Command;
 
 use anyhow::{Context, Result};
-use xebec_tests::{Machine, assert_nothing_left, xebec_bin};
+use xebec_tests::{Machine, assert_nothing_left, succeed, xebec_bin};
 
 /// Runs a command that must fail, and gives what it says.
 fn refusal(mut command: Command) -> Result<String> {
@@ -67,5 +67,27 @@ fn without_root_without_bpf_and_with_a_taken_port() -> Result<()> {
         said.contains("198.51.100.99") && said.contains("--node-ip"),
         "{said}"
     );
+
+    let said = beside_a_switch("/run/another")?;
+    assert!(
+        said.contains("`xebec down --run-dir /run/another`"),
+        "{said}"
+    );
+    let said = beside_a_switch("")?;
+    assert!(said.contains("`xebec down` with its --run-dir"), "{said}");
     assert_nothing_left(&before)
+}
+
+/// What is said where there is a switch of the cluster with this run folder.
+fn beside_a_switch(run: &str) -> Result<String> {
+    let ip = |args: &[&str]| -> Result<String> {
+        let output = Command::new("ip").args(args).output();
+        succeed("ip", output.context("could not start ip")?)
+    };
+    ip(&["link", "add", "xebec0", "type", "bridge"])?;
+    let signed = ip(&["link", "set", "xebec0", "alias", run]);
+    let said = refusal(up(&[], &["--nodes", "2"]));
+    ip(&["link", "del", "xebec0"])?;
+    signed?;
+    said
 }

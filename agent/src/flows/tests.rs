@@ -1,7 +1,6 @@
 //! Flows as they are kept, filtered and written.
 
 use super::*;
-use crate::policy::compile::Direction;
 use xebec_dataplane_common::flow::{FORWARDED, INGRESS};
 
 const WEB: [u8; 4] = [10, 244, 0, 5];
@@ -18,11 +17,15 @@ fn flows() -> Flows {
             Peer::pod(&name, identity, &labels, Some(&owner)),
         );
     }
-    let policy = ("shop".to_owned(), "api-from-web".to_owned());
-    names.set_set(7, std::slice::from_ref(&policy));
+    let policy = Arc::new(PolicyRef {
+        source: xebec_policy::rule::Source::NetworkPolicy,
+        namespace: "shop".to_owned(),
+        name: "api-from-web".to_owned(),
+    });
+    names.set_set(7, vec![policy.clone()]);
     let rule = RuleId {
         policy,
-        direction: Direction::Ingress,
+        list: "ingress",
         index: 2,
     };
     names.set_rule(42, &rule);
@@ -107,6 +110,32 @@ fn a_dropped_flow_names_reason_and_policies() {
     assert_eq!(flow["source"]["pod_name"], Value::Null);
     assert_eq!(flow["ingress_denied_by"][0]["name"], "api-from-web");
     assert_eq!(flow["ingress_allowed_by"], Value::Null);
+}
+
+#[test]
+fn what_is_audited_says_who_would_have_dropped_it() {
+    let flows = flows();
+    let audited = Event {
+        verdict: AUDITED,
+        ..dropped(WEB, API)
+    };
+    take(&flows, audited);
+    let flow = &newest(&flows)["flow"];
+    assert_eq!(flow["verdict"], "AUDIT");
+    assert_eq!(flow["ingress_denied_by"][0]["name"], "api-from-web");
+    assert_eq!(flow["ingress_denied_by"][0]["rule"], Value::Null);
+    assert_eq!(flow["drop_reason"], Value::Null);
+    assert_eq!(flow["ingress_allowed_by"], Value::Null);
+    // By a rule that says so.
+    let denied = Event {
+        verdict: DROPPED,
+        reason: REASON_RULE,
+        ..event(WEB, API)
+    };
+    take(&flows, denied);
+    let flow = &newest(&flows)["flow"];
+    assert_eq!(flow["drop_reason_desc"], "POLICY_DENY");
+    assert_eq!(flow["ingress_denied_by"][0]["rule"], 2);
 }
 
 #[test]

@@ -5,6 +5,7 @@ pub(crate) mod dump;
 pub mod flow_table;
 mod memory;
 pub(crate) mod parted;
+mod policy;
 mod services;
 mod table;
 pub(crate) mod usage;
@@ -13,14 +14,14 @@ use std::net::IpAddr;
 
 use anyhow::{Context, Result};
 use aya::maps::lpm_trie::{Key, LpmTrie};
-use aya::maps::{Array, HashMap, Map, MapData, MapError, PerCpuArray, RingBuf};
+use aya::maps::{Array, Map, MapData, MapError, PerCpuArray, RingBuf};
 use bytemuck::must_cast;
 use ipnet::IpNet;
 use xebec_dataplane_common::flow::{Counters, Event};
 use xebec_dataplane_common::ip::Ip;
 use xebec_dataplane_common::nat::Settings;
-use xebec_dataplane_common::policy::{CidrKey, Endpoint, RuleKey, Set};
 
+pub use policy::PolicyMaps;
 pub use services::{Hits, Room, ServiceKernel, ServiceMaps, SocketMap};
 
 /// Takes a map out of the loaded object by its name.
@@ -47,55 +48,6 @@ pub(crate) fn gone(outcome: Result<(), MapError>, what: &'static str) -> Result<
     }
 }
 
-/// Endpoints, identities and compiled policy.
-pub struct PolicyMaps {
-    endpoints: HashMap<MapData, [u8; 16], [u8; 24]>,
-    identities: HashMap<MapData, [u8; 16], u32>,
-    sets: HashMap<MapData, u32, [u8; 32]>,
-    rules: HashMap<MapData, [u8; 12], u32>,
-    cidrs: LpmTrie<MapData, [u8; 20], u32>,
-    generation: Array<MapData, u32>,
-}
-
-impl PolicyMaps {
-    pub(crate) fn new(ebpf: &mut aya::Ebpf) -> Result<Self> {
-        Ok(Self {
-            endpoints: take(ebpf, "ENDPOINTS")?,
-            identities: take(ebpf, "IDENTITIES")?,
-            sets: take(ebpf, "SETS")?,
-            rules: take(ebpf, "RULES")?,
-            cidrs: take(ebpf, "CIDRS")?,
-            generation: take(ebpf, "GENERATION")?,
-        })
-    }
-}
-
-/// The kernel's side of policy; tests put a plain model in its place.
-pub trait PolicyKernel: Send + 'static {
-    /// Tells what a pod of this node is.
-    fn set_endpoint(&mut self, address: IpAddr, endpoint: Endpoint) -> Result<()>;
-    /// Forgets a pod of this node.
-    fn remove_endpoint(&mut self, address: IpAddr) -> Result<()>;
-    /// Gives an address its identity.
-    fn set_identity(&mut self, address: IpAddr, identity: u32) -> Result<()>;
-    /// Makes an address part of the world again.
-    fn remove_identity(&mut self, address: IpAddr) -> Result<()>;
-    /// Writes an entry of a set.
-    fn set_rule(&mut self, key: RuleKey, rule: u32) -> Result<()>;
-    /// Removes an entry of a set.
-    fn remove_rule(&mut self, key: RuleKey) -> Result<()>;
-    /// Gives an address block of a set its class.
-    fn set_cidr(&mut self, set: u32, block: IpNet, class: u32) -> Result<()>;
-    /// Removes an address block of a set.
-    fn remove_cidr(&mut self, set: u32, block: IpNet) -> Result<()>;
-    /// Puts a set into force, whose entries are all written.
-    fn set_set(&mut self, set: u32, value: Set) -> Result<()>;
-    /// Takes a set out of force.
-    fn remove_set(&mut self, set: u32) -> Result<()>;
-    /// From here on flows of another generation are judged anew.
-    fn set_generation(&mut self, generation: u32) -> Result<()>;
-}
-
 /// An address as the maps hold it.
 fn key(address: IpAddr) -> [u8; 16] {
     must_cast(Ip::from(address))
@@ -105,81 +57,6 @@ fn key(address: IpAddr) -> [u8; 16] {
 fn block_key(block: IpNet) -> Key<[u8; 16]> {
     let address = Ip::from(block.network());
     Key::new(address.prefix_bits(block.prefix_len()), must_cast(address))
-}
-
-fn cidr_key(set: u32, block: IpNet) -> Key<[u8; 20]> {
-    let address = Ip::from(block.network());
-    let bits = 32 + address.prefix_bits(block.prefix_len());
-    Key::new(bits, must_cast(CidrKey { set, address }))
-}
-
-impl PolicyMaps {
-    /// What a pod of this node is to the programs.
-    pub fn endpoint(&self, address: IpAddr) -> Result<Option<Endpoint>> {
-        match self.endpoints.get(&key(address), 0) {
-            Ok(bytes) => Ok(Some(must_cast(bytes))),
-            Err(MapError::KeyNotFound) => Ok(None),
-            Err(error) => Err(error).context("could not read the map of endpoints"),
-        }
-    }
-}
-
-impl PolicyKernel for PolicyMaps {
-    fn set_endpoint(&mut self, address: IpAddr, endpoint: Endpoint) -> Result<()> {
-        self.endpoints
-            .insert(key(address), must_cast::<_, [u8; 24]>(endpoint), 0)
-            .context("the map of endpoints is full")
-    }
-
-    fn remove_endpoint(&mut self, address: IpAddr) -> Result<()> {
-        gone(self.endpoints.remove(&key(address)), "an endpoint")
-    }
-
-    fn set_identity(&mut self, address: IpAddr, identity: u32) -> Result<()> {
-        self.identities
-            .insert(key(address), identity, 0)
-            .context("the map of identities is full")
-    }
-
-    fn remove_identity(&mut self, address: IpAddr) -> Result<()> {
-        gone(self.identities.remove(&key(address)), "an identity")
-    }
-
-    fn set_rule(&mut self, key: RuleKey, rule: u32) -> Result<()> {
-        self.rules
-            .insert(must_cast::<_, [u8; 12]>(key), rule, 0)
-            .context("the map of rules is full")
-    }
-
-    fn remove_rule(&mut self, key: RuleKey) -> Result<()> {
-        gone(self.rules.remove(&must_cast(key)), "a rule")
-    }
-
-    fn set_cidr(&mut self, set: u32, block: IpNet, class: u32) -> Result<()> {
-        self.cidrs
-            .insert(&cidr_key(set, block), class, 0)
-            .context("the map of address blocks is full")
-    }
-
-    fn remove_cidr(&mut self, set: u32, block: IpNet) -> Result<()> {
-        gone(self.cidrs.remove(&cidr_key(set, block)), "an address block")
-    }
-
-    fn set_set(&mut self, set: u32, value: Set) -> Result<()> {
-        self.sets
-            .insert(set, must_cast::<_, [u8; 32]>(value), 0)
-            .context("the map of sets is full")
-    }
-
-    fn remove_set(&mut self, set: u32) -> Result<()> {
-        gone(self.sets.remove(&set), "a set")
-    }
-
-    fn set_generation(&mut self, generation: u32) -> Result<()> {
-        self.generation
-            .set(0, generation, 0)
-            .context("could not write the generation of the rules")
-    }
 }
 
 /// Translation: settings, and who needs none.

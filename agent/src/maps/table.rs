@@ -14,6 +14,7 @@ const MAP_CREATE: libc::c_int = 0;
 const MAP_LOOKUP_ELEM: libc::c_int = 1;
 const MAP_DELETE_ELEM: libc::c_int = 3;
 const MAP_UPDATE_BATCH: libc::c_int = 26;
+const MAP_DELETE_BATCH: libc::c_int = 27;
 /// `BPF_F_MMAPABLE`.
 const MMAPABLE: u32 = 1 << 10;
 /// Kinds of maps.
@@ -156,16 +157,11 @@ impl Table {
         assert_eq!(values.len(), count * self.value_size);
         let mut done = 0;
         while done < count {
-            let mut batch = Attributes {
-                in_batch: 0,
-                out_batch: 0,
-                keys: keys[done * self.key_size..].as_ptr() as u64,
-                values: values[done * self.value_size..].as_ptr() as u64,
-                count: (count - done) as u32,
-                map: self.map.as_raw_fd() as u32,
-                element_flags: 0,
-                flags: 0,
-            };
+            let (keys, values) = (
+                &keys[done * self.key_size..],
+                &values[done * self.value_size..],
+            );
+            let mut batch = self.batch(keys, values.as_ptr() as u64);
             match bpf(MAP_UPDATE_BATCH, &mut batch) {
                 Ok(_) => return Ok(()),
                 Err(error) if error.kind() == std::io::ErrorKind::Interrupted => {
@@ -175,6 +171,39 @@ impl Table {
             }
         }
         Ok(())
+    }
+
+    /// Removes entries of a hash map whose keys lie side by side, as far as they are there.
+    pub fn remove_all(&mut self, keys: &[u8]) -> Result<()> {
+        let count = keys.len() / self.key_size;
+        assert_eq!(keys.len(), count * self.key_size);
+        let mut done = 0;
+        while done < count {
+            let mut batch = self.batch(&keys[done * self.key_size..], 0);
+            let outcome = bpf(MAP_DELETE_BATCH, &mut batch);
+            done += (batch.count as usize).min(count - done);
+            match outcome {
+                Ok(_) => return Ok(()),
+                Err(error) if error.kind() == std::io::ErrorKind::Interrupted => {}
+                // The one that it stopped at is not there.
+                Err(error) if error.raw_os_error() == Some(libc::ENOENT) => done += 1,
+                Err(error) => return Err(error),
+            }
+        }
+        Ok(())
+    }
+
+    fn batch(&self, keys: &[u8], values: u64) -> Attributes {
+        Attributes {
+            in_batch: 0,
+            out_batch: 0,
+            keys: keys.as_ptr() as u64,
+            values,
+            count: (keys.len() / self.key_size) as u32,
+            map: self.map.as_raw_fd() as u32,
+            element_flags: 0,
+            flags: 0,
+        }
     }
 
     /// Removes an entry of a hash map; whether it was there.

@@ -196,7 +196,7 @@ mod tests {
     use super::*;
     use crate::bpf_maps;
     use crate::maps::usage::{Ports, Table};
-    use crate::names::Names;
+    use xebec_policy::names::Names;
 
     fn text(collector: impl Collector) -> String {
         let mut registry = Registry::default();

@@ -96,7 +96,7 @@ impl Metrics {
     async fn text(&self) -> Result<String> {
         let count = |count: usize| i64::try_from(count).unwrap_or(i64::MAX);
         let endpoints = self.sources.endpoints.list().await.len();
-        let policies = self.sources.engine.lock().await.policy_rows().len();
+        let policies = self.sources.engine.lock().await.policy_ids().len();
         self.endpoints.set(count(endpoints));
         self.policies.set(count(policies));
         encode(&self.registry)

@@ -1,8 +1,7 @@
-//! NetworkPolicy: what the API says becomes sets of rules, which the kernel judges by.
+//! Network policy: keeps what the kernel judges by in step with the API.
 
-pub mod compile;
-pub mod engine;
-#[cfg(test)]
-mod naive;
-pub mod selector;
+mod custom;
+mod known;
+mod listing;
+mod notices;
 pub mod watch;

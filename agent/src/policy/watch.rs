@@ -1,86 +1,106 @@
-//! Keeps the engine in step with the API.
+//! Keeps the engine in step with the API, and the kernel free of what it no longer needs.
 
-use std::collections::{BTreeMap, BTreeSet};
 use std::sync::Arc;
 
 use anyhow::Result;
 use futures::stream::BoxStream;
 use futures::{Stream, StreamExt, TryStreamExt};
 use k8s_openapi::api::core::v1::{Namespace, Pod};
+use k8s_openapi::api::discovery::v1::EndpointSlice;
 use k8s_openapi::api::networking::v1::NetworkPolicy;
 use kube::Api;
 use kube::runtime::watcher::{self, Event};
 use kube::runtime::{WatchStreamExt, watcher as watch};
 use serde::de::DeserializeOwned;
-use tokio::sync::{Mutex, watch as signal};
+use tokio::sync::{Mutex, Notify, mpsc, watch as signal};
+use tokio::task::JoinSet;
 use tokio_util::sync::CancellationToken;
 use tracing::warn;
 
-use super::compile::{Name, name_of};
-use super::engine::Engine;
-use crate::maps::PolicyKernel;
-use crate::nodes::{NodeView, Nodes};
+use xebec_policy::engine::Engine;
+use xebec_policy::kernel::PolicyKernel;
+
+use super::custom::Custom;
+use super::known::{Change, Known};
+use super::notices::Told;
+use crate::events::Teller;
+use crate::nodes::Nodes;
+
+/// How many changes wait for the engine, and are taken together.
+const AT_ONCE: usize = 1024;
 
 /// An engine that several tasks use.
 pub type Shared<K> = Arc<Mutex<Engine<K>>>;
 
-/// One change, of whichever kind.
-#[allow(clippy::large_enum_variant, reason = "only one is held at a time")]
-enum Change {
-    Pod(Event<Pod>),
-    Namespace(Event<Namespace>),
-    Policy(Event<NetworkPolicy>),
-    Nodes(BTreeMap<String, NodeView>),
-}
-
-/// Objects of a kind that were listed since its last `Init`.
-#[derive(Default)]
-struct Listing<T> {
-    seen: BTreeSet<T>,
-    done: bool,
-}
-
 fn changes<T>(
     api: Api<T>,
+    config: watcher::Config,
     wrap: fn(Event<T>) -> Change,
 ) -> BoxStream<'static, Result<Change, watcher::Error>>
 where
     T: kube::Resource + Clone + DeserializeOwned + std::fmt::Debug + Send + 'static,
     T::DynamicType: Default,
 {
-    watch(api, watcher::Config::default())
-        .default_backoff()
-        .map_ok(wrap)
-        .boxed()
+    watch(api, config).default_backoff().map_ok(wrap).boxed()
 }
 
-/// Every change of what policy depends on.
+/// Every change of the kinds that every API has.
 fn all(
     client: &kube::Client,
 ) -> impl Stream<Item = Result<Change, watcher::Error>> + Unpin + Send + use<> {
+    let every = watcher::Config::default;
+    let api_server = every().labels("kubernetes.io/service-name=kubernetes");
+    let near = Api::<EndpointSlice>::namespaced(client.clone(), "default");
     futures::stream::select_all([
-        changes(Api::<Pod>::all(client.clone()), Change::Pod),
-        changes(Api::<Namespace>::all(client.clone()), Change::Namespace),
-        changes(Api::<NetworkPolicy>::all(client.clone()), Change::Policy),
+        changes(Api::<Pod>::all(client.clone()), every(), Change::Pod),
+        changes(
+            Api::<Namespace>::all(client.clone()),
+            every(),
+            Change::Namespace,
+        ),
+        changes(
+            Api::<NetworkPolicy>::all(client.clone()),
+            every(),
+            Change::Policy,
+        ),
+        changes(near, api_server, Change::ApiServer),
     ])
 }
 
 /// Runs until `shutdown`. `synced` becomes true when everything that the API had at first is known; each later
 /// change sends it again, so that waiters look anew.
-pub async fn run<K: PolicyKernel>(
+pub(crate) async fn run<K: PolicyKernel>(
     client: kube::Client,
-    engine: Shared<K>,
-    mut nodes: signal::Receiver<Nodes>,
+    shared: Shared<K>,
+    nodes: signal::Receiver<Nodes>,
+    teller: Teller,
     synced: signal::Sender<bool>,
     shutdown: CancellationToken,
 ) -> Result<()> {
-    let mut stream = all(&client);
-    let (mut pods, mut policies) = (Listing::<Name>::default(), Listing::<Name>::default());
-    let mut namespaces = Listing::<String>::default();
-    let mut nodes_known = false;
+    let retired = Notify::new();
+    tokio::select! {
+        () = shutdown.cancelled() => Ok(()),
+        outcome = keep(client, &shared, nodes, teller, synced, &retired) => outcome,
+        () = sweep(&shared, &retired) => Ok(()),
+    }
+}
+
+/// Tells the engine of every change, and `retired` that sets may have become unused.
+async fn keep<K: PolicyKernel>(
+    client: kube::Client,
+    shared: &Shared<K>,
+    mut nodes: signal::Receiver<Nodes>,
+    teller: Teller,
+    synced: signal::Sender<bool>,
+    retired: &Notify,
+) -> Result<()> {
+    let mut tasks = JoinSet::new();
+    let mut changes = follow(&client, &mut tasks);
+    let mut custom = Custom::follow(&client);
+    let mut known = Known::default();
+    let mut told = Told::default();
     loop {
         let change = tokio::select! {
-            () = shutdown.cancelled() => return Ok(()),
             changed = nodes.changed() => {
                 if changed.is_err() {
                     return Ok(());
@@ -91,126 +111,84 @@ pub async fn run<K: PolicyKernel>(
                     None => continue,
                 }
             }
-            change = stream.next() => match change {
-                Some(Ok(change)) => change,
-                Some(Err(error)) => {
-                    warn!(%error, "a watch of what policy depends on failed; trying again");
-                    continue;
-                }
+            (source, change) = custom.next() => Change::Custom(source, change),
+            change = changes.recv() => match change {
+                Some(change) => change,
                 None => anyhow::bail!("the watches of what policy depends on ended"),
             },
         };
-        let mut engine = engine.lock().await;
-        let outcome = match change {
-            Change::Pod(event) => match pods.take(event, pod_name) {
-                Taken::Set(pod) => engine.set_pod(&pod),
-                Taken::Gone(names) => names.iter().try_for_each(|name| engine.remove_pod(name)),
-                Taken::Listed(seen) => engine
-                    .pod_names()
-                    .iter()
-                    .filter(|name| !seen.contains(*name))
-                    .try_for_each(|name| engine.remove_pod(name)),
-                Taken::Nothing => Ok(()),
-            },
-            Change::Namespace(event) => {
-                match namespaces.take(event, |one| one.metadata.name.clone().unwrap_or_default()) {
-                    Taken::Set(one) => engine.set_namespace(
-                        one.metadata.name.as_deref().unwrap_or_default(),
-                        Some(one.metadata.labels.clone().unwrap_or_default()),
-                    ),
-                    Taken::Gone(names) => names
-                        .iter()
-                        .for_each(|name| engine.set_namespace(name, None)),
-                    Taken::Listed(seen) => engine
-                        .known()
-                        .0
-                        .iter()
-                        .filter(|name| !seen.contains(*name))
-                        .for_each(|name| engine.set_namespace(name, None)),
-                    Taken::Nothing => {}
-                }
-                Ok(())
+        let mut engine = shared.lock().await;
+        known.take(&mut engine, &mut told, change);
+        // What came meanwhile is taken along: the sets that many policies share are made once for all of it.
+        for _ in 0..AT_ONCE {
+            let more = || {
+                let (source, change) = custom.try_next()?;
+                Some(Change::Custom(source, change))
+            };
+            match changes.try_recv().ok().or_else(more) {
+                Some(change) => known.take(&mut engine, &mut told, change),
+                None => break,
             }
-            Change::Nodes(told) => {
-                nodes_known = true;
-                let gone: Vec<String> = engine
-                    .known()
-                    .1
-                    .into_iter()
-                    .filter(|name| !told.contains_key(name))
-                    .collect();
-                gone.iter()
-                    .try_for_each(|name| engine.set_node(name, Vec::new()))
-                    .and_then(|()| {
-                        told.into_iter()
-                            .try_for_each(|(name, node)| engine.set_node(&name, node.addresses))
-                    })
-            }
-            Change::Policy(event) => {
-                match policies.take(event, name_of) {
-                    Taken::Set(one) => engine
-                        .set_policy(&name_of(&one), Some(one.spec.clone().unwrap_or_default())),
-                    Taken::Gone(names) => {
-                        names.iter().for_each(|name| engine.set_policy(name, None))
-                    }
-                    Taken::Listed(seen) => engine
-                        .known()
-                        .2
-                        .iter()
-                        .filter(|name| !seen.contains(*name))
-                        .for_each(|name| engine.set_policy(name, None)),
-                    Taken::Nothing => {}
-                }
-                Ok(())
-            }
-        };
-        if let Err(error) = outcome {
-            warn!(
-                error = format!("{error:#}"),
-                "the dataplane could not take a change"
-            );
         }
         // Until all is known, nothing is compiled: half the policies are no policy.
-        if pods.done && namespaces.done && nodes_known && policies.done {
+        if known.all() {
             engine.refresh_or_warn();
+            told.news(&engine)
+                .into_iter()
+                .for_each(|notice| teller.tell(notice));
             drop(engine);
+            retired.notify_one();
             synced.send_replace(true);
         }
     }
 }
 
-/// What an event means to the tables.
-enum Taken<T, N> {
-    Set(Box<T>),
-    Gone(Vec<N>),
-    Listed(BTreeSet<N>),
-    Nothing,
+/// Has the changes of the kinds that every API has come in, however long the engine takes for those before.
+fn follow(client: &kube::Client, tasks: &mut JoinSet<()>) -> mpsc::Receiver<Change> {
+    let (tell, changes) = mpsc::channel(AT_ONCE);
+    let mut stream = all(client);
+    tasks.spawn(async move {
+        while let Some(change) = stream.next().await {
+            match change {
+                Ok(change) => {
+                    if tell.send(change).await.is_err() {
+                        return;
+                    }
+                }
+                Err(error) => {
+                    warn!(%error, "a watch of what policy depends on failed; trying again");
+                }
+            }
+        }
+    });
+    changes
 }
 
-impl<N: Ord + Clone> Listing<N> {
-    fn take<T>(&mut self, event: Event<T>, name: impl Fn(&T) -> N) -> Taken<T, N> {
-        match event {
-            Event::Init => {
-                self.seen.clear();
-                Taken::Nothing
-            }
-            Event::InitApply(one) => {
-                self.seen.insert(name(&one));
-                Taken::Set(Box::new(one))
-            }
-            Event::InitDone => {
-                self.done = true;
-                Taken::Listed(std::mem::take(&mut self.seen))
-            }
-            Event::Apply(one) => Taken::Set(Box::new(one)),
-            Event::Delete(one) => Taken::Gone(vec![name(&one)]),
+/// Removes sets that no pod is under, once every program that may still know them has ended.
+async fn sweep<K: PolicyKernel>(engine: &Shared<K>, retired: &Notify) {
+    loop {
+        retired.notified().await;
+        let sets = engine.lock().await.retired();
+        if sets.is_empty() {
+            continue;
+        }
+        if let Err(error) = tokio::task::spawn_blocking(grace).await {
+            warn!(%error, "waiting for programs to end failed");
+        }
+        if let Err(error) = engine.lock().await.sweep(&sets) {
+            warn!(error = format!("{error:#}"), "sets of rules stay unused");
         }
     }
 }
 
-fn pod_name(pod: &Pod) -> Name {
-    (
-        pod.metadata.namespace.clone().unwrap_or_default(),
-        pod.metadata.name.clone().unwrap_or_default(),
-    )
+/// Returns when all programs have ended that run now.
+fn grace() {
+    /// `MEMBARRIER_CMD_GLOBAL`: waits for what the kernel calls a grace period, within which its programs end.
+    const GLOBAL: libc::c_int = 1;
+    // SAFETY: the call takes numbers alone (membarrier(2)).
+    let outcome = unsafe { libc::syscall(libc::SYS_membarrier, GLOBAL, 0, 0) };
+    if outcome != 0 {
+        // Kernels that leave CPUs alone do not have it. No program runs for so long.
+        std::thread::sleep(std::time::Duration::from_secs(1));
+    }
 }

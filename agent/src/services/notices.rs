@@ -1,14 +1,10 @@
 //! What users are told of Services by Kubernetes Events.
 
 use k8s_openapi::api::core::v1::ObjectReference;
-use kube::runtime::events::{Event, EventType, Recorder, Reporter};
-use tokio::sync::mpsc;
-use tracing::{debug, warn};
+use tracing::warn;
 
 use super::view::ServiceView;
-
-/// Events that may wait to be sent; a hostile API server can cause any number.
-const WAITING: usize = 256;
+use crate::events::{self, Teller};
 
 /// Why a user is told.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -41,65 +37,27 @@ impl Notice {
     }
 }
 
-/// Sends events in the background.
-#[derive(Clone)]
-pub struct Teller(mpsc::Sender<Notice>);
-
-impl Teller {
-    /// The sender, and what has to run for it.
-    pub fn new(client: kube::Client, node: &str) -> (Self, impl Future<Output = ()> + use<>) {
-        let (sender, mut waiting) = mpsc::channel::<Notice>(WAITING);
-        let reporter = Reporter {
-            controller: "xebec-agent".to_owned(),
-            instance: Some(node.to_owned()),
+impl Notice {
+    /// Tells it; of a host port, which is no object, in the log alone.
+    pub(crate) fn tell(self, teller: &Teller) {
+        let object = self.service.split_once('/');
+        let Some((namespace, name)) = object.filter(|(_, name)| !name.contains(['.', ':', '/']))
+        else {
+            warn!(service = self.service, reason = ?self.reason, "{}", self.words);
+            return;
         };
-        let run = async move {
-            let recorder = Recorder::new(client, reporter);
-            while let Some(notice) = waiting.recv().await {
-                send(&recorder, notice).await;
-            }
-        };
-        (Self(sender), run)
-    }
-
-    /// Tells it, in the log as well.
-    pub fn tell(&self, notice: Notice) {
-        warn!(
-            service = notice.service,
-            reason = format!("{:?}", notice.reason),
-            "{}",
-            notice.words
-        );
-        // With that many waiting, one more tells nothing new; it is in the log.
-        let _ = self.0.try_send(notice);
-    }
-}
-
-async fn send(recorder: &Recorder, notice: Notice) {
-    let Some((namespace, name)) = notice.service.split_once('/') else {
-        return;
-    };
-    if name.contains(['.', ':', '/']) {
-        // A host port's, which is no object.
-        return;
-    }
-    let reference = ObjectReference {
-        api_version: Some("v1".to_owned()),
-        kind: Some("Service".to_owned()),
-        namespace: Some(namespace.to_owned()),
-        name: Some(name.to_owned()),
-        uid: notice.uid,
-        ..ObjectReference::default()
-    };
-    let event = Event {
-        type_: EventType::Warning,
-        reason: format!("{:?}", notice.reason),
-        // The API takes no longer ones.
-        note: Some(notice.words.chars().take(1000).collect()),
-        action: "SyncService".to_owned(),
-        secondary: None,
-    };
-    if let Err(error) = recorder.publish(&event, &reference).await {
-        debug!(%error, "an event could not be sent");
+        teller.tell(events::Notice {
+            about: ObjectReference {
+                api_version: Some("v1".to_owned()),
+                kind: Some("Service".to_owned()),
+                namespace: Some(namespace.to_owned()),
+                name: Some(name.to_owned()),
+                uid: self.uid,
+                ..ObjectReference::default()
+            },
+            reason: format!("{:?}", self.reason),
+            action: "SyncService",
+            words: self.words,
+        });
     }
 }

@@ -24,13 +24,14 @@ use super::backends::Target;
 use super::extents::REST;
 use super::health::Health;
 use super::metrics::Metrics;
-use super::notices::{Notice, Reason, Teller};
+use super::notices::{Notice, Reason};
 use super::objects::{EndpointSlice, Service};
 use super::tables::Tables;
 use crate::announce::Announced;
+use crate::events::Teller;
 use crate::host_ports::HostPort;
 use crate::maps::{Room, ServiceMaps};
-use crate::nodes::Nodes;
+use crate::nodes::{NodeView, Nodes};
 use crate::parting::Parted;
 use crate::sockets;
 
@@ -383,16 +384,20 @@ async fn changed<T>(receiver: &mut signal::Receiver<T>) {
 
 /// Keeps the kernel in step until `shutdown`. `ready` is sent once, when everything that the API had at first is
 /// in the kernel.
+#[allow(
+    clippy::too_many_arguments,
+    reason = "what the agent has, it is told of one by one"
+)]
 pub(crate) async fn run(
     client: kube::Client,
     services: Services,
     options: Options,
     nodes: signal::Receiver<Nodes>,
     host_ports: signal::Receiver<Vec<HostPort>>,
+    teller: Teller,
     ready: oneshot::Sender<()>,
     shutdown: CancellationToken,
 ) -> Result<()> {
-    let (teller, telling) = Teller::new(client.clone(), &options.node_name);
     let (local, local_told) = signal::channel(None);
     let following = addresses::follow(local, shutdown.clone());
     let keeping = keep(
@@ -401,7 +406,7 @@ pub(crate) async fn run(
     tokio::select! {
         () = shutdown.cancelled() => Ok(()),
         outcome = keeping => outcome,
-        outcome = async { tokio::join!(following, telling).0 } => outcome,
+        outcome = following => outcome,
     }
 }
 
@@ -481,7 +486,7 @@ async fn keep(
             {
                 let mut tables = services.tables();
                 let view = told.as_ref().and_then(|nodes| nodes.get(node));
-                tables.set_zone(view.and_then(|view| view.zone.as_deref()).unwrap_or(""));
+                tables.set_zone(view.and_then(NodeView::zone).unwrap_or(""));
                 if let Err(error) = tables.set_node_addresses(all) {
                     Tables::<ServiceMaps>::warn_of(&error);
                     node_news = true;
@@ -505,7 +510,7 @@ async fn keep(
         again = later
             .map(|later| tokio::time::Instant::now() + later)
             .or(retry_addresses);
-        notices.into_iter().for_each(|notice| teller.tell(notice));
+        notices.into_iter().for_each(|notice| notice.tell(&teller));
         if !changes.is_empty() {
             let failed = health.apply(changes).await;
             failed
@@ -523,5 +528,5 @@ async fn keep(
 
 fn tell_of_health(teller: &Teller, name: &str, error: String) {
     let reason = Reason::FailedToStartServiceHealthcheck;
-    teller.tell(Notice::new(name, None, reason, error));
+    Notice::new(name, None, reason, error).tell(teller);
 }

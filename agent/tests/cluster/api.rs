@@ -1,4 +1,5 @@
 //! An API server for one agent: lists in pages, watches, and the Events that it is told. It speaks HTTP without TLS.
+//! Custom resources are there while their definitions are.
 
 use std::collections::{BTreeMap, HashMap};
 use std::io::{BufRead, BufReader, Read, Write};
@@ -27,6 +28,18 @@ struct State {
 /// The server; cheap to clone.
 #[derive(Clone, Default)]
 pub struct Api(Arc<(Mutex<State>, Condvar)>);
+
+/// The groups of custom resources.
+const CUSTOM: [&str; 2] = ["cilium.io", "policy.networking.k8s.io"];
+const NOT_FOUND: &str = "404 Not Found";
+
+fn not_found() -> String {
+    json!({
+        "kind": "Status", "apiVersion": "v1", "status": "Failure", "code": 404, "reason": "NotFound",
+        "message": "there is no such thing",
+    })
+    .to_string()
+}
 
 fn name_of(object: &Value) -> String {
     let text = |key: &str| object["metadata"][key].as_str().unwrap_or("").to_owned();
@@ -125,11 +138,17 @@ impl Api {
             lines.read_exact(&mut body).ok()?;
             let (path, query) = target.split_once('?').unwrap_or((&target, ""));
             let kind = path.rsplit('/').next()?.to_owned();
+            // What is asked of one namespace alone is kept as a kind of its own.
+            let kind = match path.split_once("/namespaces/") {
+                Some((_, of)) if method == "GET" && of.contains('/') => of.to_owned(),
+                _ => kind,
+            };
             let query: HashMap<&str, &str> = query
                 .split('&')
                 .filter_map(|one| one.split_once('='))
                 .collect();
             let (status, text) = match method.as_str() {
+                "GET" if !self.has(path) => (NOT_FOUND, not_found()),
                 "GET" if query.get("watch").is_some_and(|watch| *watch != "false") => {
                     let from = query.get("resourceVersion");
                     return self.watch(&mut out, &kind, from.and_then(|from| from.parse().ok())?);
@@ -141,10 +160,7 @@ impl Api {
                     self.state().events.push(event);
                     ("201 Created", text)
                 }
-                _ => (
-                    "404 Not Found",
-                    json!({"kind": "Status", "apiVersion": "v1", "status": "Failure", "code": 404, "reason": "NotFound", "message": "there is no such thing"}).to_string(),
-                ),
+                _ => (NOT_FOUND, not_found()),
             };
             write!(
                 out,
@@ -153,6 +169,19 @@ impl Api {
             )
             .ok()?;
         }
+    }
+
+    /// Whether there are objects of the kind that a path is of.
+    fn has(&self, path: &str) -> bool {
+        let mut parts = path.trim_start_matches("/apis/").split('/');
+        let group = parts.next().unwrap_or_default();
+        if !CUSTOM.contains(&group) {
+            return true;
+        }
+        let definition = format!("/{}.{group}", parts.next_back().unwrap_or_default());
+        let state = self.state();
+        let definitions = state.kinds.get("customresourcedefinitions");
+        definitions.is_some_and(|all| all.objects.contains_key(&definition))
     }
 
     /// A page of a list. Pages are of different moments, but a watch from the first one's version tells of what changed.

@@ -29,7 +29,8 @@ const SETTINGS: &str = "XEBEC_TEST_AGENT";
 const PART: &str = "part_agent";
 /// The node's addresses, IPv4's first as in all pairs.
 pub const NODE: [&str; 2] = ["192.0.2.10", "2001:db8:2::10"];
-const OTHER: [&str; 2] = ["192.0.2.20", "2001:db8:2::20"];
+/// The other node's.
+pub const OTHER: [&str; 2] = ["192.0.2.20", "2001:db8:2::20"];
 const PODS: [&str; 2] = ["10.244.0.0/24", "fd00:10:244::/64"];
 const OTHER_PODS: [&str; 2] = ["10.128.0.0/10", "fd00:10:128::/64"];
 const API: &str = "127.0.0.1:6443";
@@ -222,7 +223,7 @@ impl Stage {
             }
             echo_tcp(TARGET);
             echo_udp(TARGET);
-            for at in OUTSIDE.iter().chain(&FAR_POD) {
+            for at in OUTSIDE.iter().chain(&FAR_POD).chain(&OTHER) {
                 tell_sources(at.parse().unwrap());
             }
         });
@@ -233,17 +234,12 @@ impl Stage {
             api.serve(API.parse().unwrap());
         });
         api.set("namespaces", [json!({"metadata": {"name": "n"}})]);
-        let nodes = [("a", NODE, PODS), ("b", OTHER, OTHER_PODS)];
         api.set(
             "nodes",
-            nodes.map(|(name, addresses, ranges)| {
-                let own = addresses.map(|ip| json!({"type": "InternalIP", "address": ip}));
-                json!({
-                    "metadata": {"name": name},
-                    "spec": {"podCIDR": ranges[0], "podCIDRs": ranges},
-                    "status": {"addresses": own},
-                })
-            }),
+            [
+                node_object("a", NODE, PODS, json!({})),
+                other_node(json!({})),
+            ],
         );
         api.set(
             "pods",
@@ -430,6 +426,20 @@ impl Drop for Stage {
         // Links end with their pins, when the filesystem is unmounted.
         let _ = &self.other;
     }
+}
+
+/// The other node with these labels, as the API has it.
+pub fn other_node(labels: Value) -> Value {
+    node_object("b", OTHER, OTHER_PODS, labels)
+}
+
+fn node_object(name: &str, addresses: [&str; 2], ranges: [&str; 2], labels: Value) -> Value {
+    let own = addresses.map(|ip| json!({"type": "InternalIP", "address": ip}));
+    json!({
+        "metadata": {"name": name, "labels": labels},
+        "spec": {"podCIDR": ranges[0], "podCIDRs": ranges},
+        "status": {"addresses": own},
+    })
 }
 
 fn set(folder: &str, device: &str, name: &str, value: &str) {

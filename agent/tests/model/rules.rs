@@ -96,6 +96,19 @@ pub struct Entry {
     pub closed: Closed,
     /// When its other entry was last seen to be there.
     pub paired: u32,
+    /// Whether a process of the node began it, which rules do not bind.
+    pub exempt: bool,
+}
+
+/// What holds for a packet of a flow.
+#[derive(Clone, Copy, PartialEq, Eq)]
+pub enum Standing {
+    /// It was allowed.
+    Allowed,
+    /// It was allowed by rules of another generation, and this is an answer.
+    Again,
+    /// It is to be judged.
+    New,
 }
 
 /// Which ends have closed a connection: the beginner, and the other.
@@ -322,18 +335,28 @@ impl Model {
     }
 
     /// Whether the flow was allowed and that holds; and what is known of it: whether this is an answer, its Service.
-    fn known(&mut self, seen: &Seen) -> (bool, bool, u32) {
+    fn known(&mut self, seen: &Seen) -> (Standing, bool, u32) {
         let generation = self.generation;
         let Some(entry) = self.flows.get_mut(&seen.ends.key()) else {
-            return (false, false, 0);
+            return (Standing::New, false, 0);
         };
         let reply = entry.beginner != seen.ends.from;
         if seen.carrier.is_some() {
-            return (entry.judged != 0, true, entry.service);
+            let standing = match entry.judged {
+                0 => Standing::New,
+                _ => Standing::Allowed,
+            };
+            return (standing, true, entry.service);
         }
-        let old = !reply && entry.judged != generation;
-        if seen.begins() || entry.judged == 0 || old {
-            return (false, reply, entry.service);
+        if seen.begins() || entry.judged == 0 {
+            return (Standing::New, reply, entry.service);
+        }
+        if entry.judged != generation && !(reply && entry.exempt) {
+            let standing = match reply {
+                true => Standing::Again,
+                false => Standing::New,
+            };
+            return (standing, reply, entry.service);
         }
         // Each end's first flags are told of, and the first answer of what has none.
         let news = match seen.is_told() {
@@ -350,7 +373,29 @@ impl Model {
                 close(&mut entry.closed, seen.flags, !reply);
             }
         }
-        (true, reply, entry.service)
+        (Standing::Allowed, reply, entry.service)
+    }
+
+    /// Judges an answer by the rules for what it answers: the rule that lets it through, 0 where none is needed.
+    fn judge_answer(&self, asked: &[(u32, IpAddr)], seen: &Seen) -> Option<u32> {
+        let back = seen.ends.back();
+        let mut rule = 0;
+        for (set, peer) in asked {
+            if !self.allows(*set, self.identity(*peer), back) {
+                return None;
+            }
+            if *set != 0 {
+                rule = 42;
+            }
+        }
+        Some(rule)
+    }
+
+    /// Notes that a flow is allowed by the rules of today, too.
+    fn renew(&mut self, seen: &Seen, rule: u32) {
+        if let Some(entry) = self.flows.get_mut(&seen.ends.key()) {
+            (entry.judged, entry.rule) = (self.generation, rule);
+        }
     }
 
     /// What the packet becomes by what is remembered of its flow, and how that is done.
@@ -553,14 +598,14 @@ impl Model {
     }
 
     /// Remembers a flow that is not translated here.
-    fn enter(&mut self, seen: &Seen, rule: u32) {
+    fn enter(&mut self, seen: &Seen, rule: u32, exempt: bool) {
         let told = [seen.flags & (SYN | FIN | RST), 0];
         if let Some(old) = self.flows.get_mut(&seen.ends.key()) {
             let over = old.closed != OPEN && seen.begins();
             // What was translated elsewhere on its way here stays translated.
-            let turned = old.turn.is_some() || old.kept.is_some();
-            if turned && old.beginner == seen.ends.from && !over {
+            if old.beginner == seen.ends.from && !over {
                 (old.judged, old.rule) = (self.generation, rule);
+                old.exempt = exempt;
                 // Judged anew it is still the same: who answered has answered.
                 match seen.begins() {
                     true => old.told = told,
@@ -573,6 +618,7 @@ impl Model {
             judged: self.generation,
             rule,
             told,
+            exempt,
             ..self.plain(seen.ends.from)
         };
         self.flows.insert(seen.ends.key(), new);
@@ -590,6 +636,7 @@ impl Model {
             told: [0; 2],
             closed: OPEN,
             paired: 0,
+            exempt: false,
         }
     }
 
@@ -697,7 +744,7 @@ impl Model {
             return DROP;
         }
         self.give_way(seen);
-        let (yes, reply, service) = self.known(seen);
+        let (mut standing, mut reply, mut service) = self.known(seen);
         let (mut becomes, mut late) = (None, None);
         match self.translation(seen) {
             // Towards pods of this node there is no other hook.
@@ -706,6 +753,24 @@ impl Model {
             None => {}
         }
         let mut answers = self.answers(seen);
+        if standing == Standing::Again {
+            let other = seen.ends.to.0;
+            let mut asked = Vec::new();
+            // An agent of before did not note what the node began.
+            if self.identity(other) != 1 {
+                asked.push((pod.ingress, other));
+            }
+            let beginner = becomes.map_or(other, |ends: Ends| ends.to.0);
+            if let Some(beginner) = self.pod(beginner) {
+                asked.push((beginner.egress, seen.ends.from.0));
+            }
+            let Some(rule) = self.judge_answer(&asked, seen) else {
+                return DROP;
+            };
+            self.renew(seen, rule);
+            (standing, reply, service) = self.known(seen);
+        }
+        let yes = standing == Standing::Allowed;
         let mut looked_again = false;
         if !(yes && (becomes.is_some() || reply || service == 0)) {
             // Where it leaves it is looked for again.
@@ -725,7 +790,7 @@ impl Model {
                         return DROP;
                     };
                     if seen.carrier.is_none() {
-                        self.enter(seen, rule);
+                        self.enter(seen, rule, false);
                     }
                 }
                 Offer::Any(service, offered) => {
@@ -868,17 +933,26 @@ impl Model {
         if seen.receiver() != pod.address || seen.ends.to.0 != pod.address {
             return DROP;
         }
-        let (yes, _, _) = self.known(seen);
+        let (mut standing, _, _) = self.known(seen);
         let becomes = self
             .translation(seen)
             .and_then(|(ends, how)| how.late.then_some(ends));
-        if !yes {
+        if standing == Standing::Again {
+            let asked = [(pod.egress, seen.ends.from.0)];
+            let Some(rule) = self.judge_answer(&asked, seen) else {
+                return DROP;
+            };
+            self.renew(seen, rule);
+            self.known(seen);
+            standing = Standing::Allowed;
+        }
+        if standing != Standing::Allowed {
             let asked = pod.ingress != 0 && !own;
             if asked && !self.allows(pod.ingress, self.identity(seen.ends.from.0), seen.ends) {
                 return DROP;
             }
             if seen.carrier.is_none() {
-                self.enter(seen, if asked { 42 } else { 0 });
+                self.enter(seen, if asked { 42 } else { 0 }, own);
             }
         }
         Fate { becomes, ..PASS }

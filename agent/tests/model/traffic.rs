@@ -895,6 +895,7 @@ fn entry(key: &FlowKey, flow: &Flow) -> Entry {
         told: flow.told,
         closed: [CLOSED_FORTH, CLOSED_BACK].map(|end| flow.closed & end != 0),
         paired: flow.paired,
+        exempt: flow.exempt != 0,
     }
 }
 

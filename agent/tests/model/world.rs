@@ -2,21 +2,24 @@
 
 use std::net::IpAddr;
 
+use bytemuck::Zeroable;
 use rand::rngs::StdRng;
 use rand::seq::{IndexedRandom, IteratorRandom};
 use rand::{Rng, SeedableRng};
-use xebec_agent::maps::PolicyKernel;
+
 use xebec_dataplane_common::ip::Ip;
 use xebec_dataplane_common::nat::{DIRECT_TCP, DIRECT_UDP, Settings};
 use xebec_dataplane_common::policy::{
-    Endpoint, NO_SHAPE, RuleKey, SHAPE_IDENTITY, SHAPE_PROTOCOL, SHAPES, Set,
+    Endpoint, NO_SHAPE, RuleKey, SET_DENIES, SET_FIRST, SHAPE_IDENTITY, SHAPE_PROTOCOL, SHAPES, Set,
 };
 use xebec_dataplane_common::service::{
     DROP_INSIDE, DROP_OUTSIDE, ENDING, EXTERNAL, HASH_INSIDE, HASH_OUTSIDE,
 };
+use xebec_policy::kernel::PolicyKernel;
 
 use super::rules::{Backend, Ends, Frontend, Model, Pod};
 use super::traffic::flow_key;
+use crate::packets::kernel::ALLOWS;
 use crate::packets::{FAMILIES, Family, Front, Kernel, POD_MAC, at, far_node, node, settings};
 
 /// Pods of a node.
@@ -161,10 +164,10 @@ impl World {
         let endpoint = Endpoint {
             ifindex: self.devices[index % PODS],
             identity: pod.identity,
-            ingress_set: pod.ingress,
-            egress_set: pod.egress,
+            ingress: [0, pod.ingress, 0],
+            egress: [pod.egress, 0, 0],
             mac: POD_MAC,
-            pad: 0,
+            ..Endpoint::zeroed()
         };
         kernel.policy().set_endpoint(pod.address, endpoint).unwrap();
     }
@@ -345,12 +348,16 @@ impl World {
                     protocol,
                     shape,
                 };
-                kernel.policy().set_rule(key, 42).unwrap();
+                kernel.policy().set_rules(&[(key, ALLOWS)]).unwrap();
             }
             let mut shapes = [NO_SHAPE; SHAPES];
             shapes[0] = SHAPE_PROTOCOL | 16;
             shapes[1] = SHAPE_PROTOCOL | SHAPE_IDENTITY | 16;
-            kernel.policy().set_set(number, Set { shapes }).unwrap();
+            let flags = SET_DENIES | SET_FIRST;
+            kernel
+                .policy()
+                .set_set(number, Set { shapes, flags })
+                .unwrap();
             self.model.sets.insert(number, entries);
         }
         let pod = &mut self.model.pods[index];

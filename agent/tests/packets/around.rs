@@ -1,8 +1,8 @@
 //! Packets of pods that go around the stack, where the settings say so: out by the routing table, in by the pod's rules.
 
-use xebec_agent::maps::PolicyKernel;
 use xebec_dataplane_common::flow::{INGRESS, REASON_POLICY};
 use xebec_dataplane_common::nat::{MARK_DONE, Settings};
+use xebec_policy::kernel::PolicyKernel;
 
 use super::kernel::Shared;
 use super::wires::ip;

@@ -9,18 +9,20 @@ use aya::TestRun;
 use aya::programs::TestRunOptions;
 use bytemuck::Zeroable;
 use xebec_agent::loader::{By, Loaded, Maps, Sizes, Xdp};
-use xebec_agent::maps::{PolicyKernel, PolicyMaps, ServiceKernel};
+use xebec_agent::maps::{PolicyMaps, ServiceKernel};
 use xebec_agent::network::Device;
 use xebec_dataplane_common::flow::{Counters, Event, Flow, FlowKey, TURN_NONE};
 use xebec_dataplane_common::ip::Ip;
 use xebec_dataplane_common::nat::{BACK_BY_QUEUE, BACK_BY_TC, Settings, Tuple};
 use xebec_dataplane_common::policy::{
-    Endpoint, NO_SHAPE, RuleKey, SHAPE_PROTOCOL, SHAPES, Set, port_bits,
+    Decision, Endpoint, NO_SHAPE, RuleKey, SET_DENIES, SET_FIRST, SHAPE_PROTOCOL, SHAPES, Set,
+    port_bits,
 };
 use xebec_dataplane_common::service::{
     Affinity, AffinityKey, Backend, CHUNK, EXTERNAL, Frontend, FrontendKey, OTHERS,
     OWN as OWN_ADDRESS, Run,
 };
+use xebec_policy::kernel::PolicyKernel;
 
 use super::table::{Flows, Table};
 use super::{FAMILIES, POD_MAC, Packet, far_node, node, pod, settings, web};
@@ -51,7 +53,7 @@ pub struct Tables {
     node_addresses: Table<Ip, u8>,
     endpoints: Table<Ip, Endpoint>,
     identities: Table<Ip, u32>,
-    rules: Table<RuleKey, u32>,
+    rules: Table<RuleKey, Decision>,
     ranges: Table<Block, u8>,
     cidrs: Table<Block, u32>,
     ways: Table<u32, [u8; 88]>,
@@ -98,6 +100,32 @@ impl DerefMut for Shared {
     fn deref_mut(&mut self) -> &mut Kernel {
         self.0.as_mut().unwrap()
     }
+}
+
+/// What an entry says that lets through.
+pub const ALLOWS: Decision = Decision {
+    verdict: 0,
+    rule: 42,
+};
+
+/// Runs a program of tc on a frame: its verdict, the frame and its mark as they are then.
+pub fn test_run(
+    loaded: &mut Loaded,
+    program: &str,
+    context: &[u8; 192],
+    frame: &[u8],
+    room: &mut [u8],
+) -> anyhow::Result<(u32, Vec<u8>, u32)> {
+    let mut after = [0; 192];
+    let mut options = TestRunOptions::new();
+    options.data_in = Some(frame);
+    options.data_out = Some(room);
+    options.ctx_in = Some(context);
+    options.ctx_out = Some(&mut after);
+    let result = loaded.classifier(program)?.test_run(options)?;
+    let mark = u32::from_ne_bytes([after[8], after[9], after[10], after[11]]);
+    let out = room[..result.data_size_out as usize].to_vec();
+    Ok((result.return_value, out, mark))
 }
 
 impl Kernel {
@@ -248,10 +276,10 @@ impl Kernel {
                 let endpoint = Endpoint {
                     ifindex,
                     identity: 1000 + index as u32,
-                    ingress_set: sets[0],
-                    egress_set: sets[1],
+                    ingress: [sets[0], 0, 0],
+                    egress: [0, sets[1], 0],
                     mac: POD_MAC,
-                    pad: 0,
+                    ..Endpoint::zeroed()
                 };
                 self.policy().set_endpoint(address, endpoint).unwrap();
             }
@@ -285,11 +313,14 @@ impl Kernel {
                 protocol,
                 shape,
             };
-            self.policy().set_rule(key, 42).unwrap();
+            self.policy().set_rules(&[(key, ALLOWS)]).unwrap();
         }
         let mut shapes = [NO_SHAPE; SHAPES];
         shapes[0] = shape;
-        self.policy().set_set(number, Set { shapes }).unwrap();
+        let flags = SET_DENIES | SET_FIRST;
+        self.policy()
+            .set_set(number, Set { shapes, flags })
+            .unwrap();
     }
 
     fn isolate_web_as(&mut self, protocol: u8, port: u16) {
@@ -567,16 +598,10 @@ impl Kernel {
         context: &[u8; 192],
         frame: &[u8],
     ) -> anyhow::Result<(u32, Vec<u8>)> {
-        let mut after = [0; 192];
-        let mut options = TestRunOptions::new();
-        options.data_in = Some(frame);
-        options.data_out = Some(&mut self.room);
-        options.ctx_in = Some(context);
-        options.ctx_out = Some(&mut after);
-        let result = self.loaded.classifier(program)?.test_run(options)?;
-        self.mark = u32::from_ne_bytes([after[8], after[9], after[10], after[11]]);
-        let out = self.room[..result.data_size_out as usize].to_vec();
-        Ok((result.return_value, out))
+        let run = test_run(&mut self.loaded, program, context, frame, &mut self.room)?;
+        let (verdict, out, mark) = run;
+        self.mark = mark;
+        Ok((verdict, out))
     }
 
     /// Runs the XDP program on a frame that came by this device, or by the loopback device if that is 0.

@@ -10,6 +10,7 @@ mod fragments;
 pub mod kernel;
 mod odd;
 pub mod packet;
+mod policy;
 mod ports;
 mod refuse;
 mod sctp;

@@ -2,13 +2,14 @@
 
 use std::collections::HashSet;
 
-use xebec_agent::maps::{PolicyKernel, ServiceKernel};
+use xebec_agent::maps::ServiceKernel;
 use xebec_dataplane_common::flow::REASON_NO_SERVICE;
 use xebec_dataplane_common::ip::Ip;
 use xebec_dataplane_common::service::{
     DROP_INSIDE, DROP_OUTSIDE, ENDING, EXTERNAL, HASH_INSIDE, HASH_OUTSIDE, ON_THIS_NODE,
     SOURCE_RANGES, THIS_NODE,
 };
+use xebec_policy::kernel::PolicyKernel;
 
 use super::packet::INIT;
 use super::{

@@ -76,6 +76,9 @@ pub fn ip(line: &str) {
 pub fn socket(address: Ipv4Addr, port: u16) -> UdpSocket {
     let socket = UdpSocket::bind((address, port)).unwrap();
     socket.set_read_timeout(Some(TIME)).unwrap();
+    // On a machine that stands still now and then, its reader may be late.
+    nix::sys::socket::setsockopt(&socket, nix::sys::socket::sockopt::RcvBufForce, &(8 << 20))
+        .unwrap();
     socket
 }
 

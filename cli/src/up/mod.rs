@@ -174,7 +174,7 @@ impl Up {
             server: &url(inside),
             log,
             addresses: &ranges.of_pods(&machine.addresses),
-            bpf_dir: layout.gateway_bpf(),
+            layout: &layout,
         };
         let before = node::versions(control_plane.admin()).await?;
         let mut parts = Nodes::start(&nodes, &authority, &control_plane, &outside).await?;

@@ -1,7 +1,6 @@
 //! The nodes of a cluster: one that is this process and this machine, or several that have their own.
 
 use std::net::IpAddr;
-use std::path::PathBuf;
 
 use anyhow::{Result, bail};
 use tracing::warn;
@@ -10,6 +9,7 @@ use super::control_plane::ControlPlane;
 use super::node::{self, Access, NodeConfig, Running};
 use super::process::{self, Keys, Order, Process, Spec};
 use super::{switch, teardown};
+use crate::paths::Layout;
 use crate::pki::Authority;
 
 /// Nodes that run.
@@ -35,6 +35,7 @@ impl Nodes {
             }
         }
         switch::ensure(nodes).await?;
+        switch::sign(&outside.layout.run)?;
         open_gateway(nodes, outside).await?;
         let specs: Vec<Spec> = nodes
             .iter()
@@ -92,8 +93,8 @@ pub struct Outside<'a> {
     pub log: &'a str,
     /// The machine's addresses, at most one of a family.
     pub addresses: &'a [IpAddr],
-    /// The BPF filesystem of their way out.
-    pub bpf_dir: PathBuf,
+    /// The folders of the cluster.
+    pub layout: &'a Layout,
 }
 
 /// Nodes behind the switch reach the outside with the machine's address; without a network there is none.
@@ -107,7 +108,7 @@ async fn open_gateway(nodes: &[NodeConfig], outside: &Outside<'_>) -> Result<()>
         addresses,
         nodes: Vec::new(),
         native: Vec::new(),
-        bpf_dir: outside.bpf_dir.clone(),
+        bpf_dir: outside.layout.gateway_bpf(),
     };
     for node in nodes {
         if let Some(cable) = &node.cable {

@@ -103,13 +103,20 @@ impl Up {
                 );
             }
         }
-        if before.is_none() && self.nodes > 1 && switch::exists().await? {
-            bail!(
-                "there is a device {} already: another cluster with several nodes runs on this machine, or was killed (`xebec down` with its --run-dir takes it away)",
-                switch::BRIDGE
-            );
+        if before.is_some() || self.nodes == 1 {
+            return Ok(());
         }
-        Ok(())
+        let Some(found) = switch::find().await? else {
+            return Ok(());
+        };
+        let whose = match &found.run {
+            Some(run) => format!("`xebec down --run-dir {}` takes it away", run.display()),
+            None => "`xebec down` with its --run-dir takes it away".into(),
+        };
+        bail!(
+            "there is a device {} already: another cluster with several nodes runs on this machine, or was killed; {whose}",
+            switch::BRIDGE
+        );
     }
 }
 

@@ -127,9 +127,38 @@ fn netlink() -> Result<Handle> {
     Ok(handle)
 }
 
-/// Whether a switch is there.
-pub async fn exists() -> Result<bool> {
-    Ok(link_index(&netlink()?, BRIDGE).await?.is_some())
+/// A switch that is there already.
+pub struct Found {
+    /// The run folder of the cluster that made it, if it said so.
+    pub run: Option<PathBuf>,
+}
+
+/// The switch that is there, whoever made it.
+pub async fn find() -> Result<Option<Found>> {
+    if link_index(&netlink()?, BRIDGE).await?.is_none() {
+        return Ok(None);
+    }
+    let alias = std::fs::read_to_string(alias()).unwrap_or_default();
+    let run = Some(alias.trim()).filter(|alias| alias.starts_with('/'));
+    Ok(Some(Found {
+        run: run.map(PathBuf::from),
+    }))
+}
+
+/// Where the kernel keeps what is said of the bridge: the run folder of its cluster.
+fn alias() -> String {
+    format!("/sys/class/net/{BRIDGE}/ifalias")
+}
+
+/// Says for whoever finds the bridge which cluster's it is.
+pub fn sign(run: &Path) -> Result<()> {
+    let path = alias();
+    // The kernel takes 255 bytes; a longer path is left unsaid.
+    let run = run.as_os_str().as_encoded_bytes();
+    if run.len() > 255 {
+        return Ok(());
+    }
+    std::fs::write(&path, run).with_context(|| format!("could not write {path}"))
 }
 
 /// Makes what is not there yet: bridge, namespaces, cables, and the host's routes to the pods. What a killed

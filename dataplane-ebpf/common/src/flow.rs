@@ -123,8 +123,10 @@ pub struct Flow {
     pub closed: u8,
     /// The turn of its counterpart.
     pub other: u8,
+    /// 1 where a process of this node began it: rules do not bind it, whatever its address, nor the answers.
+    pub exempt: u8,
     /// Always 0.
-    pub pad: [u8; 2],
+    pub pad: u8,
 }
 
 /// Nothing is translated.
@@ -204,7 +206,7 @@ pub struct Event {
     pub protocol: u8,
     /// TCP flags.
     pub tcp_flags: u8,
-    /// [`FORWARDED`] or [`DROPPED`].
+    /// [`FORWARDED`], [`DROPPED`] or [`AUDITED`].
     pub verdict: u8,
     /// [`INGRESS`] or [`EGRESS`]: which side of the pod was asked.
     pub direction: u8,
@@ -216,7 +218,7 @@ pub struct Event {
     pub length: u16,
     /// The set that judged, 0 for none.
     pub set: u32,
-    /// The rule that allowed, 0 for none.
+    /// The rule that decided, 0 for none.
     pub rule: u32,
     /// Number of the Service's port that the packet was sent to, 0 for none.
     pub service: u32,
@@ -226,6 +228,8 @@ pub struct Event {
 pub const FORWARDED: u8 = 1;
 /// The packet was dropped.
 pub const DROPPED: u8 = 2;
+/// The packet went on its way, which a policy in audit mode would not have let it.
+pub const AUDITED: u8 = 4;
 
 /// Towards the pod.
 pub const INGRESS: u8 = 1;
@@ -239,6 +243,8 @@ pub const REASON_POLICY: u8 = 133;
 /// `INVALID_PACKET_DROPPED`.
 pub const REASON_INVALID: u8 = 134;
 
+/// `POLICY_DENY`: a rule says so; `POLICY_DENIED` is what none allows.
+pub const REASON_RULE: u8 = 181;
 /// `ERROR_WHILE_CORRECTING_L4_CHECKSUM`.
 pub const REASON_CHECKSUM: u8 = 154;
 /// `FRAGMENTATION_NEEDED`.
@@ -305,7 +311,7 @@ mod tests {
             [offset_of!(Event, verdict), offset_of!(Event, set)],
             [46, 52]
         );
-        assert_eq!(crate::LAYOUT, 11, "raise it with every change of a layout");
+        assert_eq!(crate::LAYOUT, 12, "raise it with every change of a layout");
     }
 
     fn tuple(source: (u32, u16), destination: (u32, u16)) -> Tuple {

@@ -12,7 +12,7 @@ pub mod service;
 pub mod table;
 
 /// Raised whenever a struct here changes, so that maps of another layout are never adopted.
-pub const LAYOUT: u32 = 11;
+pub const LAYOUT: u32 = 12;
 
 /// TCP, as IP numbers it.
 pub const TCP: u8 = 6;

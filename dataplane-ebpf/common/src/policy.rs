@@ -1,8 +1,14 @@
-//! Endpoints, identities, and the compiled sets of policy rules.
+//! Endpoints, identities, and the compiled sets of policies' rules.
 
 use bytemuck::{Pod, Zeroable};
 
 use crate::ip::Ip;
+
+/// Into how many tiers policies are divided: those before NetworkPolicies, these, and those after.
+pub const TIERS: usize = 3;
+
+/// The sets that judge one direction, one a tier, in their order; 0 where a tier has nothing to say.
+pub type Chain = [u32; TIERS];
 
 /// A pod of this node, by its address (the key).
 #[repr(C)]
@@ -12,14 +18,18 @@ pub struct Endpoint {
     pub ifindex: u32,
     /// What its labels make it.
     pub identity: u32,
-    /// The set that judges what comes in; 0 where no policy isolates it.
-    pub ingress_set: u32,
-    /// The set that judges what goes out; 0 where no policy isolates it.
-    pub egress_set: u32,
     /// Hardware address of the pod's end.
     pub mac: [u8; 6],
     /// Always 0.
     pub pad: u16,
+    /// Judges what comes in.
+    pub ingress: Chain,
+    /// Judges what goes out.
+    pub egress: Chain,
+    /// Would judge what comes in, were no policy in audit mode; all 0 where none is.
+    pub ingress_audit: Chain,
+    /// The same for what goes out.
+    pub egress_audit: Chain,
 }
 
 /// The node's own processes.
@@ -28,21 +38,31 @@ pub const IDENTITY_HOST: u32 = 1;
 pub const IDENTITY_WORLD: u32 = 2;
 /// Whoever is on this node but no pod of the cluster.
 pub const IDENTITY_UNMANAGED: u32 = 3;
+/// A pod whose rules did not fit: nobody under rules may speak with it.
+pub const IDENTITY_HELD: u32 = 4;
 /// Another node.
 pub const IDENTITY_REMOTE_NODE: u32 = 6;
 /// Pods' identities are not below this.
 pub const FIRST_POD_IDENTITY: u32 = 256;
 
-/// How many ways to ask a set may have.
-pub const SHAPES: usize = 32;
+/// How many ways to ask a set there are: a port of 0 to 16 bits under a protocol or, without a port, under any, each for
+/// anybody, an identity, a class, or a class of those outside.
+pub const SHAPES: usize = 4 * (17 + 1);
 
 /// A set: which kinds of entries it has, so that only these are asked for.
 #[repr(C)]
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, Pod, Zeroable)]
 pub struct Set {
-    /// Shapes of its entries, the most frequent first; [`NO_SHAPE`] ends them.
+    /// Shapes of its entries, the most specific first; [`NO_SHAPE`] ends them.
     pub shapes: [u8; SHAPES],
+    /// [`SET_DENIES`] and [`SET_FIRST`].
+    pub flags: u32,
 }
+
+/// What no entry of the set decides is denied; otherwise the next tier is asked.
+pub const SET_DENIES: u32 = 1;
+/// All entries decide alike: the first one that is found will do.
+pub const SET_FIRST: u32 = 2;
 
 /// Ends the list of shapes.
 pub const NO_SHAPE: u8 = 0xff;
@@ -50,12 +70,13 @@ pub const NO_SHAPE: u8 = 0xff;
 pub const SHAPE_PORT: u8 = 0x1f;
 /// The entry is for one peer identity.
 pub const SHAPE_IDENTITY: u8 = 0x20;
-/// The entry is for a class of addresses; see [`CidrKey`].
+/// The entry is for a class of addresses; see [`CidrKey`]. With [`SHAPE_IDENTITY`] it is for those of that class that
+/// are neither pods nor nodes.
 pub const SHAPE_CLASS: u8 = 0x40;
 /// The entry is for one protocol.
 pub const SHAPE_PROTOCOL: u8 = 0x80;
 
-/// An entry of a set; what a shape leaves open is 0. The value is the number of the rule that allows.
+/// An entry of a set; what a shape leaves open is 0.
 #[repr(C)]
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord, Pod, Zeroable)]
 pub struct RuleKey {
@@ -70,6 +91,25 @@ pub struct RuleKey {
     /// The entry's shape.
     pub shape: u8,
 }
+
+/// What an entry decides. Of all entries of a set that match, the one with the lowest `verdict` does.
+#[repr(C)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord, Pod, Zeroable)]
+pub struct Decision {
+    /// Rank of the rule, 0 for the strongest, times 4, and what it does: [`ALLOW`], [`DENY`] or [`PASS`].
+    pub verdict: u32,
+    /// Number of the rule; never 0.
+    pub rule: u32,
+}
+
+/// The rule lets it through.
+pub const ALLOW: u32 = 0;
+/// The rule drops it.
+pub const DENY: u32 = 1;
+/// The rule leaves it to the next tier.
+pub const PASS: u32 = 2;
+/// The part of a verdict that tells what is done.
+pub const VERDICT_ACTION: u32 = 3;
 
 /// What a set's address blocks make of an address; looked up by the longest prefix over `set` and `address`.
 /// The value is a class: all addresses that match the same blocks (and miss the same exceptions).
@@ -101,13 +141,19 @@ mod tests {
                 size_of::<Endpoint>(),
                 size_of::<Set>(),
                 size_of::<RuleKey>(),
-                size_of::<CidrKey>()
+                size_of::<CidrKey>(),
+                size_of::<Decision>()
             ],
-            [24, 32, 12, 20]
+            [64, 76, 12, 20, 8]
         );
         assert_eq!(
-            [offset_of!(Endpoint, identity), offset_of!(Endpoint, mac)],
-            [4, 16]
+            [
+                offset_of!(Endpoint, mac),
+                offset_of!(Endpoint, ingress),
+                offset_of!(Endpoint, egress_audit),
+                offset_of!(Set, flags)
+            ],
+            [8, 16, 52, 72]
         );
         assert_eq!(
             [offset_of!(RuleKey, port), offset_of!(RuleKey, shape)],

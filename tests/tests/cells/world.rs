@@ -9,7 +9,8 @@ use std::time::Duration;
 use anyhow::{Context, Result, ensure};
 use serde_json::{Value, json};
 use xebec_tests::ethtool::{self, Offload};
-use xebec_tests::place::{Place, Protocol, Server};
+pub use xebec_tests::place::cgroups;
+use xebec_tests::place::{Place, Protocol, Server, cgroup_of};
 use xebec_tests::{Cluster, eventually, shop, succeed};
 
 pub const MINUTE: Duration = Duration::from_secs(60);
@@ -339,7 +340,7 @@ impl World {
             let own = addresses.filter(|one| one["type"] == "InternalIP");
             let addresses = both(own.map(|one| parsed(&one["address"])));
             let addresses = addresses.with_context(|| format!("{name} lacks a family"))?;
-            let place = Place::new(name, Some(self.cluster.netns(name)), Some(cgroup(name)?));
+            let place = Place::new(name, Some(self.cluster.netns(name)), Some(cgroup_of(name)?));
             self.nodes
                 .insert(name.to_owned(), Node { addresses, place });
         }
@@ -359,7 +360,7 @@ impl World {
                 let name = endpoint["pod"].as_str().unwrap_or_default().to_owned();
                 found.insert(
                     name.clone(),
-                    Place::new(&name, Some(netns), Some(cgroup(node)?)),
+                    Place::new(&name, Some(netns), Some(cgroup_of(node)?)),
                 );
             }
         }
@@ -514,22 +515,6 @@ impl World {
         self.servers.clear();
         self.cluster.down()
     }
-}
-
-/// The cgroup of a node's pods, where its socket programs are.
-fn cgroup(node: &str) -> Result<PathBuf> {
-    Ok(cgroups()?.join("xebec").join(node))
-}
-
-/// Where cgroup v2 is mounted.
-pub fn cgroups() -> Result<PathBuf> {
-    let mounts = std::fs::read_to_string("/proc/self/mounts").context("could not read mounts")?;
-    let point = mounts.lines().find_map(|line| {
-        let mut words = line.split(' ').skip(1);
-        let (point, kind) = (words.next()?, words.next()?);
-        (kind == "cgroup2").then_some(point)
-    });
-    point.map(PathBuf::from).context("cgroup v2 is not mounted")
 }
 
 /// Fails unless exactly these have answered.

@@ -5,8 +5,8 @@ use std::sync::{Arc, PoisonError, RwLock, RwLockReadGuard};
 
 use hashbrown::HashMap;
 
-use crate::policy::compile::{Name, RuleId};
-use crate::policy::selector::Labels;
+use crate::rule::{Name, PolicyRef, RuleId};
+use crate::selector::Labels;
 
 /// Who has an address.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
@@ -70,7 +70,7 @@ impl Peer {
 struct Inner {
     peers: HashMap<IpAddr, Arc<Peer>>,
     rules: HashMap<u32, Arc<RuleId>>,
-    sets: HashMap<u32, Arc<Vec<Name>>>,
+    sets: HashMap<u32, Arc<Vec<Arc<PolicyRef>>>>,
 }
 
 /// The names; cheap to clone.
@@ -92,7 +92,7 @@ impl Now<'_> {
     }
 
     /// The policies behind a set.
-    pub fn policies(&self, set: u32) -> Option<&Arc<Vec<Name>>> {
+    pub fn policies(&self, set: u32) -> Option<&Arc<Vec<Arc<PolicyRef>>>> {
         self.0.sets.get(&set)
     }
 }
@@ -107,15 +107,18 @@ impl Names {
         Now(self.0.read().unwrap_or_else(PoisonError::into_inner))
     }
 
-    pub(crate) fn set(&self, address: IpAddr, peer: Peer) {
+    /// Tells who has an address.
+    pub fn set(&self, address: IpAddr, peer: Peer) {
         self.write(|inner| drop(inner.peers.insert(address, Arc::new(peer))));
     }
 
-    pub(crate) fn remove(&self, address: IpAddr) {
+    /// Nobody is known to have it any more.
+    pub fn remove(&self, address: IpAddr) {
         self.write(|inner| drop(inner.peers.remove(&address)));
     }
 
-    pub(crate) fn set_rule(&self, number: u32, rule: &RuleId) {
+    /// Tells where a rule stands.
+    pub fn set_rule(&self, number: u32, rule: &RuleId) {
         self.write(|inner| {
             inner
                 .rules
@@ -124,15 +127,18 @@ impl Names {
         });
     }
 
-    pub(crate) fn remove_rule(&self, number: u32) {
+    /// Forgets a rule.
+    pub fn remove_rule(&self, number: u32) {
         self.write(|inner| drop(inner.rules.remove(&number)));
     }
 
-    pub(crate) fn set_set(&self, number: u32, policies: &[Name]) {
-        self.write(|inner| drop(inner.sets.insert(number, Arc::new(policies.to_vec()))));
+    /// Tells which policies are behind a set.
+    pub fn set_set(&self, number: u32, policies: Vec<Arc<PolicyRef>>) {
+        self.write(|inner| drop(inner.sets.insert(number, Arc::new(policies))));
     }
 
-    pub(crate) fn remove_set(&self, number: u32) {
+    /// Forgets a set.
+    pub fn remove_set(&self, number: u32) {
         self.write(|inner| drop(inner.sets.remove(&number)));
     }
 }

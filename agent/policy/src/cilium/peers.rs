@@ -1,0 +1,172 @@
+//! Whom rules of Cilium are about.
+
+use std::net::IpAddr;
+use std::sync::Arc;
+
+use ipnet::IpNet;
+use serde_json::Value;
+use xebec_dataplane_common::policy::{
+    IDENTITY_HOST, IDENTITY_REMOTE_NODE, IDENTITY_UNMANAGED, IDENTITY_WORLD,
+};
+
+use super::labels;
+use crate::network_policy::cidr;
+use crate::object::{fields, list};
+use crate::rule::{Block, Direction, Peer, Place};
+
+/// What can't be enforced, and what to do.
+const UNKNOWN: [(&str, &str); 10] = [
+    ("toFQDNs", "names can't be enforced; use toCIDR"),
+    ("toServices", "Services can't be enforced; use toEndpoints"),
+    (
+        "toNodes",
+        "single nodes can't be told apart; use toEntities",
+    ),
+    (
+        "fromNodes",
+        "single nodes can't be told apart; use fromEntities",
+    ),
+    (
+        "toGroups",
+        "groups of providers can't be enforced; use toCIDRSet",
+    ),
+    (
+        "fromGroups",
+        "groups of providers can't be enforced; use fromCIDRSet",
+    ),
+    ("toRequires", "can't be enforced; use toEndpoints"),
+    ("fromRequires", "can't be enforced; use fromEndpoints"),
+    ("authentication", "can't be enforced; leave it out"),
+    ("log", "can't be done; leave it out"),
+];
+
+/// The peers of a rule; none where it names none, which is everybody.
+pub(super) fn read(
+    rule: &Value,
+    direction: Direction,
+    namespace: &str,
+) -> Result<Option<Vec<Peer>>, String> {
+    let side = match direction {
+        Direction::Ingress => "from",
+        Direction::Egress => "to",
+    };
+    let names = ["Endpoints", "Entities", "CIDR", "CIDRSet"].map(|name| format!("{side}{name}"));
+    for field in fields(rule) {
+        if let Some((_, why)) = UNKNOWN.iter().find(|(one, _)| *one == field) {
+            if field == "authentication" && rule[field]["mode"] == "disabled" {
+                continue;
+            }
+            return Err(format!(".{field}: {why}"));
+        }
+        if !names.iter().any(|one| *one == field) && !["toPorts", "icmps"].contains(&field) {
+            return Err(format!(".{field}: is not known here; leave it out"));
+        }
+    }
+    let mut lists = Vec::new();
+    for name in &names {
+        if let Some(all) = list(rule, name).map_err(|error| format!(".{error}"))? {
+            lists.push((name, all));
+        }
+    }
+    let mut filled = lists.iter().filter(|(_, all)| !all.is_empty());
+    if let (Some((one, _)), Some((other, _))) = (filled.next(), filled.next()) {
+        return Err(format!(
+            ": {one} and {other} can't be in one rule; make two rules of it"
+        ));
+    }
+    if lists.is_empty() {
+        return Ok(None);
+    }
+    // A list that is there and empty is nobody, whatever else there is.
+    if lists.iter().any(|(_, all)| all.is_empty()) {
+        return Ok(Some(Vec::new()));
+    }
+    let mut found = Vec::new();
+    for (name, all) in lists {
+        for (at, one) in all.iter().enumerate() {
+            let peers = match &name[side.len()..] {
+                "Endpoints" => labels::peers(one, namespace),
+                "Entities" => entity(one),
+                "CIDR" => block(one, &[]).map(|peer| vec![peer]),
+                _ => set(one).map(|peer| vec![peer]),
+            };
+            found.extend(peers.map_err(|error| format!(".{name}[{at}]: {error}"))?);
+        }
+    }
+    Ok(Some(found))
+}
+
+fn entity(value: &Value) -> Result<Vec<Peer>, String> {
+    let family = |all: &Value| block(all, &[]).map(|peer| vec![peer]);
+    Ok(match value.as_str().unwrap_or_default() {
+        "all" => vec![Peer::Anybody],
+        "cluster" => vec![
+            Peer::Pods(Arc::default()),
+            Peer::Identity(IDENTITY_HOST),
+            Peer::Identity(IDENTITY_REMOTE_NODE),
+            Peer::Identity(IDENTITY_UNMANAGED),
+            Peer::Place(Place::ApiServer),
+        ],
+        "host" => vec![Peer::Identity(IDENTITY_HOST)],
+        "remote-node" => vec![Peer::Identity(IDENTITY_REMOTE_NODE)],
+        "unmanaged" => vec![Peer::Identity(IDENTITY_UNMANAGED)],
+        "world" => vec![Peer::Identity(IDENTITY_WORLD)],
+        "world-ipv4" => return family(&"0.0.0.0/0".into()),
+        "world-ipv6" => return family(&"::/0".into()),
+        "kube-apiserver" => vec![Peer::Place(Place::ApiServer)],
+        // Parts of Cilium that are not here, and pods that nothing is known of, which may speak with nobody anyway.
+        "health" | "ingress" | "init" | "none" => Vec::new(),
+        _ => {
+            return Err(format!(
+                "{value} is no entity; use all, cluster, host, remote-node, kube-apiserver, unmanaged, world or none"
+            ));
+        }
+    })
+}
+
+/// Reads an address block, or a single address.
+pub(super) fn read_block(value: &Value) -> Result<IpNet, String> {
+    let text = value.as_str().unwrap_or_default();
+    match text.parse::<IpAddr>() {
+        Ok(address) => Ok(address.into()),
+        Err(_) => cidr(text),
+    }
+}
+
+fn block(value: &Value, except: &[IpNet]) -> Result<Peer, String> {
+    Ok(Peer::Block(Block {
+        cidr: read_block(value)?,
+        except: except.to_vec(),
+        outside: true,
+    }))
+}
+
+fn set(value: &Value) -> Result<Peer, String> {
+    const KNOWN: [&str; 4] = ["cidr", "cidrGroupRef", "cidrGroupSelector", "except"];
+    if let Some(field) = fields(value).find(|one| !KNOWN.contains(one)) {
+        return Err(format!("{field} is not known; leave it out"));
+    }
+    if !value["cidrGroupSelector"].is_null() {
+        return Err(
+            "cidrGroupSelector: groups can't be found by labels; use cidrGroupRef".to_owned(),
+        );
+    }
+    let holes = list(value, "except")?.into_iter().flatten();
+    let except: Vec<IpNet> = holes.map(read_block).collect::<Result<_, _>>()?;
+    match (&value["cidr"], &value["cidrGroupRef"]) {
+        (Value::Null, Value::String(name)) => Ok(Peer::Place(Place::Group {
+            name: name.as_str().into(),
+            except,
+        })),
+        (cidr, Value::Null) if !cidr.is_null() => {
+            let whole = read_block(cidr)?;
+            match except.iter().find(|one| !whole.contains(*one)) {
+                Some(stray) => Err(format!(
+                    "except {stray} is no part of {whole}; leave it out"
+                )),
+                None => block(cidr, &except),
+            }
+        }
+        _ => Err("has not one of cidr and cidrGroupRef; name one".to_owned()),
+    }
+}

@@ -1,0 +1,359 @@
+//! What a set holds: exact entries that the kernel finds by lookups, and the classes of addresses.
+
+use std::collections::BTreeMap;
+use std::net::IpAddr;
+
+use hashbrown::HashMap;
+use ipnet::IpNet;
+use xebec_dataplane_common::policy::{
+    ALLOW, DENY, Decision, IDENTITY_WORLD, NO_SHAPE, PASS, RuleKey, SET_DENIES, SET_FIRST,
+    SHAPE_CLASS, SHAPE_IDENTITY, SHAPE_PORT, SHAPE_PROTOCOL, SHAPES, Set, VERDICT_ACTION,
+    port_bits,
+};
+
+use crate::blocks::classes;
+use crate::kind::{Kind, Kinds};
+use crate::places::Places;
+use crate::rule::{Action, Direction, Peer, Ports, Rule};
+use crate::selectors::Selectors;
+
+/// A rule of a set.
+#[derive(Clone, Copy, Debug)]
+pub struct Part<'a> {
+    /// The rule.
+    pub rule: &'a Rule,
+    /// Its number.
+    pub number: u32,
+    /// 0 for the strongest.
+    pub rank: u32,
+}
+
+impl Part<'_> {
+    fn decision(&self) -> Decision {
+        let action = match self.rule.action {
+            Action::Allow => ALLOW,
+            Action::Deny => DENY,
+            Action::Pass => PASS,
+        };
+        Decision {
+            verdict: self.rank * (VERDICT_ACTION + 1) + action,
+            rule: self.number,
+        }
+    }
+}
+
+/// What is asked of a set.
+#[derive(Clone, Copy, Debug)]
+pub struct Question {
+    /// Address of the peer.
+    pub address: IpAddr,
+    /// Its identity.
+    pub identity: u32,
+    /// IP protocol number.
+    pub protocol: u8,
+    /// Port of the destination; of ICMP, type and code.
+    pub port: u16,
+}
+
+/// A set as the kernel has it.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct Content {
+    /// Entries (their `set` is 0).
+    pub rules: HashMap<RuleKey, Decision>,
+    /// Address blocks and their classes.
+    pub blocks: BTreeMap<IpNet, u32>,
+    /// How many entries are of a shape.
+    shapes: BTreeMap<u8, usize>,
+    flags: u32,
+}
+
+/// A part of what a rule's ports are: protocol (0 for any), port and how many of its bits count.
+pub(crate) type Piece = (u8, u16, u8);
+
+/// The pieces of a range of ports: each fixes some high bits.
+fn range(first: u16, last: u16) -> impl Iterator<Item = (u16, u8)> {
+    let (mut at, last) = (u32::from(first), u32::from(last));
+    std::iter::from_fn(move || {
+        if at > last {
+            return None;
+        }
+        let mut size = 0;
+        while size < 16 && at % (2 << size) == 0 && at + (2 << size) - 1 <= last {
+            size += 1;
+        }
+        let piece = (at as u16, 16 - size);
+        at += 1 << size;
+        Some(piece)
+    })
+}
+
+/// What a rule's ports are where the destination is of this kind, which resolves their names. A name that it does not
+/// have stands for nothing.
+pub(crate) fn pieces(ports: &[Ports], destination: Option<&Kind>) -> Vec<Piece> {
+    let mut found = Vec::new();
+    for one in ports {
+        match one {
+            Ports::All => found.push((0, 0, 0)),
+            Ports::Protocol(protocol) => found.push((*protocol, 0, 0)),
+            Ports::Range {
+                protocol,
+                first,
+                last,
+            } => found.extend(range(*first, *last).map(|(port, bits)| (*protocol, port, bits))),
+            Ports::Named { protocol, name } => {
+                let own = destination.iter().flat_map(|kind| &kind.ports);
+                let own = own.filter(|(called, over, _)| **called == **name && over == protocol);
+                found.extend(own.map(|(_, over, port)| (*over, *port, 16)));
+            }
+            // The type stands in the higher byte of what is a port elsewhere.
+            Ports::Icmp { protocol, kind } => found.push((*protocol, u16::from(*kind) << 8, 8)),
+        }
+    }
+    found
+}
+
+/// Whether a rule needs to know what pods it is about, though it is about everybody: they give ports their names.
+fn asks_everybody(rule: &Rule) -> bool {
+    rule.direction == Direction::Egress
+        && rule
+            .ports
+            .iter()
+            .any(|one| matches!(one, Ports::Named { .. }))
+}
+
+/// The selectors whose pods a rule has entries for.
+pub fn selectors(rule: &Rule) -> impl Iterator<Item = std::sync::Arc<crate::selector::Selector>> {
+    rule.peers.iter().filter_map(|peer| match peer {
+        Peer::Pods(selector) => Some(selector.clone()),
+        Peer::Anybody if asks_everybody(rule) => Some(Default::default()),
+        _ => None,
+    })
+}
+
+impl Content {
+    /// The entries of rules for a pod of this kind; `denies` where what none of them decides is denied.
+    pub fn new(
+        parts: &[Part<'_>],
+        own: &Kind,
+        denies: bool,
+        selectors: &Selectors,
+        kinds: &Kinds,
+        places: &Places,
+    ) -> Self {
+        let mut content = Self::default();
+        let mut blocks = Vec::new();
+        for (at, part) in parts.iter().enumerate() {
+            for peer in &part.rule.peers {
+                match peer {
+                    Peer::Anybody => {
+                        let named = (part.rule.direction == Direction::Ingress).then_some(own);
+                        content.add(0, 0, &pieces(&part.rule.ports, named), part);
+                    }
+                    Peer::Identity(identity) => {
+                        let named = (part.rule.direction == Direction::Ingress).then_some(own);
+                        let pieces = pieces(&part.rule.ports, named);
+                        content.add(*identity, SHAPE_IDENTITY, &pieces, part);
+                    }
+                    // Those for outsiders have entries of their own.
+                    Peer::Block(_) | Peer::Place(_) => {
+                        let all = places.blocks(peer, part.rule.action).into_iter();
+                        blocks.extend(all.map(|one| (2 * at + usize::from(one.outside), one)));
+                    }
+                    Peer::Pods(_) => {}
+                }
+            }
+            for selector in self::selectors(part.rule) {
+                for identity in selectors.matching(&selector) {
+                    if let Some(kind) = kinds.get(identity) {
+                        content.add_pod(identity, kind, own, part);
+                    }
+                }
+            }
+        }
+        let classes = classes(blocks.iter().map(|(owner, block)| (*owner, &**block)));
+        for (class, owners) in (1..).zip(&classes.members) {
+            for owner in owners {
+                let Some(part) = parts.get(owner / 2) else {
+                    continue;
+                };
+                let shape = match owner % 2 {
+                    0 => SHAPE_CLASS,
+                    _ => SHAPE_CLASS | SHAPE_IDENTITY,
+                };
+                let named = (part.rule.direction == Direction::Ingress).then_some(own);
+                content.add(class, shape, &pieces(&part.rule.ports, named), part);
+            }
+        }
+        content.blocks = classes.prefixes;
+        let verdict = parts.first().map(|part| part.decision().verdict);
+        let alike = parts
+            .iter()
+            .all(|part| Some(part.decision().verdict) == verdict);
+        content.flags = if denies { SET_DENIES } else { 0 } | if alike { SET_FIRST } else { 0 };
+        content
+    }
+
+    /// The entries that the rules have for one kind of pods, and no others.
+    pub fn of_pod(
+        parts: &[Part<'_>],
+        own: &Kind,
+        identity: u32,
+        kind: &Kind,
+        selectors: &Selectors,
+    ) -> Self {
+        let mut content = Self::default();
+        for part in parts {
+            if self::selectors(part.rule).any(|selector| selectors.has(&selector, identity)) {
+                content.add_pod(identity, kind, own, part);
+            }
+        }
+        content
+    }
+
+    fn add_pod(&mut self, identity: u32, kind: &Kind, own: &Kind, part: &Part<'_>) {
+        let destination = match part.rule.direction {
+            Direction::Ingress => own,
+            Direction::Egress => kind,
+        };
+        let pieces = pieces(&part.rule.ports, Some(destination));
+        self.add(identity, SHAPE_IDENTITY, &pieces, part);
+    }
+
+    /// Adds entries for one peer; of several rules, the strongest has it.
+    fn add(&mut self, peer: u32, shape: u8, pieces: &[Piece], part: &Part<'_>) {
+        let decision = part.decision();
+        for (protocol, port, bits) in pieces {
+            let key = RuleKey {
+                set: 0,
+                peer,
+                port: port_bits(port.to_be(), *bits),
+                protocol: *protocol,
+                shape: shape | bits | if *protocol == 0 { 0 } else { SHAPE_PROTOCOL },
+            };
+            self.insert(key, decision);
+        }
+    }
+
+    fn insert(&mut self, key: RuleKey, decision: Decision) {
+        match self.rules.entry(key) {
+            hashbrown::hash_map::Entry::Occupied(mut there) => {
+                if decision.verdict < there.get().verdict {
+                    there.insert(decision);
+                }
+            }
+            hashbrown::hash_map::Entry::Vacant(place) => {
+                place.insert(decision);
+                *self.shapes.entry(key.shape).or_default() += 1;
+            }
+        }
+    }
+
+    /// Takes entries in that a new kind of pods has.
+    pub fn absorb(&mut self, more: &Self) {
+        for (key, decision) in &more.rules {
+            self.insert(*key, *decision);
+        }
+    }
+
+    /// Gives entries up that a kind of pods had which is gone.
+    pub fn give_up(&mut self, less: &Self) {
+        for key in less.rules.keys() {
+            if self.rules.remove(key).is_some() {
+                if let Some(count) = self.shapes.get_mut(&key.shape) {
+                    *count -= 1;
+                }
+            }
+        }
+        self.shapes.retain(|_, count| *count > 0);
+    }
+
+    /// Whether a piece of a rule's ports is about what is asked.
+    pub(crate) fn fits((protocol, port, bits): Piece, asked: Question) -> bool {
+        (protocol == 0 || protocol == asked.protocol)
+            && port_bits(asked.port.to_be(), bits) == port_bits(port.to_be(), bits)
+    }
+
+    /// Whether what no entry decides is denied.
+    pub fn denies(&self) -> bool {
+        self.flags & SET_DENIES != 0
+    }
+
+    /// As the kernel is told of it.
+    pub fn set(&self) -> Set {
+        let mut shapes = [NO_SHAPE; SHAPES];
+        for (slot, shape) in shapes.iter_mut().zip(self.shapes.keys().rev()) {
+            *slot = *shape;
+        }
+        Set {
+            shapes,
+            flags: self.flags,
+        }
+    }
+
+    /// What the entries decide, looked up as the kernel does.
+    pub fn decide(&self, asked: Question) -> Option<Decision> {
+        let class = self
+            .blocks
+            .iter()
+            .filter(|(block, _)| block.contains(&asked.address))
+            .max_by_key(|(block, _)| block.prefix_len())
+            .map_or(0, |(_, class)| *class);
+        let found = self.shapes.keys().rev().filter_map(|shape| {
+            let peer = match shape & (SHAPE_IDENTITY | SHAPE_CLASS) {
+                0 => 0,
+                SHAPE_IDENTITY => asked.identity,
+                _ if class == 0 => return None,
+                SHAPE_CLASS => class,
+                _ if asked.identity == IDENTITY_WORLD => class,
+                _ => return None,
+            };
+            let protocol = if shape & SHAPE_PROTOCOL == 0 {
+                0
+            } else {
+                asked.protocol
+            };
+            self.rules.get(&RuleKey {
+                set: 0,
+                peer,
+                port: port_bits(asked.port.to_be(), shape & SHAPE_PORT),
+                protocol,
+                shape: *shape,
+            })
+        });
+        let mut found = found.copied();
+        if self.flags & SET_FIRST != 0 {
+            return found.next();
+        }
+        found.min_by_key(|decision| decision.verdict)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn ranges_are_covered_exactly_by_few_pieces() {
+        for (first, last) in [
+            (1, 65_535),
+            (80, 80),
+            (79, 8_081),
+            (1_024, 2_047),
+            (0, 65_535),
+        ] {
+            let pieces: Vec<_> = range(first, last).collect();
+            assert!(pieces.len() <= 30, "{first}-{last}: {pieces:?}");
+            for port in 0..=u16::MAX {
+                let within = pieces
+                    .iter()
+                    .filter(|(start, bits)| port_bits(port.to_be(), *bits) == start.to_be())
+                    .count();
+                assert_eq!(
+                    within,
+                    usize::from((first..=last).contains(&port)),
+                    "{port}"
+                );
+            }
+        }
+    }
+}

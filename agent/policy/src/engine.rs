@@ -1,0 +1,990 @@
+//! What the API says of pods, namespaces, nodes and policies, and what of it is in the kernel.
+
+use std::collections::{BTreeMap, BTreeSet};
+use std::net::IpAddr;
+use std::sync::Arc;
+
+use anyhow::{Context, Result};
+use bytemuck::Zeroable;
+use hashbrown::{HashMap, HashSet};
+use k8s_openapi::api::core::v1::Pod;
+use serde_json::Value;
+use tracing::warn;
+use xebec_dataplane_common::policy::{
+    Chain, Endpoint, IDENTITY_HELD, IDENTITY_HOST, IDENTITY_REMOTE_NODE, IDENTITY_UNMANAGED,
+};
+
+use crate::kernel::PolicyKernel;
+use crate::kind::{Kind, Kinds};
+use crate::names::{Names, Peer};
+use crate::object;
+use crate::places::{Group, Places};
+use crate::pod::{self, PodView, relevant};
+use crate::policies::{Policies, Row, Versions};
+use crate::read::{Said, read};
+use crate::rule::{Direction, Name, Policy, PolicyRef, Source, Tier};
+use crate::selector::Labels;
+use crate::selectors::Selectors;
+use crate::sets::{Full, SetKey, Sets, View};
+
+/// A pod, and its identity.
+#[derive(Debug)]
+pub(crate) struct PodRow {
+    pub(crate) view: PodView,
+    /// That of its kind, if it has one.
+    pub(crate) identity: Option<u32>,
+}
+
+/// A pod of this node that is connected.
+#[derive(Clone, Debug)]
+pub(crate) struct Connected {
+    pub(crate) pod: Name,
+    ifindex: u32,
+    mac: [u8; 6],
+    /// The identity under whose sets it is, once it is under any.
+    pub(crate) identity: Option<u32>,
+    /// Whether its drops are told alone.
+    pub(crate) audit: bool,
+    /// What the kernel has of it.
+    written: Option<Endpoint>,
+}
+
+/// The chains of both directions, by [`Direction::index`].
+pub(crate) type Chains = [Chain; 2];
+
+/// A kind that pods of this node have.
+#[derive(Debug, Default)]
+pub(crate) struct Local {
+    endpoints: BTreeSet<IpAddr>,
+    /// The policies that are for it.
+    pub(crate) policies: BTreeSet<u32>,
+    /// The sets that are in force, once there are any: without what is in audit mode, and with it.
+    pub(crate) chains: Option<[Chains; 2]>,
+}
+
+/// Who has an address.
+#[derive(Clone, Debug, PartialEq, Eq)]
+struct Owner {
+    /// No pod's name for a node's.
+    pod: Option<Name>,
+    identity: u32,
+}
+
+/// The tables, and the kernel behind them.
+pub struct Engine<K> {
+    kernel: K,
+    pub(crate) names: Names,
+    node_name: String,
+    pub(crate) pods: HashMap<Name, PodRow>,
+    pub(crate) namespaces: BTreeMap<String, Labels>,
+    pub(crate) nodes: BTreeMap<String, Vec<IpAddr>>,
+    pub(crate) kinds: Kinds,
+    pub(crate) selectors: Selectors,
+    pub(crate) places: Places,
+    pub(crate) policies: Policies,
+    /// What is wrong with objects.
+    errors: BTreeMap<Arc<PolicyRef>, Vec<String>>,
+    /// What did not fit.
+    pub(crate) full: BTreeMap<u32, Vec<Problem>>,
+    pub(crate) locals: BTreeMap<u32, Local>,
+    addresses: HashMap<IpAddr, Owner>,
+    pub(crate) endpoints: BTreeMap<IpAddr, Connected>,
+    pub(crate) sets: Sets,
+    generation: u32,
+    /// Whether the next refresh gives flows a new generation.
+    judge_anew: bool,
+    /// Kinds that are new, whose entries no set has.
+    fresh: BTreeSet<u32>,
+    /// Kinds whose last pod went.
+    gone: BTreeSet<u32>,
+    /// Kinds whose entries did not fit.
+    held: BTreeSet<u32>,
+    /// Addresses whose identity the kernel may not have.
+    moved: HashSet<IpAddr>,
+    /// Pods of this node that may be of another kind.
+    changed: BTreeSet<IpAddr>,
+    /// Kinds of this node whose sets may be others.
+    stale: BTreeSet<u32>,
+}
+
+/// What did not fit, and whom it is for.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Problem {
+    /// Namespaces and names of pods of this node that go on as before.
+    pub pods: Vec<Name>,
+    /// The policies of the set.
+    pub policies: Vec<Arc<PolicyRef>>,
+    /// What it was.
+    pub why: String,
+}
+
+impl<K: PolicyKernel> Engine<K> {
+    /// An engine that knows nothing yet. `generation` must differ from that of any agent before this one.
+    pub fn new(kernel: K, names: Names, node_name: &str, generation: u32) -> Self {
+        Self {
+            kernel,
+            names,
+            node_name: node_name.to_owned(),
+            pods: HashMap::new(),
+            namespaces: BTreeMap::new(),
+            nodes: BTreeMap::new(),
+            kinds: Kinds::default(),
+            selectors: Selectors::default(),
+            places: Places::default(),
+            policies: Policies::default(),
+            errors: BTreeMap::new(),
+            full: BTreeMap::new(),
+            locals: BTreeMap::new(),
+            addresses: HashMap::new(),
+            endpoints: BTreeMap::new(),
+            sets: Sets::default(),
+            generation,
+            judge_anew: false,
+            fresh: BTreeSet::new(),
+            gone: BTreeSet::new(),
+            held: BTreeSet::new(),
+            moved: HashSet::new(),
+            changed: BTreeSet::new(),
+            stale: BTreeSet::new(),
+        }
+    }
+
+    /// The same with another hash of kinds.
+    pub fn with_hash(mut self, hash: fn(&Kind) -> u32) -> Self {
+        self.kinds = Kinds::with_hash(hash);
+        self
+    }
+
+    /// Whether a pod is known.
+    pub fn knows(&self, pod: &Name) -> bool {
+        self.pods.contains_key(pod)
+    }
+
+    /// The `metadata.uid` of a pod.
+    pub fn uid(&self, pod: &Name) -> Option<String> {
+        self.pods.get(pod).and_then(|row| row.view.uid.clone())
+    }
+
+    /// Names of all pods that are known.
+    pub fn pod_names(&self) -> Vec<Name> {
+        self.pods.keys().cloned().collect()
+    }
+
+    /// Names of all namespaces and nodes that are known.
+    pub fn known(&self) -> (Vec<String>, Vec<String>) {
+        (
+            self.namespaces.keys().cloned().collect(),
+            self.nodes.keys().cloned().collect(),
+        )
+    }
+
+    /// All objects that are policies and are known, those of which nothing could be understood among them.
+    pub fn policy_ids(&self) -> Vec<Arc<PolicyRef>> {
+        let wrong = self.errors.keys();
+        let wrong = wrong.filter(|id| id.source != Source::CiliumCidrGroup);
+        let all: BTreeSet<_> = self.policies.ids().chain(wrong).collect();
+        all.into_iter().cloned().collect()
+    }
+
+    /// All objects of a kind that are known.
+    pub fn ids_of(&self, source: Source) -> BTreeSet<Arc<PolicyRef>> {
+        let known = self.policies.ids().chain(self.errors.keys());
+        let known = known.filter(|id| id.source == source).cloned();
+        let group = |name: &Arc<str>| PolicyRef {
+            source: Source::CiliumCidrGroup,
+            namespace: String::new(),
+            name: name.to_string(),
+        };
+        let groups = self.places.groups().map(|name| Arc::new(group(name)));
+        known
+            .chain(groups.filter(|_| source == Source::CiliumCidrGroup))
+            .collect()
+    }
+
+    /// Takes a Pod as the API has it now.
+    pub fn set_pod(&mut self, pod: &Pod) {
+        self.set_pod_view(pod::name(pod), pod::view(pod));
+    }
+
+    fn set_pod_view(&mut self, name: Name, view: PodView) {
+        if self.pods.get(&name).is_some_and(|row| row.view == view) {
+            return;
+        }
+        let before = self.pods.remove(&name);
+        let identity = view.kind.clone().map(|kind| self.begin(kind));
+        let of_before = before.as_ref().and_then(|row| row.identity);
+        if let Some(identity) = of_before {
+            self.end(identity);
+        }
+        let old = before.map(|row| row.view.addresses).unwrap_or_default();
+        for address in &view.addresses {
+            self.take_address(*address, &name, identity, &view);
+        }
+        for gone in old.iter().filter(|ip| !view.addresses.contains(ip)) {
+            self.drop_address(*gone, &name);
+        }
+        self.pods.insert(name.clone(), PodRow { view, identity });
+        self.look_again(&name);
+    }
+
+    /// Forgets a Pod.
+    pub fn remove_pod(&mut self, name: &Name) {
+        let Some(row) = self.pods.remove(name) else {
+            return;
+        };
+        for address in row.view.addresses {
+            self.drop_address(address, name);
+        }
+        if let Some(identity) = row.identity {
+            self.end(identity);
+        }
+    }
+
+    /// A pod of this kind has come.
+    fn begin(&mut self, kind: Kind) -> u32 {
+        let asked = self.policies.asked();
+        let kind = relevant(kind, |label| asked.contains(&label));
+        let (identity, new) = self.kinds.add(kind);
+        if new {
+            self.fresh.insert(identity);
+        }
+        identity
+    }
+
+    /// A pod of this kind has gone.
+    fn end(&mut self, identity: u32) {
+        if self.kinds.remove(identity) {
+            self.gone.insert(identity);
+        }
+    }
+
+    /// Has the endpoints of a pod looked at with the next refresh.
+    fn look_again(&mut self, pod: &Name) {
+        let own = self.endpoints.iter().filter(|(_, one)| one.pod == *pod);
+        let own: Vec<IpAddr> = own.map(|(address, _)| *address).collect();
+        self.changed.extend(own);
+    }
+
+    fn take_address(
+        &mut self,
+        address: IpAddr,
+        name: &Name,
+        identity: Option<u32>,
+        view: &PodView,
+    ) {
+        let Some(identity) = identity else {
+            return;
+        };
+        let labels = view.kind.as_ref().map(|kind| &kind.labels);
+        let (labels, none) = (labels, Labels::new());
+        let peer = Peer::pod(
+            name,
+            identity,
+            labels.unwrap_or(&none),
+            view.workload.as_ref(),
+        );
+        self.names.set(address, peer);
+        let owner = Owner {
+            pod: Some(name.clone()),
+            identity,
+        };
+        if self.addresses.insert(address, owner.clone()).as_ref() != Some(&owner) {
+            self.moved.insert(address);
+        }
+    }
+
+    fn drop_address(&mut self, address: IpAddr, owner: &Name) {
+        // It may be another's by now; a connected pod's is known until it is disconnected.
+        let own = self.addresses.get(&address);
+        let own = own.is_some_and(|of| of.pod.as_ref() == Some(owner));
+        let connected = self.endpoints.get(&address);
+        if !own || connected.is_some_and(|one| one.pod == *owner) {
+            return;
+        }
+        self.addresses.remove(&address);
+        self.names.remove(address);
+        self.moved.insert(address);
+    }
+
+    /// Takes a Namespace's labels; none removes it.
+    pub fn set_namespace(&mut self, name: &str, labels: Option<Labels>) {
+        let before = match &labels {
+            Some(labels) => self.namespaces.insert(name.to_owned(), labels.clone()),
+            None => self.namespaces.remove(name),
+        };
+        if before == labels {
+            return;
+        }
+        let wrong = self
+            .selectors
+            .relabelled(name, &self.kinds, &self.namespaces);
+        self.supersede(wrong);
+        let kinds: Vec<u32> = self.kinds.of_namespace(name).collect();
+        for identity in kinds {
+            let (Some(kind), Some(local)) =
+                (self.kinds.get(identity), self.locals.get_mut(&identity))
+            else {
+                continue;
+            };
+            let about = self.policies.about(kind, self.namespaces.get(name));
+            if local.policies != about {
+                local.policies = about;
+                self.stale.insert(identity);
+            }
+        }
+    }
+
+    /// Has other sets take the place of these.
+    fn supersede(&mut self, sets: HashSet<u32>) {
+        if sets.is_empty() {
+            return;
+        }
+        for (identity, local) in &self.locals {
+            let mut own = local.chains.iter().flatten().flatten().flatten();
+            if own.any(|set| sets.contains(set)) {
+                self.stale.insert(*identity);
+            }
+        }
+        self.sets.mark_wrong(sets);
+    }
+
+    /// Takes the addresses of the API server.
+    pub fn set_api_server(&mut self, addresses: BTreeSet<IpAddr>) {
+        let wrong = self.places.set_api_server(addresses);
+        self.supersede(wrong);
+    }
+
+    /// Takes a group of address blocks, and what is wrong with it; none removes it.
+    fn set_cidr_group(&mut self, id: &Arc<PolicyRef>, group: Option<Group>, errors: Vec<String>) {
+        self.set_errors(id, errors);
+        let wrong = self.places.set_group(&id.name, group);
+        self.supersede(wrong);
+    }
+
+    fn set_errors(&mut self, id: &Arc<PolicyRef>, errors: Vec<String>) {
+        if errors.is_empty() {
+            self.errors.remove(id);
+        } else {
+            self.errors.insert(id.clone(), errors);
+        }
+    }
+
+    /// Takes a Node's labels and addresses; no addresses remove it.
+    pub fn set_node(&mut self, name: &str, labels: Labels, addresses: Vec<IpAddr>) {
+        let wrong = self.places.set_node(name, labels, &addresses);
+        self.supersede(wrong);
+        let before = self
+            .nodes
+            .insert(name.to_owned(), addresses.clone())
+            .unwrap_or_default();
+        if addresses.is_empty() {
+            self.nodes.remove(name);
+        }
+        let identity = if name == self.node_name {
+            IDENTITY_HOST
+        } else {
+            IDENTITY_REMOTE_NODE
+        };
+        for gone in before.iter().filter(|ip| !addresses.contains(ip)) {
+            self.addresses.remove(gone);
+            self.names.remove(*gone);
+            self.moved.insert(*gone);
+        }
+        for address in addresses {
+            self.names.set(address, Peer::node(name, identity));
+            let owner = Owner {
+                pod: None,
+                identity,
+            };
+            if self.addresses.insert(address, owner.clone()).as_ref() != Some(&owner) {
+                self.moved.insert(address);
+            }
+        }
+    }
+
+    /// Takes an object of this kind as the API has it now.
+    pub fn set_object(&mut self, source: Source, object: &Value) -> Arc<PolicyRef> {
+        let id = Arc::new(object::id(source, object));
+        match read(source, object) {
+            (Said::Policies(policies), errors) => self.set_policy(&id, policies, errors),
+            (Said::Group(group), errors) => self.set_cidr_group(&id, Some(group), errors),
+        }
+        id
+    }
+
+    /// Forgets an object.
+    pub fn remove_object(&mut self, id: &Arc<PolicyRef>) {
+        match id.source {
+            Source::CiliumCidrGroup => self.set_cidr_group(id, None, Vec::new()),
+            _ => self.set_policy(id, Vec::new(), Vec::new()),
+        }
+    }
+
+    /// Takes what an object says, which may be several policies, and what is wrong with it; neither removes it.
+    pub fn set_policy(&mut self, id: &Arc<PolicyRef>, policies: Vec<Policy>, errors: Vec<String>) {
+        self.set_errors(id, errors);
+        let asked = self.policies.asked();
+        let Some(Versions { before, after }) = self.policies.set(id, policies, &self.names) else {
+            return;
+        };
+        // The new ones' first: what both use stays.
+        self.use_selectors(&after, true);
+        self.use_selectors(&before, false);
+        for (identity, local) in &mut self.locals {
+            let had = before
+                .iter()
+                .filter(|row| local.policies.remove(&row.number))
+                .count();
+            let Some(kind) = self.kinds.get(*identity) else {
+                continue;
+            };
+            let namespace = self.namespaces.get(&kind.namespace);
+            let has: Vec<u32> = after
+                .iter()
+                .filter(|row| row.policy.subject.selects(kind, namespace))
+                .map(|row| row.number)
+                .collect();
+            if had > 0 || !has.is_empty() {
+                self.stale.insert(*identity);
+            }
+            local.policies.extend(has);
+        }
+        if self.policies.asked() != asked {
+            self.look_at_all_kinds();
+        }
+    }
+
+    fn use_selectors(&mut self, rows: &[Arc<Row>], use_: bool) {
+        for rule in rows.iter().flat_map(|row| &row.policy.rules) {
+            for selector in crate::content::selectors(rule) {
+                if use_ {
+                    self.selectors.add(&selector, &self.kinds, &self.namespaces);
+                } else {
+                    self.selectors.remove(&selector);
+                }
+            }
+        }
+    }
+
+    /// Other labels matter now: pods may be of other kinds.
+    fn look_at_all_kinds(&mut self) {
+        for name in self.pod_names() {
+            let Some(row) = self.pods.get(&name) else {
+                continue;
+            };
+            let (Some(kind), Some(before)) = (row.view.kind.clone(), row.identity) else {
+                continue;
+            };
+            let view = row.view.clone();
+            let identity = self.begin(kind);
+            self.end(before);
+            if identity == before {
+                continue;
+            }
+            for address in view.addresses.clone() {
+                self.take_address(address, &name, Some(identity), &view);
+            }
+            if let Some(row) = self.pods.get_mut(&name) {
+                row.identity = Some(identity);
+            }
+            self.look_again(&name);
+        }
+    }
+
+    /// Puts a pod of this node under its policies. Nothing may be sent before this has succeeded; a pod that the
+    /// API does not know can send nothing until it does.
+    pub fn connect(
+        &mut self,
+        pod: &Name,
+        address: IpAddr,
+        ifindex: u32,
+        mac: [u8; 6],
+    ) -> Result<()> {
+        let before = self.endpoints.remove(&address);
+        self.leave(address, before.as_ref());
+        let connected = Connected {
+            pod: pod.clone(),
+            ifindex,
+            mac,
+            identity: None,
+            audit: false,
+            written: None,
+        };
+        self.endpoints.insert(address, connected);
+        if pod.1.is_empty() {
+            // A sandbox that is no pod of the cluster: nothing can select it.
+            return self.kernel.set_endpoint(
+                address,
+                Endpoint {
+                    ifindex,
+                    identity: IDENTITY_UNMANAGED,
+                    mac,
+                    ..Endpoint::zeroed()
+                },
+            );
+        }
+        if let Some(row) = self.pods.get(pod) {
+            let (identity, view) = (row.identity, row.view.clone());
+            self.take_address(address, pod, identity, &view);
+        }
+        self.changed.insert(address);
+        self.refresh()?;
+        let (known, connected) = (self.pods.contains_key(pod), self.endpoints.get(&address));
+        if known && connected.is_some_and(|one| one.identity.is_none()) {
+            anyhow::bail!(
+                "the rules for the pod {}/{} are not in the kernel: {}",
+                pod.0,
+                pod.1,
+                self.why_not(pod)
+            );
+        }
+        Ok(())
+    }
+
+    fn why_not(&self, pod: &Name) -> String {
+        let mut all = self.full.values().flatten();
+        let own = all.find(|one| one.pods.contains(pod));
+        own.map_or_else(|| "it has none".to_owned(), |one| one.why.clone())
+    }
+
+    /// Forgets a pod of this node.
+    pub fn disconnect(&mut self, address: IpAddr) -> Result<()> {
+        let Some(gone) = self.endpoints.remove(&address) else {
+            return Ok(());
+        };
+        self.kernel.remove_endpoint(address)?;
+        self.leave(address, Some(&gone));
+        let pod = self.pods.get(&gone.pod);
+        if !pod.is_some_and(|row| row.view.addresses.contains(&address)) {
+            self.drop_address(address, &gone.pod);
+        }
+        // What was allowed to or from the old pod says nothing of the next one with this address.
+        self.judge_anew = true;
+        self.refresh()
+    }
+
+    /// An endpoint is no longer of its kind.
+    fn leave(&mut self, address: IpAddr, endpoint: Option<&Connected>) {
+        let Some(identity) = endpoint.and_then(|one| one.identity) else {
+            return;
+        };
+        if let Some(local) = self.locals.get_mut(&identity) {
+            local.endpoints.remove(&address);
+            if local.endpoints.is_empty() {
+                self.drop_local(identity);
+            }
+        }
+        self.end(identity);
+    }
+
+    fn drop_local(&mut self, identity: u32) {
+        self.full.remove(&identity);
+        self.stale.remove(&identity);
+        if let Some(local) = self.locals.remove(&identity) {
+            for set in local.chains.iter().flatten().flatten().flatten() {
+                self.sets
+                    .release(&mut self.selectors, &mut self.places, *set);
+            }
+        }
+    }
+
+    /// Brings the kernel in step with all that changed. Where a set can't be written, the one before it stays, and
+    /// what did not fit is among the [`problems`](Self::problems).
+    pub fn refresh(&mut self) -> Result<()> {
+        self.meet();
+        let stale = std::mem::take(&mut self.stale);
+        let mut written: BTreeSet<IpAddr> = std::mem::take(&mut self.changed);
+        for address in &written {
+            self.join(*address);
+        }
+        let wanted: BTreeSet<u32> = self
+            .locals
+            .iter()
+            .filter(|(identity, local)| stale.contains(identity) || local.chains.is_none())
+            .map(|(identity, _)| *identity)
+            .collect();
+        let mut old = Vec::new();
+        for identity in wanted {
+            match self.choose(identity) {
+                Ok(before) => {
+                    self.full.remove(&identity);
+                    if let Some(before) = before {
+                        old.extend(before.as_flattened().as_flattened().iter().copied());
+                        if let Some(local) = self.locals.get(&identity) {
+                            written.extend(&local.endpoints);
+                        }
+                    }
+                }
+                Err(error) => {
+                    // It is tried again with the next change.
+                    self.stale.insert(identity);
+                    self.complain(identity, &error);
+                }
+            }
+        }
+        let mut outcome = self.write_addresses();
+        for address in written {
+            if let Err(error) = self.write_endpoint(address) {
+                self.changed.insert(address);
+                outcome = Err(error);
+            }
+        }
+        if self.judge_anew {
+            self.generation = self.generation.wrapping_add(1);
+            match self.kernel.set_generation(self.generation) {
+                Ok(()) => self.judge_anew = false,
+                Err(error) => outcome = Err(error),
+            }
+        }
+        for set in old {
+            self.sets
+                .release(&mut self.selectors, &mut self.places, set);
+        }
+        self.part();
+        outcome
+    }
+
+    /// Gives sets the entries of kinds that nobody has met yet.
+    fn meet(&mut self) {
+        for identity in std::mem::take(&mut self.fresh) {
+            let Some(kind) = self.kinds.get(identity).cloned() else {
+                continue;
+            };
+            let sets = self.selectors.begin(identity, &kind, &self.namespaces);
+            self.give_entries(identity, &kind, sets);
+        }
+        for identity in std::mem::take(&mut self.held) {
+            if let Some(kind) = self.kinds.get(identity).cloned() {
+                let sets = self.selectors.sets_of(identity, &kind);
+                self.give_entries(identity, &kind, sets);
+                let own = self.addresses.iter();
+                let own = own.filter(|(_, owner)| owner.identity == identity);
+                self.moved.extend(own.map(|(address, _)| *address));
+                if let Some(local) = self.locals.get(&identity) {
+                    self.changed.extend(&local.endpoints);
+                }
+            }
+        }
+    }
+
+    fn give_entries(&mut self, identity: u32, kind: &Kind, sets: HashSet<u32>) {
+        for set in sets {
+            let met = self
+                .sets
+                .meet(&mut self.kernel, &self.selectors, set, identity, kind);
+            if let Err(error) = met {
+                warn!(
+                    error = format!("{error:#}"),
+                    namespace = kind.namespace,
+                    "rules have no room for pods that are new: nobody under these rules may speak with them"
+                );
+                self.held.insert(identity);
+            }
+        }
+    }
+
+    /// Makes an endpoint one of its pod's kind, if that has changed; it stays under the old one's sets until it is
+    /// written.
+    fn join(&mut self, address: IpAddr) {
+        let Some(connected) = self.endpoints.get_mut(&address) else {
+            return;
+        };
+        // A pod that the API has forgotten keeps what it had until it is disconnected.
+        let Some(row) = self.pods.get(&connected.pod) else {
+            return;
+        };
+        connected.audit = row.view.audit;
+        let Some(identity) = row.identity else {
+            return;
+        };
+        if self.locals.contains_key(&identity) {
+            return;
+        }
+        let Some(kind) = self.kinds.get(identity) else {
+            return;
+        };
+        let namespace = self.namespaces.get(&kind.namespace);
+        let local = Local {
+            policies: self.policies.about(kind, namespace),
+            ..Local::default()
+        };
+        self.locals.insert(identity, local);
+    }
+
+    /// Writes the sets of a kind; those before, where they are others.
+    fn choose(&mut self, identity: u32) -> Result<Option<[Chains; 2]>> {
+        let (Some(kind), Some(local)) = (
+            self.kinds.get(identity).cloned(),
+            self.locals.get(&identity),
+        ) else {
+            return Ok(None);
+        };
+        let numbers = local.policies.clone();
+        let mut chains = [[Chain::default(); 2]; 2];
+        for audit in [false, true] {
+            for direction in Direction::ALL {
+                for tier in Tier::ALL {
+                    let policies = self.policies.chosen(&numbers, tier, direction, audit);
+                    let key = set_key(&policies, &kind, tier, direction);
+                    let view = View {
+                        kinds: &self.kinds,
+                        namespaces: &self.namespaces,
+                    };
+                    let set = self.sets.acquire(
+                        &mut self.kernel,
+                        &self.names,
+                        (&mut self.selectors, &mut self.places),
+                        view,
+                        (key, policies, &kind),
+                    );
+                    match set {
+                        Ok(set) => {
+                            chains[usize::from(audit)][direction.index()][tier as usize] = set;
+                        }
+                        Err(error) => {
+                            self.give_back(chains.as_flattened().as_flattened());
+                            return Err(error);
+                        }
+                    }
+                }
+            }
+        }
+        let Some(local) = self.locals.get_mut(&identity) else {
+            return Ok(None);
+        };
+        let before = local.chains.replace(chains);
+        if before == Some(chains) {
+            self.give_back(chains.as_flattened().as_flattened());
+            return Ok(None);
+        }
+        self.judge_anew = true;
+        Ok(Some(before.unwrap_or_default()))
+    }
+
+    fn give_back(&mut self, sets: &[u32]) {
+        for set in sets {
+            self.sets
+                .release(&mut self.selectors, &mut self.places, *set);
+        }
+    }
+
+    fn complain(&mut self, identity: u32, error: &anyhow::Error) {
+        let policies = self.locals.get(&identity).map(|local| {
+            let rows = local
+                .policies
+                .iter()
+                .filter_map(|at| self.policies.get(*at));
+            rows.map(|row| row.policy.id.clone()).collect()
+        });
+        let pods = self
+            .endpoints
+            .values()
+            .filter(|one| {
+                let row = self.pods.get(&one.pod);
+                row.is_some_and(|row| row.identity == Some(identity))
+            })
+            .map(|one| one.pod.clone())
+            .collect::<BTreeSet<Name>>();
+        let mut policies: Vec<Arc<PolicyRef>> = policies.unwrap_or_default();
+        // The one whose rule has most is named, if there is one.
+        if let Some(Full {
+            most: Some((rule, _)),
+            ..
+        }) = error.downcast_ref()
+        {
+            policies = vec![rule.policy.clone()];
+        }
+        let problem = Problem {
+            pods: pods.into_iter().collect(),
+            policies,
+            why: format!("{error:#}"),
+        };
+        let all = vec![problem];
+        if self.full.get(&identity) != Some(&all) {
+            warn!(
+                why = all[0].why,
+                pods = all[0].pods.len(),
+                "policies could not be put into force; the rules before them stay"
+            );
+            self.full.insert(identity, all);
+        }
+    }
+
+    fn write_addresses(&mut self) -> Result<()> {
+        let mut outcome = Ok(());
+        for address in std::mem::take(&mut self.moved) {
+            let written = match self.addresses.get(&address) {
+                Some(owner) if self.held.contains(&owner.identity) => {
+                    self.kernel.set_identity(address, IDENTITY_HELD)
+                }
+                Some(owner) => self.kernel.set_identity(address, owner.identity),
+                None => self.kernel.remove_identity(address),
+            };
+            // Where there are no rules, who somebody is makes no difference.
+            self.judge_anew |= self.sets.used().sets > 0;
+            if let Err(error) = written {
+                self.moved.insert(address);
+                outcome = Err(error);
+            }
+        }
+        outcome
+    }
+
+    /// Tells the kernel what a pod of this node is, if its sets are there.
+    fn write_endpoint(&mut self, address: IpAddr) -> Result<()> {
+        let Some(connected) = self.endpoints.get(&address) else {
+            return Ok(());
+        };
+        let Some(identity) = self.pods.get(&connected.pod).and_then(|row| row.identity) else {
+            return Ok(());
+        };
+        let Some([enforced, whole]) = self.locals.get(&identity).and_then(|local| local.chains)
+        else {
+            return Ok(());
+        };
+        let none = Chains::default();
+        let (enforced, audited) = match connected.audit {
+            true => (none, whole),
+            false if enforced == whole => (enforced, none),
+            false => (enforced, whole),
+        };
+        let endpoint = Endpoint {
+            ifindex: connected.ifindex,
+            identity: if self.held.contains(&identity) {
+                IDENTITY_HELD
+            } else {
+                identity
+            },
+            mac: connected.mac,
+            pad: 0,
+            ingress: enforced[0],
+            egress: enforced[1],
+            ingress_audit: audited[0],
+            egress_audit: audited[1],
+        };
+        if connected.written != Some(endpoint) {
+            self.kernel.set_endpoint(address, endpoint)?;
+            self.judge_anew = true;
+        }
+        let before = connected.identity;
+        if let Some(connected) = self.endpoints.get_mut(&address) {
+            connected.written = Some(endpoint);
+        }
+        if before == Some(identity) {
+            return Ok(());
+        }
+        // The kind stays as long as it has endpoints, whether the API still has pods of it or not.
+        if let Some(kind) = self.kinds.get(identity).cloned() {
+            self.kinds.add((*kind).clone());
+        }
+        let old = self.endpoints.get_mut(&address).map(|connected| {
+            let old = connected.clone();
+            connected.identity = Some(identity);
+            old
+        });
+        self.leave(address, old.as_ref());
+        if let Some(local) = self.locals.get_mut(&identity) {
+            local.endpoints.insert(address);
+        }
+        Ok(())
+    }
+
+    /// Takes the entries of kinds that have no pods any more from the sets.
+    fn part(&mut self) {
+        for identity in std::mem::take(&mut self.gone) {
+            if self.kinds.pods(identity) > 0 {
+                continue;
+            }
+            let Some(kind) = self.kinds.get(identity).cloned() else {
+                continue;
+            };
+            // One that nobody has connected to leaves no sets.
+            if self
+                .locals
+                .get(&identity)
+                .is_some_and(|local| local.endpoints.is_empty())
+            {
+                self.drop_local(identity);
+            }
+            let mut left = false;
+            for set in self.selectors.sets_of(identity, &kind) {
+                let parted =
+                    self.sets
+                        .part(&mut self.kernel, &self.selectors, set, identity, &kind);
+                if let Err(error) = parted {
+                    warn!(
+                        error = format!("{error:#}"),
+                        "entries of pods that are gone stay in a set"
+                    );
+                    left = true;
+                }
+            }
+            if left {
+                self.gone.insert(identity);
+                continue;
+            }
+            self.selectors.end(identity, &kind);
+            self.kinds.forget(identity);
+            self.held.remove(&identity);
+            self.fresh.remove(&identity);
+        }
+    }
+
+    /// Whether sets wait for [`sweep`](Self::sweep).
+    pub fn retired(&self) -> Vec<u32> {
+        self.sets.retired()
+    }
+
+    /// Removes sets from the kernel that were retired before all programs that may have known them have ended.
+    pub fn sweep(&mut self, sets: &[u32]) -> Result<()> {
+        self.sets
+            .sweep(&mut self.kernel, &self.names, sets)
+            .context("sets of rules stay in the kernel, unused")?;
+        // What had no room may have it now.
+        if self.full.is_empty() && self.held.is_empty() {
+            return Ok(());
+        }
+        self.refresh()
+    }
+
+    /// What did not fit.
+    pub fn problems(&self) -> impl Iterator<Item = &Problem> {
+        self.full.values().flatten()
+    }
+
+    /// What is wrong with objects.
+    pub fn errors(&self) -> &BTreeMap<Arc<PolicyRef>, Vec<String>> {
+        &self.errors
+    }
+
+    /// As [`refresh`](Self::refresh), with failures told in the log alone.
+    pub fn refresh_or_warn(&mut self) {
+        if let Err(error) = self.refresh() {
+            warn!(
+                error = format!("{error:#}"),
+                "the dataplane could not take a change; it is tried again with the next"
+            );
+        }
+    }
+}
+
+/// What makes the set of these policies, for pods of this kind, the one that it is.
+pub(crate) fn set_key(
+    policies: &[Arc<Row>],
+    own: &Kind,
+    tier: Tier,
+    direction: Direction,
+) -> SetKey {
+    let ports =
+        direction == Direction::Ingress && policies.iter().any(|row| row.asks_for_own_ports());
+    SetKey {
+        direction,
+        tier,
+        policies: policies.iter().map(|row| row.number).collect(),
+        ports: if ports {
+            own.ports.clone()
+        } else {
+            BTreeSet::new()
+        },
+    }
+}

@@ -1,0 +1,92 @@
+//! What of a Pod policy looks at.
+
+use std::net::IpAddr;
+
+use k8s_openapi::api::core::v1::Pod;
+
+use crate::kind::{Kind, OWN_LABELS};
+use crate::network_policy::protocol;
+use crate::object::AUDIT;
+use crate::rule::Name;
+
+/// What of a Pod is needed.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct PodView {
+    /// Its kind, with all of its labels; none for a pod of the host's network, and for one that has ended.
+    pub kind: Option<Kind>,
+    /// Its addresses.
+    pub addresses: Vec<IpAddr>,
+    /// Kind and name of its controller.
+    pub workload: Option<(String, String)>,
+    /// Whether what its policies would drop is told alone.
+    pub audit: bool,
+    /// The node that it runs on.
+    pub node: String,
+    /// Its `metadata.uid`.
+    pub uid: Option<String>,
+}
+
+/// Its namespace and name.
+pub fn name(pod: &Pod) -> Name {
+    (
+        pod.metadata.namespace.clone().unwrap_or_default(),
+        pod.metadata.name.clone().unwrap_or_default(),
+    )
+}
+
+/// Looks at a Pod.
+pub fn view(pod: &Pod) -> PodView {
+    let (spec, status) = (pod.spec.as_ref(), pod.status.as_ref());
+    let host_network = spec.and_then(|spec| spec.host_network).unwrap_or(false);
+    let finished = status
+        .and_then(|status| status.phase.as_deref())
+        .is_some_and(|phase| phase == "Succeeded" || phase == "Failed");
+    let containers = spec.into_iter().flat_map(|spec| {
+        // Sidecars' ports count as well; those of other init containers are nobody's once the pod serves.
+        let before = spec.init_containers.iter().flatten();
+        let sidecars = before.filter(|one| one.restart_policy.as_deref() == Some("Always"));
+        spec.containers.iter().chain(sidecars)
+    });
+    let ports = containers
+        .flat_map(|container| container.ports.iter().flatten())
+        .filter_map(|port| {
+            let number = u16::try_from(port.container_port).ok()?;
+            let protocol = protocol(port.protocol.as_deref()).ok()?;
+            Some((port.name.clone()?, protocol, number))
+        });
+    let addresses = status
+        .into_iter()
+        .flat_map(|status| status.pod_ips.iter().flatten())
+        .filter_map(|ip| ip.ip.parse().ok());
+    let owners = pod.metadata.owner_references.iter().flatten();
+    let mut owners = owners.filter(|owner| owner.controller == Some(true));
+    // A pod of the host's network is the node; the address of a finished pod may be another's by now.
+    let own = !host_network && !finished;
+    let annotations = pod.metadata.annotations.as_ref();
+    PodView {
+        kind: own.then(|| Kind {
+            namespace: pod.metadata.namespace.clone().unwrap_or_default(),
+            service_account: spec
+                .and_then(|spec| spec.service_account_name.clone())
+                .unwrap_or_default(),
+            labels: pod.metadata.labels.clone().unwrap_or_default(),
+            ports: ports.collect(),
+        }),
+        addresses: if own { addresses.collect() } else { Vec::new() },
+        workload: owners
+            .next()
+            .map(|owner| (owner.kind.clone(), owner.name.clone())),
+        audit: annotations.is_some_and(|all| all.get(AUDIT).is_some_and(|value| value == "true")),
+        node: spec
+            .and_then(|spec| spec.node_name.clone())
+            .unwrap_or_default(),
+        uid: pod.metadata.uid.clone(),
+    }
+}
+
+/// A kind without the labels that tell pods of a controller apart, but for those that policies ask for.
+pub fn relevant(mut kind: Kind, asked: impl Fn(&str) -> bool) -> Kind {
+    kind.labels
+        .retain(|key, _| !OWN_LABELS.contains(&key.as_str()) || asked(key));
+    kind
+}

@@ -1,0 +1,218 @@
+//! The policies that there are, in their present versions.
+
+use std::collections::{BTreeMap, BTreeSet};
+use std::sync::Arc;
+
+use hashbrown::HashMap;
+
+use crate::kind::{Kind, OWN_LABELS};
+use crate::names::Names;
+use crate::rule::{Direction, Policy, PolicyRef, Ports, RuleId, Tier};
+use crate::selector::Labels;
+
+/// A version of a policy.
+#[derive(Debug)]
+pub struct Row {
+    /// Number of the version; another version has another one.
+    pub number: u32,
+    /// What it says.
+    pub policy: Policy,
+    /// Numbers of its rules.
+    pub rules: Vec<u32>,
+}
+
+impl Row {
+    /// Whether what it lets in depends on what its pods call their ports.
+    pub fn asks_for_own_ports(&self) -> bool {
+        let mut rules = self.policy.rules.iter();
+        rules.any(|rule| {
+            rule.direction == Direction::Ingress
+                && rule
+                    .ports
+                    .iter()
+                    .any(|one| matches!(one, Ports::Named { .. }))
+        })
+    }
+}
+
+/// What an object said, and what it says now.
+#[derive(Debug)]
+pub struct Versions {
+    /// The versions before.
+    pub before: Vec<Arc<Row>>,
+    /// The versions after.
+    pub after: Vec<Arc<Row>>,
+}
+
+/// All of them.
+#[derive(Debug, Default)]
+pub struct Policies {
+    rows: BTreeMap<u32, Arc<Row>>,
+    by_id: BTreeMap<Arc<PolicyRef>, Vec<u32>>,
+    by_namespace: HashMap<String, BTreeSet<u32>>,
+    /// Those whose pods may be of any namespace.
+    wide: BTreeSet<u32>,
+    /// Numbers of rules, as long as their policy is there.
+    rules: BTreeMap<RuleId, u32>,
+    next: u32,
+    next_rule: u32,
+    /// How often each of [`OWN_LABELS`] is asked for.
+    asked: [usize; OWN_LABELS.len()],
+}
+
+impl Policies {
+    /// Takes what an object says now, which may be several policies; none if it is gone. Nothing where it says
+    /// what it said.
+    pub fn set(
+        &mut self,
+        id: &Arc<PolicyRef>,
+        policies: Vec<Policy>,
+        names: &Names,
+    ) -> Option<Versions> {
+        let before: Vec<Arc<Row>> = self.of(id).cloned().collect();
+        if before.iter().map(|row| &row.policy).eq(&policies) {
+            return None;
+        }
+        for row in &before {
+            self.rows.remove(&row.number);
+            self.wide.remove(&row.number);
+            if let Some(namespace) = row.policy.subject.namespace() {
+                if let Some(all) = self.by_namespace.get_mut(namespace) {
+                    all.remove(&row.number);
+                    if all.is_empty() {
+                        self.by_namespace.remove(namespace);
+                    }
+                }
+            }
+            self.ask(&row.policy, |count| *count -= 1);
+        }
+        self.by_id.remove(id);
+        let after: Vec<Arc<Row>> = policies
+            .into_iter()
+            .map(|policy| self.add(policy, names))
+            .collect();
+        if after.is_empty() {
+            self.rules.retain(|rule, number| {
+                let there = rule.policy != *id;
+                if !there {
+                    names.remove_rule(*number);
+                }
+                there
+            });
+        } else {
+            let numbers = after.iter().map(|row| row.number).collect();
+            self.by_id.insert(id.clone(), numbers);
+        }
+        Some(Versions { before, after })
+    }
+
+    fn add(&mut self, policy: Policy, names: &Names) -> Arc<Row> {
+        let mut rules = Vec::new();
+        for rule in &policy.rules {
+            let id = policy.rule_id(rule);
+            let number = match self.rules.get(&id) {
+                Some(number) => *number,
+                None => {
+                    self.next_rule = self.next_rule.wrapping_add(1).max(1);
+                    names.set_rule(self.next_rule, &id);
+                    self.rules.insert(id, self.next_rule);
+                    self.next_rule
+                }
+            };
+            rules.push(number);
+        }
+        self.ask(&policy, |count| *count += 1);
+        self.next += 1;
+        let number = self.next;
+        match policy.subject.namespace() {
+            Some(namespace) => {
+                let all = self.by_namespace.entry(namespace.to_owned()).or_default();
+                all.insert(number);
+            }
+            None => drop(self.wide.insert(number)),
+        }
+        let row = Arc::new(Row {
+            number,
+            policy,
+            rules,
+        });
+        self.rows.insert(number, row.clone());
+        row
+    }
+
+    fn ask(&mut self, policy: &Policy, change: impl Fn(&mut usize)) {
+        let peers = policy.rules.iter().flat_map(crate::content::selectors);
+        for selector in peers.chain([policy.subject.clone()]) {
+            for label in selector.labels() {
+                if let Some(at) = OWN_LABELS.iter().position(|own| *own == label) {
+                    change(&mut self.asked[at]);
+                }
+            }
+        }
+    }
+
+    /// The labels out of [`OWN_LABELS`] that a policy asks for.
+    pub fn asked(&self) -> Vec<&'static str> {
+        let all = OWN_LABELS.iter().zip(self.asked);
+        all.filter(|(_, uses)| *uses > 0)
+            .map(|(label, _)| *label)
+            .collect()
+    }
+
+    /// The present versions of an object's policies.
+    pub fn of(&self, id: &PolicyRef) -> impl Iterator<Item = &Arc<Row>> {
+        let numbers = self.by_id.get(id).into_iter().flatten();
+        numbers.filter_map(|number| self.rows.get(number))
+    }
+
+    /// One version.
+    pub fn get(&self, number: u32) -> Option<&Arc<Row>> {
+        self.rows.get(&number)
+    }
+
+    /// All objects.
+    pub fn ids(&self) -> impl Iterator<Item = &Arc<PolicyRef>> {
+        self.by_id.keys()
+    }
+
+    /// The numbers of those that are for pods of this kind.
+    pub fn about(&self, kind: &Kind, namespace: Option<&Labels>) -> BTreeSet<u32> {
+        let near = self.by_namespace.get(&kind.namespace);
+        near.into_iter()
+            .flatten()
+            .chain(&self.wide)
+            .filter(|number| {
+                let row = self.rows.get(number);
+                row.is_some_and(|row| row.policy.subject.selects(kind, namespace))
+            })
+            .copied()
+            .collect()
+    }
+
+    /// Of these, the ones that have a say in a tier and direction, in the order in which they are asked.
+    pub fn chosen(
+        &self,
+        numbers: &BTreeSet<u32>,
+        tier: Tier,
+        direction: Direction,
+        audit: bool,
+    ) -> Vec<Arc<Row>> {
+        let mut rows: Vec<Arc<Row>> = numbers
+            .iter()
+            .filter_map(|number| self.rows.get(number))
+            .filter(|row| {
+                row.policy.tier == tier
+                    && row.policy.judges(direction)
+                    && (audit || !row.policy.audit)
+            })
+            .cloned()
+            .collect();
+        // Of one priority, the API leaves open who comes first: here it is by name.
+        let place = |row: &Row| {
+            let id = row.policy.id.clone();
+            (row.policy.priority, id.name.clone(), id, row.number)
+        };
+        rows.sort_by_cached_key(|row| place(row));
+        rows
+    }
+}

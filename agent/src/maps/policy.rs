@@ -1,0 +1,146 @@
+//! Endpoints, identities and compiled policy.
+
+use std::net::IpAddr;
+
+use anyhow::{Context, Result, bail};
+use aya::maps::lpm_trie::{Key, LpmTrie};
+use aya::maps::{Array, HashMap, Map, MapData, MapError};
+use bytemuck::{bytes_of, must_cast, must_cast_slice};
+use ipnet::IpNet;
+use xebec_dataplane_common::ip::Ip;
+use xebec_dataplane_common::policy::{CidrKey, Decision, Endpoint, RuleKey, Set};
+use xebec_policy::kernel::{PolicyKernel, Room};
+
+use super::table::Table;
+use super::{gone, key, take};
+
+/// The maps that pods are judged by.
+pub struct PolicyMaps {
+    endpoints: HashMap<MapData, [u8; 16], [u8; size_of::<Endpoint>()]>,
+    identities: HashMap<MapData, [u8; 16], u32>,
+    sets: Table,
+    rules: Table,
+    blocks: LpmTrie<MapData, [u8; size_of::<CidrKey>()], u32>,
+    generation: Array<MapData, u32>,
+    room: Room,
+}
+
+fn table(ebpf: &mut aya::Ebpf, name: &str) -> Result<Table> {
+    match ebpf.take_map(name) {
+        Some(Map::HashMap(map)) => {
+            Table::of(&map).with_context(|| format!("could not open the eBPF map {name}"))
+        }
+        _ => bail!("the eBPF object has no hash map {name}"),
+    }
+}
+
+fn block_key(set: u32, block: IpNet) -> Key<[u8; size_of::<CidrKey>()]> {
+    let address = Ip::from(block.network());
+    let bits = 32 + address.prefix_bits(block.prefix_len());
+    Key::new(bits, must_cast(CidrKey { set, address }))
+}
+
+impl PolicyMaps {
+    pub(crate) fn new(ebpf: &mut aya::Ebpf) -> Result<Self> {
+        let (sets, rules) = (table(ebpf, "SETS")?, table(ebpf, "RULES")?);
+        let blocks = ebpf.take_map("CIDRS");
+        let blocks = blocks.context("the eBPF object has no map CIDRS")?;
+        let Map::LpmTrie(data) = &blocks else {
+            bail!("the eBPF map CIDRS is of another kind");
+        };
+        let info = data.info().context("could not ask for a map's size")?;
+        let room = Room {
+            rules: rules.capacity() as usize,
+            blocks: info.max_entries() as usize,
+            sets: sets.capacity() as usize,
+        };
+        Ok(Self {
+            endpoints: take(ebpf, "ENDPOINTS")?,
+            identities: take(ebpf, "IDENTITIES")?,
+            sets,
+            rules,
+            blocks: LpmTrie::try_from(blocks).context("the eBPF map CIDRS has other entries")?,
+            generation: take(ebpf, "GENERATION")?,
+            room,
+        })
+    }
+
+    /// What a pod of this node is to the programs.
+    pub fn endpoint(&self, address: IpAddr) -> Result<Option<Endpoint>> {
+        match self.endpoints.get(&key(address), 0) {
+            Ok(bytes) => Ok(Some(must_cast(bytes))),
+            Err(MapError::KeyNotFound) => Ok(None),
+            Err(error) => Err(error).context("could not read the map of endpoints"),
+        }
+    }
+}
+
+impl PolicyKernel for PolicyMaps {
+    fn room(&self) -> Room {
+        self.room
+    }
+
+    fn set_endpoint(&mut self, address: IpAddr, endpoint: Endpoint) -> Result<()> {
+        let value: [u8; size_of::<Endpoint>()] = must_cast(endpoint);
+        self.endpoints
+            .insert(key(address), value, 0)
+            .context("the map of endpoints is full")
+    }
+
+    fn remove_endpoint(&mut self, address: IpAddr) -> Result<()> {
+        gone(self.endpoints.remove(&key(address)), "an endpoint")
+    }
+
+    fn set_identity(&mut self, address: IpAddr, identity: u32) -> Result<()> {
+        self.identities
+            .insert(key(address), identity, 0)
+            .context("the map of identities is full")
+    }
+
+    fn remove_identity(&mut self, address: IpAddr) -> Result<()> {
+        gone(self.identities.remove(&key(address)), "an identity")
+    }
+
+    fn set_rules(&mut self, rules: &[(RuleKey, Decision)]) -> Result<()> {
+        let (keys, values): (Vec<RuleKey>, Vec<Decision>) = rules.iter().copied().unzip();
+        self.rules
+            .update(must_cast_slice(&keys), must_cast_slice(&values))
+            .context("the map of rules is full")
+    }
+
+    fn remove_rules(&mut self, rules: &[RuleKey]) -> Result<()> {
+        self.rules
+            .remove_all(must_cast_slice(rules))
+            .context("could not remove rules")
+    }
+
+    fn set_block(&mut self, set: u32, block: IpNet, class: u32) -> Result<()> {
+        self.blocks
+            .insert(&block_key(set, block), class, 0)
+            .context("the map of address blocks is full")
+    }
+
+    fn remove_block(&mut self, set: u32, block: IpNet) -> Result<()> {
+        gone(
+            self.blocks.remove(&block_key(set, block)),
+            "an address block",
+        )
+    }
+
+    fn set_set(&mut self, set: u32, value: Set) -> Result<()> {
+        self.sets
+            .update(bytes_of(&set), bytes_of(&value))
+            .context("the map of sets is full")
+    }
+
+    fn remove_set(&mut self, set: u32) -> Result<()> {
+        let removed = self.sets.remove(bytes_of(&set));
+        removed.map(drop).context("could not remove a set")
+    }
+
+    fn set_generation(&mut self, generation: u32) -> Result<()> {
+        self.generation
+            .set(0, generation, 0)
+            .context("could not write the generation of the rules")
+    }
+}
