@@ -1,6 +1,7 @@
 //! The maps of the dataplane.
 
-use aya_ebpf::macros::map;
+use aya_ebpf::btf_maps::{ArrayOfMaps, HashMap as Inner};
+use aya_ebpf::macros::{btf_map, map};
 use aya_ebpf::maps::{Array, HashMap, LpmTrie, LruHashMap, LruPerCpuHashMap, PerCpuArray, RingBuf};
 use xebec_dataplane_common::flow::Counters;
 use xebec_dataplane_common::ip::Ip;
@@ -60,17 +61,27 @@ pub static SCOPE: Array<Scope> = Array::with_max_entries(1, 0);
 #[map]
 pub static ENDPOINTS: HashMap<Ip, Endpoint> = HashMap::with_max_entries(4_096, NO_PREALLOC);
 
+/// A hash map that the agent replaces with a larger one when it is full; it stands in the only place of a map of maps.
+/// The size here is the pattern's alone.
+pub type Growing<K, V> = ArrayOfMaps<Inner<K, V, 1, { NO_PREALLOC as usize }>, 1>;
+
 /// Identities of all pods and nodes, by address.
-#[map]
-pub static IDENTITIES: HashMap<Ip, u32> = HashMap::with_max_entries(524_288, NO_PREALLOC);
+#[btf_map]
+pub static IDENTITIES: Growing<Ip, u32> = Growing::new();
 
 /// Compiled sets of rules.
-#[map]
-pub static SETS: HashMap<u32, Set> = HashMap::with_max_entries(16_384, NO_PREALLOC);
+#[btf_map]
+pub static SETS: Growing<u32, Set> = Growing::new();
 
 /// The entries of all sets.
-#[map]
-pub static RULES: HashMap<RuleKey, Decision> = HashMap::with_max_entries(524_288, NO_PREALLOC);
+#[btf_map]
+pub static RULES: Growing<RuleKey, Decision> = Growing::new();
+
+/// Where the value of a key is.
+#[inline(always)]
+pub fn look_up<K, V>(map: &Growing<K, V>, key: &K) -> Option<*const V> {
+    map.get_value_ptr_mut(0, key).map(<*mut V>::cast_const)
+}
 
 /// Address blocks of all sets; the value is the class.
 #[map]

@@ -13,7 +13,7 @@ use xebec_dataplane_common::policy::{
 };
 use xebec_dataplane_common::{ICMP, ICMP6};
 
-use crate::maps::{CIDRS, IDENTITIES, RULES, SETS};
+use crate::maps::{CIDRS, IDENTITIES, RULES, SETS, look_up};
 use crate::packet::Packet;
 use crate::scratch::{Scratch, scratch, settle};
 
@@ -45,9 +45,9 @@ pub struct Question {
 /// The identity of an address.
 #[inline(always)]
 pub fn identity(address: &Ip) -> u32 {
-    // SAFETY: the value is copied at once.
-    match unsafe { IDENTITIES.get(address) } {
-        Some(identity) => *identity,
+    match look_up(&IDENTITIES, address) {
+        // SAFETY: the value is copied at once.
+        Some(identity) => unsafe { *identity },
         None => IDENTITY_WORLD,
     }
 }
@@ -176,10 +176,12 @@ extern "C" fn xebec_ask_set() -> u32 {
     let Some(all) = scratch() else {
         return SET_DENIES;
     };
-    // SAFETY: sets are never changed, only replaced by new ones under another number.
-    let Some(set) = (unsafe { SETS.get(&all.question.set) }) else {
+    let Some(set) = look_up(&SETS, &all.question.set) else {
         return SET_DENIES;
     };
+    // SAFETY: entries stay readable until the program ends; sets are never changed, only replaced by new ones under
+    // another number.
+    let set = unsafe { &*set };
     let flags = set.flags;
     for shape in &set.shapes[..FEW] {
         let shape = *shape;
@@ -261,10 +263,11 @@ extern "C" fn xebec_look_for_rule(shape: u32) -> u32 {
         },
         shape,
     };
-    // SAFETY: the value is copied at once.
-    let Some(found) = (unsafe { RULES.get(&key) }).copied() else {
+    let Some(found) = look_up(&RULES, &key) else {
         return 0;
     };
+    // SAFETY: the value is copied at once.
+    let found = unsafe { *found };
     if found.verdict < question.best.verdict {
         question.best = found;
     }

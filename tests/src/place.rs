@@ -21,7 +21,7 @@ use nix::sys::socket::{
 use nix::sys::time::TimeVal;
 
 /// How long an answer may take; nothing is lost on the way, so that only what is dropped takes that long.
-pub const PATIENCE: Duration = Duration::from_secs(3);
+pub const PATIENCE: Duration = Duration::from_secs(10);
 /// How long what should be dropped is waited for.
 pub const SILENCE: Duration = Duration::from_millis(400);
 /// The longest datagram that anybody takes.

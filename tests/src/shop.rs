@@ -129,6 +129,8 @@ fn client_args(url: &str, count: u64, interval_ms: u64) -> Vec<String> {
     let mut args: Vec<String> = args.into_iter().map(str::to_owned).collect();
     args.push(format!("--count={count}"));
     args.push(format!("--interval-ms={interval_ms}"));
+    // A machine that stands still for seconds now and then has lost no request by that.
+    args.push("--timeout-ms=10000".to_owned());
     args
 }
 

@@ -14,6 +14,8 @@ use xebec_agent::announce::{Announced, Config, Timing, run};
 use xebec_apiserver::{ApiServer, UserInfo};
 use xebec_store::{Embedded, Options};
 
+/// How long is waited for what happens within a second where nothing else runs.
+const PATIENCE: Duration = Duration::from_secs(10);
 const LEASE: &str = "xebec-l2announce-shop-web";
 
 struct Node {
@@ -91,7 +93,7 @@ async fn leases_of_the_api_server_elect_one_node_and_follow_its_end() {
     let soon = Duration::from_secs(1);
 
     let a = start(&client, "a");
-    let first = until(&leases, soon, |spec| holder(spec) == Some("a"))
+    let first = until(&leases, PATIENCE, |spec| holder(spec) == Some("a"))
         .await
         .unwrap();
     assert_eq!(first.lease_transitions, Some(0));
@@ -102,7 +104,7 @@ async fn leases_of_the_api_server_elect_one_node_and_follow_its_end() {
         .patch(LEASE, &PatchParams::default(), &patch)
         .await
         .unwrap();
-    let renewed = until(&leases, soon, |spec| {
+    let renewed = until(&leases, PATIENCE, |spec| {
         spec.is_some_and(|spec| spec.renew_time > first.renew_time)
     });
     let renewed = renewed.await.unwrap();
@@ -120,7 +122,7 @@ async fn leases_of_the_api_server_elect_one_node_and_follow_its_end() {
     // Given up, taken by the other at once.
     a.stop.cancel();
     a.task.await.unwrap().unwrap();
-    let second = until(&leases, soon, |spec| holder(spec) == Some("b"))
+    let second = until(&leases, PATIENCE, |spec| holder(spec) == Some("b"))
         .await
         .unwrap();
     assert_eq!(second.lease_transitions, Some(1));
@@ -130,7 +132,7 @@ async fn leases_of_the_api_server_elect_one_node_and_follow_its_end() {
     tokio::time::sleep(soon).await;
     b.task.abort();
     let began = Instant::now();
-    let third = until(&leases, 4 * soon, |spec| holder(spec) == Some("a"))
+    let third = until(&leases, PATIENCE, |spec| holder(spec) == Some("a"))
         .await
         .unwrap();
     assert_eq!(third.lease_transitions, Some(2));
@@ -141,9 +143,9 @@ async fn leases_of_the_api_server_elect_one_node_and_follow_its_end() {
         .delete(LEASE, &DeleteParams::default())
         .await
         .unwrap();
-    until(&leases, 2 * soon, |spec| holder(spec) == Some("a")).await;
+    until(&leases, PATIENCE, |spec| holder(spec) == Some("a")).await;
     a.wanted.send_replace(Vec::new());
-    until(&leases, soon, |spec| spec.is_none()).await;
+    until(&leases, PATIENCE, |spec| spec.is_none()).await;
     a.stop.cancel();
     a.task.await.unwrap().unwrap();
     shutdown.cancel();

@@ -95,8 +95,11 @@ fn check<K, V>(map: &MapData) -> Result<()> {
     Ok(())
 }
 
-/// Walks a hash map: gives the keys and values of each call to `each`, until it breaks.
-fn walk(map: &MapData, mut each: impl FnMut(&[u8], &[u8], usize) -> ControlFlow<()>) -> Result<()> {
+/// Walks a hash map: gives the keys and values of each call to `each`, and how many they are, until it breaks.
+pub(super) fn walk(
+    map: &MapData,
+    mut each: impl FnMut(&[u8], &[u8], usize) -> ControlFlow<()>,
+) -> Result<()> {
     let info = map.info().context("could not ask for a map's sizes")?;
     let (key, value) = (info.key_size() as usize, info.value_size() as usize);
     let mut room = AT_ONCE;

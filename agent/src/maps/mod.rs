@@ -3,6 +3,7 @@
 pub(crate) mod batch;
 pub(crate) mod dump;
 pub mod flow_table;
+mod growing;
 mod memory;
 pub(crate) mod parted;
 mod policy;

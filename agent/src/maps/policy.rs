@@ -11,28 +11,26 @@ use xebec_dataplane_common::ip::Ip;
 use xebec_dataplane_common::policy::{CidrKey, Decision, Endpoint, RuleKey, Set};
 use xebec_policy::kernel::{PolicyKernel, Room};
 
-use super::table::Table;
+use super::growing::Growing;
 use super::{gone, key, take};
 
 /// The maps that pods are judged by.
 pub struct PolicyMaps {
     endpoints: HashMap<MapData, [u8; 16], [u8; size_of::<Endpoint>()]>,
-    identities: HashMap<MapData, [u8; 16], u32>,
-    sets: Table,
-    rules: Table,
+    identities: Growing,
+    sets: Growing,
+    rules: Growing,
     blocks: LpmTrie<MapData, [u8; size_of::<CidrKey>()], u32>,
     generation: Array<MapData, u32>,
     room: Room,
 }
 
-fn table(ebpf: &mut aya::Ebpf, name: &str) -> Result<Table> {
-    match ebpf.take_map(name) {
-        Some(Map::HashMap(map)) => {
-            Table::of(&map).with_context(|| format!("could not open the eBPF map {name}"))
-        }
-        _ => bail!("the eBPF object has no hash map {name}"),
-    }
-}
+/// Addresses of pods and nodes at most: 96 MB of the kernel's memory.
+const IDENTITIES: u32 = 1 << 20;
+/// Sets at most: 10 MB.
+const SETS: u32 = 1 << 16;
+/// Entries of all sets at most: 96 MB.
+const RULES: u32 = 1 << 20;
 
 fn block_key(set: u32, block: IpNet) -> Key<[u8; size_of::<CidrKey>()]> {
     let address = Ip::from(block.network());
@@ -42,7 +40,11 @@ fn block_key(set: u32, block: IpNet) -> Key<[u8; size_of::<CidrKey>()]> {
 
 impl PolicyMaps {
     pub(crate) fn new(ebpf: &mut aya::Ebpf) -> Result<Self> {
-        let (sets, rules) = (table(ebpf, "SETS")?, table(ebpf, "RULES")?);
+        let rules = (size_of::<RuleKey>(), size_of::<Decision>());
+        let rules = Growing::new(ebpf, "RULES", rules, RULES)?;
+        let sets = Growing::new(ebpf, "SETS", (size_of::<u32>(), size_of::<Set>()), SETS)?;
+        let identities = (size_of::<Ip>(), size_of::<u32>());
+        let identities = Growing::new(ebpf, "IDENTITIES", identities, IDENTITIES)?;
         let blocks = ebpf.take_map("CIDRS");
         let blocks = blocks.context("the eBPF object has no map CIDRS")?;
         let Map::LpmTrie(data) = &blocks else {
@@ -50,13 +52,13 @@ impl PolicyMaps {
         };
         let info = data.info().context("could not ask for a map's size")?;
         let room = Room {
-            rules: rules.capacity() as usize,
+            rules: rules.most(),
             blocks: info.max_entries() as usize,
-            sets: sets.capacity() as usize,
+            sets: sets.most(),
         };
         Ok(Self {
             endpoints: take(ebpf, "ENDPOINTS")?,
-            identities: take(ebpf, "IDENTITIES")?,
+            identities,
             sets,
             rules,
             blocks: LpmTrie::try_from(blocks).context("the eBPF map CIDRS has other entries")?,
@@ -93,25 +95,25 @@ impl PolicyKernel for PolicyMaps {
 
     fn set_identity(&mut self, address: IpAddr, identity: u32) -> Result<()> {
         self.identities
-            .insert(key(address), identity, 0)
-            .context("the map of identities is full")
+            .update(&key(address), bytes_of(&identity))
+            .context("an address gets no identity")
     }
 
     fn remove_identity(&mut self, address: IpAddr) -> Result<()> {
-        gone(self.identities.remove(&key(address)), "an identity")
+        self.identities.remove_all(&key(address))
     }
 
     fn set_rules(&mut self, rules: &[(RuleKey, Decision)]) -> Result<()> {
         let (keys, values): (Vec<RuleKey>, Vec<Decision>) = rules.iter().copied().unzip();
         self.rules
             .update(must_cast_slice(&keys), must_cast_slice(&values))
-            .context("the map of rules is full")
+            .context("rules are not in the kernel")
     }
 
     fn remove_rules(&mut self, rules: &[RuleKey]) -> Result<()> {
         self.rules
             .remove_all(must_cast_slice(rules))
-            .context("could not remove rules")
+            .context("rules stay in the kernel")
     }
 
     fn set_block(&mut self, set: u32, block: IpNet, class: u32) -> Result<()> {
@@ -130,12 +132,13 @@ impl PolicyKernel for PolicyMaps {
     fn set_set(&mut self, set: u32, value: Set) -> Result<()> {
         self.sets
             .update(bytes_of(&set), bytes_of(&value))
-            .context("the map of sets is full")
+            .context("a set is not in the kernel")
     }
 
     fn remove_set(&mut self, set: u32) -> Result<()> {
-        let removed = self.sets.remove(bytes_of(&set));
-        removed.map(drop).context("could not remove a set")
+        self.sets
+            .remove_all(bytes_of(&set))
+            .context("a set stays in the kernel")
     }
 
     fn set_generation(&mut self, generation: u32) -> Result<()> {

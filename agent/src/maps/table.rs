@@ -15,6 +15,8 @@ const MAP_LOOKUP_ELEM: libc::c_int = 1;
 const MAP_DELETE_ELEM: libc::c_int = 3;
 const MAP_UPDATE_BATCH: libc::c_int = 26;
 const MAP_DELETE_BATCH: libc::c_int = 27;
+/// `BPF_F_NO_PREALLOC`.
+const NO_PREALLOC: u32 = 1;
 /// `BPF_F_MMAPABLE`.
 const MMAPABLE: u32 = 1 << 10;
 /// Kinds of maps.
@@ -58,7 +60,10 @@ struct Create {
     value_size: u32,
     max_entries: u32,
     flags: u32,
-    rest: [u32; 13],
+    inner: u32,
+    numa_node: u32,
+    name: [u8; 16],
+    rest: [u32; 7],
 }
 
 /// A hash map or an array.
@@ -87,28 +92,37 @@ impl Table {
 
     /// A hash map that belongs to no program.
     pub fn hash(key_size: usize, value_size: usize, capacity: u32) -> Result<Self> {
-        const NO_PREALLOC: u32 = 1;
-        Self::create(HASH, key_size, value_size, capacity, NO_PREALLOC)
+        Self::create(HASH, "", (key_size, value_size), capacity, NO_PREALLOC)
+    }
+
+    /// A hash map that is to stand in a map of maps, under this name.
+    pub fn inner(name: &str, key_size: usize, value_size: usize, capacity: u32) -> Result<Self> {
+        Self::create(HASH, name, (key_size, value_size), capacity, NO_PREALLOC)
     }
 
     /// An array that belongs to no program.
     pub fn array(value_size: usize, capacity: u32) -> Result<Self> {
-        Self::create(ARRAY, 4, value_size, capacity, MMAPABLE)
+        Self::create(ARRAY, "", (4, value_size), capacity, MMAPABLE)
     }
 
     fn create(
         kind: u32,
-        key_size: usize,
-        value_size: usize,
+        name: &str,
+        (key_size, value_size): (usize, usize),
         capacity: u32,
         flags: u32,
     ) -> Result<Self> {
+        let mut named = [0; 16];
+        // The last byte ends it.
+        let length = name.len().min(named.len() - 1);
+        named[..length].copy_from_slice(&name.as_bytes()[..length]);
         let mut attributes = Create {
             kind,
             key_size: key_size as u32,
             value_size: value_size as u32,
             max_entries: capacity,
             flags,
+            name: named,
             ..Create::default()
         };
         let descriptor = bpf(MAP_CREATE, &mut attributes)?;
@@ -136,6 +150,11 @@ impl Table {
     /// Bytes from one value of an array to the next.
     fn stride(&self) -> usize {
         self.value_size.next_multiple_of(8)
+    }
+
+    /// The same map, for whoever needs its descriptor.
+    pub fn data(&self) -> Result<MapData> {
+        MapData::from_fd(self.map.try_clone()?).map_err(Error::other)
     }
 
     /// How many entries there is room for.

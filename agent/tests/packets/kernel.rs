@@ -24,7 +24,7 @@ use xebec_dataplane_common::service::{
 };
 use xebec_policy::kernel::PolicyKernel;
 
-use super::table::{Flows, Table};
+use super::table::{Flows, Place, Table};
 use super::{FAMILIES, POD_MAC, Packet, far_node, node, pod, settings, web};
 
 /// The loopback device stands for the pod's, and this for the web pod's.
@@ -52,8 +52,8 @@ pub struct Tables {
     frontends: Table<FrontendKey, Frontend>,
     node_addresses: Table<Ip, u8>,
     endpoints: Table<Ip, Endpoint>,
-    identities: Table<Ip, u32>,
-    rules: Table<RuleKey, Decision>,
+    pub identities: Place<Ip, u32>,
+    pub rules: Place<RuleKey, Decision>,
     ranges: Table<Block, u8>,
     cidrs: Table<Block, u32>,
     ways: Table<u32, [u8; 88]>,
@@ -187,8 +187,8 @@ impl Kernel {
         tables.frontends.clear();
         tables.node_addresses.clear();
         tables.endpoints.clear();
-        tables.identities.clear();
-        tables.rules.clear();
+        tables.identities.now().clear();
+        tables.rules.now().clear();
         tables.ranges.clear();
         tables.cidrs.clear();
         // Another namespace may have other routes.
@@ -324,7 +324,7 @@ impl Kernel {
     }
 
     fn isolate_web_as(&mut self, protocol: u8, port: u16) {
-        self.tables.rules.clear();
+        self.tables.rules.now().clear();
         self.set(7, protocol, Some(port));
         self.pods[1].1[0] = 7;
         self.endpoints();
@@ -704,8 +704,8 @@ fn tables(loaded: &mut Loaded) -> Tables {
         frontends: Table::find(&numbers, "FRONTENDS").unwrap(),
         node_addresses: Table::find(&numbers, "NODE_ADDRESSES").unwrap(),
         endpoints: Table::find(&numbers, "ENDPOINTS").unwrap(),
-        identities: Table::find(&numbers, "IDENTITIES").unwrap(),
-        rules: Table::find(&numbers, "RULES").unwrap(),
+        identities: Place::find(&numbers, "IDENTITIES").unwrap(),
+        rules: Place::find(&numbers, "RULES").unwrap(),
         ranges: Table::find(&numbers, "RANGES").unwrap(),
         cidrs: Table::find(&numbers, "CIDRS").unwrap(),
         ways: Table::find(&numbers, "WAYS").unwrap(),

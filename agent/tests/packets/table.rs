@@ -96,10 +96,16 @@ impl<K, V> Table<K, V> {
 impl<K: NoUninit + AnyBitPattern, V: NoUninit + AnyBitPattern> Table<K, V> {
     /// The map of this name among those with these numbers.
     pub fn find(numbers: &[u32], name: &str) -> Option<Self> {
-        let info = numbers
+        let mut all = numbers
             .iter()
-            .map(|number| MapInfo::from_id(*number).unwrap())
-            .find(|info| info.name_as_str() == Some(name))?;
+            .map(|number| MapInfo::from_id(*number).unwrap());
+        all.find_map(|info| Self::named(&info, name))
+    }
+
+    fn named(info: &MapInfo, name: &str) -> Option<Self> {
+        if info.name_as_str() != Some(name) {
+            return None;
+        }
         let sizes = (info.key_size() as usize, info.value_size() as usize);
         assert_eq!(sizes, (size_of::<K>(), size_of::<V>()), "{name}");
         Some(Self {
@@ -159,5 +165,29 @@ impl<K: NoUninit + AnyBitPattern, V: NoUninit + AnyBitPattern> Table<K, V> {
         for key in self.keys() {
             self.remove(&key);
         }
+    }
+}
+
+/// The place of a map that grows: another one may stand in it later.
+pub struct Place<K, V> {
+    place: Table<u32, u32>,
+    name: String,
+    kinds: PhantomData<(K, V)>,
+}
+
+impl<K: NoUninit + AnyBitPattern, V: NoUninit + AnyBitPattern> Place<K, V> {
+    /// The place of this name among the maps with these numbers.
+    pub fn find(numbers: &[u32], name: &str) -> Option<Self> {
+        Some(Self {
+            place: Table::find(numbers, name)?,
+            name: name.to_owned(),
+            kinds: PhantomData,
+        })
+    }
+
+    /// The map that stands in it now.
+    pub fn now(&self) -> Table<K, V> {
+        let number = self.place.get(&0).unwrap();
+        Table::named(&MapInfo::from_id(number).unwrap(), &self.name).unwrap()
     }
 }

@@ -3,9 +3,17 @@
 use std::collections::BTreeSet;
 use std::os::fd::{AsRawFd, OwnedFd};
 use std::sync::Barrier;
+use std::sync::atomic::{AtomicBool, Ordering};
+
+use bytemuck::Zeroable;
+use xebec_dataplane_common::policy::{
+    Decision, Endpoint, NO_SHAPE, RuleKey, SET_DENIES, SHAPES, Set,
+};
+use xebec_policy::kernel::PolicyKernel;
 
 use super::{
-    FAMILIES, Kernel, OK, SHOT, client, left_out, node, pod, settings, source_port, tcp, udp,
+    FAMILIES, Kernel, OK, REDIRECT, SHOT, client, left_out, node, pod, settings, source_port, tcp,
+    udp,
 };
 
 const CPUS: usize = 2;
@@ -151,4 +159,128 @@ fn a_flow_that_begins_twice_is_one() {
             assert_eq!((verdict, out), (OK, meant), "the answer to {own}");
         }
     }
+}
+
+/// While the maps of policy are replaced by larger ones, each packet is judged as before, and what is written is there.
+#[test]
+fn maps_of_policy_grow_and_no_packet_sees_half() {
+    const MANY: u32 = 20_000;
+    if left_out() {
+        return;
+    }
+    let mut kernel = Kernel::own();
+    kernel.isolate_pod_egress(80);
+    let program = kernel.program("xebec_from_pod");
+    let (done, f) = (AtomicBool::new(false), FAMILIES[0]);
+    let judged = std::thread::scope(|scope| {
+        let judging = scope.spawn(|| {
+            let mut judged = 0_u32;
+            while !done.load(Ordering::Relaxed) {
+                // Each begins a flow.
+                let own = 1_024 + (judged % 60_000) as u16;
+                let of = |port| run(&program, 1, &tcp(pod(f), client(f), own, port, "S").bytes()).0;
+                assert!([OK, REDIRECT].contains(&of(80)), "{judged}");
+                assert_eq!(of(81), SHOT, "{judged}");
+                judged += 1;
+            }
+            judged
+        });
+        let rule = |number: u32| {
+            let key = RuleKey {
+                set: 1_000 + number,
+                ..RuleKey::zeroed()
+            };
+            let decision = Decision {
+                verdict: number,
+                rule: 1,
+            };
+            (key, decision)
+        };
+        let policy = kernel.policy();
+        for first in (0..MANY).step_by(100) {
+            let rules: Vec<_> = (first..first + 100).map(rule).collect();
+            policy.set_rules(&rules).unwrap();
+            for number in first..first + 100 {
+                let address = std::net::Ipv4Addr::from_bits(0x0b00_0000 + number);
+                policy.set_identity(address.into(), number).unwrap();
+                policy.set_set(1_000 + number, Set::zeroed()).unwrap();
+            }
+        }
+        done.store(true, Ordering::Relaxed);
+        judging.join().unwrap()
+    });
+    assert!(judged > 1_000, "{judged}");
+    let tables = kernel.tables();
+    let (rules, identities) = (tables.rules.now(), tables.identities.now());
+    for number in 0..MANY {
+        let key = RuleKey {
+            set: 1_000 + number,
+            ..RuleKey::zeroed()
+        };
+        assert_eq!(rules.get(&key).map(|found| found.verdict), Some(number));
+        let address = std::net::Ipv4Addr::from_bits(0x0b00_0000 + number);
+        let address = std::net::IpAddr::from(address).into();
+        assert_eq!(identities.get(&address), Some(number));
+    }
+}
+
+/// A pod that is pointed at other sets all the while, as its neighbours are, is never unknown and never judged by theirs.
+#[test]
+fn a_pod_whose_sets_change_is_always_known() {
+    const OTHERS: u32 = 3_500;
+    if left_out() {
+        return;
+    }
+    let mut kernel = Kernel::own();
+    kernel.isolate_pod_egress(80);
+    let program = kernel.program("xebec_from_pod");
+    let (done, f) = (AtomicBool::new(false), FAMILIES[0]);
+    let endpoint = kernel.policy().endpoint(pod(f)).unwrap().unwrap();
+    // Theirs is a set that lets nothing through.
+    let other = Endpoint {
+        egress: [0, 9, 0],
+        ..endpoint
+    };
+    let address = |number: u32| std::net::Ipv4Addr::from_bits(0x0b00_0000 + number).into();
+    let denies = Set {
+        shapes: [NO_SHAPE; SHAPES],
+        flags: SET_DENIES,
+    };
+    kernel.policy().set_set(9, denies).unwrap();
+    for number in 0..OTHERS {
+        kernel
+            .policy()
+            .set_endpoint(address(number), other)
+            .unwrap();
+    }
+    let (judged, lost) = std::thread::scope(|scope| {
+        let judging = scope.spawn(|| {
+            let (mut judged, mut lost) = (0_u32, 0);
+            while !done.load(Ordering::Relaxed) {
+                let own = 1_024 + (judged % 60_000) as u16;
+                let frame = tcp(pod(f), client(f), own, 80, "S").bytes();
+                if run(&program, 1, &frame).0 == SHOT {
+                    lost += 1;
+                    println!("LOST {judged}");
+                }
+                judged += 1;
+            }
+            (judged, lost)
+        });
+        let policy = kernel.policy();
+        let begun = std::time::Instant::now();
+        let mut number = 0;
+        while begun.elapsed().as_secs() < 10 {
+            policy.set_endpoint(pod(f), endpoint).unwrap();
+            policy
+                .set_endpoint(address(number % OTHERS), other)
+                .unwrap();
+            number += 1;
+        }
+        println!("{number} times");
+        done.store(true, Ordering::Relaxed);
+        judging.join().unwrap()
+    });
+    println!("{judged} {lost}");
+    assert_eq!(lost, 0, "of {judged}");
 }
