@@ -4,10 +4,8 @@ use std::net::IpAddr;
 use std::path::PathBuf;
 
 use anyhow::{Context, Result};
-use bytemuck::Zeroable;
 use ipnet::IpNet;
-use xebec_dataplane_common::policy::Endpoint;
-use xebec_policy::kernel::PolicyKernel;
+use xebec_policy::kernel::{Endpoint, PolicyKernel};
 
 use crate::forwarding;
 use crate::loader::{self, Xdp};
@@ -37,7 +35,7 @@ pub async fn open(config: &Config) -> Result<()> {
     }
     // To the programs, the nodes are here what pods are on a node.
     for node in &config.nodes {
-        maps.policy.set_endpoint(*node, Endpoint::zeroed())?;
+        maps.policy.set_endpoint(*node, Endpoint::default())?;
     }
     maps.network
         .set_settings(network::settings_of(&config.addresses)?)?;

@@ -8,7 +8,6 @@ use std::net::{Ipv4Addr, UdpSocket};
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::{Duration, Instant};
 
-use bytemuck::Zeroable;
 use space::{Space, filters, has_qdisc, ip};
 use xebec_agent::link::{self, Wires};
 use xebec_agent::loader::{self, Loaded, Maps, Xdp};
@@ -16,9 +15,8 @@ use xebec_agent::maps::ServiceKernel;
 use xebec_agent::network::Device;
 use xebec_dataplane_common::ip::Ip;
 use xebec_dataplane_common::nat::Settings;
-use xebec_dataplane_common::policy::Endpoint;
 use xebec_dataplane_common::service::{Backend, CHUNK, EXTERNAL, Frontend, FrontendKey, OWN, Run};
-use xebec_policy::kernel::PolicyKernel;
+use xebec_policy::kernel::{Endpoint, PolicyKernel};
 
 const POD: Ipv4Addr = Ipv4Addr::new(10, 244, 0, 5);
 const WEB: Ipv4Addr = Ipv4Addr::new(10, 244, 0, 6);
@@ -102,7 +100,7 @@ fn endpoint(wires: Wires) -> Endpoint {
         ifindex: wires.ifindex,
         identity: 1000,
         mac: wires.mac,
-        ..Endpoint::zeroed()
+        ..Endpoint::default()
     }
 }
 

@@ -7,7 +7,6 @@ use std::io::{Read, Write};
 use std::net::{IpAddr, SocketAddr, TcpListener, TcpStream, UdpSocket};
 use std::time::Duration;
 
-use bytemuck::Zeroable;
 use space::{Space, ip};
 use xebec_agent::link;
 use xebec_agent::loader::{Loaded, Maps, Xdp};
@@ -15,11 +14,10 @@ use xebec_agent::maps::ServiceKernel;
 use xebec_agent::network::Device;
 use xebec_dataplane_common::ip::Ip;
 use xebec_dataplane_common::nat::{DIRECT_TCP, DIRECT_UDP, Settings};
-use xebec_dataplane_common::policy::Endpoint;
 use xebec_dataplane_common::service::{
     Backend, CHUNK, EXTERNAL, Frontend, FrontendKey, OTHERS, OWN, Run,
 };
-use xebec_policy::kernel::PolicyKernel;
+use xebec_policy::kernel::{Endpoint, PolicyKernel};
 
 const PATIENCE: Duration = Duration::from_secs(3);
 const NODE_PORT: u16 = 30_080;
@@ -205,7 +203,7 @@ fn answers_go_straight_to_the_client() {
             ifindex: wires.ifindex,
             identity: 1000,
             mac: wires.mac,
-            ..Endpoint::zeroed()
+            ..Endpoint::default()
         };
         maps.policy.set_identity(own, 1000).unwrap();
         maps.policy.set_endpoint(own, endpoint).unwrap();

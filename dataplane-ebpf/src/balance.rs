@@ -66,6 +66,14 @@ impl Choice {
     }
 }
 
+/// The frontend with this key. Where one changes, the kernel puts the new entry before it takes the old one away, but
+/// elsewhere: who passes in between may find neither, and both the next time.
+#[inline(always)]
+fn at(key: &FrontendKey) -> Option<&'static Frontend> {
+    // SAFETY: entries stay readable until the program ends.
+    unsafe { FRONTENDS.get(key).or_else(|| FRONTENDS.get(key)) }
+}
+
 /// The frontend of a destination.
 #[inline(always)]
 fn frontend(tuple: &Tuple, inside: bool) -> Option<&'static Frontend> {
@@ -75,8 +83,7 @@ fn frontend(tuple: &Tuple, inside: bool) -> Option<&'static Frontend> {
         protocol: tuple.protocol,
         pad: 0,
     };
-    // SAFETY: values are replaced whole by userspace, and a program sees the one it got until it ends.
-    if let Some(found) = unsafe { FRONTENDS.get(&key) } {
+    if let Some(found) = at(&key) {
         return Some(found);
     }
     // SAFETY: the value is read once, here.
@@ -85,8 +92,7 @@ fn frontend(tuple: &Tuple, inside: bool) -> Option<&'static Frontend> {
         return None;
     }
     key.address = tuple.destination.every();
-    // SAFETY: as above.
-    let found = unsafe { FRONTENDS.get(&key) }?;
+    let found = at(&key)?;
     if whose != OWN && found.flags & THIS_NODE != 0 {
         return None;
     }

@@ -6,7 +6,9 @@ use aya_ebpf::maps::{Array, HashMap, LpmTrie, LruHashMap, LruPerCpuHashMap, PerC
 use xebec_dataplane_common::flow::Counters;
 use xebec_dataplane_common::ip::Ip;
 use xebec_dataplane_common::nat::Settings;
-use xebec_dataplane_common::policy::{CidrKey, Decision, Endpoint, RuleKey, Set};
+use xebec_dataplane_common::policy::{
+    Chains, CidrKey, Decision, Endpoint, Known, RuleKey, Set, Standing,
+};
 use xebec_dataplane_common::service::{
     Affinity, AffinityKey, Backend, Chunk, Frontend, FrontendKey, RangeKey, Scope, SocketKey,
     SocketValue,
@@ -61,13 +63,21 @@ pub static SCOPE: Array<Scope> = Array::with_max_entries(1, 0);
 #[map]
 pub static ENDPOINTS: HashMap<Ip, Endpoint> = HashMap::with_max_entries(4_096, NO_PREALLOC);
 
+/// What each of them is, and under which rules, by its slot.
+#[map]
+pub static STANDINGS: Array<Standing> = Array::with_max_entries(4_096, MMAPABLE);
+
 /// A hash map that the agent replaces with a larger one when it is full; it stands in the only place of a map of maps.
 /// The size here is the pattern's alone.
 pub type Growing<K, V> = ArrayOfMaps<Inner<K, V, 1, { NO_PREALLOC as usize }>, 1>;
 
 /// Identities of all pods and nodes, by address.
 #[btf_map]
-pub static IDENTITIES: Growing<Ip, u32> = Growing::new();
+pub static IDENTITIES: Growing<Ip, Known> = Growing::new();
+
+/// Which sets judge pods, by number.
+#[btf_map]
+pub static CHAINS: Growing<u32, Chains> = Growing::new();
 
 /// Compiled sets of rules.
 #[btf_map]

@@ -8,17 +8,15 @@ use xebec_dataplane_common::flow::{
     EGRESS, Flow, INGRESS, REASON_CHECKSUM, REASON_FRAGMENT, REASON_INVALID, REASON_NO_MAPPING,
     REASON_NO_SERVICE, REASON_POLICY, REASON_SOURCE, TURN_BACK, TURN_FORTH, TURN_LATE, TURN_STAYS,
 };
-use xebec_dataplane_common::ip::Ip;
-use xebec_dataplane_common::policy::{Endpoint, IDENTITY_HOST};
+use xebec_dataplane_common::policy::{IDENTITY_HOST, Standing, UNDER_EGRESS, UNDER_INGRESS};
 
 use crate::balance::{self, CHOSEN, Client};
 use crate::errors;
 use crate::flow::{self, SYN};
 use crate::lookup::{At, Found, look_up};
-use crate::maps::ENDPOINTS;
 use crate::nat::{self, Turn};
 use crate::packet::{self, Packet, Read};
-use crate::policy;
+use crate::policy::{self, Met, UNASKED, meet};
 use crate::refuse;
 use crate::rewrite;
 use crate::scratch::{Scratch, scratch, settle};
@@ -44,7 +42,7 @@ pub fn xebec_from_pod(ctx: TcContext) -> i32 {
         Read::Early => return deny(&ctx, all, EGRESS, REASON_FRAGMENT),
     }
     // A pod speaks for itself alone, in its errors too.
-    if !endpoint(all.packet.sender(), &mut all.pod)
+    if !meet(all.packet.sender(), &mut all.pod)
         || all.pod.ifindex != ifindex(&ctx)
         || !all.packet.is_of_sender()
     {
@@ -129,7 +127,7 @@ pub fn xebec_from_pod(ctx: TcContext) -> i32 {
     } else {
         all.packet.receiver()
     };
-    if endpoint(receiver, &mut all.peer) {
+    if meet(receiver, &mut all.peer) {
         return hand_over(&ctx, &all.packet, &all.peer);
     }
     if nat::settings().around == 0 {
@@ -215,23 +213,17 @@ extern "C" fn xebec_judge_both() -> u32 {
 
 #[inline(always)]
 fn judge_both(all: &mut Scratch) -> u8 {
-    let chains = [all.pod.egress, all.pod.egress_audit];
     let (peer, port) = (all.to.destination.words(), all.to.destination_port);
-    if policy::any(&chains[0]) || policy::any(&chains[1]) {
-        let reason = policy::ask(all, &chains, &peer, policy::identity(&peer), port);
-        if reason != 0 {
-            return reason;
-        }
+    let reason = policy::ask(all, all.pod.rules, UNDER_EGRESS, &peer, UNASKED, port);
+    if reason != 0 {
+        return reason;
     }
-    if endpoint(&peer, &mut all.peer) {
-        let chains = [all.peer.ingress, all.peer.ingress_audit];
-        if policy::any(&chains[0]) || policy::any(&chains[1]) {
-            if all.told.audit == 0 {
-                all.told.direction = INGRESS;
-            }
-            let (peer, identity) = (all.packet.tuple.source.words(), all.pod.identity);
-            return policy::ask(all, &chains, &peer, identity, port);
+    if meet(&peer, &mut all.peer) && Standing::has_rules(all.peer.rules, UNDER_INGRESS) {
+        if all.told.audit == 0 {
+            all.told.direction = INGRESS;
         }
+        let (peer, identity) = (all.packet.tuple.source.words(), all.pod.identity);
+        return policy::ask(all, all.peer.rules, UNDER_INGRESS, &peer, identity, port);
     }
     0
 }
@@ -256,8 +248,7 @@ fn judge_answer(all: &mut Scratch, up: bool) -> u8 {
     let identity = policy::identity(&peer);
     // Flows that an agent of before entered do not say that the node began them.
     if identity != IDENTITY_HOST {
-        let chains = [all.pod.ingress, all.pod.ingress_audit];
-        let reason = policy::ask(all, &chains, &peer, identity, port);
+        let reason = policy::ask(all, all.pod.rules, UNDER_INGRESS, &peer, identity, port);
         if reason != 0 {
             return reason;
         }
@@ -268,10 +259,9 @@ fn judge_answer(all: &mut Scratch, up: bool) -> u8 {
     } else {
         peer
     };
-    if endpoint(&beginner, &mut all.peer) {
-        let chains = [all.peer.egress, all.peer.egress_audit];
+    if meet(&beginner, &mut all.peer) {
         let (peer, identity) = (all.packet.tuple.source.words(), all.pod.identity);
-        let reason = policy::ask(all, &chains, &peer, identity, port);
+        let reason = policy::ask(all, all.peer.rules, UNDER_EGRESS, &peer, identity, port);
         if reason != 0 {
             return reason;
         }
@@ -333,7 +323,7 @@ pub fn xebec_to_pod(ctx: TcContext) -> i32 {
         Read::Link => return TC_ACT_OK as i32,
         Read::Other | Read::Invalid => return dropped(),
     }
-    if !endpoint(all.packet.receiver(), &mut all.pod)
+    if !meet(all.packet.receiver(), &mut all.pod)
         || all.pod.ifindex != ifindex(&ctx)
         || !all.packet.is_for_receiver()
     {
@@ -342,7 +332,7 @@ pub fn xebec_to_pod(ctx: TcContext) -> i32 {
     if read == Read::Early {
         // Networks change the order of fragments, and a pod under no rules may get them in any. Those of a translated
         // flow find no first one there and are forgotten.
-        if policy::any(&all.pod.ingress) {
+        if all.pod.rules & UNDER_INGRESS != 0 {
             return deny(&ctx, all, INGRESS, REASON_FRAGMENT);
         }
         tell::count(As::Forwarded);
@@ -362,7 +352,7 @@ pub fn xebec_to_pod(ctx: TcContext) -> i32 {
 #[inline(always)]
 pub fn reach(ctx: &TcContext, all: &mut Scratch) -> Option<i32> {
     all.generation = flow::generation();
-    if !endpoint(all.packet.receiver(), &mut all.pod) {
+    if !meet(all.packet.receiver(), &mut all.pod) {
         return None;
     }
     if all.packet.ttl <= 1 || all.packet.is_error() || !refuse::is_for_this_host(ctx) {
@@ -406,27 +396,15 @@ extern "C" fn xebec_judge_entry() -> u32 {
         return u32::from(REASON_POLICY);
     };
     let tuple = &all.packet.tuple;
-    let (chains, port) = if all.known.again != 0 {
-        ([all.pod.egress, all.pod.egress_audit], tuple.source_port)
+    let (way, port) = if all.known.again != 0 {
+        (UNDER_EGRESS, tuple.source_port)
     } else if all.exempt != 0 {
         return 0;
     } else {
-        (
-            [all.pod.ingress, all.pod.ingress_audit],
-            tuple.destination_port,
-        )
+        (UNDER_INGRESS, tuple.destination_port)
     };
-    if !policy::any(&chains[0]) && !policy::any(&chains[1]) {
-        return 0;
-    }
     let peer = tuple.source.words();
-    u32::from(policy::ask(
-        all,
-        &chains,
-        &peer,
-        policy::identity(&peer),
-        port,
-    ))
+    u32::from(policy::ask(all, all.pod.rules, way, &peer, UNASKED, port))
 }
 
 #[inline(always)]
@@ -466,19 +444,6 @@ fn let_in(ctx: &TcContext, all: &mut Scratch) -> bool {
     }
     tell::count(As::Forwarded);
     true
-}
-
-/// Looks for the pod of this node that has an address. False if there is none.
-#[inline(always)]
-fn endpoint(address: &Ip, endpoint: &mut Endpoint) -> bool {
-    // SAFETY: the value is copied at once.
-    match unsafe { ENDPOINTS.get(address) } {
-        Some(there) => {
-            *endpoint = *there;
-            true
-        }
-        None => false,
-    }
 }
 
 /// The device that this program is attached to.
@@ -543,7 +508,7 @@ fn answered(ctx: &TcContext, all: &Scratch, why: u32) -> i32 {
 /// Puts a packet into a pod of this node as a router would: one hop less, new hardware addresses. What can't be
 /// handed over goes to the stack, which routes it, or answers that its time is exceeded.
 #[inline(always)]
-fn hand_over(ctx: &TcContext, packet: &Packet, to: &Endpoint) -> i32 {
+fn hand_over(ctx: &TcContext, packet: &Packet, to: &Met) -> i32 {
     if !rewrite::hop(ctx, packet) || !rewrite::forward_to(ctx, to.mac) {
         return TC_ACT_OK as i32;
     }

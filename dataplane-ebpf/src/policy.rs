@@ -7,36 +7,70 @@ use aya_ebpf::maps::lpm_trie::Key;
 use xebec_dataplane_common::flow::{REASON_POLICY, REASON_RULE};
 use xebec_dataplane_common::ip::Ip;
 use xebec_dataplane_common::policy::{
-    ALLOW, Chain, CidrKey, DENY, Decision, IDENTITY_HELD, IDENTITY_WORLD, NO_SHAPE, RuleKey,
-    SET_DENIES, SET_FIRST, SHAPE_CLASS, SHAPE_IDENTITY, SHAPE_PORT, SHAPE_PROTOCOL, SHAPES, TIERS,
-    VERDICT_ACTION, port_bits,
+    ALLOW, CHAINS_NUMBER, Chain, CidrKey, DENY, Decision, IDENTITY_HELD, IDENTITY_WORLD, NO_SHAPE,
+    RuleKey, SET_DENIES, SET_FIRST, SHAPE_CLASS, SHAPE_IDENTITY, SHAPE_PORT, SHAPE_PROTOCOL,
+    SHAPES, Standing, TIERS, UNDER_EGRESS, UNDER_INGRESS, VERDICT_ACTION, port_bits,
 };
 use xebec_dataplane_common::{ICMP, ICMP6};
 
-use crate::maps::{CIDRS, IDENTITIES, RULES, SETS, look_up};
+use crate::maps::{CHAINS, CIDRS, ENDPOINTS, IDENTITIES, RULES, SETS, STANDINGS, look_up};
 use crate::packet::Packet;
 use crate::scratch::{Scratch, scratch, settle};
 
+/// A pod of this node.
+pub struct Met {
+    /// Index of the host's end of its veth pair.
+    pub ifindex: u32,
+    /// What its labels make it.
+    pub identity: u32,
+    /// As in [`Standing::rules`].
+    pub rules: u32,
+    /// Hardware address of the pod's end.
+    pub mac: [u8; 6],
+}
+
+/// Looks for the pod of this node that has an address. False if there is none.
+#[inline(always)]
+pub fn meet(address: &Ip, met: &mut Met) -> bool {
+    // SAFETY: entries never change.
+    let Some(there) = (unsafe { ENDPOINTS.get(address) }) else {
+        return false;
+    };
+    met.ifindex = there.ifindex;
+    met.mac = there.mac;
+    match STANDINGS.get_ptr(there.slot) {
+        Some(standing) => {
+            // SAFETY: it is there, and aligned; it is read at once, since it may change at any moment.
+            let standing = unsafe { core::ptr::read_volatile(standing.cast::<u64>()) };
+            met.identity = standing as u32;
+            met.rules = (standing >> 32) as u32;
+        }
+        // Under rules that nobody has: nothing is let through.
+        None => met.rules = UNDER_INGRESS | UNDER_EGRESS | CHAINS_NUMBER,
+    }
+    true
+}
+
 /// What is asked.
 pub struct Question {
-    /// The sets that judge.
-    pub chain: Chain,
-    /// The sets that would, were no policy in audit mode.
-    pub audit: Chain,
+    /// Number of the chains that judge, with [`UNDER_INGRESS`] or [`UNDER_EGRESS`] for which of them.
+    rules: u32,
+    /// The sets that are asked.
+    chain: Chain,
     /// The set that is asked now.
-    pub set: u32,
+    set: u32,
     /// What it decided, if its `rule` is not 0.
-    pub best: Decision,
+    best: Decision,
     /// The peer's address.
-    pub peer: Ip,
-    /// The peer's identity.
-    pub identity: u32,
+    peer: Ip,
+    /// The peer's identity; [`UNASKED`] until it is looked up.
+    identity: u32,
     /// What the set's address blocks make of the peer; [`UNASKED`] until an entry wants to know.
     class: u32,
     /// Port of the destination; of ICMP, type and code.
-    pub port: u16,
+    port: u16,
     /// IP protocol number.
-    pub protocol: u8,
+    protocol: u8,
     /// Shapes and flags of a set that has many.
     shapes: [u8; SHAPES],
     flags: u32,
@@ -45,29 +79,36 @@ pub struct Question {
 /// The identity of an address.
 #[inline(always)]
 pub fn identity(address: &Ip) -> u32 {
-    match look_up(&IDENTITIES, address) {
-        // SAFETY: the value is copied at once.
-        Some(identity) => unsafe { *identity },
-        None => IDENTITY_WORLD,
+    // Where it changes, the kernel puts the new entry before it takes the old one away, but elsewhere: who passes in
+    // between may find neither, and both the next time.
+    for _ in 0..2 {
+        let Some(known) = look_up(&IDENTITIES, address) else {
+            continue;
+        };
+        // SAFETY: entries stay readable until the program ends. This one may be given to another address meanwhile,
+        // and then says so: its address is written before its identity, and read after it.
+        unsafe {
+            let identity = core::ptr::read_volatile(&raw const (*known).identity);
+            if core::ptr::read_volatile(&raw const (*known).address) == *address {
+                return identity;
+            }
+        }
     }
+    IDENTITY_WORLD
 }
 
-/// Whether there are rules.
-#[inline(always)]
-pub fn any(chain: &Chain) -> bool {
-    chain[0] | chain[1] | chain[2] != 0
-}
+/// The peer's identity is not known yet; no address has this one.
+pub const UNASKED: u32 = u32::MAX;
 
-/// Judges what begins a flow to `port`, by the chains of a pod, for a peer with this address and identity: 0, or why it
-/// is dropped. What decided is told.
+/// Judges what begins a flow to `port`, by a pod's rules of one way ([`UNDER_INGRESS`] or [`UNDER_EGRESS`]), for a peer
+/// with this address and identity (or [`UNASKED`]): 0, or why it is dropped. What decided is told.
 #[inline(always)]
-pub fn ask(all: &mut Scratch, chains: &[Chain; 2], peer: &Ip, identity: u32, port: u16) -> u8 {
-    if !any(&chains[0]) && !any(&chains[1]) {
+pub fn ask(all: &mut Scratch, rules: u32, way: u32, peer: &Ip, identity: u32, port: u16) -> u8 {
+    if !Standing::has_rules(rules, way) {
         return 0;
     }
     let question = &mut all.question;
-    question.chain = chains[0];
-    question.audit = chains[1];
+    question.rules = rules & CHAINS_NUMBER | way;
     question.peer = peer.words();
     question.identity = identity;
     question.protocol = all.packet.tuple.protocol;
@@ -94,9 +135,6 @@ fn kind(packet: &Packet) -> u16 {
     u16::from_ne_bytes([asked, code])
 }
 
-/// No class has this number.
-const UNASKED: u32 = u32::MAX;
-
 /// Judges what stands in the question: 0, or why it is dropped. The kernel checks a function that is visible outside by
 /// itself and once, not for each call.
 #[unsafe(no_mangle)]
@@ -105,12 +143,29 @@ extern "C" fn xebec_judge() -> u32 {
     let Some(all) = scratch() else {
         return u32::from(REASON_POLICY);
     };
+    let rules = all.question.rules;
+    let Some(chains) = look_up(&CHAINS, &(rules & CHAINS_NUMBER)) else {
+        return u32::from(REASON_POLICY);
+    };
+    // SAFETY: entries never change.
+    let chains = unsafe { &*chains };
+    let audit = if rules & UNDER_INGRESS != 0 {
+        all.question.chain = chains.ingress;
+        chains.ingress_audit
+    } else {
+        all.question.chain = chains.egress;
+        chains.egress_audit
+    };
+    if all.question.identity == UNASKED {
+        all.question.identity = identity(&all.question.peer);
+    }
+    settle();
     let reason = xebec_walk();
-    if reason != 0 || !any(&all.question.audit) {
+    if reason != 0 || audit[0] | audit[1] | audit[2] == 0 {
         return reason;
     }
     let (set, rule) = (all.told.set, all.told.rule);
-    all.question.chain = all.question.audit;
+    all.question.chain = audit;
     settle();
     let audit = xebec_walk();
     if audit != 0 {

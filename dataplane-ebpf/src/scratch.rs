@@ -9,13 +9,12 @@ use aya_ebpf::macros::map;
 use aya_ebpf::maps::PerCpuArray;
 use xebec_dataplane_common::flow::{Flow, FlowKey};
 use xebec_dataplane_common::nat::Tuple;
-use xebec_dataplane_common::policy::Endpoint;
 
 use crate::balance::Choice;
 use crate::direct::Outer;
 use crate::flow::{Judged, Known};
 use crate::packet::Packet;
-use crate::policy::Question;
+use crate::policy::{Met, Question};
 use crate::route::Way;
 use crate::table::Sought;
 use crate::tell::Told;
@@ -43,9 +42,9 @@ pub struct Scratch {
     /// How its flow was judged before.
     pub judged: Judged,
     /// The pod of this node that the hook is of.
-    pub pod: Endpoint,
+    pub pod: Met,
     /// The pod of this node at the other end, where there is one.
-    pub peer: Endpoint,
+    pub peer: Met,
     /// The rules' generation when the packet came, before anything of them was asked.
     pub generation: u32,
     /// What the rules are asked.

@@ -5,16 +5,15 @@ use std::net::IpAddr;
 use std::sync::Arc;
 
 use anyhow::{Context, Result};
-use bytemuck::Zeroable;
 use hashbrown::{HashMap, HashSet};
 use k8s_openapi::api::core::v1::Pod;
 use serde_json::Value;
 use tracing::warn;
 use xebec_dataplane_common::policy::{
-    Chain, Endpoint, IDENTITY_HELD, IDENTITY_HOST, IDENTITY_REMOTE_NODE, IDENTITY_UNMANAGED,
+    self, Chain, IDENTITY_HELD, IDENTITY_HOST, IDENTITY_REMOTE_NODE, IDENTITY_UNMANAGED,
 };
 
-use crate::kernel::PolicyKernel;
+use crate::kernel::{Endpoint, PolicyKernel};
 use crate::kind::{Kind, Kinds};
 use crate::names::{Names, Peer};
 use crate::object;
@@ -519,7 +518,7 @@ impl<K: PolicyKernel> Engine<K> {
                     ifindex,
                     identity: IDENTITY_UNMANAGED,
                     mac,
-                    ..Endpoint::zeroed()
+                    ..Endpoint::default()
                 },
             );
         }
@@ -856,11 +855,12 @@ impl<K: PolicyKernel> Engine<K> {
                 identity
             },
             mac: connected.mac,
-            pad: 0,
-            ingress: enforced[0],
-            egress: enforced[1],
-            ingress_audit: audited[0],
-            egress_audit: audited[1],
+            chains: policy::Chains {
+                ingress: enforced[0],
+                egress: enforced[1],
+                ingress_audit: audited[0],
+                egress_audit: audited[1],
+            },
         };
         if connected.written != Some(endpoint) {
             self.kernel.set_endpoint(address, endpoint)?;

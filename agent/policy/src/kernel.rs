@@ -4,7 +4,7 @@ use std::net::IpAddr;
 
 use anyhow::Result;
 use ipnet::IpNet;
-use xebec_dataplane_common::policy::{Decision, Endpoint, RuleKey, Set};
+use xebec_dataplane_common::policy::{Chains, Decision, RuleKey, Set};
 
 /// How much the kernel's maps hold.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -17,11 +17,24 @@ pub struct Room {
     pub sets: usize,
 }
 
+/// A pod of this node.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Endpoint {
+    /// Index of the host's end of its veth pair.
+    pub ifindex: u32,
+    /// What its labels make it.
+    pub identity: u32,
+    /// Hardware address of the pod's end.
+    pub mac: [u8; 6],
+    /// The sets that judge it.
+    pub chains: Chains,
+}
+
 /// The kernel's side of policy; tests put a plain model in its place.
 pub trait PolicyKernel: Send + 'static {
     /// How much there is room for.
     fn room(&self) -> Room;
-    /// Tells what a pod of this node is.
+    /// Tells what a pod of this node is; packets see all of it or what it was before.
     fn set_endpoint(&mut self, address: IpAddr, endpoint: Endpoint) -> Result<()>;
     /// Forgets a pod of this node.
     fn remove_endpoint(&mut self, address: IpAddr) -> Result<()>;
@@ -39,7 +52,7 @@ pub trait PolicyKernel: Send + 'static {
     fn remove_block(&mut self, set: u32, block: IpNet) -> Result<()>;
     /// Puts a set into force, whose entries are all written.
     fn set_set(&mut self, set: u32, value: Set) -> Result<()>;
-    /// Takes a set out of force.
+    /// Takes a set out of force. No pod has been under it for so long that no packet is judged by it any more.
     fn remove_set(&mut self, set: u32) -> Result<()>;
     /// From here on flows of another generation are judged anew.
     fn set_generation(&mut self, generation: u32) -> Result<()>;

@@ -2,6 +2,7 @@
 
 pub(crate) mod batch;
 pub(crate) mod dump;
+mod endpoints;
 pub mod flow_table;
 mod growing;
 mod memory;

@@ -4,19 +4,20 @@ use std::net::IpAddr;
 
 use anyhow::{Context, Result, bail};
 use aya::maps::lpm_trie::{Key, LpmTrie};
-use aya::maps::{Array, HashMap, Map, MapData, MapError};
+use aya::maps::{Array, Map, MapData};
 use bytemuck::{bytes_of, must_cast, must_cast_slice};
 use ipnet::IpNet;
 use xebec_dataplane_common::ip::Ip;
-use xebec_dataplane_common::policy::{CidrKey, Decision, Endpoint, RuleKey, Set};
-use xebec_policy::kernel::{PolicyKernel, Room};
+use xebec_dataplane_common::policy::{CidrKey, Decision, Known, RuleKey, Set};
+use xebec_policy::kernel::{Endpoint, PolicyKernel, Room};
 
+use super::endpoints::Endpoints;
 use super::growing::Growing;
 use super::{gone, key, take};
 
 /// The maps that pods are judged by.
 pub struct PolicyMaps {
-    endpoints: HashMap<MapData, [u8; 16], [u8; size_of::<Endpoint>()]>,
+    endpoints: Endpoints,
     identities: Growing,
     sets: Growing,
     rules: Growing,
@@ -43,7 +44,7 @@ impl PolicyMaps {
         let rules = (size_of::<RuleKey>(), size_of::<Decision>());
         let rules = Growing::new(ebpf, "RULES", rules, RULES)?;
         let sets = Growing::new(ebpf, "SETS", (size_of::<u32>(), size_of::<Set>()), SETS)?;
-        let identities = (size_of::<Ip>(), size_of::<u32>());
+        let identities = (size_of::<Ip>(), size_of::<Known>());
         let identities = Growing::new(ebpf, "IDENTITIES", identities, IDENTITIES)?;
         let blocks = ebpf.take_map("CIDRS");
         let blocks = blocks.context("the eBPF object has no map CIDRS")?;
@@ -57,7 +58,7 @@ impl PolicyMaps {
             sets: sets.most(),
         };
         Ok(Self {
-            endpoints: take(ebpf, "ENDPOINTS")?,
+            endpoints: Endpoints::new(ebpf)?,
             identities,
             sets,
             rules,
@@ -69,11 +70,7 @@ impl PolicyMaps {
 
     /// What a pod of this node is to the programs.
     pub fn endpoint(&self, address: IpAddr) -> Result<Option<Endpoint>> {
-        match self.endpoints.get(&key(address), 0) {
-            Ok(bytes) => Ok(Some(must_cast(bytes))),
-            Err(MapError::KeyNotFound) => Ok(None),
-            Err(error) => Err(error).context("could not read the map of endpoints"),
-        }
+        self.endpoints.get(address)
     }
 }
 
@@ -83,19 +80,18 @@ impl PolicyKernel for PolicyMaps {
     }
 
     fn set_endpoint(&mut self, address: IpAddr, endpoint: Endpoint) -> Result<()> {
-        let value: [u8; size_of::<Endpoint>()] = must_cast(endpoint);
-        self.endpoints
-            .insert(key(address), value, 0)
-            .context("the map of endpoints is full")
+        self.endpoints.set(address, endpoint)
     }
 
     fn remove_endpoint(&mut self, address: IpAddr) -> Result<()> {
-        gone(self.endpoints.remove(&key(address)), "an endpoint")
+        self.endpoints.remove(address)
     }
 
     fn set_identity(&mut self, address: IpAddr, identity: u32) -> Result<()> {
+        let address = Ip::from(address);
+        let known = Known { address, identity };
         self.identities
-            .update(&key(address), bytes_of(&identity))
+            .update(bytes_of(&address), bytes_of(&known))
             .context("an address gets no identity")
     }
 
@@ -136,6 +132,7 @@ impl PolicyKernel for PolicyMaps {
     }
 
     fn remove_set(&mut self, set: u32) -> Result<()> {
+        self.endpoints.remove_set(set)?;
         self.sets
             .remove_all(bytes_of(&set))
             .context("a set stays in the kernel")

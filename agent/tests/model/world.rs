@@ -2,7 +2,6 @@
 
 use std::net::IpAddr;
 
-use bytemuck::Zeroable;
 use rand::rngs::StdRng;
 use rand::seq::{IndexedRandom, IteratorRandom};
 use rand::{Rng, SeedableRng};
@@ -10,12 +9,12 @@ use rand::{Rng, SeedableRng};
 use xebec_dataplane_common::ip::Ip;
 use xebec_dataplane_common::nat::{DIRECT_TCP, DIRECT_UDP, Settings};
 use xebec_dataplane_common::policy::{
-    Endpoint, NO_SHAPE, RuleKey, SET_DENIES, SET_FIRST, SHAPE_IDENTITY, SHAPE_PROTOCOL, SHAPES, Set,
+    Chains, NO_SHAPE, RuleKey, SET_DENIES, SET_FIRST, SHAPE_IDENTITY, SHAPE_PROTOCOL, SHAPES, Set,
 };
 use xebec_dataplane_common::service::{
     DROP_INSIDE, DROP_OUTSIDE, ENDING, EXTERNAL, HASH_INSIDE, HASH_OUTSIDE,
 };
-use xebec_policy::kernel::PolicyKernel;
+use xebec_policy::kernel::{Endpoint, PolicyKernel};
 
 use super::rules::{Backend, Ends, Frontend, Model, Pod};
 use super::traffic::flow_key;
@@ -164,10 +163,12 @@ impl World {
         let endpoint = Endpoint {
             ifindex: self.devices[index % PODS],
             identity: pod.identity,
-            ingress: [0, pod.ingress, 0],
-            egress: [pod.egress, 0, 0],
             mac: POD_MAC,
-            ..Endpoint::zeroed()
+            chains: Chains {
+                ingress: [0, pod.ingress, 0],
+                egress: [pod.egress, 0, 0],
+                ..Chains::default()
+            },
         };
         kernel.policy().set_endpoint(pod.address, endpoint).unwrap();
     }

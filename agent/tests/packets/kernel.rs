@@ -15,14 +15,14 @@ use xebec_dataplane_common::flow::{Counters, Event, Flow, FlowKey, TURN_NONE};
 use xebec_dataplane_common::ip::Ip;
 use xebec_dataplane_common::nat::{BACK_BY_QUEUE, BACK_BY_TC, Settings, Tuple};
 use xebec_dataplane_common::policy::{
-    Decision, Endpoint, NO_SHAPE, RuleKey, SET_DENIES, SET_FIRST, SHAPE_PROTOCOL, SHAPES, Set,
+    self, Chains, Decision, NO_SHAPE, RuleKey, SET_DENIES, SET_FIRST, SHAPE_PROTOCOL, SHAPES, Set,
     port_bits,
 };
 use xebec_dataplane_common::service::{
     Affinity, AffinityKey, Backend, CHUNK, EXTERNAL, Frontend, FrontendKey, OTHERS,
     OWN as OWN_ADDRESS, Run,
 };
-use xebec_policy::kernel::PolicyKernel;
+use xebec_policy::kernel::{Endpoint, PolicyKernel};
 
 use super::table::{Flows, Place, Table};
 use super::{FAMILIES, POD_MAC, Packet, far_node, node, pod, settings, web};
@@ -51,8 +51,8 @@ pub struct Tables {
     fragments: Table<[u32; 10], u32>,
     frontends: Table<FrontendKey, Frontend>,
     node_addresses: Table<Ip, u8>,
-    endpoints: Table<Ip, Endpoint>,
-    pub identities: Place<Ip, u32>,
+    endpoints: Table<Ip, policy::Endpoint>,
+    pub identities: Place<Ip, policy::Known>,
     pub rules: Place<RuleKey, Decision>,
     ranges: Table<Block, u8>,
     cidrs: Table<Block, u32>,
@@ -186,7 +186,7 @@ impl Kernel {
         tables.fragments.clear();
         tables.frontends.clear();
         tables.node_addresses.clear();
-        tables.endpoints.clear();
+        let endpoints = tables.endpoints.keys();
         tables.identities.now().clear();
         tables.rules.now().clear();
         tables.ranges.clear();
@@ -195,6 +195,9 @@ impl Kernel {
         tables.ways.wipe();
         for number in 0..256 {
             tables.backends.set(&number, Backend::default());
+        }
+        for address in endpoints {
+            self.policy().remove_endpoint(address.into()).unwrap();
         }
         (self.ifindex, self.ingress_ifindex) = (1, 0);
         self.pods = [(1, [0; 2]), (WEB_IFINDEX, [0; 2])];
@@ -276,10 +279,12 @@ impl Kernel {
                 let endpoint = Endpoint {
                     ifindex,
                     identity: 1000 + index as u32,
-                    ingress: [sets[0], 0, 0],
-                    egress: [0, sets[1], 0],
                     mac: POD_MAC,
-                    ..Endpoint::zeroed()
+                    chains: Chains {
+                        ingress: [sets[0], 0, 0],
+                        egress: [0, sets[1], 0],
+                        ..Chains::default()
+                    },
                 };
                 self.policy().set_endpoint(address, endpoint).unwrap();
             }

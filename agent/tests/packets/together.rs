@@ -7,9 +7,10 @@ use std::sync::atomic::{AtomicBool, Ordering};
 
 use bytemuck::Zeroable;
 use xebec_dataplane_common::policy::{
-    Decision, Endpoint, NO_SHAPE, RuleKey, SET_DENIES, SHAPES, Set,
+    ALLOW, Chains, Decision, NO_SHAPE, RuleKey, SET_DENIES, SHAPE_IDENTITY, SHAPE_PROTOCOL, SHAPES,
+    Set,
 };
-use xebec_policy::kernel::PolicyKernel;
+use xebec_policy::kernel::{Endpoint, PolicyKernel};
 
 use super::{
     FAMILIES, Kernel, OK, REDIRECT, SHOT, client, left_out, node, pod, settings, source_port, tcp,
@@ -220,11 +221,14 @@ fn maps_of_policy_grow_and_no_packet_sees_half() {
         assert_eq!(rules.get(&key).map(|found| found.verdict), Some(number));
         let address = std::net::Ipv4Addr::from_bits(0x0b00_0000 + number);
         let address = std::net::IpAddr::from(address).into();
-        assert_eq!(identities.get(&address), Some(number));
+        let found = identities.get(&address);
+        assert_eq!(found.map(|found| found.identity), Some(number));
     }
 }
 
-/// A pod that is pointed at other sets all the while, as its neighbours are, is never unknown and never judged by theirs.
+/// A pod that is pointed at other sets all the while, as its neighbours are, is never unknown and never judged by theirs;
+/// nor is whom it talks to, told of again and again, taken for another.
+/// Where its sets stood in the entry of a hash map, one packet of some two million was lost.
 #[test]
 fn a_pod_whose_sets_change_is_always_known() {
     const OTHERS: u32 = 3_500;
@@ -232,13 +236,20 @@ fn a_pod_whose_sets_change_is_always_known() {
         return;
     }
     let mut kernel = Kernel::own();
-    kernel.isolate_pod_egress(80);
     let program = kernel.program("xebec_from_pod");
     let (done, f) = (AtomicBool::new(false), FAMILIES[0]);
     let endpoint = kernel.policy().endpoint(pod(f)).unwrap().unwrap();
+    // Its rules change each time, and mean the same.
+    let mut both = [endpoint; 2];
+    both[0].chains.egress = [11, 0, 0];
+    both[1].chains.egress = [11, 0, 0];
+    both[1].chains.ingress[1] = 9;
     // Theirs is a set that lets nothing through.
     let other = Endpoint {
-        egress: [0, 9, 0],
+        chains: Chains {
+            egress: [0, 9, 0],
+            ..Chains::default()
+        },
         ..endpoint
     };
     let address = |number: u32| std::net::Ipv4Addr::from_bits(0x0b00_0000 + number).into();
@@ -247,22 +258,37 @@ fn a_pod_whose_sets_change_is_always_known() {
         flags: SET_DENIES,
     };
     kernel.policy().set_set(9, denies).unwrap();
+    // The pod may talk to those of one identity.
+    let shape = SHAPE_IDENTITY | SHAPE_PROTOCOL | 16;
+    let key = RuleKey {
+        set: 11,
+        peer: 5_001,
+        port: 80_u16.to_be(),
+        protocol: 6,
+        shape,
+    };
+    let allows = Decision {
+        verdict: ALLOW,
+        rule: 1,
+    };
+    let mut allowing = denies;
+    allowing.shapes[0] = shape;
+    kernel.policy().set_rules(&[(key, allows)]).unwrap();
+    kernel.policy().set_set(11, allowing).unwrap();
     for number in 0..OTHERS {
-        kernel
-            .policy()
-            .set_endpoint(address(number), other)
-            .unwrap();
+        let policy = kernel.policy();
+        policy.set_endpoint(address(number), other).unwrap();
+        policy.set_identity(address(number), 5_002).unwrap();
     }
+    kernel.policy().set_endpoint(pod(f), both[0]).unwrap();
+    kernel.policy().set_identity(client(f), 5_001).unwrap();
     let (judged, lost) = std::thread::scope(|scope| {
         let judging = scope.spawn(|| {
             let (mut judged, mut lost) = (0_u32, 0);
             while !done.load(Ordering::Relaxed) {
                 let own = 1_024 + (judged % 60_000) as u16;
                 let frame = tcp(pod(f), client(f), own, 80, "S").bytes();
-                if run(&program, 1, &frame).0 == SHOT {
-                    lost += 1;
-                    println!("LOST {judged}");
-                }
+                lost += u32::from(run(&program, 1, &frame).0 == SHOT);
                 judged += 1;
             }
             (judged, lost)
@@ -270,17 +296,21 @@ fn a_pod_whose_sets_change_is_always_known() {
         let policy = kernel.policy();
         let begun = std::time::Instant::now();
         let mut number = 0;
-        while begun.elapsed().as_secs() < 10 {
-            policy.set_endpoint(pod(f), endpoint).unwrap();
+        while begun.elapsed().as_secs() < 5 {
+            let own = both[number as usize % 2];
+            policy.set_endpoint(pod(f), own).unwrap();
+            policy.set_identity(client(f), 5_001).unwrap();
+            policy
+                .set_identity(address(number % OTHERS), 5_002)
+                .unwrap();
             policy
                 .set_endpoint(address(number % OTHERS), other)
                 .unwrap();
             number += 1;
         }
-        println!("{number} times");
         done.store(true, Ordering::Relaxed);
         judging.join().unwrap()
     });
-    println!("{judged} {lost}");
+    assert!(judged > 1_000, "{judged}");
     assert_eq!(lost, 0, "of {judged}");
 }

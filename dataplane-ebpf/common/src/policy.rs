@@ -10,18 +10,64 @@ pub const TIERS: usize = 3;
 /// The sets that judge one direction, one a tier, in their order; 0 where a tier has nothing to say.
 pub type Chain = [u32; TIERS];
 
-/// A pod of this node, by its address (the key).
+/// A pod of this node, by its address (the key). An entry never changes: the kernel puts a changed one in another place
+/// of its hash map, and a packet that passes in between finds neither.
 #[repr(C)]
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Pod, Zeroable)]
 pub struct Endpoint {
     /// Index of the host's end of its veth pair.
     pub ifindex: u32,
-    /// What its labels make it.
-    pub identity: u32,
+    /// Where its [`Standing`] is.
+    pub slot: u32,
     /// Hardware address of the pod's end.
     pub mac: [u8; 6],
     /// Always 0.
     pub pad: u16,
+}
+
+/// What a pod is, and under which rules, at its slot: one word, so that a packet sees all of it, or all of what it was.
+#[repr(C, align(8))]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Pod, Zeroable)]
+pub struct Standing {
+    /// What its labels make it.
+    pub identity: u32,
+    /// Number of its [`Chains`], 0 for none, with which of them have sets: [`UNDER_INGRESS`] and the others.
+    pub rules: u32,
+}
+
+/// What comes in is judged.
+pub const UNDER_INGRESS: u32 = 1 << 31;
+/// What goes out is judged.
+pub const UNDER_EGRESS: u32 = 1 << 30;
+/// By how many bits to the right of a way's bit stands that there are policies in audit mode for it.
+pub const AUDIT_BIT: u32 = 2;
+/// The part of [`Standing::rules`] that is a number.
+pub const CHAINS_NUMBER: u32 = (1 << 28) - 1;
+
+impl Standing {
+    /// Whether there are rules for a way, [`UNDER_INGRESS`] or [`UNDER_EGRESS`], be they in audit mode.
+    #[inline(always)]
+    pub const fn has_rules(rules: u32, way: u32) -> bool {
+        rules & (way | way >> AUDIT_BIT) != 0
+    }
+}
+
+impl Chains {
+    /// What a [`Standing`] says of them under this number, which is not 0 where there are any.
+    pub fn standing(&self, number: u32) -> u32 {
+        let under = |chain: &Chain, bit: u32| if *chain == Chain::default() { 0 } else { bit };
+        number
+            | under(&self.ingress, UNDER_INGRESS)
+            | under(&self.egress, UNDER_EGRESS)
+            | under(&self.ingress_audit, UNDER_INGRESS >> AUDIT_BIT)
+            | under(&self.egress_audit, UNDER_EGRESS >> AUDIT_BIT)
+    }
+}
+
+/// The sets that judge a pod, by number. An entry never changes; it goes when nobody can have its number any more.
+#[repr(C)]
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Hash, Pod, Zeroable)]
+pub struct Chains {
     /// Judges what comes in.
     pub ingress: Chain,
     /// Judges what goes out.
@@ -30,6 +76,17 @@ pub struct Endpoint {
     pub ingress_audit: Chain,
     /// The same for what goes out.
     pub egress_audit: Chain,
+}
+
+/// The identity of an address (the key). It has the address, too: while a program reads an entry, the kernel may take
+/// the place away and give it to another.
+#[repr(C)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Pod, Zeroable)]
+pub struct Known {
+    /// The address.
+    pub address: Ip,
+    /// What it is.
+    pub identity: u32,
 }
 
 /// The node's own processes.
@@ -139,21 +196,24 @@ mod tests {
         assert_eq!(
             [
                 size_of::<Endpoint>(),
+                size_of::<Standing>(),
+                size_of::<Chains>(),
+                size_of::<Known>(),
                 size_of::<Set>(),
                 size_of::<RuleKey>(),
                 size_of::<CidrKey>(),
                 size_of::<Decision>()
             ],
-            [64, 76, 12, 20, 8]
+            [16, 8, 48, 20, 76, 12, 20, 8]
         );
         assert_eq!(
             [
                 offset_of!(Endpoint, mac),
-                offset_of!(Endpoint, ingress),
-                offset_of!(Endpoint, egress_audit),
+                offset_of!(Standing, rules),
+                offset_of!(Chains, egress_audit),
                 offset_of!(Set, flags)
             ],
-            [8, 16, 52, 72]
+            [8, 4, 36, 72]
         );
         assert_eq!(
             [offset_of!(RuleKey, port), offset_of!(RuleKey, shape)],

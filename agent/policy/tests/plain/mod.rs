@@ -8,12 +8,12 @@ use anyhow::{Result, ensure};
 use ipnet::IpNet;
 use serde_json::Value;
 use xebec_dataplane_common::policy::{
-    ALLOW, Chain, DENY, Decision, Endpoint, IDENTITY_HELD, IDENTITY_WORLD, NO_SHAPE, RuleKey,
-    SET_DENIES, SET_FIRST, SHAPE_CLASS, SHAPE_IDENTITY, SHAPE_PORT, SHAPE_PROTOCOL, Set,
-    VERDICT_ACTION, port_bits,
+    ALLOW, Chain, DENY, Decision, IDENTITY_HELD, IDENTITY_WORLD, NO_SHAPE, RuleKey, SET_DENIES,
+    SET_FIRST, SHAPE_CLASS, SHAPE_IDENTITY, SHAPE_PORT, SHAPE_PROTOCOL, Set, VERDICT_ACTION,
+    port_bits,
 };
 use xebec_policy::engine::Engine;
-use xebec_policy::kernel::{PolicyKernel, Room};
+use xebec_policy::kernel::{Endpoint, PolicyKernel, Room};
 use xebec_policy::kind::Kind;
 use xebec_policy::names::Names;
 use xebec_policy::rule::{Name, Source};
@@ -61,10 +61,10 @@ impl Kernel {
 
 fn chains(endpoint: &Endpoint) -> [Chain; 4] {
     [
-        endpoint.ingress,
-        endpoint.egress,
-        endpoint.ingress_audit,
-        endpoint.egress_audit,
+        endpoint.chains.ingress,
+        endpoint.chains.egress,
+        endpoint.chains.ingress_audit,
+        endpoint.chains.egress_audit,
     ]
 }
 
@@ -420,8 +420,8 @@ impl Node {
     /// What one side of a flow says by the kernel's maps: whether it lets it through, and the number of the rule.
     pub fn judge(&self, side: &Side<'_>, packet: &Packet) -> (bool, u32) {
         self.judge_by(side, packet, |endpoint, ingress| match ingress {
-            true => endpoint.ingress,
-            false => endpoint.egress,
+            true => endpoint.chains.ingress,
+            false => endpoint.chains.egress,
         })
     }
 
@@ -429,8 +429,8 @@ impl Node {
     pub fn judge_audit(&self, side: &Side<'_>, packet: &Packet) -> (bool, u32) {
         self.judge_by(side, packet, |endpoint, ingress| {
             let (audit, enforced) = match ingress {
-                true => (endpoint.ingress_audit, endpoint.ingress),
-                false => (endpoint.egress_audit, endpoint.egress),
+                true => (endpoint.chains.ingress_audit, endpoint.chains.ingress),
+                false => (endpoint.chains.egress_audit, endpoint.chains.egress),
             };
             if audit == Chain::default() {
                 enforced
