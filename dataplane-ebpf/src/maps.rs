@@ -68,29 +68,36 @@ pub static ENDPOINTS: HashMap<Ip, Endpoint> = HashMap::with_max_entries(4_096, N
 pub static STANDINGS: Array<Standing> = Array::with_max_entries(4_096, MMAPABLE);
 
 /// A hash map that the agent replaces with a larger one when it is full; it stands in the only place of a map of maps.
-/// The size here is the pattern's alone.
-pub type Growing<K, V> = ArrayOfMaps<Inner<K, V, 1, { NO_PREALLOC as usize }>, 1>;
+/// The size here is the pattern's alone. Values are told of as words and not as what they are: Linux 6.1 compares what
+/// it found of special fields, and that is another error for a structure than for a map that was made without types.
+pub type Growing<K, const WORDS: usize> =
+    ArrayOfMaps<Inner<K, [u32; WORDS], 1, { NO_PREALLOC as usize }>, 1>;
+
+const fn words<V>() -> usize {
+    size_of::<V>() / size_of::<u32>()
+}
 
 /// Identities of all pods and nodes, by address.
 #[btf_map]
-pub static IDENTITIES: Growing<Ip, Known> = Growing::new();
+pub static IDENTITIES: Growing<Ip, { words::<Known>() }> = Growing::new();
 
 /// Which sets judge pods, by number.
 #[btf_map]
-pub static CHAINS: Growing<u32, Chains> = Growing::new();
+pub static CHAINS: Growing<u32, { words::<Chains>() }> = Growing::new();
 
 /// Compiled sets of rules.
 #[btf_map]
-pub static SETS: Growing<u32, Set> = Growing::new();
+pub static SETS: Growing<u32, { words::<Set>() }> = Growing::new();
 
 /// The entries of all sets.
 #[btf_map]
-pub static RULES: Growing<RuleKey, Decision> = Growing::new();
+pub static RULES: Growing<RuleKey, { words::<Decision>() }> = Growing::new();
 
 /// Where the value of a key is.
 #[inline(always)]
-pub fn look_up<K, V>(map: &Growing<K, V>, key: &K) -> Option<*const V> {
-    map.get_value_ptr_mut(0, key).map(<*mut V>::cast_const)
+pub fn look_up<K, V, const WORDS: usize>(map: &Growing<K, WORDS>, key: &K) -> Option<*const V> {
+    const { assert!(words::<V>() == WORDS && align_of::<V>() <= align_of::<u32>()) };
+    Some(map.get_value_ptr_mut(0, key)?.cast_const().cast())
 }
 
 /// Address blocks of all sets; the value is the class.

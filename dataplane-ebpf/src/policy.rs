@@ -7,9 +7,10 @@ use aya_ebpf::maps::lpm_trie::Key;
 use xebec_dataplane_common::flow::{REASON_POLICY, REASON_RULE};
 use xebec_dataplane_common::ip::Ip;
 use xebec_dataplane_common::policy::{
-    ALLOW, CHAINS_NUMBER, Chain, CidrKey, DENY, Decision, IDENTITY_HELD, IDENTITY_WORLD, NO_SHAPE,
-    RuleKey, SET_DENIES, SET_FIRST, SHAPE_CLASS, SHAPE_IDENTITY, SHAPE_PORT, SHAPE_PROTOCOL,
-    SHAPES, Standing, TIERS, UNDER_EGRESS, UNDER_INGRESS, VERDICT_ACTION, port_bits,
+    ALLOW, CHAINS_NUMBER, Chain, Chains, CidrKey, DENY, Decision, IDENTITY_HELD, IDENTITY_WORLD,
+    Known, NO_SHAPE, RuleKey, SET_DENIES, SET_FIRST, SHAPE_CLASS, SHAPE_IDENTITY, SHAPE_PORT,
+    SHAPE_PROTOCOL, SHAPES, Set, Standing, TIERS, UNDER_EGRESS, UNDER_INGRESS, VERDICT_ACTION,
+    port_bits,
 };
 use xebec_dataplane_common::{ICMP, ICMP6};
 
@@ -82,7 +83,7 @@ pub fn identity(address: &Ip) -> u32 {
     // Where it changes, the kernel puts the new entry before it takes the old one away, but elsewhere: who passes in
     // between may find neither, and both the next time.
     for _ in 0..2 {
-        let Some(known) = look_up(&IDENTITIES, address) else {
+        let Some(known) = look_up::<_, Known, _>(&IDENTITIES, address) else {
             continue;
         };
         // SAFETY: entries stay readable until the program ends. This one may be given to another address meanwhile,
@@ -144,7 +145,7 @@ extern "C" fn xebec_judge() -> u32 {
         return u32::from(REASON_POLICY);
     };
     let rules = all.question.rules;
-    let Some(chains) = look_up(&CHAINS, &(rules & CHAINS_NUMBER)) else {
+    let Some(chains) = look_up::<_, Chains, _>(&CHAINS, &(rules & CHAINS_NUMBER)) else {
         return u32::from(REASON_POLICY);
     };
     // SAFETY: entries never change.
@@ -231,7 +232,7 @@ extern "C" fn xebec_ask_set() -> u32 {
     let Some(all) = scratch() else {
         return SET_DENIES;
     };
-    let Some(set) = look_up(&SETS, &all.question.set) else {
+    let Some(set) = look_up::<_, Set, _>(&SETS, &all.question.set) else {
         return SET_DENIES;
     };
     // SAFETY: entries stay readable until the program ends; sets are never changed, only replaced by new ones under
@@ -318,7 +319,7 @@ extern "C" fn xebec_look_for_rule(shape: u32) -> u32 {
         },
         shape,
     };
-    let Some(found) = look_up(&RULES, &key) else {
+    let Some(found) = look_up::<_, Decision, _>(&RULES, &key) else {
         return 0;
     };
     // SAFETY: the value is copied at once.
