@@ -48,11 +48,19 @@ pub struct Pod {
 pub struct Attachment {
     /// The configuration that was used.
     pub network: Network,
-    /// The last plugin's result.
+    /// The last plugin's result; null while there is none.
     pub result: Value,
 }
 
 impl Attachment {
+    /// An attachment whose ADD has no result: it runs yet, or was cut.
+    pub fn begun(network: Network) -> Self {
+        Self {
+            network,
+            result: Value::Null,
+        }
+    }
+
     /// The pod's addresses, without prefix lengths.
     pub fn addresses(&self) -> Vec<String> {
         let interfaces = self.result["interfaces"].as_array();
@@ -162,8 +170,7 @@ impl Cni {
     }
 
     /// Attaches a pod to the network; undoes all of it when one plugin fails.
-    pub async fn add(&self, pod: &Pod) -> anyhow::Result<Attachment> {
-        let network = load(&self.conf_dir)?;
+    pub async fn add(&self, pod: &Pod, network: Network) -> anyhow::Result<Attachment> {
         let mut result = Value::Null;
         for plugin in &network.plugins {
             match self.call("ADD", Some(pod), &network, plugin, &result).await {
@@ -390,7 +397,8 @@ mod tests {
             uid: "u".into(),
             port_mappings: vec![json!({"hostPort": 80, "containerPort": 8080, "protocol": "tcp"})],
         };
-        let attachment = cni.add(&pod).await.unwrap();
+        let network = load(&cni.conf_dir).unwrap();
+        let attachment = cni.add(&pod, network.clone()).await.unwrap();
         assert_eq!(attachment.addresses(), ["10.1.2.3"]);
         let read = |name: &str| std::fs::read_to_string(dir.path().join(name)).unwrap();
         let second: Value = serde_json::from_str(&read("second.in")).unwrap();
@@ -407,7 +415,7 @@ mod tests {
             format!("first ADD {args}\nsecond ADD {args}\nsecond DEL {args}\nfirst DEL {args}\n")
         );
         std::fs::write(dir.path().join("second.fail"), "").unwrap();
-        let err = cni.add(&pod).await.unwrap_err().to_string();
+        let err = cni.add(&pod, network).await.unwrap_err().to_string();
         assert_eq!(err, r#"plugin type="second" failed (add): no luck: at all"#);
         assert!(read("calls").ends_with(&format!("second DEL {args}\nfirst DEL {args}\n")));
     }

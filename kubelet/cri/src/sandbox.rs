@@ -16,7 +16,7 @@ use crate::cni::{Attachment, Pod};
 use crate::images::store::random_hex;
 use crate::records::{Sandbox, SandboxRecord};
 use crate::runtime::Runtime;
-use crate::{netns, overlay, shim_client};
+use crate::{cni, netns, overlay, shim_client};
 
 /// A sandbox's parts outside its record, by path.
 struct Paths {
@@ -129,12 +129,15 @@ impl Runtime {
             netns::create(&paths.netns)?;
             sandbox.update(|r| r.netns = Some(paths.netns.clone()))?;
             let pod = self.cni_pod(sandbox);
-            let attachment = self
-                .cni
-                .add(&pod)
-                .await
-                .with_context(|| format!("failed to setup network for sandbox {id:?}"))?;
-            sandbox.update(|r| r.attachment = Some(attachment))?;
+            let network = cni::load(&self.config.cni_conf_dir)?;
+            // Noted before the plugins run: who finds a start that was cut detaches the pod.
+            let begun = Attachment::begun(network.clone());
+            sandbox.update(|r| r.attachment = Some(begun))?;
+            let added = self.cni.add(&pod, network).await;
+            let added =
+                added.with_context(|| format!("failed to setup network for sandbox {id:?}"));
+            sandbox.update(|r| r.attachment = added.as_ref().ok().cloned())?;
+            added?;
         }
         write_files(sandbox, &paths.dir)?;
         if !host_ipc {
@@ -247,7 +250,7 @@ impl Runtime {
             self.detach(sandbox, attachment).await?;
         }
         if paths.socket.exists() {
-            self.end_shim(&paths.socket, record.shim_pid).await;
+            self.end_shim(&paths.socket).await;
         }
         netns::remove(&paths.netns)?;
         overlay::unmount(&paths.shm)?;
@@ -280,10 +283,11 @@ impl Runtime {
     }
 
     /// Asks a shim to end, and waits until it has.
-    async fn end_shim(&self, socket: &Path, pid: i32) {
+    async fn end_shim(&self, socket: &Path) {
         let wait = async {
             let mut client = shim_client::ShimClient::connect(socket).await?;
-            let process = shim_client::Process::open(pid)?;
+            // Who listens, not who is in the record: a start that was cut has noted nobody.
+            let process = shim_client::Process::open(client.peer()?)?;
             client.call(&Request::Shutdown).await?;
             process.ended().await
         };

@@ -79,6 +79,13 @@ impl ShimClient {
         })
     }
 
+    /// PID of the shim: of the process that listens (`SO_PEERCRED`).
+    pub fn peer(&self) -> anyhow::Result<i32> {
+        let peer = self.stream.peer_cred();
+        let peer = peer.context("cannot ask who listens on the shim's socket")?;
+        peer.pid().context("the shim is of another PID namespace")
+    }
+
     /// Sends a request.
     pub async fn send(&mut self, request: &Request) -> anyhow::Result<()> {
         self.stream

@@ -268,6 +268,88 @@ async fn a_killed_server_finds_everything_as_it_was() {
     assert_eq!(mounts_below(node.dir.path()), Vec::<String>::new());
 }
 
+/// The processes whose command line has `text`.
+fn processes(text: &str) -> Vec<i32> {
+    let entries = std::fs::read_dir("/proc").unwrap().flatten();
+    entries
+        .filter_map(|entry| entry.file_name().to_str()?.parse().ok())
+        .filter(|pid| {
+            std::fs::read(format!("/proc/{pid}/cmdline"))
+                .is_ok_and(|line| String::from_utf8_lossy(&line).contains(text))
+        })
+        .collect()
+}
+
+#[tokio::test]
+async fn a_start_that_was_cut_leaves_nothing() {
+    if harness::not_root() {
+        return;
+    }
+    let mut node = Node::start();
+    node.busybox();
+    let mut c = Client(node.runtime().await);
+    let sandbox = c.sandbox(pod(&node, "cut")).await;
+    node.kill();
+    // As it is noted while the shim starts; and the network's plugins have just run.
+    let file = node.root().join(format!("sandboxes/{sandbox}/record.json"));
+    let mut record: serde_json::Value =
+        serde_json::from_slice(&std::fs::read(&file).unwrap()).unwrap();
+    record["ready"] = false.into();
+    record["shim_pid"] = 0.into();
+    record["attachment"]["result"] = serde_json::Value::Null;
+    std::fs::write(&file, record.to_string()).unwrap();
+    node.boot();
+    let mut c = Client(node.runtime().await);
+    assert_eq!(processes(&sandbox).len(), 1);
+    let leases = || std::fs::read_dir(node.path("ipam").join(&node.name)).unwrap();
+    let leased = |entry: std::fs::DirEntry| {
+        entry
+            .file_name()
+            .to_string_lossy()
+            .starts_with("10.")
+            .then_some(())
+    };
+    assert_eq!(leases().flatten().filter_map(leased).count(), 1);
+    c.remove_sandbox(&sandbox).await;
+    assert_eq!(processes(&sandbox), Vec::<i32>::new());
+    assert_eq!(leases().flatten().filter_map(leased).count(), 0);
+    assert!(!node.unified_cgroup().join(&sandbox).exists());
+    assert_eq!(mounts_below(node.dir.path()), Vec::<String>::new());
+}
+
+#[test]
+fn a_shim_whose_starter_is_gone_ends() {
+    if harness::not_root() {
+        return;
+    }
+    let dir = tempfile::Builder::new().prefix("xbcri-").tempdir().unwrap();
+    let (spec, socket) = (dir.path().join("shim.json"), dir.path().join("s.sock"));
+    let text = serde_json::json!({
+        "id": "a", "socket": socket, "log": dir.path().join("log"), "hostname": null,
+        "host_ipc": false, "shared_pid": true, "unified_cgroup": null,
+    });
+    std::fs::write(&spec, text.to_string()).unwrap();
+    let (reader, writer) = std::io::pipe().unwrap();
+    drop(reader);
+    let test = std::env::current_exe().unwrap();
+    let server = test
+        .parent()
+        .unwrap()
+        .with_file_name("examples")
+        .join("cri");
+    let mut starter = std::process::Command::new(server);
+    starter.args(["shim", "--spec"]).arg(&spec).stdout(writer);
+    assert!(starter.status().unwrap().success());
+    let end = Instant::now() + Duration::from_secs(20);
+    while !processes(&spec.to_string_lossy()).is_empty() {
+        assert!(Instant::now() < end, "the shim goes on");
+        std::thread::sleep(Duration::from_millis(10));
+    }
+    let said = std::fs::read_to_string(dir.path().join("log")).unwrap();
+    assert!(said.contains("who started it is gone"), "{said}");
+    assert!(!socket.exists());
+}
+
 #[tokio::test]
 async fn a_missing_command_or_image_says_so() {
     if harness::not_root() {

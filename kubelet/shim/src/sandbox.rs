@@ -46,8 +46,12 @@ fn detach_and_serve(spec: &SandboxSpec) -> anyhow::Result<()> {
     // A session of its own: signals to the starter's terminal don't reach the pod.
     setsid()?;
     match prepare(spec) {
-        Ok(server) => {
-            let _ = writeln!(std::io::stdout(), "ready");
+        Ok(mut server) => {
+            // A starter that was killed has noted nothing of this pod: nobody would ever end it.
+            if let Err(err) = writeln!(std::io::stdout(), "ready") {
+                eprintln!("the shim stops: who started it is gone: {err}");
+                server.stop();
+            }
             // The starter reads until the end of this stream.
             if let Ok(null) = File::options().read(true).write(true).open("/dev/null") {
                 // SAFETY: both descriptors are open.

@@ -115,6 +115,11 @@ impl Server {
         })
     }
 
+    /// Has [`run`](Self::run) end at once.
+    pub(crate) fn stop(&mut self) {
+        self.stop = true;
+    }
+
     /// Serves until a shutdown is asked for and all is gone.
     pub(crate) fn run(mut self) -> anyhow::Result<()> {
         let mut buffer = vec![0; 32 * 1024];
