@@ -1,6 +1,7 @@
 //! The harness of the end-to-end tests: a cluster that is taken down even when its test fails, and a
 //! picture of the machine to compare before and after.
 
+pub mod api;
 pub mod ethtool;
 pub mod place;
 pub mod sctp;
@@ -337,8 +338,9 @@ pub struct Machine {
 }
 
 impl Machine {
-    /// The machine as it is now.
+    /// The machine as it is now, without what killed runs of the tests left.
     pub fn now() -> Result<Self> {
+        take_away_what_was_killed();
         let lines = |args: &[&str]| -> Result<BTreeSet<String>> {
             let text = succeed(
                 "ip",

@@ -19,6 +19,9 @@ use nix::sys::socket::{
     AddressFamily, SockFlag, SockType, SockaddrStorage, bind, connect, setsockopt, socket, sockopt,
 };
 use nix::sys::time::TimeVal;
+use serde_json::Value;
+
+use crate::Cluster;
 
 /// How long an answer may take; nothing is lost on the way, so that only what is dropped takes that long.
 pub const PATIENCE: Duration = Duration::from_secs(10);
@@ -89,6 +92,32 @@ pub fn cgroup_of(node: &str) -> Result<PathBuf> {
     Ok(cgroups()?.join("xebec").join(node))
 }
 
+/// The pods of a node as places, by their names.
+pub fn pods_of(cluster: &Cluster, node: &str) -> Result<BTreeMap<String, Place>> {
+    let cgroup = cgroup_of(node)?;
+    let endpoints = cluster.ask_agent(node, "/tables/endpoints")?;
+    let one = |endpoint: &Value| {
+        let sandbox = endpoint["container"].as_str()?;
+        let path = format!("nodes/{node}/cri/netns/{sandbox}");
+        let netns = cluster.run_dir().join(path);
+        let name = endpoint["pod"].as_str()?.to_owned();
+        let place = Place::new(&name, Some(netns), Some(cgroup.clone()));
+        Some((name, place))
+    };
+    let endpoints = endpoints.as_array().into_iter().flatten();
+    Ok(endpoints.filter_map(one).collect())
+}
+
+/// A pod's addresses, IPv4's first, if it has both.
+pub fn addresses_of(pod: &Value) -> Option<[IpAddr; 2]> {
+    let all = pod["status"]["podIPs"].as_array()?.iter();
+    let all: Vec<IpAddr> = all
+        .filter_map(|one| one["ip"].as_str()?.parse().ok())
+        .collect();
+    let first = |v4: bool| all.iter().find(|one| one.is_ipv4() == v4).copied();
+    Some([first(true)?, first(false)?])
+}
+
 /// Where cgroup v2 is mounted.
 pub fn cgroups() -> Result<PathBuf> {
     let mounts = std::fs::read_to_string("/proc/self/mounts").context("could not read mounts")?;
@@ -152,6 +181,18 @@ impl Place {
                 .map_err(|_| anyhow!("the thread in {} panicked", self.name))?;
             outcome.with_context(|| self.name.clone())
         })
+    }
+
+    /// Has this thread be there from here on. Its sockets meet no socket programs but those of whoever [runs](Self::run)
+    /// something with them at the same time.
+    pub fn stay(&self) -> Result<()> {
+        let Some(netns) = &self.netns else {
+            return Ok(());
+        };
+        let netns = File::open(netns)
+            .with_context(|| format!("{}: could not open its network", self.name))?;
+        nix::sched::setns(&netns, nix::sched::CloneFlags::CLONE_NEWNET)
+            .with_context(|| format!("{}: could not enter its network", self.name))
     }
 
     /// A socket of this place, made there and not yet connected.

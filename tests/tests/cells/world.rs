@@ -10,7 +10,7 @@ use anyhow::{Context, Result, ensure};
 use serde_json::{Value, json};
 use xebec_tests::ethtool::{self, Offload};
 pub use xebec_tests::place::cgroups;
-use xebec_tests::place::{Place, Protocol, Server, cgroup_of};
+use xebec_tests::place::{Place, Protocol, Server, addresses_of, cgroup_of, pods_of};
 use xebec_tests::{Cluster, eventually, shop, succeed};
 
 pub const MINUTE: Duration = Duration::from_secs(60);
@@ -352,22 +352,11 @@ impl World {
         let pods = self.cluster.get(&["pods", "-n", NAMESPACE])?;
         let mut found = BTreeMap::new();
         for node in self.nodes.keys() {
-            let endpoints = self.cluster.ask_agent(node, "/tables/endpoints")?;
-            for endpoint in endpoints.as_array().into_iter().flatten() {
-                let sandbox = endpoint["container"].as_str().unwrap_or_default();
-                let path = format!("nodes/{node}/cri/netns/{sandbox}");
-                let netns = self.cluster.run_dir().join(path);
-                let name = endpoint["pod"].as_str().unwrap_or_default().to_owned();
-                found.insert(
-                    name.clone(),
-                    Place::new(&name, Some(netns), Some(cgroup_of(node)?)),
-                );
-            }
+            found.extend(pods_of(&self.cluster, node)?);
         }
         for pod in items(&pods) {
             let name = pod["metadata"]["name"].as_str().unwrap_or_default();
-            let ips = pod["status"]["podIPs"].as_array().into_iter().flatten();
-            let addresses = both(ips.map(|one| parsed(&one["ip"])));
+            let addresses = addresses_of(pod);
             let node = PODS.iter().find(|(pod, _)| *pod == name);
             if let (Some(addresses), Some(place), Some((_, node))) =
                 (addresses, found.remove(name), node)

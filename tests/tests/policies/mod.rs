@@ -3,7 +3,6 @@
 use std::net::IpAddr;
 
 pub mod actions;
-pub mod api;
 pub mod case;
 pub mod conflicts;
 pub mod model;
@@ -17,8 +16,7 @@ pub mod table;
 pub mod upstream;
 pub mod world;
 
-/// Namespace and name.
-pub type Name = (String, String);
+pub use xebec_tests::api::Name;
 /// Where pods answer, by TCP, UDP and SCTP.
 pub const PORTS: [u16; 2] = [80, 81];
 /// The namespaces, each with a label `ns` of its name.

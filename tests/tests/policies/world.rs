@@ -9,9 +9,9 @@ use anyhow::{Context, Result, ensure};
 use k8s_openapi::api::core::v1::{Namespace, Node, Pod as ApiPod, Service};
 use k8s_openapi::api::networking::v1::NetworkPolicy;
 use serde_json::{Value, json};
+use xebec_tests::api::{Api, Objects};
 use xebec_tests::{Cluster, eventually};
 
-use super::api::{Api, Objects};
 use super::case::{Action, Labels, labels};
 use super::model::{Model, PROTOCOLS, Pair, address, namespace, own_labels, pod, standing, word};
 use super::sockets::Talker;

@@ -11,9 +11,11 @@ use kube::core::NamespaceResourceScope;
 use kube::{Client, Resource};
 use serde_json::{Value, json};
 use tokio::runtime::Runtime;
-use xebec_tests::Cluster;
 
-use super::Name;
+use crate::Cluster;
+
+/// Namespace and name.
+pub type Name = (String, String);
 
 /// A client.
 pub struct Api {
