@@ -93,7 +93,7 @@ pub(crate) fn open(name: &str) -> Result<MapData> {
 }
 
 /// One row for each map.
-pub(crate) fn rows() -> Result<Vec<Value>> {
+pub fn rows() -> Result<Vec<Value>> {
     let row = |map: &Held| {
         json!({
             "map": map.name, "id": map.id, "type": map.kind, "key_size": map.key_size,

@@ -3,7 +3,7 @@
 
 pub mod announce;
 mod api;
-mod bpf_maps;
+pub mod bpf_maps;
 mod dataplane;
 pub mod endpoints;
 mod events;

@@ -7,9 +7,11 @@ mod lb;
 mod machine;
 mod net;
 mod netns;
+mod policy;
 mod readme;
 mod row;
 mod services;
+mod tail;
 mod traffic;
 mod up;
 mod writes;
@@ -89,24 +91,34 @@ impl Outcome {
     /// own.
     fn with_details(name: &'static str, text: &str, rows: Vec<Row>) -> Result<Self> {
         let (rows, details): (Vec<Row>, Vec<Row>) = rows.into_iter().partition(Row::has_aim);
-        let mut section = text.to_owned();
-        let mut lines = Vec::new();
-        if !details.is_empty() {
-            let table = row::head()
-                .into_iter()
-                .chain(details.iter().map(|row| row::line(&row.cells())));
-            section += "\n\n";
-            section += &table.collect::<Vec<_>>().join("\n");
-        }
-        for row in &details {
-            lines.push(row.json()?);
-        }
+        let section = section(text, &details);
+        Self::of(name, section, rows, &details)
+    }
+
+    /// All rows in a table of the benchmark's own, after `text`.
+    fn apart(name: &'static str, text: &str, rows: Vec<Row>) -> Result<Self> {
+        let section = section(text, &rows);
+        let (rows, details): (Vec<Row>, Vec<Row>) = rows.into_iter().partition(Row::has_aim);
+        Self::of(name, section, rows, &details)
+    }
+
+    fn of(name: &'static str, section: String, rows: Vec<Row>, details: &[Row]) -> Result<Self> {
         Ok(Self {
             rows,
             sections: vec![(name, section)],
-            lines,
+            lines: details.iter().map(Row::json).collect::<Result<_>>()?,
         })
     }
+}
+
+/// A text, and a table after it if there are rows.
+fn section(text: &str, rows: &[Row]) -> String {
+    if rows.is_empty() {
+        return text.to_owned();
+    }
+    let lines = rows.iter().map(|row| row::line(&row.cells()));
+    let table: Vec<String> = row::head().into_iter().chain(lines).collect();
+    format!("{text}\n\n{}", table.join("\n"))
 }
 
 /// All benchmarks, in the order in which they run.
@@ -158,6 +170,30 @@ const BENCHMARKS: &[Benchmark] = &[
         about: "time and memory of a full sync of Services from nothing",
         apart: false,
         run: services::sync,
+    },
+    Benchmark {
+        name: "policy-change",
+        about: "time from a policy's change in the API until every pod of the node is judged by it",
+        apart: true,
+        run: policy::change,
+    },
+    Benchmark {
+        name: "policy-verdict",
+        about: "nanoseconds that rules cost a packet, up to 524,288 of them",
+        apart: true,
+        run: policy::verdict,
+    },
+    Benchmark {
+        name: "policy-memory",
+        about: "the kernel's memory for the rules of 1,000 pods, and traffic under rules beside none",
+        apart: true,
+        run: policy::memory,
+    },
+    Benchmark {
+        name: "policy-peers",
+        about: "rates under up to 2,500 policies and the time of a change, beside iptables and nftables",
+        apart: true,
+        run: policy::peers,
     },
     Benchmark {
         name: "xdp-lb",

@@ -48,10 +48,14 @@ const TEST: &[Need] = &[
         what: "iptables",
         package: "iptables",
     },
-    // A peer of the benchmarks.
+    // Peers of the benchmarks.
     Need {
         what: "nft",
         package: "nftables",
+    },
+    Need {
+        what: "ipset",
+        package: "ipset",
     },
     Need {
         what: "nsenter",

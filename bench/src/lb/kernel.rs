@@ -198,6 +198,8 @@ fn bpf<T>(command: libc::c_int, attr: &mut T) -> Result<libc::c_long, Error> {
 pub struct Program {
     fd: OwnedFd,
     kind: Kind,
+    /// The device by which packets are said to have come to this node; 0 for those of its own processes.
+    received: u32,
 }
 
 /// What one run gave.
@@ -277,7 +279,16 @@ impl Program {
     fn new(fd: libc::c_long, kind: Kind) -> Self {
         // SAFETY: the kernel just gave this descriptor, and nobody else has it.
         let fd = unsafe { OwnedFd::from_raw_fd(fd as i32) };
-        Self { fd, kind }
+        Self {
+            fd,
+            kind,
+            received: 0,
+        }
+    }
+
+    /// From here on packets are said to have come to this node by a device of this number.
+    pub fn receive_by(&mut self, device: u32) {
+        self.received = device;
     }
 
     /// Its descriptor.
@@ -332,6 +343,7 @@ impl Program {
         xdp[3] = device;
         let mut skb = [0_u32; SKB_WORDS];
         skb[SKB_WORDS - 1] = device;
+        skb[SKB_WORDS - 2] = self.received;
         let context: &[u32] = match self.kind {
             Kind::Xdp => &xdp,
             Kind::Classifier => &skb,

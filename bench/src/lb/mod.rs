@@ -17,8 +17,8 @@
 //! run as well but gives sums alone, no median; live frames, whose pages the program gets again as it left them.
 
 pub mod expiry;
-mod frame;
-mod kernel;
+pub mod frame;
+pub mod kernel;
 pub mod live;
 pub mod pound;
 mod rounds;
@@ -26,7 +26,7 @@ mod scenario;
 mod setting;
 mod stand;
 mod told;
-mod wrap;
+pub mod wrap;
 
 use anyhow::Result;
 

@@ -104,7 +104,8 @@ impl Order {
         };
         let vary = Vary {
             six: scenario.six,
-            address: target.sender.is_none(),
+            address_bits: if target.sender.is_none() { 16 } else { 0 },
+            receiver: false,
             port: port as u16,
             spare,
         };

@@ -27,8 +27,11 @@ pub enum Pick {
 pub struct Vary {
     /// Whether the frame is of IPv6.
     pub six: bool,
-    /// Whether the last two bytes of the sender's address are part of it, else the port alone.
-    pub address: bool,
+    /// How many of its low bits go into the last two bytes of the sender's address, the lowest eight into the first of
+    /// them; the others go into a port.
+    pub address_bits: u8,
+    /// Whether that is the receiver's port, not the sender's.
+    pub receiver: bool,
     /// The port of flow 0.
     pub port: u16,
     /// Where in the segment two words are that take the complements of address and port.
@@ -46,6 +49,11 @@ impl Vary {
         if self.six { 54 } else { 34 }
     }
 
+    /// Where the port is that takes a part of the number.
+    fn port_place(self) -> i16 {
+        self.segment() + if self.receiver { 2 } else { 0 }
+    }
+
     fn spare(self, which: usize) -> i16 {
         self.segment() + self.spare[which]
     }
@@ -53,7 +61,7 @@ impl Vary {
     /// Whether the byte at this place is written for each flow, or is a checksum's.
     pub fn writes(self, place: usize) -> bool {
         let number = if self.six { self.sender() } else { NUMBER };
-        let ports = [self.segment(), self.spare(0), self.spare(1)];
+        let ports = [self.port_place(), self.spare(0), self.spare(1)];
         let mut words = [self.sender(), number].into_iter().chain(ports);
         words.any(|word| place == word as usize || place == word as usize + 1)
     }
@@ -195,12 +203,11 @@ fn instructions(
         }
     }
     if let Some(vary) = vary {
-        let mut shift = 0;
-        if vary.address {
-            shift = 16;
+        let shift = i32::from(vary.address_bits.min(16));
+        if shift > 0 {
             code.extend([
                 op(0xbf, 5, 7, 0, 0),
-                op(0x57, 5, 0, 0, 0xffff),
+                op(0x57, 5, 0, 0, (1 << shift) - 1),
                 op(0x6b, 2, 5, vary.sender(), 0),
                 op(0xa7, 5, 0, 0, 0xffff),
                 op(0x6b, 2, 5, vary.spare(0), 0),
@@ -215,7 +222,7 @@ fn instructions(
             op(0x07, 5, 0, 0, i32::from(vary.port)),
             op(0x57, 5, 0, 0, 0xffff),
             op(0xdc, 5, 0, 0, 16),
-            op(0x6b, 2, 5, vary.segment(), 0),
+            op(0x6b, 2, 5, vary.port_place(), 0),
             op(0xa7, 5, 0, 0, 0xffff),
             op(0x6b, 2, 5, vary.spare(1), 0),
         ]);

@@ -11,7 +11,6 @@ use kube::config::{KubeConfigOptions, Kubeconfig};
 use serde_json::{Value, json};
 use tokio_util::sync::CancellationToken;
 
-use super::list::NAMESPACE;
 use super::part;
 
 /// The Node object.
@@ -117,14 +116,14 @@ pub fn run(args: Args) -> Result<()> {
     })
 }
 
-/// Connects the pod whose network namespace this is; its address.
-pub fn add_pod(dir: &Path, netns: &Path) -> Result<IpAddr> {
+/// Connects a pod whose network namespace this is; its address.
+pub fn add_pod(dir: &Path, netns: &Path, (namespace, name): (&str, &str)) -> Result<IpAddr> {
     let request = json!({
         "command": "ADD",
-        "containerID": POD,
+        "containerID": name,
         "netns": netns,
         "ifname": "eth0",
-        "args": format!("K8S_POD_NAMESPACE={NAMESPACE};K8S_POD_NAME={POD}"),
+        "args": format!("K8S_POD_NAMESPACE={namespace};K8S_POD_NAME={name}"),
         "path": "",
         "config": {"cniVersion": "1.1.0", "name": "xebec", "type": "xebec-cni"},
     });

@@ -15,11 +15,13 @@ use super::list::{BACKENDS, EXTRA, MOVING, PORT};
 use super::part::Part;
 use super::stage::XebecStage;
 use super::wire::{self, Seen};
-use crate::row::{Aim, Case, Row, median, number};
+use crate::row::{Aim, Row, number};
+use crate::tail::{millis, tail};
 use crate::{Effort, Outcome};
 
 /// What is known of kube-proxy, which can't run here: it needs a cluster of its own.
 const PEERS: &str = "Changes beside kube-proxy 1.36.2, which was measured with 10,000 Services on a machine of this kind in an earlier run, not in this one: a new Service works after 4.5–9.8 s (iptables) and 22–28 s (nftables), its `minSyncPeriod` of 1 s included.";
+const NAME: &str = "service-change";
 /// Milliseconds, at every size, of 99 changes in 100.
 const AIM: Aim = Aim::AtMost(10.0);
 
@@ -31,12 +33,12 @@ pub fn run(effort: Effort) -> Result<Outcome> {
     for &services in sizes {
         if let Err(error) = measure(services, effort, &mut rows) {
             let note = format!("{} Services: {error:#}", number(services as f64));
-            eprintln!("bench: service-change: {note}");
+            eprintln!("bench: {NAME}: {note}");
             text += &format!("\n- not measured: {note}");
         }
     }
     ensure!(!rows.is_empty(), "no size could be measured");
-    Outcome::with_details("service-change", &text, rows)
+    Outcome::with_details(NAME, &text, rows)
 }
 
 /// Measures at one size.
@@ -77,9 +79,9 @@ fn measure(services: usize, effort: Effort, rows: &mut Vec<Row>) -> Result<()> {
         more => format!("{} Services", number(more as f64)),
     };
     let what = format!("endpoint changed, first answer of the new one, {size}");
-    rows.extend(tail(&what, AIM, &took)?);
+    rows.extend(tail(NAME, &what, AIM, &took)?);
     let what = format!("of this, the write itself, {size}");
-    rows.extend(tail(&what, Aim::None, &written)?);
+    rows.extend(tail(NAME, &what, Aim::None, &written)?);
     let extra = SocketAddrV4::new(EXTRA, PORT);
     let mut took = Vec::new();
     for _ in 0..rounds {
@@ -102,46 +104,10 @@ fn measure(services: usize, effort: Effort, rows: &mut Vec<Row>) -> Result<()> {
         took.push(of_all);
     }
     let what = format!("Service made, first answer, {size}");
-    rows.extend(tail(&what, Aim::None, &took)?);
+    rows.extend(tail(NAME, &what, Aim::None, &took)?);
     drop(client);
     stage.stop_agent()?;
     Ok(())
-}
-
-/// Of all rounds the 99th percentile, which an aim is for, and the median; with an aim, the one worst of all, too.
-fn tail(what: &str, aim: Aim, rounds: &[Vec<f64>]) -> Result<Vec<Row>> {
-    let p99s: Vec<f64> = rounds.iter().map(|took| at(took, 0.99)).collect();
-    let medians: Vec<f64> = rounds.iter().map(|took| median(took)).collect();
-    let all = rounds.concat();
-    let worst = at(&all, 1.0);
-    eprintln!(
-        "bench: service-change: {what}: {:.3} ms, p99 {:.3} ms, worst {worst:.3} ms",
-        median(&medians),
-        median(&p99s),
-    );
-    let row = |last: &str, aim, values: &[f64]| {
-        let case = Case {
-            bench: "service-change",
-            case: &format!("{what}, {last}"),
-            unit: "ms",
-            aim,
-        };
-        Row::alone(case, values)
-    };
-    let mut rows = vec![row("median", Aim::None, &medians)?, row("p99", aim, &p99s)?];
-    if aim != Aim::None {
-        let last = format!("worst of {}", all.len());
-        rows.push(row(&last, Aim::None, &[worst])?);
-    }
-    Ok(rows)
-}
-
-/// The value that this part of all are not above.
-fn at(values: &[f64], part: f64) -> f64 {
-    let mut sorted = values.to_vec();
-    sorted.sort_by(f64::total_cmp);
-    let place = ((sorted.len() as f64 * part).ceil() as usize).saturating_sub(1);
-    sorted.get(place).copied().unwrap_or(f64::NAN)
 }
 
 /// Lets the client ask, then does something, then hears what the client saw.
@@ -169,39 +135,4 @@ fn gone(client: &mut Part, address: SocketAddrV4) -> Result<()> {
         std::time::Duration::from_secs(30),
         || Ok(watch(client, address, None, 0.05, || Ok(())).is_err()),
     )
-}
-
-fn millis(from: u64, to: u64) -> f64 {
-    to.saturating_sub(from) as f64 / 1e6
-}
-
-#[cfg(test)]
-mod tests {
-    #![allow(clippy::unwrap_used, reason = "tests may panic")]
-    use super::*;
-
-    #[test]
-    fn the_aim_is_for_the_99th_percentile_and_the_worst_is_not_hidden() {
-        // One in a hundred is slow; in the second round two are.
-        let mut rounds = vec![vec![1.0; 100]; 3];
-        rounds[0][7] = 500.0;
-        rounds[1][3] = 40.0;
-        rounds[1][90] = 30.0;
-        let rows = tail("w", Aim::AtMost(10.0), &rounds).unwrap();
-        let [middle, p99, worst] = &rows[..] else {
-            panic!("three rows");
-        };
-        assert_eq!((p99.ours, p99.met, p99.rounds), (1.0, Some(true), 3));
-        assert_eq!(p99.spread, 29.0);
-        assert_eq!((middle.ours, middle.met), (1.0, None));
-        assert_eq!(
-            (worst.ours, worst.case.as_str()),
-            (500.0, "w, worst of 300")
-        );
-        rounds[2][0..2].fill(30.0);
-        let rows = tail("w", Aim::AtMost(10.0), &rounds).unwrap();
-        assert_eq!(rows[1].met, Some(false));
-        assert_eq!(tail("w", Aim::None, &rounds).unwrap().len(), 2);
-        assert!(tail("w", Aim::None, &[]).is_err());
-    }
 }

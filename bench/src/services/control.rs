@@ -4,11 +4,12 @@ use std::net::{IpAddr, SocketAddr};
 use std::path::PathBuf;
 use std::sync::Arc;
 
-use anyhow::{Context, Result};
+use anyhow::{Context, Result, bail};
 use base64::Engine;
 use futures::{StreamExt, TryStreamExt};
 use k8s_openapi::api::core::v1::{Namespace, Node, Pod, Service, ServiceAccount};
 use k8s_openapi::api::discovery::v1::EndpointSlice;
+use k8s_openapi::api::networking::v1::NetworkPolicy;
 use kube::Api;
 use kube::api::{DeleteParams, Patch, PatchParams, PostParams};
 use rcgen::{
@@ -54,6 +55,10 @@ pub enum Order {
     Point { backend: u8 },
     /// A Service that comes or goes, with the backends that there are.
     Extra { name: String, present: bool },
+    /// Namespaces, ServiceAccounts, Pods with their status, NetworkPolicies: written anew, what others need first.
+    Make { objects: Vec<Value> },
+    /// A NetworkPolicy that is there becomes this.
+    Policy { object: Value },
 }
 
 /// When a write was asked for and when it was durable, on [`part::now`]'s clock.
@@ -141,6 +146,72 @@ async fn obey(client: &kube::Client, order: Order) -> Result<Value> {
                 done: part::now()?
             }))
         }
+        Order::Make { objects } => {
+            let all = objects.len();
+            // Pods want the account of their namespace to be there.
+            let turn = |object: &Value| match object["kind"].as_str() {
+                Some("Namespace") => 0,
+                Some("ServiceAccount") => 1,
+                _ => 2,
+            };
+            let mut turns = [const { Vec::new() }; 3];
+            for object in objects {
+                turns[turn(&object)].push(object);
+            }
+            for objects in turns {
+                futures::stream::iter(objects.into_iter().map(|object| make(client, object)))
+                    .buffer_unordered(WRITERS)
+                    .try_collect::<Vec<()>>()
+                    .await?;
+            }
+            Ok(json!(all))
+        }
+        Order::Policy { object } => {
+            let word = |field: &str| object["metadata"][field].as_str().unwrap_or_default();
+            let (namespace, name) = (word("namespace"), word("name"));
+            let policies: Api<NetworkPolicy> = Api::namespaced(client.clone(), namespace);
+            let patch = json!({"spec": object["spec"]});
+            let asked = part::now()?;
+            policies
+                .patch(name, &PatchParams::default(), &Patch::Merge(&patch))
+                .await
+                .with_context(|| format!("could not change the policy {name}"))?;
+            Ok(json!(Written {
+                asked,
+                done: part::now()?
+            }))
+        }
+    }
+}
+
+/// Creates an object of a kind that policies are about.
+async fn make(client: &kube::Client, object: Value) -> Result<()> {
+    let namespace = object["metadata"]["namespace"].as_str().unwrap_or_default();
+    let namespace = namespace.to_owned();
+    match object["kind"].as_str() {
+        Some("Namespace") => create(&Api::<Namespace>::all(client.clone()), object).await,
+        Some("ServiceAccount") => {
+            let all = Api::<ServiceAccount>::namespaced(client.clone(), &namespace);
+            create(&all, object).await
+        }
+        Some("NetworkPolicy") => {
+            let all = Api::<NetworkPolicy>::namespaced(client.clone(), &namespace);
+            create(&all, object).await
+        }
+        Some("Pod") => {
+            let pods: Api<Pod> = Api::namespaced(client.clone(), &namespace);
+            let name = object["metadata"]["name"].as_str().unwrap_or_default();
+            let (name, status) = (name.to_owned(), object["status"].clone());
+            create(&pods, object).await?;
+            if !status.is_null() {
+                let status = json!({"status": status});
+                pods.patch_status(&name, &PatchParams::default(), &Patch::Merge(&status))
+                    .await
+                    .with_context(|| format!("could not give the pod {name} its status"))?;
+            }
+            Ok(())
+        }
+        kind => bail!("the benchmark makes no objects of the kind {kind:?}"),
     }
 }
 

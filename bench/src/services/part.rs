@@ -15,6 +15,7 @@ use xebec_tests::eventually;
 
 use super::{agent, control, wire};
 use crate::cleanup::OnInterrupt;
+use crate::policy::{fill, judge, pods};
 
 /// The first argument that makes this executable a part.
 pub const PART: &str = "part";
@@ -52,6 +53,12 @@ enum Role {
     Live,
     /// Drops what comes in at a device
     Sink { device: String },
+    /// Many pods, and what asks them
+    Pods(pods::Args),
+    /// Programs under rules
+    Judge(judge::Args),
+    /// Maps of policy
+    Fill(fill::Args),
 }
 
 /// Runs as a part, when the arguments say so.
@@ -87,6 +94,9 @@ pub fn main() -> Result<()> {
         Role::Expire => crate::lb::expiry::obey(),
         Role::Live => crate::lb::live::send(),
         Role::Sink { device } => crate::lb::live::sink(&device),
+        Role::Pods(args) => pods::run(&args),
+        Role::Judge(args) => judge::run(&args),
+        Role::Fill(args) => fill::run(&args),
     }
 }
 
@@ -165,7 +175,8 @@ impl Part {
             let ours = inode(Path::new("/proc/self/ns/net"))?;
             eventually(
                 "a network namespace of its own",
-                Duration::from_secs(10),
+                // The kernel may be taking hundreds of others away, one by one.
+                Duration::from_secs(120),
                 || Ok(inode(&part.netns())? != ours),
             )?;
         }

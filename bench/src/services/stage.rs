@@ -1,7 +1,7 @@
 //! The stage of every variant: a node with a pod that asks, an outside client, and the ten backends behind another device.
 //!
 //! ```text
-//!  pod 10.244.1.x ── veth ── node 10.200.0.1 ── veth ── 10.200.0.2, backends 10.244.2.2–11
+//!  pod 10.244.0.x ── veth ── node 10.200.0.1 ── veth ── 10.200.0.2, backends 10.244.2.2–11
 //!                             192.0.2.1 ── veth ── outside client 192.0.2.2
 //! ```
 //! Each is a network namespace; what differs between variants is only what the node does with the packets.
@@ -27,9 +27,9 @@ pub const NODE_IP: Ipv4Addr = Ipv4Addr::new(10, 200, 0, 1);
 pub const NODE_IP6: Ipv6Addr = Ipv6Addr::new(0xfd00, 0x200, 0, 0, 0, 0, 0, 1);
 const OTHER_IP: Ipv4Addr = Ipv4Addr::new(10, 200, 0, 2);
 const OTHER_IP6: Ipv6Addr = Ipv6Addr::new(0xfd00, 0x200, 0, 0, 0, 0, 0, 2);
-const OTHER_RANGE: &str = "10.244.2.0/24";
+const OTHER_RANGE: &str = "10.244.2.0/23";
 /// The pod's address where no agent gives it one.
-const POD_IP: &str = "10.244.1.2/32";
+const POD_IP: &str = "10.244.0.2/32";
 /// The pod's next hop, nobody's address.
 const GATEWAY: &str = "169.254.1.1";
 const API_PORT: u16 = 6443;
@@ -52,7 +52,8 @@ impl NodeAddresses {
     fn new(number: u8, v4: Ipv4Addr, v6: Ipv6Addr) -> Self {
         Self {
             ranges: [
-                format!("10.244.{number}.0/24"),
+                // Room for 500 pods.
+                format!("10.244.{}.0/23", 2 * (number - 1)),
                 format!("fd00:244:{number}::/64"),
             ],
             ips: [v4.into(), v6.into()],
@@ -234,7 +235,7 @@ fn mac(part: &Part, device: &str) -> Result<String> {
 }
 
 /// So that clients of short connections seldom use a port again.
-fn more_ports(part: &Part) -> Result<()> {
+pub fn more_ports(part: &Part) -> Result<()> {
     sysctl(part, "net/ipv4/ip_local_port_range", "1024 65535")
 }
 
@@ -369,16 +370,31 @@ impl XebecStage {
         with.run("ip", "link set lo up")?;
         // In no cgroup of the node, so that only the packets meet its programs.
         let without = Part::start(Network::Of(&with), false, &["--cpu", &cpu, "ask"])?;
+        self.wait_for_agent()?;
+        self.connect(&with.netns(), (list::NAMESPACE, agent::POD))?;
+        more_ports(&with)?;
+        self.wait_for_services()?;
+        Ok((with, without))
+    }
+
+    /// Waits until the agent connects pods.
+    pub fn wait_for_agent(&self) -> Result<()> {
         eventually("the agent's socket", PATIENCE, || {
             Ok(agent::ask(&self.dir.0, "GET", "/status", "").is_ok())
-        })?;
-        agent::add_pod(&self.dir.0, &with.netns())?;
-        more_ports(&with)?;
+        })
+    }
+
+    /// Waits until all Services are in the kernel, in maps that grow no more.
+    pub fn wait_for_services(&self) -> Result<()> {
         eventually("all Services in the kernel", SETTLING, || {
             let status = agent::ask(&self.dir.0, "GET", "/status", "")?;
             Ok(is_settled(&status, self.services))
-        })?;
-        Ok((with, without))
+        })
+    }
+
+    /// Connects the pod of this namespace and name, whose network namespace this is; its address.
+    pub fn connect(&self, netns: &Path, pod: (&str, &str)) -> Result<IpAddr> {
+        agent::add_pod(&self.dir.0, netns, pod)
     }
 
     /// A client whose sockets are those of a pod.
@@ -429,19 +445,25 @@ fn is_settled(status: &Value, services: u64) -> bool {
 }
 
 /// A folder that goes with the benchmark.
-struct Folder(
+pub struct Folder(
     PathBuf,
     #[allow(dead_code, reason = "kept until the folder is gone")] OnInterrupt,
 );
 
 impl Folder {
-    fn new(name: &str) -> Result<Self> {
+    /// One with this in its name.
+    pub fn new(name: &str) -> Result<Self> {
         let dir = PathBuf::from(format!("/tmp/xebec-bench-{name}-{}", std::process::id()));
         std::fs::create_dir_all(&dir)
             .with_context(|| format!("could not make {}", dir.display()))?;
         let mut remove = Command::new("rm");
         remove.arg("-rf").arg(&dir);
         Ok(Self(dir, OnInterrupt::run(remove)))
+    }
+
+    /// Where it is.
+    pub fn path(&self) -> &Path {
+        &self.0
     }
 }
 

@@ -2,6 +2,7 @@
 
 use std::io::{Read, Write};
 use std::net::{Ipv4Addr, SocketAddrV4, TcpListener, TcpStream, UdpSocket};
+use std::sync::atomic::{AtomicU16, Ordering};
 use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, bail, ensure};
@@ -17,6 +18,9 @@ const WORKERS: usize = 32;
 const PATIENCE: Duration = Duration::from_secs(2);
 /// A watch tries again after this: what was sent before there was a Service is lost.
 const IMPATIENCE: Duration = Duration::from_millis(2);
+/// How long one datagram waits for its answer, and its sender before the next one: it takes half a core from others, and
+/// sees a change as exactly as this.
+const SOON: Duration = Duration::from_micros(100);
 /// How long a watch rests when a connection was refused at once, so that it takes no core from others.
 const REST: Duration = Duration::from_micros(500);
 
@@ -29,6 +33,8 @@ pub enum Mode {
     Rr,
     /// A socket, one datagram there and back, as resolvers do.
     Udp,
+    /// Bytes one way over one connection; the rate is of bytes that arrived (netperf's TCP_STREAM).
+    Stream,
 }
 
 /// Where to answer.
@@ -57,6 +63,8 @@ pub enum Order {
         backend: Option<u8>,
         seconds: f64,
     },
+    /// Datagrams from one socket until one is answered.
+    Reach { address: SocketAddrV4, seconds: f64 },
 }
 
 /// What a measurement gave.
@@ -85,6 +93,10 @@ pub struct Seen {
 const MANY: u8 = b'r';
 /// One answer, then the server closes: TIME_WAIT stays on its side.
 const ONCE: u8 = b'c';
+/// No answer until the last byte has come.
+const SINK: u8 = b's';
+/// Bytes that are sent or taken at once.
+const CHUNK: usize = 128 * 1024;
 
 /// Answers on all addresses, every byte by the address's last.
 pub fn serve(args: &Serve) -> Result<()> {
@@ -131,6 +143,11 @@ fn answer(mut stream: TcpStream) -> std::io::Result<()> {
     };
     let mut byte = [0; 1];
     stream.read_exact(&mut byte)?;
+    if byte[0] == SINK {
+        let mut chunk = vec![0; CHUNK];
+        while stream.read(&mut chunk)? > 0 {}
+        return stream.write_all(&[name]);
+    }
     let once = byte[0] == ONCE;
     loop {
         stream.write_all(&[name])?;
@@ -154,6 +171,7 @@ pub fn ask() -> Result<()> {
             backend,
             seconds,
         } => watch(address, backend, seconds),
+        Order::Reach { address, seconds } => reach(address, seconds),
     })
 }
 
@@ -184,6 +202,9 @@ fn once(address: SocketAddrV4, patience: Duration) -> Result<u8> {
 
 fn measure(mode: Mode, address: SocketAddrV4, seconds: f64, askers: usize) -> Result<Measured> {
     let length = Duration::from_secs_f64(seconds);
+    if mode == Mode::Stream {
+        return stream(address, length);
+    }
     let started = Instant::now();
     let mut took = Vec::new();
     std::thread::scope(|scope| -> Result<()> {
@@ -209,6 +230,30 @@ fn measure(mode: Mode, address: SocketAddrV4, seconds: f64, askers: usize) -> Re
     })
 }
 
+/// Sends for so long; what one chunk took is counted as a transaction.
+fn stream(address: SocketAddrV4, length: Duration) -> Result<Measured> {
+    let mut stream = connect(address, PATIENCE)?;
+    let chunk = [SINK; CHUNK];
+    let started = Instant::now();
+    let (mut sent, mut took) = (0_u64, Vec::new());
+    while started.elapsed() < length {
+        let begun = Instant::now();
+        stream.write_all(&chunk).context("the connection broke")?;
+        sent += CHUNK as u64;
+        took.push(begun.elapsed().as_secs_f64() * 1e6);
+    }
+    // The answer comes when all has arrived.
+    stream
+        .shutdown(std::net::Shutdown::Write)
+        .and_then(|()| stream.read_exact(&mut [0; 1]))
+        .context("the server did not take everything")?;
+    Ok(Measured {
+        rate: sent as f64 / started.elapsed().as_secs_f64(),
+        p50: crate::tail::at(&took, 0.5),
+        p99: crate::tail::at(&took, 0.99),
+    })
+}
+
 /// Nanoseconds that each transaction took.
 fn transact(
     mode: Mode,
@@ -219,7 +264,7 @@ fn transact(
     let mut took = Vec::with_capacity(1 << 16);
     let mut stream = match mode {
         Mode::Rr => Some(connect(address, PATIENCE)?),
-        Mode::Crr | Mode::Udp => None,
+        Mode::Crr | Mode::Udp | Mode::Stream => None,
     };
     let mut byte = [0; 1];
     let mut begun = Instant::now();
@@ -249,6 +294,50 @@ fn transact(
         begun = now;
     }
     Ok(took)
+}
+
+/// A socket whose port none before had: rules let a flow that they know through, open or not.
+fn fresh_socket() -> Result<UdpSocket> {
+    static NEXT: AtomicU16 = AtomicU16::new(1_024);
+    loop {
+        let port = NEXT.fetch_add(1, Ordering::Relaxed);
+        ensure!(port >= 1_024, "all ports were used");
+        match UdpSocket::bind((Ipv4Addr::UNSPECIFIED, port)) {
+            Err(error) if error.kind() == std::io::ErrorKind::AddrInUse => {}
+            socket => return socket.context("could not open a socket"),
+        }
+    }
+}
+
+fn reach(address: SocketAddrV4, seconds: f64) -> Result<Value> {
+    let end = Instant::now() + Duration::from_secs_f64(seconds);
+    let socket = fresh_socket()?;
+    socket
+        .connect(address)
+        .and_then(|()| socket.set_nonblocking(true))
+        .context("could not configure a socket")?;
+    // The benchmark changes something once this is asking.
+    part::say(&json!({"asking": true}))?;
+    let mut failed = 0;
+    while Instant::now() < end {
+        let begun = part::now()?;
+        let (sent, mut byte) = (Instant::now(), [0; 1]);
+        // Rules may have the sender told that it is not allowed, and nobody may listen yet: both are no answer.
+        if socket.send(&[MANY]).is_ok() {
+            while sent.elapsed() < SOON {
+                if socket.recv(&mut byte).is_ok() {
+                    return Ok(json!(Seen {
+                        begun,
+                        answered: part::now()?,
+                        failed
+                    }));
+                }
+            }
+        }
+        failed += 1;
+        std::thread::sleep(SOON);
+    }
+    bail!("{address} answered no datagram for {seconds} s")
 }
 
 fn watch(address: SocketAddrV4, backend: Option<u8>, seconds: f64) -> Result<Value> {
