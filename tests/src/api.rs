@@ -17,6 +17,25 @@ use crate::Cluster;
 /// Namespace and name.
 pub type Name = (String, String);
 
+/// A pod on a node that runs the demo's server, as the API takes it.
+pub fn demo_pod(namespace: &str, name: &str, node: &str, labels: &Value) -> Value {
+    json!({
+        "apiVersion": "v1",
+        "kind": "Pod",
+        "metadata": {"namespace": namespace, "name": name, "labels": labels},
+        "spec": {
+            "nodeName": node,
+            "terminationGracePeriodSeconds": 0,
+            "containers": [{
+                "name": "demo",
+                "image": "xebec.local/demo:latest",
+                "imagePullPolicy": "IfNotPresent",
+                "args": ["serve"],
+            }],
+        },
+    })
+}
+
 /// A client.
 pub struct Api {
     client: Client,

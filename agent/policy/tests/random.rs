@@ -176,18 +176,7 @@ fn history(seed: u64, options: &Options, hash: fn(&Kind) -> u32) {
 }
 
 fn seeds() -> std::ops::Range<u64> {
-    match std::env::var("XEBEC_SEED") {
-        Ok(seed) => {
-            let seed = seed.parse().unwrap();
-            seed..seed + 1
-        }
-        // Others each time, and all of them told.
-        Err(_) => {
-            let first = u64::from(rand::rng().random::<u32>());
-            println!("seeds from {first} on");
-            first..first + HISTORIES
-        }
-    }
+    xebec_policy_oracle::random::seeds(HISTORIES)
 }
 
 #[test]

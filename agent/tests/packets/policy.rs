@@ -14,7 +14,7 @@ use xebec_policy::engine::Engine;
 use xebec_policy::names::Names;
 use xebec_policy::rule::{Name, Source};
 use xebec_policy::selector::Labels;
-use xebec_policy_oracle::random::{Options, change, cluster, packets};
+use xebec_policy_oracle::random::{Options, change, cluster, packets, seeds};
 use xebec_policy_oracle::{Cluster, End, Packet as Question, Protocol, judge};
 
 use super::kernel::test_run;
@@ -390,17 +390,7 @@ fn policies_do_to_packets_what_the_objects_say() {
     if super::left_out() {
         return;
     }
-    let seeds = match std::env::var("XEBEC_SEED") {
-        Ok(seed) => {
-            let seed = seed.parse().unwrap();
-            seed..seed + 1
-        }
-        Err(_) => {
-            let first = u64::from(rand::rng().random::<u32>());
-            println!("seeds from {first} on");
-            first..first + HISTORIES
-        }
-    };
+    let seeds = seeds(HISTORIES);
     let mut counts = [0; 4];
     let several = seeds.end - seeds.start > 1;
     seeds.for_each(|seed| history(seed, &mut counts));

@@ -331,13 +331,7 @@ fn a_shim_whose_starter_is_gone_ends() {
     std::fs::write(&spec, text.to_string()).unwrap();
     let (reader, writer) = std::io::pipe().unwrap();
     drop(reader);
-    let test = std::env::current_exe().unwrap();
-    let server = test
-        .parent()
-        .unwrap()
-        .with_file_name("examples")
-        .join("cri");
-    let mut starter = std::process::Command::new(server);
+    let mut starter = std::process::Command::new(harness::executable());
     starter.args(["shim", "--spec"]).arg(&spec).stdout(writer);
     assert!(starter.status().unwrap().success());
     let end = Instant::now() + Duration::from_secs(20);

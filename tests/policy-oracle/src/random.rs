@@ -33,6 +33,21 @@ enum Family {
     Cilium,
 }
 
+/// Seeds of so many histories: others each time, and told; `XEBEC_SEED` is one to repeat.
+///
+/// # Panics
+/// If `XEBEC_SEED` is no number.
+#[allow(clippy::expect_used, reason = "for tests, which may panic")]
+pub fn seeds(histories: u64) -> std::ops::Range<u64> {
+    let given = std::env::var("XEBEC_SEED");
+    let (first, count) = match given {
+        Ok(seed) => (seed.parse().expect("XEBEC_SEED is a number"), 1),
+        Err(_) => (u64::from(rand::rng().random::<u32>()), histories),
+    };
+    println!("{count} seeds from {first} on");
+    first..first + count
+}
+
 const FAMILIES: [Family; 3] = [Family::Network, Family::Admin, Family::Cilium];
 const NAMESPACES: [&str; 3] = ["x", "y", "z"];
 const NODES: [&str; 2] = ["n1", "n2"];

@@ -8,6 +8,7 @@ use std::time::Duration;
 
 use anyhow::{Context, Result, ensure};
 use serde_json::{Value, json};
+use xebec_tests::api::demo_pod;
 use xebec_tests::ethtool::{self, Offload};
 pub use xebec_tests::place::cgroups;
 use xebec_tests::place::{Place, Protocol, Server, addresses_of, cgroup_of, pods_of};
@@ -170,21 +171,8 @@ fn items(list: &Value) -> impl Iterator<Item = &Value> {
 }
 
 fn pod(name: &str, node: &str) -> Value {
-    let mut pod = json!({
-        "apiVersion": "v1",
-        "kind": "Pod",
-        "metadata": {"name": name, "namespace": NAMESPACE, "labels": {"app": "web", "name": name}},
-        "spec": {
-            "nodeName": node,
-            "terminationGracePeriodSeconds": 1,
-            "containers": [{
-                "name": "demo",
-                "image": "xebec.local/demo:latest",
-                "imagePullPolicy": "IfNotPresent",
-                "args": ["serve"],
-            }],
-        },
-    });
+    let mut pod = demo_pod(NAMESPACE, name, node, &json!({"app": "web", "name": name}));
+    pod["spec"]["terminationGracePeriodSeconds"] = json!(1);
     if name == "late" {
         pod["metadata"]["labels"]["app"] = json!("late");
     }

@@ -6,6 +6,7 @@ use std::net::IpAddr;
 use anyhow::{Context, Result, ensure};
 use serde_json::{Value, json};
 use xebec_policy_oracle::{Cluster, End, Packet, Protocol, judge};
+use xebec_tests::api::demo_pod;
 
 use super::case::{Action, Expected, Labels};
 use super::{NAMESPACES, Name, PODS, PORTS};
@@ -70,22 +71,9 @@ pub fn pod(name: &Name, labels: &Labels, node: &str) -> Value {
     let ports = PORTS
         .into_iter()
         .flat_map(|number| PROTOCOLS.map(|protocol| port(protocol, number)));
-    json!({
-        "apiVersion": "v1",
-        "kind": "Pod",
-        "metadata": {"namespace": name.0, "name": name.1, "labels": pod_labels(name, labels)},
-        "spec": {
-            "nodeName": node,
-            "terminationGracePeriodSeconds": 0,
-            "containers": [{
-                "name": "demo",
-                "image": "xebec.local/demo:latest",
-                "imagePullPolicy": "IfNotPresent",
-                "args": ["serve"],
-                "ports": ports.collect::<Vec<_>>(),
-            }],
-        },
-    })
+    let mut pod = demo_pod(&name.0, &name.1, node, &json!(pod_labels(name, labels)));
+    pod["spec"]["containers"][0]["ports"] = ports.collect();
+    pod
 }
 
 /// A pod's labels where no case has changed them.

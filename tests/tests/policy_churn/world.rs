@@ -8,7 +8,7 @@ use anyhow::{Context, Result};
 use k8s_openapi::api::core::v1::{Namespace, Pod as ApiPod, Service};
 use k8s_openapi::api::networking::v1::NetworkPolicy;
 use serde_json::{Value, json};
-use xebec_tests::api::Api;
+use xebec_tests::api::{Api, demo_pod};
 use xebec_tests::place::{Place, Server, addresses_of, pods_of};
 use xebec_tests::{Cluster, eventually};
 
@@ -73,19 +73,7 @@ pub struct World {
 
 /// A pod as the API takes it.
 pub fn pod(namespace: &str, name: &str, node: &str, (key, value): (&str, &str)) -> Value {
-    json!({
-        "metadata": {"name": name, "namespace": namespace, "labels": {key: value}},
-        "spec": {
-            "nodeName": node,
-            "terminationGracePeriodSeconds": 0,
-            "containers": [{
-                "name": "demo",
-                "image": "xebec.local/demo:latest",
-                "imagePullPolicy": "IfNotPresent",
-                "args": ["serve"],
-            }],
-        },
-    })
+    demo_pod(namespace, name, node, &json!({key: value}))
 }
 
 /// A policy as the API takes it.

@@ -23,6 +23,19 @@ pub struct Node {
     pub name: String,
 }
 
+/// The server's executable, which is its shim's too.
+pub fn executable() -> PathBuf {
+    let test = std::env::current_exe().unwrap();
+    let server = test.parent().unwrap().with_file_name("examples");
+    let server = server.join("cri");
+    assert!(
+        server.exists(),
+        "{} is not built; run cargo build -p xebec-cri --examples",
+        server.display()
+    );
+    server
+}
+
 impl Node {
     /// Starts a server with a network made by Debian's CNI plugins.
     pub fn start() -> Self {
@@ -89,18 +102,7 @@ impl Node {
             .append(true)
             .open(self.path("server.log"))
             .unwrap();
-        let test = std::env::current_exe().unwrap();
-        let server = test
-            .parent()
-            .unwrap()
-            .with_file_name("examples")
-            .join("cri");
-        assert!(
-            server.exists(),
-            "{} is not built; run cargo build -p xebec-cri --examples",
-            server.display()
-        );
-        let child = Command::new(server)
+        let child = Command::new(executable())
             .args([self.path("root"), self.path("run"), self.path("cni")])
             .arg("/usr/lib/cni")
             .env("XEBEC_CGROUP_PARENT", self.cgroup())
