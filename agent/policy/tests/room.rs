@@ -246,3 +246,15 @@ fn labels_that_tell_replicas_apart_make_no_kinds_unless_a_policy_asks() {
     assert_eq!(node.engine.identity_rows().len(), 2);
     assert!(lets_in(&node, "10.0.1.2", 80));
 }
+
+#[test]
+fn a_pod_that_stayed_in_the_kernel_is_removed_when_that_is_asked_again() {
+    let mut node = Node::new("n1", Kind::hash);
+    node.learn(&cluster(), 0);
+    let own: IpAddr = "10.0.0.1".parse().unwrap();
+    let is_there = |node: &Node| node.kernel.with(|plain| plain.endpoints.contains_key(&own));
+    node.kernel.with(|plain| plain.keeps_endpoints = true);
+    assert!(node.engine.disconnect(own).is_err() && is_there(&node));
+    node.kernel.with(|plain| plain.keeps_endpoints = false);
+    assert!(node.engine.disconnect(own).is_ok() && !is_there(&node));
+}

@@ -31,6 +31,8 @@ pub struct Plain {
     pub room: Room,
     /// How many entries were written.
     pub written: usize,
+    /// Whether endpoints can't be removed.
+    pub keeps_endpoints: bool,
 }
 
 #[derive(Clone)]
@@ -51,6 +53,7 @@ impl Kernel {
                 sets: 1 << 20,
             },
             written: 0,
+            keeps_endpoints: false,
         })))
     }
 
@@ -85,8 +88,11 @@ impl PolicyKernel for Kernel {
     }
 
     fn remove_endpoint(&mut self, address: IpAddr) -> Result<()> {
-        self.with(|plain| plain.endpoints.remove(&address));
-        Ok(())
+        self.with(|plain| {
+            ensure!(!plain.keeps_endpoints, "endpoints stay");
+            plain.endpoints.remove(&address);
+            Ok(())
+        })
     }
 
     fn set_identity(&mut self, address: IpAddr, identity: u32) -> Result<()> {
