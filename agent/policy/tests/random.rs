@@ -12,7 +12,8 @@ use plain::{Node, sides};
 use rand::rngs::StdRng;
 use rand::{Rng, SeedableRng};
 use xebec_policy::kind::Kind;
-use xebec_policy_oracle::random::{Options, change, cluster, packets};
+use xebec_policy_oracle::random::{Options, change, cluster, packets, without_names_in_blocks};
+use xebec_policy_oracle::shrink::shrink;
 use xebec_policy_oracle::{Cluster, Packet, judge};
 
 /// How many histories each of the tests has.
@@ -82,24 +83,19 @@ fn compare(nodes: &[Node], cluster: &Cluster, packet: &Packet) -> Result<(), Str
     Ok(())
 }
 
-/// Leaves names of ports out of egress rules about address blocks: there they stand for nothing yet (see README.md).
-fn without_names_in_blocks(cluster: &mut Cluster) {
-    for policy in &mut cluster.policies {
-        let Some(rules) = policy["spec"].get_mut("egress") else {
-            continue;
-        };
-        for rule in rules.as_array_mut().unwrap() {
-            let mut peers = rule["to"].as_array().into_iter().flatten();
-            if !peers.any(|peer| peer.get("ipBlock").is_some()) {
-                continue;
-            }
-            for port in rule["ports"].as_array_mut().into_iter().flatten() {
-                if port["port"].is_string() {
-                    port["port"] = 80.into();
-                }
-            }
-        }
+/// A mistake in few words: the smallest cluster that shows it, if new nodes make it too.
+fn told(cluster: &Cluster, packet: &Packet, hash: fn(&Kind) -> u32) -> String {
+    let mistake = |cluster: &Cluster| {
+        let mut nodes = nodes(cluster, hash);
+        nodes.iter_mut().for_each(|node| node.learn(cluster, 0));
+        compare(&nodes, cluster, packet).err()
+    };
+    if mistake(cluster).is_none() {
+        return format!("(only after this history)\n{cluster:#?}");
     }
+    let fails = |cluster: &Cluster| packet.is_in(cluster) && mistake(cluster).is_some();
+    let smallest = shrink(cluster.clone(), fails);
+    format!("{}\n{smallest:#?}", mistake(&smallest).unwrap_or_default())
 }
 
 /// Gives a node other labels.
@@ -147,7 +143,8 @@ fn history(seed: u64, options: &Options, hash: fn(&Kind) -> u32) {
         }
         for packet in packets(&mut random, &world, PACKETS) {
             if let Err(why) = compare(&nodes, &world, &packet) {
-                panic!("seed {seed}, step {step}: {why}\n{world:#?}");
+                let smaller = told(&world, &packet, hash);
+                panic!("seed {seed}, step {step}: {why}\n{smaller}");
             }
         }
     }

@@ -14,7 +14,9 @@ use xebec_policy::engine::Engine;
 use xebec_policy::names::Names;
 use xebec_policy::rule::{Name, Source};
 use xebec_policy::selector::Labels;
-use xebec_policy_oracle::random::{Options, change, cluster, packets, seeds};
+use xebec_policy_oracle::random::{
+    Options, change, cluster, packets, seeds, without_names_in_blocks,
+};
 use xebec_policy_oracle::{Cluster, End, Packet as Question, Protocol, judge};
 
 use super::kernel::test_run;
@@ -360,26 +362,6 @@ fn history(seed: u64, begun: &mut [usize; 4]) {
             assert!(known, "seed {seed}, step {step}: {question:?} by {told:?}");
             if passed && flows.len() < KEPT {
                 flows.push(Flow { question, first });
-            }
-        }
-    }
-}
-
-/// Leaves names of ports out of egress rules about address blocks: there they stand for nothing yet (see README.md).
-fn without_names_in_blocks(cluster: &mut Cluster) {
-    for policy in &mut cluster.policies {
-        let rules = policy["spec"]
-            .get_mut("egress")
-            .and_then(Value::as_array_mut);
-        for rule in rules.into_iter().flatten() {
-            let mut peers = rule["to"].as_array().into_iter().flatten();
-            if !peers.any(|peer| peer.get("ipBlock").is_some()) {
-                continue;
-            }
-            for port in rule["ports"].as_array_mut().into_iter().flatten() {
-                if port["port"].is_string() {
-                    port["port"] = 80.into();
-                }
             }
         }
     }

@@ -33,6 +33,26 @@ enum Family {
     Cilium,
 }
 
+/// Leaves names of ports out of egress rules about address blocks: there they stand for nothing yet (see README.md).
+pub fn without_names_in_blocks(cluster: &mut Cluster) {
+    for policy in &mut cluster.policies {
+        let rules = policy["spec"]
+            .get_mut("egress")
+            .and_then(Value::as_array_mut);
+        for rule in rules.into_iter().flatten() {
+            let mut peers = rule["to"].as_array().into_iter().flatten();
+            if !peers.any(|peer| peer.get("ipBlock").is_some()) {
+                continue;
+            }
+            for port in rule["ports"].as_array_mut().into_iter().flatten() {
+                if port["port"].is_string() {
+                    port["port"] = 80.into();
+                }
+            }
+        }
+    }
+}
+
 /// Seeds of so many histories: others each time, and told; `XEBEC_SEED` is one to repeat.
 ///
 /// # Panics
