@@ -129,13 +129,12 @@ impl Runtime {
             netns::create(&paths.netns)?;
             sandbox.update(|r| r.netns = Some(paths.netns.clone()))?;
             let pod = self.cni_pod(sandbox);
-            let network = cni::load(&self.config.cni_conf_dir)?;
+            let failed = || format!("failed to setup network for sandbox {id:?}");
+            let network = cni::load(&self.config.cni_conf_dir).with_context(failed)?;
             // Noted before the plugins run: who finds a start that was cut detaches the pod.
             let begun = Attachment::begun(network.clone());
             sandbox.update(|r| r.attachment = Some(begun))?;
-            let added = self.cni.add(&pod, network).await;
-            let added =
-                added.with_context(|| format!("failed to setup network for sandbox {id:?}"));
+            let added = self.cni.add(&pod, network).await.with_context(failed);
             sandbox.update(|r| r.attachment = added.as_ref().ok().cloned())?;
             added?;
         }
