@@ -188,17 +188,22 @@ fn services(tables: &Tables) -> Result<Vec<Value>> {
     Ok(rows)
 }
 
-/// What becomes of a flow, and why: `from` and `to` are `NAMESPACE/POD`, `node:NAME` or an address, `protocol` is a
+/// What becomes of a flow, and why: `from` and `to` are `NAMESPACE/POD`, `node:NAME`, `domain:NAME` or an address, `protocol` is a
 /// number, `port` the destination's, `family` 4 or 6.
 async fn explain(tables: &Tables, query: &str) -> Result<Value> {
     let party = |text: &str| -> Result<Party> {
         if let Ok(address) = text.parse() {
             return Ok(Party::Address(address));
         }
+        if let Some(domain) = text.strip_prefix("domain:") {
+            return Ok(Party::Domain(domain.to_owned()));
+        }
         match (text.strip_prefix("node:"), text.split_once('/')) {
             (Some(node), _) => Ok(Party::Node(node.to_owned())),
             (None, Some((namespace, pod))) => Ok(Party::Pod((namespace.into(), pod.into()))),
-            (None, None) => bail!("{text:?} is neither NAMESPACE/POD nor node:NAME nor an address"),
+            (None, None) => bail!(
+                "{text:?} is neither NAMESPACE/POD nor node:NAME nor domain:NAME nor an address"
+            ),
         }
     };
     let (mut from, mut to, mut v4) = (None, None, None);
@@ -264,6 +269,7 @@ async fn answer(request: Request<Incoming>, tables: &Tables) -> Response<Body> {
                 "services",
                 "policies",
                 "identities",
+                "fqdns",
                 "maps",
                 "devices"
             ]),
@@ -288,6 +294,13 @@ async fn answer(request: Request<Incoming>, tables: &Tables) -> Response<Body> {
         },
         (&Method::GET, "/tables/identities") => match &tables.engine {
             Some(engine) => reply(StatusCode::OK, &engine.lock().await.identity_rows().into()),
+            None => reply(StatusCode::OK, &json!([])),
+        },
+        (&Method::GET, "/tables/fqdns") => match &tables.engine {
+            Some(engine) => {
+                let rows = engine.lock().await.domain_rows(crate::domains::now());
+                reply(StatusCode::OK, &rows.into())
+            }
             None => reply(StatusCode::OK, &json!([])),
         },
         (&Method::GET, "/tables/endpoints") => {
@@ -334,6 +347,7 @@ async fn answer(request: Request<Incoming>, tables: &Tables) -> Response<Body> {
                         "refused": counters.refused,
                         "no_port": counters.no_port,
                     },
+                    "dns_answers": {"held": counters.held, "not_held": counters.unheld},
                     "translated": {"tc": counters.translated, "xdp": counters.translated_early},
                     "flow_events": {"produced": counters.produced, "lost": counters.lost},
                 }),

@@ -5,6 +5,7 @@ pub mod announce;
 mod api;
 pub mod bpf_maps;
 mod dataplane;
+pub mod domains;
 pub mod endpoints;
 mod events;
 pub mod flows;
@@ -83,6 +84,8 @@ pub struct Config {
     pub serve: metrics::Addresses,
     /// How large the maps of Services are at first, and at most.
     pub sizes: loader::Sizes,
+    /// Whose answers about domains are believed.
+    pub domains: domains::Options,
     /// A file as ip-masq-agent has it: towards whom pods keep their addresses, besides `native`.
     pub ip_masq: Option<PathBuf>,
 }
@@ -102,6 +105,14 @@ pub async fn run(client: kube::Client, config: Config, shutdown: CancellationTok
         .map_or(1, |since| since.as_millis() as u32);
     let engine = Engine::new(maps.policy, names, &config.node_name, generation);
     let engine = Arc::new(Mutex::new(engine));
+    let domains = domains::follow(
+        maps.domains,
+        engine.clone(),
+        config.domains.clone(),
+        &config.state_dir,
+        shutdown.clone(),
+    )
+    .await?;
     let (synced, mut is_synced) = watch::channel(false);
     let (nodes, nodes_told) = watch::channel(None);
     check_addresses(&config.node_ips)?;
@@ -247,6 +258,7 @@ pub async fn run(client: kube::Client, config: Config, shutdown: CancellationTok
     let api = api::run(config.socket.clone(), tables, shutdown.clone());
     tokio::try_join!(
         policy,
+        domains,
         services,
         network,
         nodes,

@@ -18,6 +18,7 @@ use aya::programs::{
 
 use xebec_dataplane_common::nat::BACK_BY_TC;
 
+use crate::domains::DomainMaps;
 use crate::maps::{FlowMaps, Hits, NetworkMaps, PolicyMaps, ServiceMaps, SocketMap, take};
 use crate::network::Device;
 pub use express::{By, Xdp};
@@ -101,6 +102,8 @@ pub struct Maps {
     pub policy: PolicyMaps,
     /// Events of flows.
     pub flows: FlowMaps,
+    /// Resolvers' answers.
+    pub domains: DomainMaps,
     /// Translation.
     pub network: NetworkMaps,
 }
@@ -141,6 +144,7 @@ impl Loaded {
             hits: Hits::new(&mut self.ebpf)?,
             policy: PolicyMaps::new(&mut self.ebpf)?,
             flows: FlowMaps::new(&mut self.ebpf)?,
+            domains: DomainMaps::new(&mut self.ebpf)?,
             network: NetworkMaps::new(&mut self.ebpf)?,
         })
     }

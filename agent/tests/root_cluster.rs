@@ -5,6 +5,8 @@
 mod api;
 #[path = "cluster/custom.rs"]
 mod custom;
+#[path = "cluster/domains.rs"]
+mod domains;
 #[path = "cluster/faults.rs"]
 mod faults;
 #[path = "cluster/growth.rs"]

@@ -87,6 +87,9 @@ enum Command {
     /// Identities: the label sets that policies tell apart
     #[command(subcommand)]
     Identity(tables::Table),
+    /// Domains: what resolvers told pods that are under rules for them
+    #[command(subcommand)]
+    Fqdn(tables::Table),
     /// The kernel's side of the dataplane
     #[command(subcommand)]
     Bpf(bpf::Bpf),
@@ -182,6 +185,7 @@ fn run(cli: Cli) -> Result<bool> {
         Command::Endpoint(table) => runtime.block_on(table.run(&layout, "endpoints")),
         Command::Service(service) => runtime.block_on(service.run(&layout)),
         Command::Identity(table) => runtime.block_on(table.run(&layout, "identities")),
+        Command::Fqdn(table) => runtime.block_on(table.run(&layout, "fqdns")),
         Command::Bpf(bpf) => runtime.block_on(bpf.run(&layout)),
         Command::Observe(observe) => runtime.block_on(observe.run(&layout)),
         Command::Image(image) => runtime.block_on(image.run(&layout)),

@@ -42,7 +42,7 @@ pub struct Explain {
     /// Who begins: [NAMESPACE/]POD, node:NAME or an address
     #[arg(long)]
     from: String,
-    /// With whom: [NAMESPACE/]POD, node:NAME or an address
+    /// With whom: [NAMESPACE/]POD, node:NAME, an address, or a domain: a name with a dot that resolvers told pods of
     #[arg(long)]
     to: String,
     /// Port and protocol: 80, 80/TCP, 53/UDP, 9/SCTP, icmp, icmp/TYPE, icmpv6/TYPE
@@ -120,9 +120,11 @@ fn port(text: &str, v6: bool) -> Result<(u8, u16)> {
 
 /// A party as the agent's socket takes it.
 fn party(text: &str) -> String {
-    let known = text.contains('/') || text.starts_with("node:");
+    let known = text.contains('/') || ["node:", "domain:"].iter().any(|one| text.starts_with(one));
     if known || text.parse::<std::net::IpAddr>().is_ok() {
         text.to_owned()
+    } else if text.contains('.') {
+        format!("domain:{text}")
     } else {
         format!("default/{text}")
     }
@@ -165,13 +167,17 @@ impl Explain {
             query.append_pair("family", number);
         }
         let path = format!("/policy/explain?{}", query.finish());
-        let mut answers = Vec::new();
+        let (mut answers, mut errors) = (Vec::new(), Vec::new());
         for (_, socket) in unix_http::agents(layout, None)? {
             let answer = unix_http::get_json(&socket, &path).await?;
-            if let Some(error) = answer["error"].as_str() {
-                bail!("{error}");
+            match answer["error"].as_str() {
+                Some(error) => errors.push(error.to_owned()),
+                None => answers.push(answer),
             }
-            answers.push(answer);
+        }
+        // Domains are known where pods asked for them.
+        if let (true, Some(error)) = (answers.is_empty(), errors.first()) {
+            bail!("{error}");
         }
         let mut answer = answers.first().cloned().context("no agent runs here")?;
         // Each side is told by the agent that has its sets in the kernel, where one of this machine has.

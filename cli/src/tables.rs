@@ -32,7 +32,7 @@ pub enum Table {
     List(ListArgs),
     /// One of them
     Get {
-        /// An endpoint's [NAMESPACE/]POD or address, an identity's number
+        /// An endpoint's [NAMESPACE/]POD or address, an identity's number, a domain
         name: String,
         #[command(flatten)]
         list: ListArgs,
@@ -61,7 +61,8 @@ fn is_called(row: &Value, name: &str) -> bool {
         None => row["pod"] == name,
     };
     let addresses = row["addresses"].as_array();
-    pod || addresses.is_some_and(|all| all.iter().any(|one| one == name))
+    pod || row["domain"] == name
+        || addresses.is_some_and(|all| all.iter().any(|one| one == name))
         || name
             .parse::<u32>()
             .is_ok_and(|number| row["pod"].is_null() && row["identity"] == number)

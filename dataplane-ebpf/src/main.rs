@@ -12,6 +12,7 @@ mod express;
 mod flow;
 mod frame;
 mod hash;
+mod hold;
 mod lookup;
 mod maps;
 mod nat;

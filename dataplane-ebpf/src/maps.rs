@@ -3,6 +3,7 @@
 use aya_ebpf::btf_maps::{ArrayOfMaps, HashMap as Inner};
 use aya_ebpf::macros::{btf_map, map};
 use aya_ebpf::maps::{Array, HashMap, LpmTrie, LruHashMap, LruPerCpuHashMap, PerCpuArray, RingBuf};
+use xebec_dataplane_common::dns::Listening;
 use xebec_dataplane_common::flow::Counters;
 use xebec_dataplane_common::ip::Ip;
 use xebec_dataplane_common::nat::Settings;
@@ -138,6 +139,14 @@ pub static GENERATION: Array<u32> = Array::with_max_entries(1, 0);
 /// Events of flows.
 #[map]
 pub static EVENTS: RingBuf = RingBuf::with_byte_size(1 << 20, 0);
+
+/// Resolvers' answers that are held.
+#[map]
+pub static ANSWERS: RingBuf = RingBuf::with_byte_size(1 << 18, 0);
+
+/// Whether they are held.
+#[map]
+pub static LISTENING: Array<Listening> = Array::with_max_entries(1, MMAPABLE);
 
 /// Counters of each CPU.
 #[map]

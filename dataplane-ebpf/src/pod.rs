@@ -13,6 +13,7 @@ use xebec_dataplane_common::policy::{IDENTITY_HOST, Standing, UNDER_EGRESS, UNDE
 use crate::balance::{self, CHOSEN, Client};
 use crate::errors;
 use crate::flow::{self, SYN};
+use crate::hold;
 use crate::lookup::{At, Found, look_up};
 use crate::nat::{self, Turn};
 use crate::packet::{self, Packet, Read};
@@ -340,7 +341,7 @@ pub fn xebec_to_pod(ctx: TcContext) -> i32 {
     }
     // A node may always reach its own pods: its kubelet probes them.
     all.exempt = u8::from(from_this_node(&ctx));
-    if admit(&ctx) {
+    if admit(&ctx) && !hold::holds(&ctx, &all.pod) {
         TC_ACT_OK as i32
     } else {
         TC_ACT_SHOT as i32
@@ -511,6 +512,9 @@ fn answered(ctx: &TcContext, all: &Scratch, why: u32) -> i32 {
 fn hand_over(ctx: &TcContext, packet: &Packet, to: &Met) -> i32 {
     if !rewrite::hop(ctx, packet) || !rewrite::forward_to(ctx, to.mac) {
         return TC_ACT_OK as i32;
+    }
+    if hold::holds(ctx, to) {
+        return TC_ACT_SHOT as i32;
     }
     // SAFETY: the helper takes numbers alone.
     unsafe { bpf_redirect_peer(to.ifindex, 0) as i32 }

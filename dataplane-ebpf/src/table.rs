@@ -319,10 +319,10 @@ fn later(one: u32, other: u32) -> u32 {
     one.wrapping_add(other.wrapping_sub(one) & hidden(less).wrapping_sub(1))
 }
 
-/// The same number, of which the compiler knows nothing: else it would make branches of what is counted with it, and the
-/// kernel's check would follow all ways through a set, each on its own.
+/// The same number, of which the compiler knows nothing: else it would make branches of what is counted with it, of which
+/// the kernel's check would follow each on its own, and leave out what that check needs to see.
 #[inline(always)]
-fn hidden(number: u32) -> u32 {
+pub fn hidden(number: u32) -> u32 {
     let mut number = u64::from(number);
     // SAFETY: nothing is done.
     unsafe { asm!("{0} += 0", inout(reg) number, options(pure, nomem, nostack)) };

@@ -123,6 +123,8 @@ pub enum As {
     TranslatedEarly,
     Refused,
     NoPort,
+    Held,
+    Unheld,
 }
 
 /// Counts a packet.
@@ -138,6 +140,8 @@ pub fn count(what: As) {
                 As::TranslatedEarly => (*counters).translated_early += 1,
                 As::Refused => (*counters).refused += 1,
                 As::NoPort => (*counters).no_port += 1,
+                As::Held => (*counters).held += 1,
+                As::Unheld => (*counters).unheld += 1,
             }
         }
     }

@@ -74,6 +74,10 @@ const TEST: &[Need] = &[
         package: "busybox-static",
     },
     Need {
+        what: "dnsmasq",
+        package: "dnsmasq-base",
+    },
+    Need {
         what: "docker-registry",
         package: "docker-registry",
     },

@@ -4,9 +4,10 @@ use std::sync::Arc;
 
 use serde_json::Value;
 
+use crate::domains::Pattern;
 use crate::network_policy::cidr;
 use crate::object::{audit, fields, id, list, selector};
-use crate::rule::{Action, Block, Direction, Peer, Policy, Ports, Rule, Source, Tier};
+use crate::rule::{Action, Block, Direction, Peer, Place, Policy, Ports, Rule, Source, Tier};
 use crate::selector::{Key, Selector};
 
 /// What one kind has of its own.
@@ -77,7 +78,7 @@ pub(crate) fn read(object: &Value, form: &Form, turn: Turn) -> (Vec<Policy>, Vec
         });
         for (index, one) in all.into_iter().flatten().enumerate() {
             let (action, about) = match action(one, form) {
-                Ok(action) => (action, about(one, form, direction)),
+                Ok(action) => (action, about(one, form, direction, action)),
                 Err(error) => (Action::Deny, Err(error)),
             };
             match about {
@@ -138,6 +139,7 @@ fn about(
     rule: &Value,
     form: &Form,
     direction: Direction,
+    action: Action,
 ) -> Result<(Vec<Peer>, Vec<Ports>), String> {
     let word = match direction {
         Direction::Ingress => "from",
@@ -155,7 +157,8 @@ fn about(
         .flatten()
         .enumerate()
     {
-        let found = peer(one, direction).map_err(|error| format!(".{word}[{at}]: {error}"))?;
+        let found =
+            peer(one, direction, action).map_err(|error| format!(".{word}[{at}]: {error}"))?;
         whom.extend(found);
     }
     if whom.is_empty() {
@@ -230,7 +233,7 @@ fn pods(value: &Value) -> Result<Selector, String> {
     Ok(Selector(all.into_iter().collect()))
 }
 
-fn peer(value: &Value, direction: Direction) -> Result<Vec<Peer>, String> {
+fn peer(value: &Value, direction: Direction, action: Action) -> Result<Vec<Peer>, String> {
     let known: &[&str] = match direction {
         Direction::Ingress => &["namespaces", "pods"],
         Direction::Egress => &["namespaces", "pods", "nodes", "networks", "domainNames"],
@@ -240,7 +243,7 @@ fn peer(value: &Value, direction: Direction) -> Result<Vec<Peer>, String> {
             let all = selector(&value["nodes"], |key| Key::Label(key.to_owned()))
                 .map_err(|error| format!("nodes: {error}"))?;
             let nodes = Arc::new(Selector(all.into_iter().collect()));
-            Ok(vec![Peer::Place(crate::rule::Place::Nodes(nodes))])
+            Ok(vec![Peer::Place(Place::Nodes(nodes))])
         }
         "networks" => {
             let all = list(value, "networks")?.into_iter().flatten();
@@ -250,11 +253,26 @@ fn peer(value: &Value, direction: Direction) -> Result<Vec<Peer>, String> {
                 false => Ok(all),
             }
         }
-        "domainNames" => Err(
-            "domainNames: names can't be enforced; use networks with their addresses".to_owned(),
+        "domainNames" if action != Action::Allow => Err(
+            "domainNames: of names not all addresses are known, so only rules that allow can have them; use networks"
+                .to_owned(),
         ),
+        "domainNames" => {
+            let all = list(value, "domainNames")?.into_iter().flatten();
+            let all: Vec<Peer> = all.map(domain).collect::<Result<_, _>>()?;
+            match all.is_empty() {
+                true => Err("domainNames: the list is empty; write a name".to_owned()),
+                false => Ok(all),
+            }
+        }
         _ => Ok(vec![Peer::Pods(Arc::new(pods(value)?))]),
     }
+}
+
+fn domain(value: &Value) -> Result<Peer, String> {
+    let pattern = Pattern::domain(value.as_str().unwrap_or_default())
+        .map_err(|error| format!("domainNames: {error}"))?;
+    Ok(Peer::Place(Place::Domains(Arc::new(pattern))))
 }
 
 fn network(value: &Value) -> Result<Peer, String> {

@@ -146,8 +146,12 @@ mod tests {
                 "\"10.0.0.0\" is no address block",
             ),
             (
-                json!({"to": [{"domainNames": ["a.b"]}]}),
-                "domainNames: names can't be enforced; use networks",
+                json!({"to": [{"domainNames": ["a.*.b"]}]}),
+                "domainNames: \"a.*.b\" is no name of a domain",
+            ),
+            (
+                json!({"to": [{"domainNames": []}]}),
+                "domainNames: the list is empty",
             ),
             (
                 json!({"to": [{"pods": {"podSelector": {}}}]}),

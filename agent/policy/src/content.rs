@@ -62,6 +62,9 @@ pub struct Content {
     pub rules: HashMap<RuleKey, Decision>,
     /// Address blocks and their classes.
     pub blocks: BTreeMap<IpNet, u32>,
+    /// Whose blocks hold the addresses of a class, from that of class 1 on: twice a rule's place, and 1 more where pods
+    /// and nodes are not meant.
+    members: Vec<Vec<usize>>,
     /// How many entries are of a shape.
     shapes: BTreeMap<u8, usize>,
     flags: u32,
@@ -172,19 +175,10 @@ impl Content {
         }
         let classes = classes(blocks.iter().map(|(owner, block)| (*owner, &**block)));
         for (class, owners) in (1..).zip(&classes.members) {
-            for owner in owners {
-                let Some(part) = parts.get(owner / 2) else {
-                    continue;
-                };
-                let shape = match owner % 2 {
-                    0 => SHAPE_CLASS,
-                    _ => SHAPE_CLASS | SHAPE_IDENTITY,
-                };
-                let named = (part.rule.direction == Direction::Ingress).then_some(own);
-                content.add(class, shape, &pieces(&part.rule.ports, named), part);
-            }
+            content.add_class(class, owners, parts, own);
         }
         content.blocks = classes.prefixes;
+        content.members = classes.members;
         let verdict = parts.first().map(|part| part.decision().verdict);
         let alike = parts
             .iter()
@@ -208,6 +202,66 @@ impl Content {
             }
         }
         content
+    }
+
+    fn add_class(&mut self, class: u32, owners: &[usize], parts: &[Part<'_>], own: &Kind) {
+        for owner in owners {
+            let Some(part) = parts.get(owner / 2) else {
+                continue;
+            };
+            let shape = match owner % 2 {
+                0 => SHAPE_CLASS,
+                _ => SHAPE_CLASS | SHAPE_IDENTITY,
+            };
+            let named = (part.rule.direction == Direction::Ingress).then_some(own);
+            self.add(class, shape, &pieces(&part.rule.ports, named), part);
+        }
+    }
+
+    /// What it must have besides for an address that resolvers gave names of these rules: entries, and the address with
+    /// its class. Nothing where it has that.
+    pub fn of_address(
+        &self,
+        parts: &[Part<'_>],
+        own: &Kind,
+        address: IpAddr,
+        places: &Places,
+    ) -> Option<Self> {
+        let class = self.class(address);
+        let before = (class as usize).checked_sub(1);
+        let before = before.and_then(|at| self.members.get(at));
+        let mut owners = before.cloned().unwrap_or_default();
+        let had = owners.len();
+        for (at, part) in parts.iter().enumerate() {
+            let mut peers = part.rule.peers.iter();
+            if peers.any(|peer| places.is_domain_of(peer, address))
+                && !owners.contains(&(2 * at + 1))
+            {
+                owners.push(2 * at + 1);
+            }
+        }
+        if owners.len() == had {
+            return None;
+        }
+        owners.sort_unstable();
+        let mut more = Self::default();
+        let known = self.members.iter().position(|all| *all == owners);
+        let class = known.unwrap_or(self.members.len()) as u32 + 1;
+        if known.is_none() {
+            more.add_class(class, &owners, parts, own);
+            more.members.push(owners);
+        }
+        more.blocks.insert(address.into(), class);
+        Some(more)
+    }
+
+    /// The class of an address; 0 for none.
+    fn class(&self, address: IpAddr) -> u32 {
+        let longest = if address.is_ipv4() { 32 } else { 128 };
+        let prefixes = (0..=longest).rev();
+        let blocks = prefixes.filter_map(|bits| IpNet::new(address, bits).ok());
+        let mut found = blocks.filter_map(|block| self.blocks.get(&block.trunc()));
+        found.next().copied().unwrap_or(0)
     }
 
     fn add_pod(&mut self, identity: u32, kind: &Kind, own: &Kind, part: &Part<'_>) {
@@ -248,11 +302,13 @@ impl Content {
         }
     }
 
-    /// Takes entries in that a new kind of pods has.
+    /// Takes in what a new kind of pods, or a new address, has.
     pub fn absorb(&mut self, more: &Self) {
         for (key, decision) in &more.rules {
             self.insert(*key, *decision);
         }
+        self.blocks.extend(&more.blocks);
+        self.members.extend_from_slice(&more.members);
     }
 
     /// Gives entries up that a kind of pods had which is gone.
@@ -292,12 +348,7 @@ impl Content {
 
     /// What the entries decide, looked up as the kernel does.
     pub fn decide(&self, asked: Question) -> Option<Decision> {
-        let class = self
-            .blocks
-            .iter()
-            .filter(|(block, _)| block.contains(&asked.address))
-            .max_by_key(|(block, _)| block.prefix_len())
-            .map_or(0, |(_, class)| *class);
+        let class = self.class(asked.address);
         let found = self.shapes.keys().rev().filter_map(|shape| {
             let peer = match shape & (SHAPE_IDENTITY | SHAPE_CLASS) {
                 0 => 0,

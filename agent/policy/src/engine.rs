@@ -26,6 +26,7 @@ use crate::selector::Labels;
 use crate::selectors::Selectors;
 use crate::sets::{SetKey, Sets};
 
+mod domains;
 mod refresh;
 
 /// A pod, and its identity.

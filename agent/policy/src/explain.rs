@@ -11,6 +11,7 @@ use xebec_dataplane_common::policy::{
 };
 
 use crate::content::{Content, Part, Question, pieces};
+use crate::domains;
 use crate::engine::{Engine, set_key};
 use crate::kernel::PolicyKernel;
 use crate::kind::Kind;
@@ -27,6 +28,8 @@ pub enum Party {
     Node(String),
     /// Whoever has an address.
     Address(IpAddr),
+    /// Whom resolvers gave this name.
+    Domain(String),
 }
 
 /// What is asked.
@@ -156,6 +159,15 @@ impl<K: PolicyKernel> Engine<K> {
                 Some(addresses) => addresses.clone(),
             },
             Party::Address(address) => vec![*address],
+            Party::Domain(name) => {
+                let addresses = self.places.domains().addresses(&domains::plain(name));
+                if addresses.is_empty() {
+                    bail!(
+                        "no resolver told pods of this node that are under rules for domains of {name} (see `xebec fqdn list`); ask for an address"
+                    );
+                }
+                addresses
+            }
         };
         if addresses.is_empty() {
             bail!("{party:?} has no address yet");
@@ -167,10 +179,10 @@ impl<K: PolicyKernel> Engine<K> {
         let named = match party {
             Party::Pod(name) => self.pods.get_key_value(name),
             Party::Node(_) => None,
-            Party::Address(address) => self
+            Party::Address(_) | Party::Domain(_) => self
                 .pods
                 .iter()
-                .find(|(_, row)| row.view.addresses.contains(address)),
+                .find(|(_, row)| row.view.addresses.contains(&address)),
         };
         let pod = named.and_then(|(name, row)| {
             let identity = row.identity?;
@@ -188,7 +200,10 @@ impl<K: PolicyKernel> Engine<K> {
         let name = match (&pod, &node) {
             (Some((name, ..)), _) => format!("pod {}/{} ({address})", name.0, name.1),
             (None, Some(node)) => format!("node {node} ({address})"),
-            (None, None) => format!("{address}, outside of the cluster"),
+            (None, None) => match party {
+                Party::Domain(name) => format!("{name} ({address}), outside of the cluster"),
+                _ => format!("{address}, outside of the cluster"),
+            },
         };
         Found {
             name,

@@ -26,6 +26,8 @@ pub struct Endpoint {
     pub identity: u32,
     /// Hardware address of the pod's end.
     pub mac: [u8; 6],
+    /// Whether its rules name domains, so that it gets resolvers' answers after the engine.
+    pub learns: bool,
     /// The sets that judge it.
     pub chains: Chains,
 }

@@ -10,6 +10,7 @@ pub mod blocks;
 pub mod cilium;
 pub mod cluster_network_policy;
 pub mod content;
+pub mod domains;
 pub mod engine;
 pub mod explain;
 pub mod kernel;

@@ -8,6 +8,7 @@ use std::sync::Arc;
 use hashbrown::{HashMap, HashSet};
 use ipnet::{IpNet, Ipv4Net, Ipv6Net};
 
+use crate::domains::{Domains, Pattern, Told};
 use crate::rule::{Action, Block, Peer, Place, Rule};
 use crate::selector::Labels;
 
@@ -33,6 +34,7 @@ pub struct Places {
     nodes: BTreeMap<String, Node>,
     api_server: BTreeSet<IpAddr>,
     groups: BTreeMap<Arc<str>, Group>,
+    domains: Domains,
     sets: HashMap<Place, HashSet<u32>>,
 }
 
@@ -68,6 +70,10 @@ impl Places {
                 .flat_map(|node| node.addresses.iter().copied().map(one))
                 .collect(),
             Place::ApiServer => self.api_server.iter().copied().map(one).collect(),
+            Place::Domains(pattern) => {
+                let all = self.domains.of(pattern).into_iter();
+                all.map(|one| outside(one.into(), Vec::new())).collect()
+            }
             Place::Group { name, except } => self.group(name, except, action),
         };
         blocks.into_iter().map(Cow::Owned).collect()
@@ -136,6 +142,29 @@ impl Places {
         self.wrong(|place| {
             changed && matches!(place, Place::Group { name: own, .. } if **own == *name)
         })
+    }
+
+    /// Takes what a name was told to be. The sets with rules about it, to which its addresses are to be added.
+    pub fn learn(&mut self, name: &str, told: &[Told]) -> HashSet<u32> {
+        self.domains.learn(name, told);
+        self.wrong(|place| matches!(place, Place::Domains(pattern) if pattern.matches(name)))
+    }
+
+    /// Forgets what resolvers told that ended before `now` and is not used any more. The sets that are no longer right.
+    pub fn expire(&mut self, now: u64, used: impl Fn(IpAddr) -> bool) -> HashSet<u32> {
+        let names = self.domains.expire(now, used);
+        let means = |pattern: &Pattern| names.iter().any(|name| pattern.matches(name));
+        self.wrong(|place| matches!(place, Place::Domains(pattern) if means(pattern)))
+    }
+
+    /// The names that resolvers told of.
+    pub fn domains(&self) -> &Domains {
+        &self.domains
+    }
+
+    /// Whether a peer is domains, one of which has an address.
+    pub fn is_domain_of(&self, peer: &Peer, address: IpAddr) -> bool {
+        matches!(peer, Peer::Place(Place::Domains(pattern)) if self.domains.has(pattern, address))
     }
 
     /// Names of all groups that are known.

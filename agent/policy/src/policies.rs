@@ -7,7 +7,7 @@ use hashbrown::HashMap;
 
 use crate::kind::{Kind, OWN_LABELS};
 use crate::names::Names;
-use crate::rule::{Direction, Policy, PolicyRef, Ports, RuleId, Tier};
+use crate::rule::{Direction, Place, Policy, PolicyRef, Ports, RuleId, Tier};
 use crate::selector::Labels;
 
 /// A version of a policy.
@@ -22,6 +22,12 @@ pub struct Row {
 }
 
 impl Row {
+    /// Whether what it lets out depends on what resolvers answer.
+    pub fn names_domains(&self) -> bool {
+        let mut places = self.policy.rules.iter().flat_map(crate::places::places);
+        places.any(|place| matches!(place, Place::Domains(_)))
+    }
+
     /// Whether what it lets in depends on what its pods call their ports.
     pub fn asks_for_own_ports(&self) -> bool {
         let mut rules = self.policy.rules.iter();

@@ -5,9 +5,11 @@ use std::net::IpAddr;
 
 use serde_json::{Value, json};
 
+use crate::domains::Pattern;
 use crate::engine::Engine;
 use crate::kernel::PolicyKernel;
-use crate::rule::{Direction, Name, PolicyRef};
+use crate::places::places;
+use crate::rule::{Direction, Name, Place, PolicyRef};
 
 impl<K: PolicyKernel> Engine<K> {
     /// Policies.
@@ -89,6 +91,40 @@ impl<K: PolicyKernel> Engine<K> {
                 })
             })
             .collect()
+    }
+
+    /// What resolvers told of domains, with the policies whose rules are about them; `now` in seconds since 1970.
+    pub fn domain_rows(&self, now: u64) -> Vec<Value> {
+        let ids = self.policy_ids();
+        let rows = ids.iter().flat_map(|id| self.policies.of(id));
+        let meaning: Vec<(String, Vec<&Pattern>)> = rows
+            .map(|row| {
+                let places = row.policy.rules.iter().flat_map(places);
+                let patterns = places.filter_map(|place| match place {
+                    Place::Domains(pattern) => Some(&**pattern),
+                    _ => None,
+                });
+                (row.policy.id.to_string(), patterns.collect())
+            })
+            .collect();
+        let about = |name: &str| -> Vec<&str> {
+            let own = meaning.iter();
+            let own = own.filter(|(_, all)| all.iter().any(|one| one.matches(name)));
+            own.map(|(id, _)| &**id).collect()
+        };
+        let all = self.domains().all();
+        all.flat_map(|(name, told)| {
+            let policies = about(name);
+            told.into_iter().map(move |one| {
+                json!({
+                    "domain": &**name,
+                    "address": one.address,
+                    "seconds_left": one.until.saturating_sub(now),
+                    "policies": policies,
+                })
+            })
+        })
+        .collect()
     }
 
     /// What is known of the endpoint with an address: identity, labels, and its sets.

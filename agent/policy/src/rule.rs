@@ -5,6 +5,7 @@ use std::sync::Arc;
 
 use ipnet::IpNet;
 
+use crate::domains::Pattern;
 use crate::selector::Selector;
 
 /// Namespace and name.
@@ -219,6 +220,8 @@ pub enum Place {
     Nodes(Arc<Selector>),
     /// The API server.
     ApiServer,
+    /// What resolvers answered for domains, as far as it is outside of the cluster.
+    Domains(Arc<Pattern>),
     /// A group of address blocks, of which only those outside of the cluster are meant.
     Group {
         /// Its name.

@@ -3,6 +3,7 @@
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::fmt;
+use std::net::IpAddr;
 use std::sync::Arc;
 
 use anyhow::{Context, Result};
@@ -189,7 +190,20 @@ impl Made {
 
     /// Whether there is room for it.
     fn check(&self, free: Room, places: &Places) -> Result<(), Full> {
-        let content = &self.content;
+        self.check_size(&self.content, free, places)?;
+        if free.sets == 0 {
+            return Err(Full {
+                what: "sets",
+                needed: 1,
+                free: 0,
+                most: self.most(None),
+            });
+        }
+        Ok(())
+    }
+
+    /// Whether there is room for what it has, or gets besides.
+    fn check_size(&self, content: &Content, free: Room, places: &Places) -> Result<(), Full> {
         let full = |what, needed, free, blocks| Full {
             what,
             needed,
@@ -206,9 +220,6 @@ impl Made {
                 free.blocks,
                 Some(places),
             ));
-        }
-        if free.sets == 0 {
-            return Err(full("sets", 1, 0, None));
         }
         Ok(())
     }
@@ -407,18 +418,61 @@ impl Sets {
             }
             .into());
         }
+        self.take_in(kernel, number, more)
+    }
+
+    /// Gives a set what it must have for addresses that resolvers gave names of its rules. Where that fails, the set is
+    /// wrong: another is to take its place.
+    pub fn learn<K: PolicyKernel>(
+        &mut self,
+        kernel: &mut K,
+        places: &Places,
+        number: u32,
+        addresses: &[IpAddr],
+    ) -> Result<()> {
+        for address in addresses {
+            let free = self.free(kernel.room());
+            let Some(installed) = self.by_number.get_mut(&number) else {
+                return Ok(());
+            };
+            let made = &installed.made;
+            let parts = made.parts();
+            let Some(more) = made.content.of_address(&parts, &made.own, *address, places) else {
+                continue;
+            };
+            made.check_size(&more, free, places)?;
+            self.take_in(kernel, number, more)?;
+        }
+        Ok(())
+    }
+
+    /// Writes what a set gets besides: entries first, then that there are such, then what leads to them.
+    fn take_in<K: PolicyKernel>(
+        &mut self,
+        kernel: &mut K,
+        number: u32,
+        more: Content,
+    ) -> Result<()> {
+        let Some(installed) = self.by_number.get_mut(&number) else {
+            return Ok(());
+        };
+        let content = &mut installed.made.content;
         let entries: Vec<(RuleKey, Decision)> = more
             .rules
             .iter()
             .map(|(key, decision)| (keyed(number, *key), *decision))
             .collect();
-        let before = (made.content.set(), made.content.rules.len());
+        let before = (content.set(), content.rules.len(), content.blocks.len());
         kernel.set_rules(&entries)?;
-        made.content.absorb(&more);
-        self.rules += made.content.rules.len() - before.1;
-        let after = made.content.set();
+        content.absorb(&more);
+        self.rules += content.rules.len() - before.1;
+        self.blocks += content.blocks.len() - before.2;
+        let after = content.set();
         if after != before.0 {
             kernel.set_set(number, after)?;
+        }
+        for (block, class) in &more.blocks {
+            kernel.set_block(number, *block, *class)?;
         }
         Ok(())
     }

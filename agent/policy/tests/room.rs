@@ -44,6 +44,7 @@ fn cluster() -> Cluster {
         ],
         nodes: Vec::new(),
         policies: Vec::new(),
+        ..Cluster::default()
     }
 }
 

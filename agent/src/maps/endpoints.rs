@@ -10,7 +10,7 @@ use std::sync::atomic::{AtomicU64, Ordering};
 use anyhow::{Context, Result, bail, ensure};
 use aya::maps::{self, Map, MapData, MapError};
 use bytemuck::{bytes_of, must_cast};
-use xebec_dataplane_common::policy::{self, CHAINS_NUMBER, Chains, Standing};
+use xebec_dataplane_common::policy::{self, CHAINS_NUMBER, Chains, LEARNS, Standing};
 use xebec_policy::kernel::Endpoint;
 
 use super::growing::Growing;
@@ -127,7 +127,11 @@ impl Endpoints {
         let slot = slot.context("the map of endpoints is full")?;
         let standing = Standing {
             identity: endpoint.identity,
-            rules,
+            rules: if endpoint.learns {
+                rules | LEARNS
+            } else {
+                rules
+            },
         };
         let written = self.stand(slot, standing).and_then(|()| match before {
             Some((_, old)) if (old.ifindex, old.mac) == (endpoint.ifindex, endpoint.mac) => Ok(()),

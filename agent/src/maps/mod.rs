@@ -139,6 +139,8 @@ impl FlowMaps {
                 translated_early: sum.translated_early + one.translated_early,
                 refused: sum.refused + one.refused,
                 no_port: sum.no_port + one.no_port,
+                held: sum.held + one.held,
+                unheld: sum.unheld + one.unheld,
             }
         }))
     }

@@ -1,6 +1,7 @@
 //! What flows and affinities take up: ports of the node, and entries of tables that forget the oldest.
 
-use std::collections::HashMap;
+use std::collections::{HashMap, HashSet};
+use std::net::IpAddr;
 use std::ops::ControlFlow;
 
 use anyhow::{Context, Result};
@@ -53,11 +54,32 @@ pub(crate) struct Usage {
     pub tables: [Table; 2],
 }
 
-/// Counts it now. The tables are read whole, which takes some ten milliseconds.
-pub(crate) fn count() -> Result<Usage> {
+/// Now, in ns of the monotonic clock.
+fn clock() -> Result<u64> {
     let clock = nix::time::clock_gettime(nix::time::ClockId::CLOCK_MONOTONIC)
         .context("could not read the clock")?;
-    let now = std::time::Duration::from(clock).as_nanos() as u64;
+    Ok(std::time::Duration::from(clock).as_nanos() as u64)
+}
+
+/// The addresses of all ends of flows that go on. The table is read whole.
+pub(crate) fn addresses() -> Result<HashSet<IpAddr>> {
+    Ok(ends(&FlowTable::open()?, ticks(clock()?)))
+}
+
+fn ends(flows: &FlowTable, now: u32) -> HashSet<IpAddr> {
+    let mut found = HashSet::new();
+    flows.each(|key, flow| {
+        if !flow.is_replaceable(key.protocol, now) {
+            found.extend([IpAddr::from(key.low), IpAddr::from(key.high)]);
+        }
+        ControlFlow::Continue(())
+    });
+    found
+}
+
+/// Counts it now. The tables are read whole, which takes some ten milliseconds.
+pub(crate) fn count() -> Result<Usage> {
+    let now = clock()?;
     let settings: Vec<[u8; size_of::<Settings>()]> =
         batch::range(&bpf_maps::open("SETTINGS")?, 0, 1)?;
     let settings = settings

@@ -61,6 +61,16 @@ impl Collector for Packets {
                 "Packets that were dropped because no port was free to translate them to",
                 counters.no_port,
             ),
+            (
+                "xebec_dns_answers_held",
+                "Resolvers' answers that were held until rules for domains knew their addresses",
+                counters.held,
+            ),
+            (
+                "xebec_dns_answers_not_held",
+                "Resolvers' answers to pods under rules for domains that could not be held: too long, in fragments, or more at once than there was room for",
+                counters.unheld,
+            ),
         ] {
             let metric = encoder.encode_descriptor(name, help, None, MetricType::Counter)?;
             ConstCounter::new(value).encode(metric)?;

@@ -1,6 +1,7 @@
 //! Keeps the engine in step with the API, and the kernel free of what it no longer needs.
 
 use std::sync::Arc;
+use std::time::Duration;
 
 use anyhow::Result;
 use futures::stream::BoxStream;
@@ -23,9 +24,13 @@ use xebec_policy::kernel::PolicyKernel;
 use super::custom::Custom;
 use super::known::{Change, Known};
 use super::notices::Told;
+use crate::domains;
 use crate::events::Teller;
+use crate::maps::usage;
 use crate::nodes::Nodes;
 
+/// How often it is looked for domains' addresses that ended.
+const EXPIRY: Duration = Duration::from_secs(10);
 /// How many changes wait for the engine, and are taken together.
 const AT_ONCE: usize = 1024;
 
@@ -81,6 +86,7 @@ pub(crate) async fn run<K: PolicyKernel>(
     tokio::select! {
         () = shutdown.cancelled() => Ok(()),
         outcome = keep(client, &shared, nodes, teller, synced, &retired) => outcome,
+        () = expire(&shared, &retired) => Ok(()),
         () = sweep(&shared, &retired) => Ok(()),
     }
 }
@@ -162,6 +168,35 @@ fn follow(client: &kube::Client, tasks: &mut JoinSet<()>) -> mpsc::Receiver<Chan
         }
     });
     changes
+}
+
+/// Forgets domains' addresses that ended, and to which no flow goes any more.
+async fn expire<K: PolicyKernel>(engine: &Shared<K>, retired: &Notify) {
+    loop {
+        tokio::time::sleep(EXPIRY).await;
+        if !engine.lock().await.domains().has_ended(domains::now()) {
+            continue;
+        }
+        let used = match tokio::task::spawn_blocking(usage::addresses).await {
+            Ok(Ok(used)) => used,
+            Ok(Err(error)) => {
+                warn!(
+                    error = format!("{error:#}"),
+                    "addresses of domains stay known"
+                );
+                continue;
+            }
+            Err(error) => {
+                warn!(%error, "addresses of domains stay known");
+                continue;
+            }
+        };
+        let mut engine = engine.lock().await;
+        engine.expire_domains(domains::now(), |address| used.contains(&address));
+        engine.refresh_or_warn();
+        drop(engine);
+        retired.notify_one();
+    }
 }
 
 /// Removes sets that no pod is under, once every program that may still know them has ended.

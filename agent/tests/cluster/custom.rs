@@ -189,7 +189,7 @@ fn tiers_and_labels_of_nodes_and_what_is_wrong() {
         "ClusterNetworkPolicy",
         json!({"name": "broken"}),
         json!({"tier": "Admin", "priority": 5, "subject": {"namespaces": {}}, "egress": [
-            {"action": "Accept", "to": [{"domainNames": ["example.com"]}]},
+            {"action": "Accept", "to": [{"domainNames": ["*"]}]},
         ]}),
     );
     stage.api.set("clusternetworkpolicies", [broken]);

@@ -124,6 +124,7 @@ pub fn run_agent() {
             healthz: None,
         },
         sizes,
+        domains: Default::default(),
         ip_masq: settings["ip_masq"].as_str().map(PathBuf::from),
     };
     let runtime = tokio::runtime::Builder::new_multi_thread()
@@ -324,6 +325,11 @@ impl Stage {
             let address = address.unwrap_or_else(|| panic!("{result}"));
             address.split('/').next().unwrap().parse().unwrap()
         })
+    }
+
+    /// Does something on the other node.
+    pub fn on_other_node<T: Send>(&self, work: impl FnOnce() -> T + Send) -> T {
+        self.other.run(work)
     }
 
     /// SIGKILL.

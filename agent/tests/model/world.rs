@@ -164,6 +164,7 @@ impl World {
             ifindex: self.devices[index % PODS],
             identity: pod.identity,
             mac: POD_MAC,
+            learns: false,
             chains: Chains {
                 ingress: [0, pod.ingress, 0],
                 egress: [pod.egress, 0, 0],

@@ -4,6 +4,7 @@ use std::net::IpAddr;
 use std::ops::{Deref, DerefMut};
 use std::os::fd::{AsFd, OwnedFd};
 use std::sync::{Mutex, MutexGuard, PoisonError};
+use std::time::Duration;
 
 use aya::TestRun;
 use aya::programs::TestRunOptions;
@@ -11,6 +12,7 @@ use bytemuck::Zeroable;
 use xebec_agent::loader::{By, Loaded, Maps, Sizes, Xdp};
 use xebec_agent::maps::{PolicyMaps, ServiceKernel};
 use xebec_agent::network::Device;
+use xebec_dataplane_common::dns::Held;
 use xebec_dataplane_common::flow::{Counters, Event, Flow, FlowKey, TURN_NONE};
 use xebec_dataplane_common::ip::Ip;
 use xebec_dataplane_common::nat::{BACK_BY_QUEUE, BACK_BY_TC, Settings, Tuple};
@@ -70,6 +72,8 @@ pub struct Kernel {
     ingress_ifindex: u32,
     /// Devices and sets of the pod and the web pod.
     pods: [(u32, [u32; 2]); 2],
+    /// Whether the pod's rules name domains.
+    learns: bool,
     /// Services that were made.
     services: u32,
     /// The first chunk of slots that is not in use.
@@ -168,10 +172,11 @@ impl Kernel {
             ifindex: 1,
             ingress_ifindex: 0,
             pods: [(1, [0; 2]), (WEB_IFINDEX, [0; 2])],
+            learns: false,
             services: 0,
             chunks: 1,
             base: Counters::zeroed(),
-            room: vec![0; 2048],
+            room: vec![0; 4096],
             mark: 0,
         };
         kernel.fill();
@@ -202,7 +207,9 @@ impl Kernel {
         (self.ifindex, self.ingress_ifindex) = (1, 0);
         self.pods = [(1, [0; 2]), (WEB_IFINDEX, [0; 2])];
         (self.services, self.chunks) = (0, 1);
-        while self.event().is_some() {}
+        self.learns = false;
+        self.listen(&[], Duration::ZERO);
+        while self.event().is_some() || self.maps.domains.take().is_some() {}
         self.fill();
     }
 
@@ -280,6 +287,7 @@ impl Kernel {
                     ifindex,
                     identity: 1000 + index as u32,
                     mac: POD_MAC,
+                    learns: self.learns && index == 0,
                     chains: Chains {
                         ingress: [sets[0], 0, 0],
                         egress: [0, sets[1], 0],
@@ -364,6 +372,28 @@ impl Kernel {
         self.set(10, 6, Some(port));
         self.pods[0].1[1] = 10;
         self.endpoints();
+    }
+
+    /// The pod's rules name domains.
+    pub fn learn_domains(&mut self) {
+        self.learns = true;
+        self.endpoints();
+    }
+
+    /// For a while answers from these ports are held for the pod.
+    pub fn listen(&mut self, ports: &[u16], long: Duration) {
+        self.maps.domains.listen(ports, long).unwrap();
+    }
+
+    /// The oldest answer that is held.
+    pub fn held(&mut self) -> Option<Box<Held>> {
+        self.maps.domains.take()
+    }
+
+    /// How many answers were held, and how many could not be.
+    pub fn answers(&self) -> (u64, u64) {
+        let now = self.maps.flows.count().unwrap();
+        (now.held - self.base.held, now.unheld - self.base.unheld)
     }
 
     /// The pod is under no rules.

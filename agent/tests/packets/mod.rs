@@ -7,6 +7,7 @@ mod errors;
 mod express;
 mod flows;
 mod fragments;
+mod hold;
 pub mod kernel;
 mod odd;
 pub mod packet;

@@ -99,6 +99,7 @@ pub fn run(args: Args) -> Result<()> {
             flows: args.flows,
             ..Default::default()
         },
+        domains: Default::default(),
         ip_masq: None,
         serve: xebec_agent::metrics::Addresses::default(),
     };

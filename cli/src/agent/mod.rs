@@ -81,6 +81,13 @@ struct Run {
     /// address, by default those to private addresses. Without this flag, packets to all but the cluster are masqueraded
     #[arg(long, value_name = "PATH", num_args = 0..=1, default_missing_value = xebec_agent::masquerade::DEFAULT_PATH)]
     ip_masq_config: Option<PathBuf>,
+    /// Addresses or blocks of resolvers whose answers tell policies the addresses of domains, besides the cluster's own
+    /// (pods of kube-system with the label k8s-app=kube-dns), nodes, and those of this node's /etc/resolv.conf
+    #[arg(long, value_name = "CIDR", value_delimiter = ',')]
+    dns_resolvers: Vec<String>,
+    /// For how many seconds policies know an address of a domain at least, whatever the resolver says
+    #[arg(long, value_name = "SECONDS", default_value_t = 0)]
+    tofqdns_min_ttl: u32,
     /// Devices that lead to other nodes and the outside; by default those of the node's address and the default route
     #[arg(long, value_delimiter = ',')]
     devices: Vec<String>,
@@ -281,6 +288,10 @@ impl Run {
                 flows: self.flow_entries,
                 affinities: self.affinity_entries,
                 ..Default::default()
+            },
+            domains: xebec_agent::domains::Options {
+                resolvers: xebec_agent::domains::resolvers(&self.dns_resolvers)?,
+                min_ttl: self.tofqdns_min_ttl,
             },
             ip_masq: self.ip_masq_config.clone(),
             serve: xebec_agent::metrics::Addresses {

@@ -147,6 +147,7 @@ impl NodeConfig {
             node_ports: self.node_ports.clone(),
             l2_announcements: self.l2_announcements,
             sizes: xebec_agent::loader::Sizes::default(),
+            domains: Default::default(),
             ip_masq: None,
             serve: xebec_agent::metrics::Addresses {
                 metrics: self.metrics,

@@ -280,6 +280,10 @@ pub struct Counters {
     pub refused: u64,
     /// Flows that got no port for want of a free one; their packets count as dropped, too.
     pub no_port: u64,
+    /// Resolvers' answers that were held until the agent had learned of them; it sends them on.
+    pub held: u64,
+    /// Those that could not be held: their pods may know of addresses before the agent does.
+    pub unheld: u64,
 }
 
 #[cfg(test)]
@@ -296,7 +300,7 @@ mod tests {
                 size_of::<Event>(),
                 size_of::<Counters>()
             ],
-            [40, 76, 64, 64]
+            [40, 76, 64, 80]
         );
         assert_eq!(
             [

@@ -4,6 +4,7 @@
 //! stand in native integers: compare them, don't count with them.
 #![no_std]
 
+pub mod dns;
 pub mod flow;
 pub mod ip;
 pub mod nat;

@@ -31,7 +31,8 @@ pub struct Endpoint {
 pub struct Standing {
     /// What its labels make it.
     pub identity: u32,
-    /// Number of its [`Chains`], 0 for none, with which of them have sets: [`UNDER_INGRESS`] and the others.
+    /// Number of its [`Chains`], 0 for none, with which of them have sets: [`UNDER_INGRESS`] and the others; and
+    /// [`LEARNS`].
     pub rules: u32,
 }
 
@@ -41,8 +42,10 @@ pub const UNDER_INGRESS: u32 = 1 << 31;
 pub const UNDER_EGRESS: u32 = 1 << 30;
 /// By how many bits to the right of a way's bit stands that there are policies in audit mode for it.
 pub const AUDIT_BIT: u32 = 2;
+/// Its rules name domains: what resolvers answer it is held until the agent has learned of it.
+pub const LEARNS: u32 = 1 << 27;
 /// The part of [`Standing::rules`] that is a number.
-pub const CHAINS_NUMBER: u32 = (1 << 28) - 1;
+pub const CHAINS_NUMBER: u32 = (1 << 27) - 1;
 
 impl Standing {
     /// Whether there are rules for a way, [`UNDER_INGRESS`] or [`UNDER_EGRESS`], be they in audit mode.

@@ -11,7 +11,7 @@ use crate::ends::{Party, Pod, PortProtocol};
 use crate::object;
 use crate::selector::Selector;
 use crate::tiers::View;
-use crate::{Direction, RuleRef};
+use crate::{Direction, RuleRef, names};
 
 /// A policy of any of these kinds.
 pub struct AdminPolicy {
@@ -88,8 +88,7 @@ enum Peer {
     Pods(PodsOfNamespaces),
     Nodes(Selector),
     Networks(Vec<IpNet>),
-    /// Those with addresses by such names. This version knows no names: a rule that has any is about nobody, as the API
-    /// wants it of a rule with a peer that is not known.
+    /// Those outside with addresses by such names.
     DomainNames(Vec<String>),
 }
 
@@ -277,8 +276,7 @@ impl Spec {
 impl Rule {
     fn is(&self, view: &View<'_>) -> bool {
         let peers = || self.from.iter().chain(&self.to).flatten();
-        let has_names = peers().any(|one| matches!(one, Peer::DomainNames(_)));
-        let is_peer = !has_names && peers().any(|one| one.is(view));
+        let is_peer = peers().any(|one| one.is(view));
         let is_port = match (&self.ports, &self.protocols) {
             (None, None) => true,
             (ports, protocols) => {
@@ -318,6 +316,10 @@ impl Peer {
             (Self::Pods(pods), Party::Pod(pod)) => pods.has(pod),
             (Self::Nodes(selector), Party::Node(node)) => {
                 selector.matches(&node.labels) && node.addresses.contains(&address)
+            }
+            (Self::DomainNames(list), Party::Outside) => {
+                let mut names = view.names.iter();
+                names.any(|name| list.iter().any(|one| names::is_domain(name, one)))
             }
             (Self::Networks(list), _) => list.iter().any(|one| one.contains(&address)),
             _ => false,

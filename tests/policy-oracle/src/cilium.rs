@@ -13,7 +13,7 @@ use crate::ends::{Party, Pod, PortProtocol};
 use crate::object;
 use crate::selector::Selector;
 use crate::tiers::{Found, View};
-use crate::{Direction, Protocol, RuleRef};
+use crate::{Direction, Protocol, RuleRef, names};
 
 /// The blocks of CiliumCIDRGroups, by name.
 pub type Groups = BTreeMap<String, Vec<Block>>;
@@ -61,9 +61,19 @@ struct Rule {
     blocks: Option<Vec<Block>>,
     #[serde(rename = "fromCIDRSet", alias = "toCIDRSet")]
     sets: Option<Vec<BlockSet>>,
+    #[serde(rename = "toFQDNs")]
+    domains: Option<Vec<Domain>>,
     #[serde(rename = "toPorts")]
     ports: Option<Vec<Ports>>,
     icmps: Option<Vec<Icmps>>,
+}
+
+/// Those with addresses by a name, or by names like a pattern.
+#[derive(Deserialize)]
+#[serde(deny_unknown_fields, rename_all = "camelCase")]
+struct Domain {
+    match_name: Option<String>,
+    match_pattern: Option<String>,
 }
 
 #[derive(Clone, Copy, Deserialize)]
@@ -230,7 +240,17 @@ impl CiliumPolicy {
                 "the endpointSelector of a namespace's policy names no namespace",
             );
             for direction in [Direction::Ingress, Direction::Egress] {
-                for Listed { rule, .. } in spec.rules(direction) {
+                for Listed { rule, denies, .. } in spec.rules(direction) {
+                    check(
+                        !denies || rule.domains.is_none(),
+                        "names are for rules that allow",
+                    );
+                    for domain in rule.domains.iter().flatten() {
+                        check(
+                            domain.match_name.is_some() || domain.match_pattern.is_some(),
+                            "an entry of toFQDNs has a name or a pattern",
+                        );
+                    }
                     let sizes = rule.peer_lists();
                     let filled = sizes.iter().flatten().filter(|size| **size > 0).count();
                     check(filled <= 1, "a rule has peers of one form");
@@ -364,12 +384,13 @@ impl Spec {
 
 impl Rule {
     /// How many entries each list of peers has, if it is there.
-    fn peer_lists(&self) -> [Option<usize>; 4] {
+    fn peer_lists(&self) -> [Option<usize>; 5] {
         [
             self.endpoints.as_ref().map(Vec::len),
             self.entities.as_ref().map(Vec::len),
             self.blocks.as_ref().map(Vec::len),
             self.sets.as_ref().map(Vec::len),
+            self.domains.as_ref().map(Vec::len),
         ]
     }
 
@@ -398,6 +419,7 @@ impl Rule {
         let mut entities = self.entities.iter().flatten();
         let mut blocks = self.blocks.iter().flatten();
         let mut sets = self.sets.iter().flatten();
+        let mut domains = self.domains.iter().flatten();
         // Blocks are of addresses outside of the cluster alone.
         let is_outside = matches!(view.peer, Party::Outside);
         let address = view.peer_address();
@@ -405,6 +427,7 @@ impl Rule {
             || entities.any(|one| one.is(view))
             || is_outside && blocks.any(|one| one.has(&address))
             || is_outside && sets.any(|one| one.has(&address, groups))
+            || is_outside && domains.any(|one| view.names.iter().any(|name| one.is(name)))
     }
 
     /// Whether the packet is for a port, or of an ICMP type, of the rule; with peers alone, every packet is.
@@ -417,6 +440,14 @@ impl Rule {
         let mut ports = ports.iter().flat_map(|one| &one.ports);
         let mut icmps = icmps.iter().flat_map(|one| &one.fields);
         ports.any(|one| one.is(view)) || icmps.any(|one| one.is(view))
+    }
+}
+
+impl Domain {
+    fn is(&self, name: &str) -> bool {
+        let (one, like) = (self.match_name.as_ref(), self.match_pattern.as_ref());
+        one.is_some_and(|one| names::is(name, one))
+            || like.is_some_and(|like| names::is_like(name, like))
     }
 }
 

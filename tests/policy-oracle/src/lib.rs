@@ -6,8 +6,8 @@
 //! | kinds | what is not understood yet |
 //! |---|---|
 //! | NetworkPolicy | |
-//! | ClusterNetworkPolicy, AdminNetworkPolicy, BaselineAdminNetworkPolicy | domainNames: a rule that has any matches nobody |
-//! | CiliumNetworkPolicy, CiliumClusterwideNetworkPolicy, CiliumCIDRGroup | toFQDNs, toServices, fromNodes, toNodes, fromGroups, toGroups, nodeSelector, cidrGroupSelector, the entity kube-apiserver, authentication, and all that is about what connections carry (rules, serverNames, TLS, listener): a policy that has any of them is a panic |
+//! | ClusterNetworkPolicy, AdminNetworkPolicy, BaselineAdminNetworkPolicy | |
+//! | CiliumNetworkPolicy, CiliumClusterwideNetworkPolicy, CiliumCIDRGroup | toServices, fromNodes, toNodes, fromGroups, toGroups, nodeSelector, cidrGroupSelector, the entity kube-apiserver, authentication, and all that is about what connections carry (rules, serverNames, TLS, listener): a policy that has any of them is a panic |
 
 use std::net::IpAddr;
 
@@ -16,6 +16,7 @@ use serde_json::Value;
 mod admin;
 mod cilium;
 mod ends;
+mod names;
 mod network_policy;
 mod object;
 pub mod random;
@@ -36,6 +37,21 @@ pub struct Cluster {
     pub nodes: Vec<Value>,
     /// Policies of every kind.
     pub policies: Vec<Value>,
+    /// What resolvers answered.
+    pub answers: Vec<Answer>,
+    /// The time, as answers have it.
+    pub now: u64,
+}
+
+/// An address that a resolver gave a name.
+#[derive(Clone, Debug, PartialEq)]
+pub struct Answer {
+    /// The name that was asked for.
+    pub name: String,
+    /// One of its addresses.
+    pub address: IpAddr,
+    /// The last moment at which it holds.
+    pub until: u64,
 }
 
 /// Who sends or receives.
@@ -145,8 +161,8 @@ pub fn judge(cluster: &Cluster, packet: &Packet) -> Verdict {
     let from = ends::Party::of(cluster, &packet.from);
     let to = ends::Party::of(cluster, &packet.to);
     let policies = tiers::Policies::of(cluster);
-    let egress = tiers::side(&policies, packet, &from, &to, Direction::Egress);
-    let ingress = tiers::side(&policies, packet, &from, &to, Direction::Ingress);
+    let egress = tiers::side(cluster, &policies, packet, &from, &to, Direction::Egress);
+    let ingress = tiers::side(cluster, &policies, packet, &from, &to, Direction::Ingress);
     Verdict {
         allowed: egress.allowed && ingress.allowed,
         egress,

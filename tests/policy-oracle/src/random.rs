@@ -4,7 +4,7 @@ use rand::Rng;
 use rand::rngs::StdRng;
 use serde_json::{Value, json};
 
-use crate::{Cluster, object};
+use crate::{Answer, Cluster, object};
 
 mod admin;
 mod cilium;
@@ -14,7 +14,7 @@ mod pods;
 mod words;
 
 pub use packets::packets;
-use words::{labels, one};
+use words::{ADDRESSES, NAMES, labels, one};
 
 /// What a cluster has besides NetworkPolicies.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
@@ -108,15 +108,37 @@ pub fn cluster(random: &mut StdRng, options: &Options) -> Cluster {
         let family = *one(random, &wanted);
         add_policy(random, &mut cluster, family);
     }
+    if wanted.len() > 1 {
+        for _ in 0..random.random_range(0..4) {
+            answer(random, &mut cluster);
+        }
+    }
     cluster
 }
 
-/// Changes one thing: a policy, a pod, the labels of a pod or namespace, or that a pod has ended. Policies that are added
+/// A resolver answers, and time goes by.
+fn answer(random: &mut StdRng, cluster: &mut Cluster) {
+    cluster.now += 1;
+    cluster.answers.retain(|one| one.until >= cluster.now);
+    let name = *one(random, &NAMES);
+    let Ok(address) = one(random, &ADDRESSES).parse() else {
+        return;
+    };
+    cluster.answers.push(Answer {
+        name: name.to_owned(),
+        address,
+        until: cluster.now + random.random_range(0..8),
+    });
+}
+
+/// Changes one thing: a policy, a pod, the labels of a pod or namespace, that a pod has ended, or what resolvers answered. Policies that are added
 /// are of APIs that the cluster has policies of already, or NetworkPolicies.
 pub fn change(random: &mut StdRng, cluster: &mut Cluster) {
     let policies = cluster.policies.len();
     let pods = cluster.pods.len();
-    match random.random_range(0..10) {
+    let only = count(cluster, Family::Network) == policies;
+    match random.random_range(0..12) {
+        10.. if !only => answer(random, cluster),
         0..=1 if policies < MOST_POLICIES => {
             let present: Vec<Family> = FAMILIES
                 .into_iter()

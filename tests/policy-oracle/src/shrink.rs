@@ -26,7 +26,7 @@ const LISTS: [&str; 10] = [
 ];
 
 /// Lists that an object can't be without, or that mean something else when they are empty: one entry stays.
-const FILLED: [&str; 18] = [
+const FILLED: [&str; 19] = [
     "fields",
     "from",
     "fromCIDR",
@@ -42,6 +42,7 @@ const FILLED: [&str; 18] = [
     "toCIDRSet",
     "toEndpoints",
     "toEntities",
+    "toFQDNs",
     "toPorts",
     "values",
     "domainNames",
@@ -63,7 +64,7 @@ const FIELDS: [&str; 6] = [
 /// Labels that the API server gives.
 const GIVEN: [&str; 2] = ["kubernetes.io/metadata.name", "kubernetes.io/hostname"];
 
-/// Removes policies, pods, rules, peers, ports and labels one after the other, as long as the cluster still fails, until
+/// Removes policies, pods, answers of resolvers, rules, peers, ports and labels one after the other, as long as the cluster still fails, until
 /// nothing more can go. `fails` must answer for clusters, too, that lack pods: see [`crate::Packet::is_in`].
 pub fn shrink(mut cluster: Cluster, mut fails: impl FnMut(&Cluster) -> bool) -> Cluster {
     loop {
@@ -71,6 +72,7 @@ pub fn shrink(mut cluster: Cluster, mut fails: impl FnMut(&Cluster) -> bool) -> 
         for part in [policies, pods] {
             smaller |= objects(&mut cluster, part, &mut fails);
         }
+        smaller |= answers(&mut cluster, &mut fails);
         for part in [policies, pods, namespaces, nodes] {
             for index in 0..part(&mut cluster).len() {
                 smaller |= insides(&mut cluster, part, index, &mut fails);
@@ -106,6 +108,20 @@ fn objects(cluster: &mut Cluster, part: Part, fails: &mut impl FnMut(&Cluster) -
     for index in (0..part(cluster).len()).rev() {
         let mut tried = cluster.clone();
         part(&mut tried).remove(index);
+        if fails(&tried) {
+            *cluster = tried;
+            smaller = true;
+        }
+    }
+    smaller
+}
+
+/// Removes what resolvers answered.
+fn answers(cluster: &mut Cluster, fails: &mut impl FnMut(&Cluster) -> bool) -> bool {
+    let mut smaller = false;
+    for index in (0..cluster.answers.len()).rev() {
+        let mut tried = cluster.clone();
+        tried.answers.remove(index);
         if fails(&tried) {
             *cluster = tried;
             smaller = true;
@@ -227,6 +243,7 @@ mod tests {
             pods,
             nodes,
             policies,
+            ..
         } = cluster;
         json!([namespaces, pods, nodes, policies]).to_string().len()
     }

@@ -25,6 +25,7 @@ pub fn cluster(policies: impl IntoIterator<Item = Value>) -> Cluster {
             node("n2", "west", "192.168.0.2"),
         ],
         policies: policies.into_iter().collect(),
+        ..Cluster::default()
     }
 }
 

@@ -6,7 +6,7 @@ use crate::admin::{self, Action, AdminPolicy, Tier};
 use crate::cilium::{self, CiliumPolicy};
 use crate::ends::{Party, Pod, PortProtocol};
 use crate::network_policy::NetworkPolicy;
-use crate::{Cluster, Direction, Packet, RuleRef, Side, object};
+use crate::{Cluster, Direction, Packet, RuleRef, Side, names, object};
 
 /// All policies of a cluster, read.
 pub struct Policies {
@@ -26,6 +26,8 @@ pub struct View<'a> {
     pub peer: &'a Party,
     /// Whom the packet is for.
     pub destination: &'a Party,
+    /// The names that resolvers gave the other end, where it is outside.
+    pub names: Vec<String>,
 }
 
 impl View<'_> {
@@ -98,6 +100,7 @@ impl Policies {
 
 /// What one end's policies say of a packet.
 pub fn side(
+    cluster: &Cluster,
     policies: &Policies,
     packet: &Packet,
     from: &Party,
@@ -116,7 +119,16 @@ pub fn side(
             by: Vec::new(),
         };
     };
+    let address = match direction {
+        Direction::Ingress => packet.from_address,
+        Direction::Egress => packet.to_address,
+    };
+    let names = match peer {
+        Party::Outside => names::of(cluster, address),
+        _ => Vec::new(),
+    };
     let view = View {
+        names,
         packet,
         direction,
         subject,

@@ -121,7 +121,7 @@ impl Reader {
             isolates[direction.index()] |= !rules.is_empty();
             for (at, one) in rules.iter().enumerate() {
                 let index = first + at;
-                match rule(one, direction, &self.id.namespace) {
+                match rule(one, direction, action, &self.id.namespace) {
                     Ok((peers, ports)) => found.push(Rule {
                         direction,
                         list: name,
@@ -209,12 +209,13 @@ impl Reader {
 fn rule(
     rule: &Value,
     direction: Direction,
+    action: Action,
     namespace: &str,
 ) -> Result<(Vec<Peer>, Vec<Ports>), String> {
     if !rule.is_object() {
         return Err(": is no rule; write {} for nobody".to_owned());
     }
-    let peers = peers::read(rule, direction, namespace)?;
+    let peers = peers::read(rule, direction, action, namespace)?;
     let ports = ports::read(rule)?;
     // One that says nothing is about nobody: it is there to isolate.
     Ok(match (peers, ports) {

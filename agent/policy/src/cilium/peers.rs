@@ -10,13 +10,13 @@ use xebec_dataplane_common::policy::{
 };
 
 use super::labels;
+use crate::domains::Pattern;
 use crate::network_policy::cidr;
 use crate::object::{fields, list};
-use crate::rule::{Block, Direction, Peer, Place};
+use crate::rule::{Action, Block, Direction, Peer, Place};
 
 /// What can't be enforced, and what to do.
-const UNKNOWN: [(&str, &str); 10] = [
-    ("toFQDNs", "names can't be enforced; use toCIDR"),
+const UNKNOWN: [(&str, &str); 9] = [
     ("toServices", "Services can't be enforced; use toEndpoints"),
     (
         "toNodes",
@@ -44,6 +44,7 @@ const UNKNOWN: [(&str, &str); 10] = [
 pub(super) fn read(
     rule: &Value,
     direction: Direction,
+    action: Action,
     namespace: &str,
 ) -> Result<Option<Vec<Peer>>, String> {
     let side = match direction {
@@ -51,6 +52,16 @@ pub(super) fn read(
         Direction::Egress => "to",
     };
     let names = ["Endpoints", "Entities", "CIDR", "CIDRSet"].map(|name| format!("{side}{name}"));
+    let mut names = Vec::from(names);
+    if direction == Direction::Egress {
+        if action == Action::Deny && !rule["toFQDNs"].is_null() {
+            return Err(
+                ".toFQDNs: of names not all addresses are known, so only rules that allow can have them; use toCIDR"
+                    .to_owned(),
+            );
+        }
+        names.push("toFQDNs".to_owned());
+    }
     for field in fields(rule) {
         if let Some((_, why)) = UNKNOWN.iter().find(|(one, _)| *one == field) {
             if field == "authentication" && rule[field]["mode"] == "disabled" {
@@ -88,6 +99,7 @@ pub(super) fn read(
                 "Endpoints" => labels::peers(one, namespace),
                 "Entities" => entity(one),
                 "CIDR" => block(one, &[]).map(|peer| vec![peer]),
+                "FQDNs" => domains(one),
                 _ => set(one).map(|peer| vec![peer]),
             };
             found.extend(peers.map_err(|error| format!(".{name}[{at}]: {error}"))?);
@@ -122,6 +134,28 @@ fn entity(value: &Value) -> Result<Vec<Peer>, String> {
             ));
         }
     })
+}
+
+/// An entry of `toFQDNs`: a name, a pattern, or either of both.
+fn domains(value: &Value) -> Result<Vec<Peer>, String> {
+    const KNOWN: [&str; 2] = ["matchName", "matchPattern"];
+    if let Some(field) = fields(value).find(|one| !KNOWN.contains(one)) {
+        return Err(format!(
+            "{field} is not known; use matchName or matchPattern"
+        ));
+    }
+    let mut found = Vec::new();
+    for (field, read) in KNOWN.into_iter().zip([Pattern::name, Pattern::wildcard]) {
+        if !value[field].is_null() {
+            let text = value[field].as_str().unwrap_or_default();
+            let pattern = read(text).map_err(|error| format!("{field}: {error}"))?;
+            found.push(Peer::Place(Place::Domains(Arc::new(pattern))));
+        }
+    }
+    match found.is_empty() {
+        true => Err("has neither matchName nor matchPattern; write one".to_owned()),
+        false => Ok(found),
+    }
 }
 
 /// Reads an address block, or a single address.

@@ -249,8 +249,8 @@ fn what_is_wrong_is_told_and_allows_nothing() {
     let bad: Vec<(Value, &str)> = vec![
         (json!(1), ": is no rule"),
         (
-            json!({"toFQDNs": [{"matchName": "a.b"}]}),
-            ".toFQDNs: names can't be enforced; use toCIDR",
+            json!({"toFQDNs": [{}]}),
+            ".toFQDNs[0]: has neither matchName nor matchPattern",
         ),
         (
             json!({"toServices": [{}]}),

@@ -284,6 +284,7 @@ impl<K: PolicyKernel> Engine<K> {
                 identity
             },
             mac: connected.mac,
+            learns: self.names_domains(identity),
             chains: policy::Chains {
                 ingress: enforced[0],
                 egress: enforced[1],
@@ -316,6 +317,19 @@ impl<K: PolicyKernel> Engine<K> {
             local.endpoints.insert(address);
         }
         Ok(())
+    }
+
+    /// Whether rules for a kind name domains.
+    fn names_domains(&self, identity: u32) -> bool {
+        let numbers = self
+            .locals
+            .get(&identity)
+            .map(|local| local.policies.iter());
+        let mut rows = numbers
+            .into_iter()
+            .flatten()
+            .filter_map(|at| self.policies.get(*at));
+        rows.any(|row| row.names_domains())
     }
 
     /// Takes the entries of kinds that have no pods any more from the sets.

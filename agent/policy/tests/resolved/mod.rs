@@ -9,6 +9,8 @@ use xebec_policy_oracle::{Cluster, End, Packet, Protocol};
 
 use crate::plain::{Node, sides};
 
+mod names;
+
 fn world(egress: Value) -> Cluster {
     Cluster {
         namespaces: vec![json!({"metadata": {"name": "x"}})],
@@ -24,6 +26,7 @@ fn world(egress: Value) -> Cluster {
             "metadata": {"namespace": "x", "name": "p"},
             "spec": {"endpointSelector": {}, "egress": egress[0], "egressDeny": egress[1]},
         })],
+        ..Cluster::default()
     }
 }
 

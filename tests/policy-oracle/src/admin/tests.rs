@@ -286,13 +286,30 @@ fn nodes_are_their_addresses() {
 }
 
 #[test]
-fn names_match_nobody() {
-    let cluster = cluster([cnp(
+fn names_are_of_those_whom_resolvers_gave_them() {
+    let mut cluster = cluster([cnp(
         "a",
         "Admin",
         0,
         json!({"egress": [{"action": "Accept", "to": [{"domainNames": ["*.example.com"]}]}, {"action": "Deny", "to": [{"networks": ["0.0.0.0/0"]}]}]}),
     )]);
+    assert!(!egress(&cluster, "default/db", "10.9.9.9", "tcp:443").allowed);
+    let answer = |name: &str, address: &str, until| crate::Answer {
+        name: name.to_owned(),
+        address: address.parse().unwrap(),
+        until,
+    };
+    cluster.answers = vec![
+        answer("a.b.Example.com.", "10.9.9.9", 5),
+        answer("example.com", "10.9.9.8", 5),
+        answer("www.example.com", "10.1.1.2", 5),
+    ];
+    cluster.now = 5;
+    assert!(egress(&cluster, "default/db", "10.9.9.9", "tcp:443").allowed);
+    assert!(!egress(&cluster, "default/db", "10.9.9.8", "tcp:443").allowed);
+    // Pods are meant by their labels alone.
+    assert!(!egress(&cluster, "default/db", "default/front", "tcp:443").allowed);
+    cluster.now = 6;
     assert!(!egress(&cluster, "default/db", "10.9.9.9", "tcp:443").allowed);
 }
 

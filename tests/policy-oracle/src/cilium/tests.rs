@@ -641,9 +641,10 @@ fn message(cluster: &Cluster) -> String {
 fn what_is_not_understood_is_a_panic() {
     for (spec, part) in [
         (
-            json!({"egress": [{"toFQDNs": [{"matchName": "a.b"}]}]}),
-            "unknown field `toFQDNs`",
+            json!({"egressDeny": [{"toFQDNs": [{"matchName": "a.b"}]}]}),
+            "names are for",
         ),
+        (json!({"egress": [{"toFQDNs": [{}]}]}), "has a name"),
         (
             json!({"egress": [{"toServices": []}]}),
             "unknown field `toServices`",

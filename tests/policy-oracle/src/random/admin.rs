@@ -4,7 +4,7 @@ use rand::Rng;
 use rand::rngs::StdRng;
 use serde_json::{Value, json};
 
-use super::words::{BLOCKS, PORTS, namespace_selector, one, pod_selector, selector};
+use super::words::{BLOCKS, DOMAINS, PORTS, namespace_selector, one, pod_selector, selector};
 
 /// One of the kinds, without a name but for the one that a BaselineAdminNetworkPolicy must have.
 pub fn policy(random: &mut StdRng) -> Value {
@@ -77,7 +77,7 @@ fn rule(random: &mut StdRng, actions: &[&str], peers: &str, ports: &str) -> Valu
                 0..=1 => json!({"nodes": selector(random, &["zone"])}),
                 // Only rules that allow may have names, and only policies that come before others.
                 2 if actions.len() == 3 && action == actions[0] => {
-                    json!({"domainNames": ["*.example.com"]})
+                    json!({"domainNames": [*one(random, &DOMAINS)]})
                 }
                 _ => {
                     let networks = (0..random.random_range(1..3)).map(|_| *one(random, &BLOCKS));

@@ -5,7 +5,7 @@ use rand::rngs::StdRng;
 use serde_json::{Value, json};
 
 use super::NAMESPACES;
-use super::words::{BLOCKS, HOMES, PORTS, VALUES, block, one, selector};
+use super::words::{BLOCKS, HOMES, NAMES, PATTERNS, PORTS, VALUES, block, one, selector};
 
 /// Names of CiliumCIDRGroups; a policy may name one that isn't there.
 const GROUPS: [&str; 3] = ["group-a", "group-b", "group-c"];
@@ -69,18 +69,18 @@ fn spec(random: &mut StdRng, namespaced: bool) -> Value {
         ("egress", "egressDeny", "to"),
     ] {
         if random.random_bool(0.6) {
-            let rules = (0..random.random_range(0..3)).map(|_| rule(random, side));
+            let rules = (0..random.random_range(0..3)).map(|_| rule(random, side, direction));
             spec[direction] = rules.collect();
         }
         if random.random_bool(0.25) {
-            let rules = (0..random.random_range(0..3)).map(|_| rule(random, side));
+            let rules = (0..random.random_range(0..3)).map(|_| rule(random, side, deny));
             spec[deny] = rules.collect();
         }
     }
     let lists = ["ingress", "ingressDeny", "egress", "egressDeny"];
     if !lists.iter().any(|list| spec[*list][0].is_object()) {
         // The API wants a rule in each.
-        spec["ingress"] = json!([rule(random, "from")]);
+        spec["ingress"] = json!([rule(random, "from", "ingress")]);
     }
     if random.random_bool(0.3) {
         let mut said = json!({});
@@ -189,11 +189,11 @@ fn endpoints(random: &mut StdRng) -> Value {
     peer
 }
 
-/// A rule; `side` is what its peers' names begin with.
-fn rule(random: &mut StdRng, side: &str) -> Value {
+/// A rule of a list; `side` is what its peers' names begin with.
+fn rule(random: &mut StdRng, side: &str, list: &str) -> Value {
     let mut rule = json!({});
     let several = random.random_range(1..3);
-    match random.random_range(0..10) {
+    match random.random_range(0..11) {
         0..=3 => {
             rule[format!("{side}Endpoints")] = (0..several).map(|_| endpoints(random)).collect();
         }
@@ -208,7 +208,10 @@ fn rule(random: &mut StdRng, side: &str) -> Value {
         7 => {
             rule[format!("{side}CIDRSet")] = (0..several).map(|_| block_set(random)).collect();
         }
-        8 => {
+        8 if list == "egress" => {
+            rule["toFQDNs"] = (0..several).map(|_| domain(random)).collect();
+        }
+        8 | 9 => {
             let list = *one(random, &["Endpoints", "Entities", "CIDR", "CIDRSet"]);
             rule[format!("{side}{list}")] = json!([]);
         }
@@ -230,6 +233,16 @@ fn rule(random: &mut StdRng, side: &str) -> Value {
         _ => {}
     }
     rule
+}
+
+fn domain(random: &mut StdRng) -> Value {
+    match random.random_range(0..3) {
+        0 => json!({"matchName": *one(random, &NAMES)}),
+        1 => json!({"matchPattern": *one(random, &PATTERNS)}),
+        _ => {
+            json!({"matchName": *one(random, &NAMES), "matchPattern": *one(random, &PATTERNS)})
+        }
+    }
 }
 
 fn block_set(random: &mut StdRng) -> Value {

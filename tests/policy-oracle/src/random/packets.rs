@@ -164,7 +164,9 @@ fn outside(cluster: &Cluster, pods: &[Somebody], nodes: &[Somebody]) -> Vec<Some
     let borders = blocks.filter(|one| one.prefix_len() > 0).flat_map(borders);
     let ended = cluster.pods.iter().filter(|one| ends::is_finished(one));
     let ended = ended.filter(|one| !ends::is_host_network(one));
+    let answered = cluster.answers.iter().map(|one| one.address);
     borders
+        .chain(answered)
         .chain(ended.flat_map(ends::pod_addresses))
         .chain([
             IpAddr::V4(Ipv4Addr::new(203, 0, 113, 7)),

@@ -49,6 +49,44 @@ pub const BLOCKS: [&str; 18] = [
     "fd01::/64",
 ];
 
+/// Names that pods ask resolvers for.
+pub const NAMES: [&str; 4] = [
+    "example.com",
+    "www.example.com",
+    "a.b.example.com",
+    "www.example.org",
+];
+
+/// Names as the network policy API has them.
+pub const DOMAINS: [&str; 4] = [
+    "*.example.com",
+    "WWW.example.com",
+    "*.com",
+    "nobody.example.com",
+];
+
+/// Patterns of Cilium's.
+pub const PATTERNS: [&str; 6] = [
+    "*.example.com",
+    "**.example.com",
+    "www.*.*",
+    "*",
+    "*e.com",
+    "w*w.example.org",
+];
+
+/// Addresses that resolvers give names: of nobody, of a node, of pods.
+pub const ADDRESSES: [&str; 8] = [
+    "10.9.9.9",
+    "10.1.1.7",
+    "10.1.2.3",
+    "203.0.113.7",
+    "192.168.0.2",
+    "fd00:1:0:2::3",
+    "fd00:9::9",
+    "2001:db8::7",
+];
+
 /// One of several.
 pub fn one<'a, T>(random: &mut StdRng, of: &'a [T]) -> &'a T {
     &of[random.random_range(0..of.len())]
