@@ -162,7 +162,7 @@ impl Content {
                         let all = places.blocks(peer, part.rule.action).into_iter();
                         blocks.extend(all.map(|one| (2 * at + usize::from(one.outside), one)));
                     }
-                    Peer::Pods(_) => {}
+                    Peer::Pods(_) | Peer::Services(_) => {}
                 }
             }
             for selector in self::selectors(part.rule) {

@@ -24,10 +24,12 @@ use crate::read::{Said, read};
 use crate::rule::{Direction, Name, Policy, PolicyRef, Source, Tier};
 use crate::selector::Labels;
 use crate::selectors::Selectors;
+use crate::services::Services;
 use crate::sets::{SetKey, Sets};
 
 mod domains;
 mod refresh;
+mod services;
 
 /// A pod, and its identity.
 #[derive(Debug)]
@@ -84,6 +86,11 @@ pub struct Engine<K> {
     pub(crate) selectors: Selectors,
     pub(crate) places: Places,
     pub(crate) policies: Policies,
+    services: Services,
+    /// Policies that name Services, as they were read.
+    with_services: BTreeMap<Arc<PolicyRef>, Vec<Policy>>,
+    /// Whether Services changed since their policies were told whom they are made of.
+    services_moved: bool,
     /// What is wrong with objects.
     errors: BTreeMap<Arc<PolicyRef>, Vec<String>>,
     /// What did not fit.
@@ -134,6 +141,9 @@ impl<K: PolicyKernel> Engine<K> {
             selectors: Selectors::default(),
             places: Places::default(),
             policies: Policies::default(),
+            services: Services::default(),
+            with_services: BTreeMap::new(),
+            services_moved: false,
             errors: BTreeMap::new(),
             full: BTreeMap::new(),
             locals: BTreeMap::new(),
@@ -425,6 +435,11 @@ impl<K: PolicyKernel> Engine<K> {
     /// Takes what an object says, which may be several policies, and what is wrong with it; neither removes it.
     pub fn set_policy(&mut self, id: &Arc<PolicyRef>, policies: Vec<Policy>, errors: Vec<String>) {
         self.set_errors(id, errors);
+        let policies = self.resolve(id, policies);
+        self.take_policies(id, policies);
+    }
+
+    fn take_policies(&mut self, id: &Arc<PolicyRef>, policies: Vec<Policy>) {
         let asked = self.policies.asked();
         let Some(Versions { before, after }) = self.policies.set(id, policies, &self.names) else {
             return;

@@ -417,6 +417,7 @@ impl<K: PolicyKernel> Engine<K> {
             Peer::Anybody => true,
             Peer::Pods(selector) => self.selectors.has(selector, question.identity),
             Peer::Identity(identity) => *identity == question.identity,
+            Peer::Services(_) => false,
             Peer::Block(_) | Peer::Place(_) => {
                 let blocks = self.places.blocks(peer, action);
                 blocks.iter().any(|block| {

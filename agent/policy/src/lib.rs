@@ -26,4 +26,5 @@ pub mod rows;
 pub mod rule;
 pub mod selector;
 pub mod selectors;
+pub mod services;
 pub mod sets;

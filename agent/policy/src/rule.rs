@@ -211,6 +211,26 @@ pub enum Peer {
     Block(Block),
     /// Addresses that others tell of.
     Place(Place),
+    /// Whom Services are made of; the engine puts them in its place.
+    Services(ServicePeer),
+}
+
+/// Services.
+#[derive(Clone, Debug, PartialEq, Eq, Hash)]
+pub struct ServicePeer {
+    /// Of this namespace alone, or of all.
+    pub namespace: Option<Arc<str>>,
+    /// Which of them.
+    pub which: Which,
+}
+
+/// Which Services are meant.
+#[derive(Clone, Debug, PartialEq, Eq, Hash)]
+pub enum Which {
+    /// The one of this name.
+    Name(Arc<str>),
+    /// Those with these labels.
+    Labels(Arc<Selector>),
 }
 
 /// Addresses that are found by what they are of.

@@ -4,10 +4,10 @@ use std::collections::{BTreeMap, BTreeSet};
 use std::net::IpAddr;
 use std::sync::Arc;
 
-use k8s_openapi::api::core::v1::{Namespace, Pod};
+use k8s_openapi::api::core::v1::{Namespace, Pod, Service};
 use k8s_openapi::api::discovery::v1::EndpointSlice;
 use k8s_openapi::api::networking::v1::NetworkPolicy;
-use kube::api::DynamicObject;
+use kube::api::{DynamicObject, ObjectMeta};
 use kube::runtime::watcher::Event;
 use tracing::{info, warn};
 
@@ -15,12 +15,16 @@ use xebec_policy::engine::Engine;
 use xebec_policy::kernel::PolicyKernel;
 use xebec_policy::rule::{Name, PolicyRef, Source};
 use xebec_policy::selector::Labels;
+use xebec_policy::services::ServiceView;
 use xebec_policy::{network_policy, pod};
 
 use super::custom;
 use super::listing::{Listing, Taken};
 use super::notices::Told;
 use crate::nodes::NodeView;
+
+/// The Service that a slice belongs to.
+const SERVICE_NAME: &str = "kubernetes.io/service-name";
 
 /// One change, of whichever kind.
 #[allow(clippy::large_enum_variant, reason = "only one is held at a time")]
@@ -31,6 +35,9 @@ pub(super) enum Change {
     Custom(Source, custom::Change),
     ApiServer(Event<EndpointSlice>),
     Nodes(BTreeMap<String, NodeView>),
+    Service(Event<Service>),
+    /// Of Services without a selector.
+    Slice(Event<EndpointSlice>),
 }
 
 /// What the API has told of since it was asked.
@@ -46,6 +53,8 @@ pub(super) struct Known {
     /// The addresses of the API server by EndpointSlice.
     slices: BTreeMap<String, Vec<IpAddr>>,
     nodes: bool,
+    /// Services and slices, once rules name any.
+    services: Option<(Listing<Name>, Listing<Name>)>,
     /// Whether it was said which kinds are not there.
     said: bool,
 }
@@ -62,6 +71,10 @@ impl Known {
             && self.policies.done
             && self.api_server.done
             && self.nodes
+            && self
+                .services
+                .as_ref()
+                .is_none_or(|(all, slices)| all.done && slices.done)
             && custom::KINDS.iter().all(done);
         if known && !std::mem::replace(&mut self.said, true) && !self.absent.is_empty() {
             let kinds: Vec<&str> = self.absent.iter().map(|one| one.kind()).collect();
@@ -71,6 +84,13 @@ impl Known {
             );
         }
         known
+    }
+
+    /// From here on Services are to be told before all is known; false if they were before.
+    pub fn expect_services(&mut self) -> bool {
+        let new = self.services.is_none();
+        self.services.get_or_insert_default();
+        new
     }
 
     /// Tells the engine of a change.
@@ -120,6 +140,14 @@ impl Known {
                     .for_each(|(name, node)| engine.set_node(&name, node.labels, node.addresses));
             }
             Change::ApiServer(event) => self.take_api_server(engine, event),
+            Change::Service(event) => {
+                let (all, _) = self.services.get_or_insert_default();
+                take_service(all, engine, event);
+            }
+            Change::Slice(event) => {
+                let (_, slices) = self.services.get_or_insert_default();
+                take_slice(slices, engine, event);
+            }
             Change::Policy(event) => match self.policies.take(event, network_policy::id) {
                 Taken::Set(one) => {
                     let (policy, errors) = network_policy::read(&one);
@@ -197,6 +225,64 @@ impl Known {
             engine.set_api_server(self.slices.values().flatten().copied().collect());
         }
     }
+}
+
+fn take_service<K: PolicyKernel>(
+    all: &mut Listing<Name>,
+    engine: &mut Engine<K>,
+    event: Event<Service>,
+) {
+    match all.take(event, |one| name_of(&one.metadata)) {
+        Taken::Set(one) => {
+            let spec = one.spec.unwrap_or_default();
+            let view = ServiceView {
+                labels: one.metadata.labels.clone().unwrap_or_default(),
+                selector: spec.selector.unwrap_or_default(),
+            };
+            engine.set_service(&name_of(&one.metadata), Some(view));
+        }
+        Taken::Gone(names) => names.iter().for_each(|name| engine.set_service(name, None)),
+        Taken::Listed(seen) => {
+            let [known, _] = engine.known_services();
+            let gone = known.iter().filter(|name| !seen.contains(*name));
+            gone.for_each(|name| engine.set_service(name, None));
+        }
+        Taken::Nothing => {}
+    }
+}
+
+fn take_slice<K: PolicyKernel>(
+    slices: &mut Listing<Name>,
+    engine: &mut Engine<K>,
+    event: Event<EndpointSlice>,
+) {
+    match slices.take(event, |one| name_of(&one.metadata)) {
+        Taken::Set(one) => {
+            let name = name_of(&one.metadata);
+            let labels = one.metadata.labels.as_ref();
+            let service = labels.and_then(|all| all.get(SERVICE_NAME)).cloned();
+            let all = one.endpoints.iter().flatten();
+            let all = all.flat_map(|endpoint| &endpoint.addresses);
+            let addresses = all.filter_map(|address| address.parse().ok()).collect();
+            let slice = service.map(|service| ((name.0.clone(), service), addresses));
+            engine.set_service_slice(&name, slice);
+        }
+        Taken::Gone(names) => {
+            let names = names.iter();
+            names.for_each(|name| engine.set_service_slice(name, None));
+        }
+        Taken::Listed(seen) => {
+            let [_, known] = engine.known_services();
+            let gone = known.iter().filter(|name| !seen.contains(*name));
+            gone.for_each(|name| engine.set_service_slice(name, None));
+        }
+        Taken::Nothing => {}
+    }
+}
+
+fn name_of(metadata: &ObjectMeta) -> Name {
+    let text = |one: &Option<String>| one.clone().unwrap_or_default();
+    (text(&metadata.namespace), text(&metadata.name))
 }
 
 fn forget<K: PolicyKernel>(engine: &mut Engine<K>, told: &mut Told, ids: Vec<PolicyRef>) {

@@ -6,7 +6,7 @@ use std::time::Duration;
 use anyhow::Result;
 use futures::stream::BoxStream;
 use futures::{Stream, StreamExt, TryStreamExt};
-use k8s_openapi::api::core::v1::{Namespace, Pod};
+use k8s_openapi::api::core::v1::{Namespace, Pod, Service};
 use k8s_openapi::api::discovery::v1::EndpointSlice;
 use k8s_openapi::api::networking::v1::NetworkPolicy;
 use kube::Api;
@@ -72,6 +72,27 @@ fn all(
     ])
 }
 
+/// Every change of Services, and of the slices of those that Kubernetes does not make slices for.
+fn services(
+    client: &kube::Client,
+) -> impl Stream<Item = Result<Change, watcher::Error>> + Unpin + Send + use<> {
+    let every = watcher::Config::default;
+    let by_others =
+        every().labels("endpointslice.kubernetes.io/managed-by!=endpointslice-controller.k8s.io");
+    futures::stream::select(
+        changes(
+            Api::<Service>::all(client.clone()),
+            every(),
+            Change::Service,
+        ),
+        changes(
+            Api::<EndpointSlice>::all(client.clone()),
+            by_others,
+            Change::Slice,
+        ),
+    )
+}
+
 /// Runs until `shutdown`. `synced` becomes true when everything that the API had at first is known; each later
 /// change sends it again, so that waiters look anew.
 pub(crate) async fn run<K: PolicyKernel>(
@@ -101,7 +122,8 @@ async fn keep<K: PolicyKernel>(
     retired: &Notify,
 ) -> Result<()> {
     let mut tasks = JoinSet::new();
-    let mut changes = follow(&client, &mut tasks);
+    let (tell, mut changes) = mpsc::channel(AT_ONCE);
+    follow(all(&client), tell.clone(), &mut tasks);
     let mut custom = Custom::follow(&client);
     let mut known = Known::default();
     let mut told = Told::default();
@@ -136,6 +158,9 @@ async fn keep<K: PolicyKernel>(
                 None => break,
             }
         }
+        if engine.asks_for_services() && known.expect_services() {
+            follow(services(&client), tell.clone(), &mut tasks);
+        }
         // Until all is known, nothing is compiled: half the policies are no policy.
         if known.all() {
             engine.refresh_or_warn();
@@ -149,10 +174,12 @@ async fn keep<K: PolicyKernel>(
     }
 }
 
-/// Has the changes of the kinds that every API has come in, however long the engine takes for those before.
-fn follow(client: &kube::Client, tasks: &mut JoinSet<()>) -> mpsc::Receiver<Change> {
-    let (tell, changes) = mpsc::channel(AT_ONCE);
-    let mut stream = all(client);
+/// Has changes come in, however long the engine takes for those before.
+fn follow(
+    mut stream: impl Stream<Item = Result<Change, watcher::Error>> + Unpin + Send + 'static,
+    tell: mpsc::Sender<Change>,
+    tasks: &mut JoinSet<()>,
+) {
     tasks.spawn(async move {
         while let Some(change) = stream.next().await {
             match change {
@@ -167,7 +194,6 @@ fn follow(client: &kube::Client, tasks: &mut JoinSet<()>) -> mpsc::Receiver<Chan
             }
         }
     });
-    changes
 }
 
 /// Forgets domains' addresses that ended, and to which no flow goes any more.

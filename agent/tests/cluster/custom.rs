@@ -205,3 +205,57 @@ fn tiers_and_labels_of_nodes_and_what_is_wrong() {
         [false, false, true],
     );
 }
+
+#[test]
+fn services_are_whom_they_are_made_of() {
+    if left_out() {
+        return;
+    }
+    let _alone = alone();
+    let mut stage = Stage::new();
+    define(&stage, "ciliumnetworkpolicies", "cilium.io");
+    stage.start(&Options::default());
+    stage.wait_until_ready();
+    stage.connect();
+    wait_for(&mut stage, "all is reached", [true; 3]);
+    let service = |labels: Value| {
+        json!({
+            "metadata": {"namespace": "n", "name": "bank", "labels": labels},
+            "spec": {"ports": [{"port": 80}]},
+        })
+    };
+    let slice = |name: &str, address: &str| {
+        json!({
+            "metadata": {"namespace": "n", "name": name, "labels": {"kubernetes.io/service-name": "bank"}},
+            "addressType": if address.contains(':') { "IPv6" } else { "IPv4" },
+            "ports": [], "endpoints": [{"addresses": [address]}],
+        })
+    };
+    stage.api.set("services", [service(json!({}))]);
+    let slices = [slice("bank-4", OUTSIDE[0]), slice("bank-6", OUTSIDE[1])];
+    stage.api.set("endpointslices", slices);
+    let to = |services: Value| {
+        let egress = json!({"endpointSelector": {}, "egress": [{"toServices": services}]});
+        let metadata = json!({"namespace": "n", "name": "bank"});
+        object("cilium.io/v2", "CiliumNetworkPolicy", metadata, egress)
+    };
+    let named = to(json!([{"k8sService": {"serviceName": "bank", "namespace": "n"}}]));
+    stage.api.set("ciliumnetworkpolicies", [named]);
+    wait_for(&mut stage, "the bank is outside", [false, true, false]);
+    let slices = [slice("bank-4", FAR_POD[0]), slice("bank-6", FAR_POD[1])];
+    stage.api.set("endpointslices", slices);
+    wait_for(&mut stage, "the bank has moved", [true, false, false]);
+    let labelled = json!([{"k8sServiceSelector": {"selector": {"matchLabels": {"kind": "bank"}}}}]);
+    stage.api.set("ciliumnetworkpolicies", [to(labelled)]);
+    wait_for(&mut stage, "no Service has this label", [false; 3]);
+    stage
+        .api
+        .set("services", [service(json!({"kind": "bank"}))]);
+    wait_for(&mut stage, "the bank has it now", [true, false, false]);
+    stage.kill();
+    stage.start(&Options::default());
+    stage.wait_until_ready();
+    wait_for(&mut stage, "after another agent, too", [true, false, false]);
+    stage.api.remove("services", "n/bank");
+    wait_for(&mut stage, "the bank is gone", [false; 3]);
+}

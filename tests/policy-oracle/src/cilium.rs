@@ -12,6 +12,7 @@ use serde_json::Value;
 use crate::ends::{Party, Pod, PortProtocol};
 use crate::object;
 use crate::selector::Selector;
+use crate::services::Named;
 use crate::tiers::{Found, View};
 use crate::{Direction, Protocol, RuleRef, names};
 
@@ -63,6 +64,8 @@ struct Rule {
     sets: Option<Vec<BlockSet>>,
     #[serde(rename = "toFQDNs")]
     domains: Option<Vec<Domain>>,
+    #[serde(rename = "toServices")]
+    services: Option<Vec<Named>>,
     #[serde(rename = "toPorts")]
     ports: Option<Vec<Ports>>,
     icmps: Option<Vec<Icmps>>,
@@ -245,6 +248,9 @@ impl CiliumPolicy {
                         !denies || rule.domains.is_none(),
                         "names are for rules that allow",
                     );
+                    for service in rule.services.iter().flatten() {
+                        check(service.is_right(), "an entry of toServices names some");
+                    }
                     for domain in rule.domains.iter().flatten() {
                         check(
                             domain.match_name.is_some() || domain.match_pattern.is_some(),
@@ -384,13 +390,14 @@ impl Spec {
 
 impl Rule {
     /// How many entries each list of peers has, if it is there.
-    fn peer_lists(&self) -> [Option<usize>; 5] {
+    fn peer_lists(&self) -> [Option<usize>; 6] {
         [
             self.endpoints.as_ref().map(Vec::len),
             self.entities.as_ref().map(Vec::len),
             self.blocks.as_ref().map(Vec::len),
             self.sets.as_ref().map(Vec::len),
             self.domains.as_ref().map(Vec::len),
+            self.services.as_ref().map(Vec::len),
         ]
     }
 
@@ -420,6 +427,7 @@ impl Rule {
         let mut blocks = self.blocks.iter().flatten();
         let mut sets = self.sets.iter().flatten();
         let mut domains = self.domains.iter().flatten();
+        let mut services = self.services.iter().flatten();
         // Blocks are of addresses outside of the cluster alone.
         let is_outside = matches!(view.peer, Party::Outside);
         let address = view.peer_address();
@@ -427,6 +435,7 @@ impl Rule {
             || entities.any(|one| one.is(view))
             || is_outside && blocks.any(|one| one.has(&address))
             || is_outside && sets.any(|one| one.has(&address, groups))
+            || services.any(|one| one.has(view.services, view.peer, address))
             || is_outside && domains.any(|one| view.names.iter().any(|name| one.is(name)))
     }
 

@@ -7,7 +7,7 @@
 //! |---|---|
 //! | NetworkPolicy | |
 //! | ClusterNetworkPolicy, AdminNetworkPolicy, BaselineAdminNetworkPolicy | |
-//! | CiliumNetworkPolicy, CiliumClusterwideNetworkPolicy, CiliumCIDRGroup | toServices, fromNodes, toNodes, fromGroups, toGroups, nodeSelector, cidrGroupSelector, the entity kube-apiserver, authentication, and all that is about what connections carry (rules, serverNames, TLS, listener): a policy that has any of them is a panic |
+//! | CiliumNetworkPolicy, CiliumClusterwideNetworkPolicy, CiliumCIDRGroup | fromNodes, toNodes, fromGroups, toGroups, nodeSelector, cidrGroupSelector, the entity kube-apiserver, authentication, and all that is about what connections carry (rules, serverNames, TLS, listener): a policy that has any of them is a panic |
 
 use std::net::IpAddr;
 
@@ -21,6 +21,7 @@ mod network_policy;
 mod object;
 pub mod random;
 mod selector;
+mod services;
 pub mod shrink;
 #[cfg(test)]
 mod testing;
@@ -37,6 +38,10 @@ pub struct Cluster {
     pub nodes: Vec<Value>,
     /// Policies of every kind.
     pub policies: Vec<Value>,
+    /// Services.
+    pub services: Vec<Value>,
+    /// EndpointSlices, of Services without a selector.
+    pub slices: Vec<Value>,
     /// What resolvers answered.
     pub answers: Vec<Answer>,
     /// The time, as answers have it.

@@ -14,7 +14,7 @@ mod pods;
 mod words;
 
 pub use packets::packets;
-use words::{ADDRESSES, NAMES, labels, one};
+use words::{ADDRESSES, HOMES, NAMES, SERVICES, labels, one};
 
 /// What a cluster has besides NetworkPolicies.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
@@ -33,23 +33,44 @@ enum Family {
     Cilium,
 }
 
-/// Leaves names of ports out of egress rules about address blocks: there they stand for nothing yet (see README.md).
+/// Leaves names of ports out of egress rules about address blocks, and about Services, which may be some: there they stand
+/// for nothing yet (see README.md).
 pub fn without_names_in_blocks(cluster: &mut Cluster) {
     for policy in &mut cluster.policies {
-        let rules = policy["spec"]
-            .get_mut("egress")
-            .and_then(Value::as_array_mut);
-        for rule in rules.into_iter().flatten() {
-            let mut peers = rule["to"].as_array().into_iter().flatten();
-            if !peers.any(|peer| peer.get("ipBlock").is_some()) {
-                continue;
-            }
-            for port in rule["ports"].as_array_mut().into_iter().flatten() {
-                if port["port"].is_string() {
-                    port["port"] = 80.into();
-                }
+        let fields = policy.as_object_mut().into_iter().flatten();
+        let specs = fields.filter_map(|(key, value)| match key.as_str() {
+            "spec" => Some(std::slice::from_mut(value)),
+            "specs" => value.as_array_mut().map(Vec::as_mut_slice),
+            _ => None,
+        });
+        for spec in specs.flatten() {
+            for list in ["egress", "egressDeny"] {
+                let rules = spec.get_mut(list).and_then(Value::as_array_mut);
+                rules.into_iter().flatten().for_each(name_no_ports);
             }
         }
+    }
+}
+
+fn name_no_ports(rule: &mut Value) {
+    let mut peers = rule["to"].as_array().into_iter().flatten();
+    if rule.get("toServices").is_none() && !peers.any(|peer| peer.get("ipBlock").is_some()) {
+        return;
+    }
+    let number = |port: &mut Value, number: Value| {
+        let name = port["port"].as_str().unwrap_or_default();
+        if name.starts_with(|one: char| one.is_ascii_alphabetic()) {
+            port["port"] = number;
+        }
+    };
+    if let Some(ports) = rule.get_mut("ports").and_then(Value::as_array_mut) {
+        ports.iter_mut().for_each(|port| number(port, json!(80)));
+    }
+    let of_cilium = rule.get_mut("toPorts").and_then(Value::as_array_mut);
+    for one in of_cilium.into_iter().flatten() {
+        let ports = one.get_mut("ports").and_then(Value::as_array_mut);
+        let ports = ports.into_iter().flatten();
+        ports.for_each(|port| number(port, json!("80")));
     }
 }
 
@@ -111,9 +132,39 @@ pub fn cluster(random: &mut StdRng, options: &Options) -> Cluster {
     if wanted.len() > 1 {
         for _ in 0..random.random_range(0..4) {
             answer(random, &mut cluster);
+            service(random, &mut cluster);
         }
     }
     cluster
+}
+
+/// A Service comes, changes or goes.
+fn service(random: &mut StdRng, cluster: &mut Cluster) {
+    let (namespace, name) = (*one(random, &HOMES), *one(random, &SERVICES));
+    let is = |one: &Value| {
+        let metadata = object::metadata(one);
+        metadata.namespace == namespace && metadata.name == name
+    };
+    cluster.services.retain(|one| !is(one));
+    cluster.slices.retain(|one| !is(one));
+    if random.random_bool(0.2) {
+        return;
+    }
+    let spec = match random.random_bool(0.6) {
+        true => json!({"selector": labels(random, &["app", "tier"])}),
+        false => json!({}),
+    };
+    let labels = labels(random, &["app", "tier"]);
+    cluster.services.push(json!({
+        "metadata": {"namespace": namespace, "name": name, "labels": labels},
+        "spec": spec,
+    }));
+    // Others may write slices for any.
+    let addresses: Vec<&str> = (0..3).map(|_| *one(random, &ADDRESSES)).collect();
+    cluster.slices.push(json!({
+        "metadata": {"namespace": namespace, "name": name, "labels": {"kubernetes.io/service-name": name}},
+        "endpoints": [{"addresses": addresses}],
+    }));
 }
 
 /// A resolver answers, and time goes by.
@@ -131,13 +182,15 @@ fn answer(random: &mut StdRng, cluster: &mut Cluster) {
     });
 }
 
-/// Changes one thing: a policy, a pod, the labels of a pod or namespace, that a pod has ended, or what resolvers answered. Policies that are added
+/// Changes one thing: a policy, a pod, the labels of a pod or namespace, that a pod has ended, a Service,
+/// or what resolvers answered. Policies that are added
 /// are of APIs that the cluster has policies of already, or NetworkPolicies.
 pub fn change(random: &mut StdRng, cluster: &mut Cluster) {
     let policies = cluster.policies.len();
     let pods = cluster.pods.len();
     let only = count(cluster, Family::Network) == policies;
     match random.random_range(0..12) {
+        10.. if !only && random.random_bool(0.5) => service(random, cluster),
         10.. if !only => answer(random, cluster),
         0..=1 if policies < MOST_POLICIES => {
             let present: Vec<Family> = FAMILIES

@@ -26,7 +26,7 @@ const LISTS: [&str; 10] = [
 ];
 
 /// Lists that an object can't be without, or that mean something else when they are empty: one entry stays.
-const FILLED: [&str; 19] = [
+const FILLED: [&str; 20] = [
     "fields",
     "from",
     "fromCIDR",
@@ -44,6 +44,7 @@ const FILLED: [&str; 19] = [
     "toEntities",
     "toFQDNs",
     "toPorts",
+    "toServices",
     "values",
     "domainNames",
 ];
@@ -64,12 +65,12 @@ const FIELDS: [&str; 6] = [
 /// Labels that the API server gives.
 const GIVEN: [&str; 2] = ["kubernetes.io/metadata.name", "kubernetes.io/hostname"];
 
-/// Removes policies, pods, answers of resolvers, rules, peers, ports and labels one after the other, as long as the cluster still fails, until
+/// Removes policies, pods, Services, answers of resolvers, rules, peers, ports and labels one after the other, as long as the cluster still fails, until
 /// nothing more can go. `fails` must answer for clusters, too, that lack pods: see [`crate::Packet::is_in`].
 pub fn shrink(mut cluster: Cluster, mut fails: impl FnMut(&Cluster) -> bool) -> Cluster {
     loop {
         let mut smaller = false;
-        for part in [policies, pods] {
+        for part in [policies, pods, services, slices] {
             smaller |= objects(&mut cluster, part, &mut fails);
         }
         smaller |= answers(&mut cluster, &mut fails);
@@ -92,6 +93,14 @@ fn policies(cluster: &mut Cluster) -> &mut Vec<Value> {
 
 fn pods(cluster: &mut Cluster) -> &mut Vec<Value> {
     &mut cluster.pods
+}
+
+fn services(cluster: &mut Cluster) -> &mut Vec<Value> {
+    &mut cluster.services
+}
+
+fn slices(cluster: &mut Cluster) -> &mut Vec<Value> {
+    &mut cluster.slices
 }
 
 fn namespaces(cluster: &mut Cluster) -> &mut Vec<Value> {

@@ -6,6 +6,7 @@ use crate::admin::{self, Action, AdminPolicy, Tier};
 use crate::cilium::{self, CiliumPolicy};
 use crate::ends::{Party, Pod, PortProtocol};
 use crate::network_policy::NetworkPolicy;
+use crate::services::{self, Service};
 use crate::{Cluster, Direction, Packet, RuleRef, Side, names, object};
 
 /// All policies of a cluster, read.
@@ -14,6 +15,7 @@ pub struct Policies {
     admin: Vec<AdminPolicy>,
     cilium: Vec<CiliumPolicy>,
     groups: cilium::Groups,
+    services: Vec<Service>,
 }
 
 /// A packet seen from the pod whose policies are asked.
@@ -28,6 +30,8 @@ pub struct View<'a> {
     pub destination: &'a Party,
     /// The names that resolvers gave the other end, where it is outside.
     pub names: Vec<String>,
+    /// The Services that there are.
+    pub services: &'a [Service],
 }
 
 impl View<'_> {
@@ -70,6 +74,7 @@ impl Policies {
             admin: Vec::new(),
             cilium: Vec::new(),
             groups: cilium::Groups::new(),
+            services: services::all(cluster),
         };
         for policy in &cluster.policies {
             all.add(policy);
@@ -129,6 +134,7 @@ pub fn side(
     };
     let view = View {
         names,
+        services: &policies.services,
         packet,
         direction,
         subject,

@@ -126,6 +126,19 @@ pub(super) fn all(namespace: &str) -> Selector {
     Selector(own.into_iter().collect())
 }
 
+/// A selector of what is no pod, whose labels have no source but Kubernetes.
+pub(super) fn of_others(value: &Value) -> Result<Selector, String> {
+    let asked = read(value)?;
+    let all = asked.into_iter().map(|one| match one.source {
+        Source::Reserved => Err(format!(
+            "{}: reserved labels are not of Services; leave it out",
+            one.key
+        )),
+        _ => Ok((Key::Label(one.key), one.test)),
+    });
+    Ok(Selector(all.collect::<Result<_, _>>()?))
+}
+
 /// The pods that a policy is for; none where it can be for none.
 pub(super) fn subject(value: &Value, namespace: &str) -> Result<Option<Selector>, String> {
     let asked = read(value)?;

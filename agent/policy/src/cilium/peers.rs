@@ -13,11 +13,10 @@ use super::labels;
 use crate::domains::Pattern;
 use crate::network_policy::cidr;
 use crate::object::{fields, list};
-use crate::rule::{Action, Block, Direction, Peer, Place};
+use crate::rule::{Action, Block, Direction, Peer, Place, ServicePeer, Which};
 
 /// What can't be enforced, and what to do.
-const UNKNOWN: [(&str, &str); 9] = [
-    ("toServices", "Services can't be enforced; use toEndpoints"),
+const UNKNOWN: [(&str, &str); 8] = [
     (
         "toNodes",
         "single nodes can't be told apart; use toEntities",
@@ -60,7 +59,7 @@ pub(super) fn read(
                     .to_owned(),
             );
         }
-        names.push("toFQDNs".to_owned());
+        names.extend(["toFQDNs", "toServices"].map(str::to_owned));
     }
     for field in fields(rule) {
         if let Some((_, why)) = UNKNOWN.iter().find(|(one, _)| *one == field) {
@@ -100,6 +99,7 @@ pub(super) fn read(
                 "Entities" => entity(one),
                 "CIDR" => block(one, &[]).map(|peer| vec![peer]),
                 "FQDNs" => domains(one),
+                "Services" => services(one),
                 _ => set(one).map(|peer| vec![peer]),
             };
             found.extend(peers.map_err(|error| format!(".{name}[{at}]: {error}"))?);
@@ -154,6 +154,48 @@ fn domains(value: &Value) -> Result<Vec<Peer>, String> {
     }
     match found.is_empty() {
         true => Err("has neither matchName nor matchPattern; write one".to_owned()),
+        false => Ok(found),
+    }
+}
+
+/// An entry of `toServices`: a Service by its name, Services by their labels, or either of both.
+fn services(value: &Value) -> Result<Vec<Peer>, String> {
+    const KNOWN: [&str; 2] = ["k8sService", "k8sServiceSelector"];
+    if let Some(field) = fields(value).find(|one| !KNOWN.contains(one)) {
+        return Err(format!("{field} is not known; use k8sService"));
+    }
+    let mut found = Vec::new();
+    for (form, more) in KNOWN.into_iter().zip(["serviceName", "selector"]) {
+        let one = &value[form];
+        if one.is_null() {
+            continue;
+        }
+        if let Some(field) = fields(one).find(|one| !["namespace", more].contains(one)) {
+            return Err(format!(
+                "{form}: {field} is not known; use {more} and namespace"
+            ));
+        }
+        let which = match (more, &one[more]) {
+            ("serviceName", Value::String(name)) if !name.is_empty() => {
+                Which::Name(name.as_str().into())
+            }
+            ("serviceName", _) => {
+                return Err(format!("{form}: there is no serviceName; write one"));
+            }
+            (_, labels) => Which::Labels(Arc::new(
+                labels::of_others(labels).map_err(|error| format!("{form}: selector: {error}"))?,
+            )),
+        };
+        let namespace = match &one["namespace"] {
+            Value::Null => None,
+            Value::String(name) if name.is_empty() => None,
+            Value::String(name) => Some(name.as_str().into()),
+            other => return Err(format!("{form}: {other} is no namespace; use a string")),
+        };
+        found.push(Peer::Services(ServicePeer { namespace, which }));
+    }
+    match found.is_empty() {
+        true => Err("has neither k8sService nor k8sServiceSelector; write one".to_owned()),
         false => Ok(found),
     }
 }

@@ -254,7 +254,7 @@ fn what_is_wrong_is_told_and_allows_nothing() {
         ),
         (
             json!({"toServices": [{}]}),
-            ".toServices: Services can't be enforced; use toEndpoints",
+            ".toServices[0]: has neither k8sService nor",
         ),
         (
             json!({"toNodes": [{}]}),

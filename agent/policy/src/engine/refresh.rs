@@ -19,6 +19,7 @@ impl<K: PolicyKernel> Engine<K> {
     /// Brings the kernel in step with all that changed. Where a set can't be written, the one before it stays, and
     /// what did not fit is among the [`problems`](Self::problems).
     pub fn refresh(&mut self) -> Result<()> {
+        self.resolve_again();
         self.meet();
         let stale = std::mem::take(&mut self.stale);
         let mut written: BTreeSet<IpAddr> = std::mem::take(&mut self.changed);

@@ -19,6 +19,7 @@ use xebec_policy::kind::Kind;
 use xebec_policy::names::Names;
 use xebec_policy::rule::{Name, Source};
 use xebec_policy::selector::Labels;
+use xebec_policy::services::ServiceView;
 use xebec_policy_oracle::{Cluster, End, Packet, Protocol};
 
 /// The kernel's maps.
@@ -361,6 +362,7 @@ impl Node {
         for name in gone.filter(|name| !cluster.nodes.iter().any(|one| name_of(one).1 == *name)) {
             self.engine.set_node(&name, Labels::new(), Vec::new());
         }
+        self.learn_services(cluster);
         self.engine.refresh().unwrap();
         self.connect(cluster);
         for one in &cluster.answers {
@@ -384,6 +386,38 @@ impl Node {
             if !there.contains(&name) {
                 self.engine.remove_pod(&name);
             }
+        }
+    }
+
+    fn learn_services(&mut self, cluster: &Cluster) {
+        for one in &cluster.services {
+            let selector = one.pointer("/spec/selector").cloned();
+            let view = ServiceView {
+                labels: labels_of(one),
+                selector: serde_json::from_value(selector.unwrap_or_default()).unwrap_or_default(),
+            };
+            self.engine.set_service(&name_of(one), Some(view));
+        }
+        for one in &cluster.slices {
+            let (namespace, name) = name_of(one);
+            let service = labels_of(one)["kubernetes.io/service-name"].clone();
+            let all = one.pointer("/endpoints/0/addresses").unwrap();
+            let all = all.as_array().unwrap().iter();
+            let addresses = all.map(|one| one.as_str().unwrap().parse().unwrap());
+            let slice = ((namespace.clone(), service), addresses.collect());
+            self.engine
+                .set_service_slice(&(namespace, name), Some(slice));
+        }
+        let [services, slices] = self.engine.known_services();
+        let there = |all: &[Value], name: &Name| all.iter().any(|one| name_of(one) == *name);
+        for name in services
+            .iter()
+            .filter(|name| !there(&cluster.services, name))
+        {
+            self.engine.set_service(name, None);
+        }
+        for name in slices.iter().filter(|name| !there(&cluster.slices, name)) {
+            self.engine.set_service_slice(name, None);
         }
     }
 

@@ -5,7 +5,7 @@ use rand::rngs::StdRng;
 use serde_json::{Value, json};
 
 use super::NAMESPACES;
-use super::words::{BLOCKS, HOMES, NAMES, PATTERNS, PORTS, VALUES, block, one, selector};
+use super::words::{BLOCKS, HOMES, NAMES, PATTERNS, PORTS, SERVICES, VALUES, block, one, selector};
 
 /// Names of CiliumCIDRGroups; a policy may name one that isn't there.
 const GROUPS: [&str; 3] = ["group-a", "group-b", "group-c"];
@@ -211,6 +211,9 @@ fn rule(random: &mut StdRng, side: &str, list: &str) -> Value {
         8 if list == "egress" => {
             rule["toFQDNs"] = (0..several).map(|_| domain(random)).collect();
         }
+        9 if side == "to" => {
+            rule["toServices"] = (0..several).map(|_| service(random)).collect();
+        }
         8 | 9 => {
             let list = *one(random, &["Endpoints", "Entities", "CIDR", "CIDRSet"]);
             rule[format!("{side}{list}")] = json!([]);
@@ -233,6 +236,17 @@ fn rule(random: &mut StdRng, side: &str, list: &str) -> Value {
         _ => {}
     }
     rule
+}
+
+fn service(random: &mut StdRng) -> Value {
+    let namespace = one(random, &["", "x", "y"]).to_string();
+    let name = json!({"serviceName": *one(random, &SERVICES), "namespace": namespace});
+    let labels = json!({"selector": labels(random)});
+    match random.random_range(0..4) {
+        0 => json!({"k8sServiceSelector": labels}),
+        1 => json!({"k8sService": name, "k8sServiceSelector": labels}),
+        _ => json!({"k8sService": name}),
+    }
 }
 
 fn domain(random: &mut StdRng) -> Value {

@@ -7,7 +7,7 @@ use rand::Rng;
 use rand::rngs::StdRng;
 use serde_json::Value;
 
-use super::words::{NAMED_PORTS, PORTS, one};
+use super::words::{ADDRESSES, NAMED_PORTS, PORTS, one};
 use crate::{Cluster, End, Packet, Protocol, ends, object};
 
 /// Types of ICMP and of ICMPv6, with codes.
@@ -165,8 +165,10 @@ fn outside(cluster: &Cluster, pods: &[Somebody], nodes: &[Somebody]) -> Vec<Some
     let ended = cluster.pods.iter().filter(|one| ends::is_finished(one));
     let ended = ended.filter(|one| !ends::is_host_network(one));
     let answered = cluster.answers.iter().map(|one| one.address);
+    let endpoints = ADDRESSES.iter().filter_map(|one| one.parse().ok());
     borders
         .chain(answered)
+        .chain(endpoints.take(cluster.slices.len()))
         .chain(ended.flat_map(ends::pod_addresses))
         .chain([
             IpAddr::V4(Ipv4Addr::new(203, 0, 113, 7)),

@@ -49,6 +49,9 @@ pub const BLOCKS: [&str; 18] = [
     "fd01::/64",
 ];
 
+/// Services: without a selector they have the endpoints that others wrote.
+pub const SERVICES: [&str; 3] = ["shop", "far", "other"];
+
 /// Names that pods ask resolvers for.
 pub const NAMES: [&str; 4] = [
     "example.com",
