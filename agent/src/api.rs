@@ -309,6 +309,14 @@ async fn answer(request: Request<Incoming>, tables: &Tables) -> Response<Body> {
                 Some(engine) => Some(engine.lock().await),
                 None => None,
             };
+            let node = engine.as_ref().and_then(|engine| engine.host_row());
+            let node = node.map(|more| {
+                let mut row = json!({"namespace": "", "pod": "node", "address": null, "addresses": [], "device": null, "container": null});
+                if let (Some(row), Value::Object(more)) = (row.as_object_mut(), more) {
+                    row.extend(more);
+                }
+                row
+            });
             let rows: Vec<Value> = all
                 .into_iter()
                 .map(|one| {
@@ -320,6 +328,7 @@ async fn answer(request: Request<Incoming>, tables: &Tables) -> Response<Body> {
                     }
                     row
                 })
+                .chain(node)
                 .collect();
             reply(StatusCode::OK, &rows.into())
         }

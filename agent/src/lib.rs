@@ -115,6 +115,8 @@ pub async fn run(client: kube::Client, config: Config, shutdown: CancellationTok
     .await?;
     let (synced, mut is_synced) = watch::channel(false);
     let (nodes, nodes_told) = watch::channel(None);
+    let (local, local_told) = watch::channel(None);
+    let local = services::follow_addresses(local, shutdown.clone());
     check_addresses(&config.node_ips)?;
     let (kept, follow_file) = keep_addresses(&config, &shutdown)?;
     let settings = Settings {
@@ -187,7 +189,7 @@ pub async fn run(client: kube::Client, config: Config, shutdown: CancellationTok
     let policy = policy::watch::run(
         client.clone(),
         engine.clone(),
-        nodes_told.clone(),
+        (nodes_told.clone(), local_told.clone()),
         teller.clone(),
         synced,
         shutdown.clone(),
@@ -216,6 +218,7 @@ pub async fn run(client: kube::Client, config: Config, shutdown: CancellationTok
             node_ports: config.node_ports.clone(),
         },
         nodes_told,
+        local_told,
         endpoints.host_ports(),
         teller.clone(),
         services_ready,
@@ -258,6 +261,7 @@ pub async fn run(client: kube::Client, config: Config, shutdown: CancellationTok
     let api = api::run(config.socket.clone(), tables, shutdown.clone());
     tokio::try_join!(
         policy,
+        local,
         domains,
         services,
         network,

@@ -11,6 +11,8 @@ mod domains;
 mod faults;
 #[path = "cluster/growth.rs"]
 mod growth;
+#[path = "cluster/host.rs"]
+mod host;
 #[path = "cluster/masquerade.rs"]
 mod masquerade;
 #[path = "cluster/pressure.rs"]

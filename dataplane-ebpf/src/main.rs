@@ -13,6 +13,7 @@ mod flow;
 mod frame;
 mod hash;
 mod hold;
+mod host;
 mod lookup;
 mod maps;
 mod nat;

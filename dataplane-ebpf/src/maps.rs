@@ -68,6 +68,10 @@ pub static ENDPOINTS: HashMap<Ip, Endpoint> = HashMap::with_max_entries(4_096, N
 #[map]
 pub static STANDINGS: Array<Standing> = Array::with_max_entries(4_096, MMAPABLE);
 
+/// What the node itself is, and under which rules.
+#[map]
+pub static HOST: Array<Standing> = Array::with_max_entries(1, MMAPABLE);
+
 /// A hash map that the agent replaces with a larger one when it is full; it stands in the only place of a map of maps.
 /// The size here is the pattern's alone. Values are told of as words and not as what they are: Linux 6.1 compares what
 /// it found of special fields, and that is another error for a structure than for a map that was made without types.

@@ -13,6 +13,7 @@ use xebec_dataplane_common::flow::{
 use crate::direct;
 use crate::errors;
 use crate::flow;
+use crate::host;
 use crate::lookup::{At, look_up};
 use crate::nat::{self, Turn};
 use crate::packet::{self, Read};
@@ -32,8 +33,13 @@ pub fn xebec_from_network(ctx: TcContext) -> i32 {
     };
     all.done = 1;
     // A tagged frame is another network's, with a device of its own.
-    if is_tagged(&ctx) || packet::read(&ctx) != Read::Ip {
+    if is_tagged(&ctx) {
         return TC_ACT_OK as i32;
+    }
+    match packet::read(&ctx) {
+        Read::Ip => {}
+        Read::Early if !host::lets_in_early(&ctx, all) => return TC_ACT_SHOT as i32,
+        _ => return TC_ACT_OK as i32,
     }
     let plan = if direct::is_wrapped(all) && direct::unwrap(&ctx) {
         settle();
@@ -77,7 +83,7 @@ pub fn xebec_from_network(ctx: TcContext) -> i32 {
     if !stays {
         return way::go(&ctx, all);
     }
-    // Of errors, the pod's hook reads again whom they are about.
+    // Of errors, the pod's hook reads again whom they are about. A flow that was let through has its errors.
     if all.packet.is_error() {
         return TC_ACT_OK as i32;
     }
@@ -86,13 +92,20 @@ pub fn xebec_from_network(ctx: TcContext) -> i32 {
     reach(&ctx, all)
 }
 
-/// Hands a packet to its pod if it is for one, and to the stack if not.
+/// Hands a packet to its pod if it is for one, and to the stack if not, where the node's rules let it in.
 #[inline(always)]
 fn reach(ctx: &TcContext, all: &mut Scratch) -> i32 {
-    if nat::settings().around == 0 {
-        return TC_ACT_OK as i32;
+    if nat::settings().around != 0 {
+        if let Some(verdict) = pod::reach(ctx, all) {
+            return verdict;
+        }
+        settle();
     }
-    pod::reach(ctx, all).unwrap_or(TC_ACT_OK as i32)
+    if host::lets_in(ctx) {
+        TC_ACT_OK as i32
+    } else {
+        TC_ACT_SHOT as i32
+    }
 }
 
 /// Sends a packet to the node of its backend as it is.
@@ -145,6 +158,10 @@ pub fn xebec_to_network(ctx: TcContext) -> i32 {
     if is_tagged(&ctx) || packet::read(&ctx) != Read::Ip {
         return TC_ACT_OK as i32;
     }
+    if !host::lets_out(&ctx) {
+        return TC_ACT_SHOT as i32;
+    }
+    settle();
     let pod = translate::is_endpoint(&all.packet.tuple.source);
     // A pod on the host's network may be behind a node port.
     if !pod && !translate::is_node(&all.packet.tuple.source) {

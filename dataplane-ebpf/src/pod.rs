@@ -14,6 +14,7 @@ use crate::balance::{self, CHOSEN, Client};
 use crate::errors;
 use crate::flow::{self, SYN};
 use crate::hold;
+use crate::host;
 use crate::lookup::{At, Found, look_up};
 use crate::nat::{self, Turn};
 use crate::packet::{self, Packet, Read};
@@ -226,7 +227,8 @@ fn judge_both(all: &mut Scratch) -> u8 {
         let (peer, identity) = (all.packet.tuple.source.words(), all.pod.identity);
         return policy::ask(all, all.peer.rules, UNDER_INGRESS, &peer, identity, port);
     }
-    0
+    settle();
+    host::judge_pod(all, &peer, port)
 }
 
 /// Judges a pod's answer by the rules for what it answers: 0, or why it is dropped. The rules may have changed since the
@@ -405,7 +407,13 @@ extern "C" fn xebec_judge_entry() -> u32 {
         (UNDER_INGRESS, tuple.destination_port)
     };
     let peer = tuple.source.words();
-    u32::from(policy::ask(all, all.pod.rules, way, &peer, UNASKED, port))
+    let reason = policy::ask(all, all.pod.rules, way, &peer, UNASKED, port);
+    settle();
+    if reason != 0 || all.exempt == 0 {
+        return u32::from(reason);
+    }
+    // What answers the pod is the node.
+    u32::from(host::judge_answer(all))
 }
 
 #[inline(always)]

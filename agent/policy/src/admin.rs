@@ -113,6 +113,7 @@ pub(crate) fn read(object: &Value, form: &Form, turn: Turn) -> (Vec<Policy>, Vec
         tier,
         priority,
         subject: Arc::new(subject),
+        for_nodes: false,
         isolates: [false, false],
         audit: audit(object),
         rules,

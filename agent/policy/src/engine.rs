@@ -95,7 +95,14 @@ pub struct Engine<K> {
     errors: BTreeMap<Arc<PolicyRef>, Vec<String>>,
     /// What did not fit.
     pub(crate) full: BTreeMap<u32, Vec<Problem>>,
+    /// Kinds that pods of this node have; under the node's own identity, the node.
     pub(crate) locals: BTreeMap<u32, Local>,
+    /// The node, as a kind: its labels.
+    pub(crate) host: Arc<Kind>,
+    /// Whether the kernel may have other sets of the node.
+    host_moved: bool,
+    /// Addresses of the node that its object does not have.
+    local_addresses: BTreeSet<IpAddr>,
     addresses: HashMap<IpAddr, Owner>,
     pub(crate) endpoints: BTreeMap<IpAddr, Connected>,
     pub(crate) sets: Sets,
@@ -146,7 +153,10 @@ impl<K: PolicyKernel> Engine<K> {
             services_moved: false,
             errors: BTreeMap::new(),
             full: BTreeMap::new(),
-            locals: BTreeMap::new(),
+            locals: BTreeMap::from([(IDENTITY_HOST, Local::default())]),
+            host: Arc::default(),
+            host_moved: false,
+            local_addresses: BTreeSet::new(),
             addresses: HashMap::new(),
             endpoints: BTreeMap::new(),
             sets: Sets::default(),
@@ -383,6 +393,18 @@ impl<K: PolicyKernel> Engine<K> {
 
     /// Takes a Node's labels and addresses; no addresses remove it.
     pub fn set_node(&mut self, name: &str, labels: Labels, addresses: Vec<IpAddr>) {
+        if name == self.node_name && !addresses.is_empty() && self.host.labels != labels {
+            self.host = Arc::new(Kind {
+                labels: labels.clone(),
+                ..Kind::default()
+            });
+            let about = self.policies.about_node(&labels);
+            let local = self.locals.entry(IDENTITY_HOST).or_default();
+            if local.policies != about {
+                local.policies = about;
+                self.stale.insert(IDENTITY_HOST);
+            }
+        }
         let wrong = self.places.set_node(name, labels, &addresses);
         self.supersede(wrong);
         let before = self
@@ -397,20 +419,48 @@ impl<K: PolicyKernel> Engine<K> {
         } else {
             IDENTITY_REMOTE_NODE
         };
-        for gone in before.iter().filter(|ip| !addresses.contains(ip)) {
-            self.addresses.remove(gone);
-            self.names.remove(*gone);
-            self.moved.insert(*gone);
-        }
+        let gone = before.iter().filter(|ip| !addresses.contains(ip));
+        gone.for_each(|ip| self.drop_node_address(*ip));
         for address in addresses {
-            self.names.set(address, Peer::node(name, identity));
-            let owner = Owner {
-                pod: None,
-                identity,
-            };
-            if self.addresses.insert(address, owner.clone()).as_ref() != Some(&owner) {
-                self.moved.insert(address);
+            self.take_node_address(address, name, identity);
+        }
+    }
+
+    /// Takes the addresses that this node's devices have, those that its object has among them.
+    pub fn set_local_addresses(&mut self, addresses: BTreeSet<IpAddr>) {
+        let before = std::mem::replace(&mut self.local_addresses, addresses.clone());
+        let name = self.node_name.clone();
+        let gone = before.difference(&addresses);
+        gone.for_each(|address| self.drop_node_address(*address));
+        for address in addresses.difference(&before) {
+            // What is a pod's, or another node's, is so by the API.
+            if !self.addresses.contains_key(address) {
+                self.take_node_address(*address, &name, IDENTITY_HOST);
             }
+        }
+    }
+
+    fn take_node_address(&mut self, address: IpAddr, name: &str, identity: u32) {
+        self.names.set(address, Peer::node(name, identity));
+        let owner = Owner {
+            pod: None,
+            identity,
+        };
+        if self.addresses.insert(address, owner.clone()).as_ref() != Some(&owner) {
+            self.moved.insert(address);
+        }
+    }
+
+    /// A node has an address no more, by its object or by its devices.
+    fn drop_node_address(&mut self, address: IpAddr) {
+        let own = self.addresses.get(&address);
+        let of_node = own.is_some_and(|owner| owner.pod.is_none());
+        let elsewhere = self.local_addresses.contains(&address)
+            || self.nodes.values().any(|all| all.contains(&address));
+        if of_node && !elsewhere {
+            self.addresses.remove(&address);
+            self.names.remove(address);
+            self.moved.insert(address);
         }
     }
 
@@ -452,14 +502,24 @@ impl<K: PolicyKernel> Engine<K> {
                 .iter()
                 .filter(|row| local.policies.remove(&row.number))
                 .count();
-            let Some(kind) = self.kinds.get(*identity) else {
+            let is_host = *identity == IDENTITY_HOST;
+            let kind = match is_host {
+                true => Some(&self.host),
+                false => self.kinds.get(*identity),
+            };
+            let Some(kind) = kind else {
                 continue;
             };
             let namespace = self.namespaces.get(&kind.namespace);
             let has: Vec<u32> = after
                 .iter()
-                .filter(|row| row.policy.subject.selects(kind, namespace))
-                .map(|row| row.number)
+                .map(|row| (row.number, &row.policy))
+                .filter(|(_, policy)| policy.for_nodes == is_host)
+                .filter(|(_, policy)| match is_host {
+                    true => policy.subject.selects_labels(&kind.labels),
+                    false => policy.subject.selects(kind, namespace),
+                })
+                .map(|(number, _)| number)
                 .collect();
             if had > 0 || !has.is_empty() {
                 self.stale.insert(*identity);

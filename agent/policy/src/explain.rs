@@ -1,6 +1,7 @@
 //! Explains a verdict: asks the sets that the kernel has, one after the other as the kernel does, and says what they
 //! answer and what would have to be different.
 
+use std::collections::BTreeSet;
 use std::net::IpAddr;
 use std::sync::Arc;
 
@@ -216,6 +217,9 @@ impl<K: PolicyKernel> Engine<K> {
     /// What the rules of one end say of the other.
     fn side(&self, own: &Found<'_>, peer: &Found<'_>, direction: Direction, asked: &Asked) -> Side {
         let Some((name, kind, node, identity)) = own.pod else {
+            if let Some(node) = &own.node {
+                return self.node_side(node, own, peer, direction, asked);
+            }
             return Side {
                 allowed: true,
                 why: format!("no policy is for {}", own.name),
@@ -230,32 +234,31 @@ impl<K: PolicyKernel> Engine<K> {
                 ..Side::default()
             };
         }
-        let question = Question {
-            address: peer.address,
-            identity: match (&peer.pod, &peer.node) {
-                (Some((.., identity)), _) => *identity,
-                (None, Some(_)) if here => IDENTITY_HOST,
-                (None, Some(_)) => IDENTITY_REMOTE_NODE,
-                (None, None) => IDENTITY_WORLD,
-            },
-            protocol: asked.protocol,
-            port: asked.port,
-        };
+        let question = question(peer, here, asked);
         let destination = match direction {
             Direction::Ingress => Some(&**kind),
             Direction::Egress => peer.pod.map(|(_, kind, ..)| &**kind),
         };
-        let audited_pod = self.pods.get(name).is_some_and(|row| row.view.audit);
-        let mut side = self.walk(
-            kind,
-            identity,
-            direction,
-            false,
-            question,
-            destination,
-            peer,
+        let local = self.locals.get(&identity);
+        let numbers = local.map_or_else(
+            || {
+                let namespace = self.namespaces.get(&kind.namespace);
+                self.policies.about(kind, namespace)
+            },
+            |local| local.policies.clone(),
         );
-        let whole = self.walk(kind, identity, direction, true, question, destination, peer);
+        let audited_pod = self.pods.get(name).is_some_and(|row| row.view.audit);
+        let walk = |audit| {
+            self.walk(
+                (kind, &numbers),
+                direction,
+                audit,
+                question,
+                destination,
+                peer,
+            )
+        };
+        let (mut side, whole) = (walk(false), walk(true));
         if audited_pod {
             side = Side {
                 allowed: true,
@@ -269,14 +272,59 @@ impl<K: PolicyKernel> Engine<K> {
         side
     }
 
-    #[allow(
-        clippy::too_many_arguments,
-        reason = "what a walk needs to know is one question"
-    )]
+    /// What a node's own rules say of the other end.
+    fn node_side(
+        &self,
+        node: &str,
+        own: &Found<'_>,
+        peer: &Found<'_>,
+        direction: Direction,
+        asked: &Asked,
+    ) -> Side {
+        let always = |why: String| Side {
+            allowed: true,
+            why,
+            ..Side::default()
+        };
+        let pod_here = peer.pod.is_some_and(|(_, _, home, _)| home == node);
+        let itself = peer.node.as_deref() == Some(node);
+        if itself || pod_here && direction == Direction::Egress {
+            return always("a node always reaches itself and its own pods".to_owned());
+        }
+        let labels = self.places.labels(node);
+        let numbers = self.policies.about_node(&labels);
+        if numbers.is_empty() {
+            return always(format!("no policy is for {}", own.name));
+        }
+        let kind = Kind {
+            labels,
+            ..Kind::default()
+        };
+        let destination = match direction {
+            Direction::Ingress => Some(&kind),
+            Direction::Egress => peer.pod.map(|(_, kind, ..)| &**kind),
+        };
+        let question = question(peer, false, asked);
+        let walk = |audit| {
+            self.walk(
+                (&kind, &numbers),
+                direction,
+                audit,
+                question,
+                destination,
+                peer,
+            )
+        };
+        let (mut side, whole) = (walk(false), walk(true));
+        if side.allowed && !whole.allowed {
+            side.audit = Some(format!("would be dropped: {}", whole.why));
+        }
+        side
+    }
+
     fn walk(
         &self,
-        kind: &Kind,
-        identity: u32,
+        (kind, numbers): (&Kind, &BTreeSet<u32>),
         direction: Direction,
         audit: bool,
         question: Question,
@@ -284,15 +332,8 @@ impl<K: PolicyKernel> Engine<K> {
         peer: &Found<'_>,
     ) -> Side {
         let mut side = Side::default();
-        let numbers = match self.locals.get(&identity) {
-            Some(local) => local.policies.clone(),
-            None => {
-                let namespace = self.namespaces.get(&kind.namespace);
-                self.policies.about(kind, namespace)
-            }
-        };
         for tier in Tier::ALL {
-            let policies = self.policies.chosen(&numbers, tier, direction, audit);
+            let policies = self.policies.chosen(numbers, tier, direction, audit);
             if policies.is_empty() {
                 continue;
             }
@@ -428,6 +469,21 @@ impl<K: PolicyKernel> Engine<K> {
                 })
             }
         }
+    }
+}
+
+/// What the rules of one end are asked about the other, which may be the node that the first is `here` on.
+fn question(peer: &Found<'_>, here: bool, asked: &Asked) -> Question {
+    Question {
+        address: peer.address,
+        identity: match (&peer.pod, &peer.node) {
+            (Some((.., identity)), _) => *identity,
+            (None, Some(_)) if here => IDENTITY_HOST,
+            (None, Some(_)) => IDENTITY_REMOTE_NODE,
+            (None, None) => IDENTITY_WORLD,
+        },
+        protocol: asked.protocol,
+        port: asked.port,
     }
 }
 

@@ -38,6 +38,8 @@ pub trait PolicyKernel: Send + 'static {
     fn room(&self) -> Room;
     /// Tells what a pod of this node is; packets see all of it or what it was before.
     fn set_endpoint(&mut self, address: IpAddr, endpoint: Endpoint) -> Result<()>;
+    /// Puts the node itself under sets; packets see all of them or those of before.
+    fn set_host(&mut self, chains: Chains) -> Result<()>;
     /// Forgets a pod of this node.
     fn remove_endpoint(&mut self, address: IpAddr) -> Result<()>;
     /// Gives an address its identity.

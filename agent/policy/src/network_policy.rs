@@ -57,6 +57,7 @@ pub fn read(policy: &NetworkPolicy) -> (Policy, Vec<String>) {
         tier: Tier::Network,
         priority: 0,
         subject: Arc::new(Selector(subject)),
+        for_nodes: false,
         isolates: Direction::ALL.map(|direction| isolates(&spec, direction)),
         audit: audit.is_some_and(|all| all.get(AUDIT).is_some_and(|value| value == "true")),
         rules,

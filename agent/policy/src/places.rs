@@ -125,6 +125,12 @@ impl Places {
         self.wrong(|place| selected(place, &before) != selected(place, &after))
     }
 
+    /// The labels of a node.
+    pub fn labels(&self, node: &str) -> Labels {
+        let node = self.nodes.get(node);
+        node.map(|node| node.labels.clone()).unwrap_or_default()
+    }
+
     /// Takes the addresses of the API server. The sets that are no longer right.
     pub fn set_api_server(&mut self, addresses: BTreeSet<IpAddr>) -> HashSet<u32> {
         let changed = self.api_server != addresses;

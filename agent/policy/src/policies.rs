@@ -58,6 +58,8 @@ pub struct Policies {
     by_namespace: HashMap<String, BTreeSet<u32>>,
     /// Those whose pods may be of any namespace.
     wide: BTreeSet<u32>,
+    /// Those for nodes.
+    nodes: BTreeSet<u32>,
     /// Numbers of rules, as long as their policy is there.
     rules: BTreeMap<RuleId, u32>,
     next: u32,
@@ -82,6 +84,7 @@ impl Policies {
         for row in &before {
             self.rows.remove(&row.number);
             self.wide.remove(&row.number);
+            self.nodes.remove(&row.number);
             if let Some(namespace) = row.policy.subject.namespace() {
                 if let Some(all) = self.by_namespace.get_mut(namespace) {
                     all.remove(&row.number);
@@ -131,6 +134,7 @@ impl Policies {
         self.next += 1;
         let number = self.next;
         match policy.subject.namespace() {
+            _ if policy.for_nodes => drop(self.nodes.insert(number)),
             Some(namespace) => {
                 let all = self.by_namespace.entry(namespace.to_owned()).or_default();
                 all.insert(number);
@@ -148,7 +152,8 @@ impl Policies {
 
     fn ask(&mut self, policy: &Policy, change: impl Fn(&mut usize)) {
         let peers = policy.rules.iter().flat_map(crate::content::selectors);
-        for selector in peers.chain([policy.subject.clone()]) {
+        let subject = (!policy.for_nodes).then(|| policy.subject.clone());
+        for selector in peers.chain(subject) {
             for label in selector.labels() {
                 if let Some(at) = OWN_LABELS.iter().position(|own| *own == label) {
                     change(&mut self.asked[at]);
@@ -193,6 +198,17 @@ impl Policies {
             })
             .copied()
             .collect()
+    }
+
+    /// The numbers of those that are for nodes with these labels.
+    pub fn about_node(&self, labels: &Labels) -> BTreeSet<u32> {
+        let all = self.nodes.iter();
+        all.filter(|number| {
+            let row = self.rows.get(number);
+            row.is_some_and(|row| row.policy.subject.selects_labels(labels))
+        })
+        .copied()
+        .collect()
     }
 
     /// Of these, the ones that have a say in a tier and direction, in the order in which they are asked.

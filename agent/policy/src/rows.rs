@@ -4,10 +4,12 @@ use std::collections::BTreeSet;
 use std::net::IpAddr;
 
 use serde_json::{Value, json};
+use xebec_dataplane_common::policy::IDENTITY_HOST;
 
 use crate::domains::Pattern;
 use crate::engine::Engine;
 use crate::kernel::PolicyKernel;
+use crate::kind::Kind;
 use crate::places::places;
 use crate::rule::{Direction, Name, Place, PolicyRef};
 
@@ -46,6 +48,7 @@ impl<K: PolicyKernel> Engine<K> {
             "types": types,
             "rules": rules,
             "pods": pods.len(),
+            "node": self.locals.get(&IDENTITY_HOST).is_some_and(|host| !host.policies.is_disjoint(&numbers)),
             "mode": if first.is_some_and(|policy| policy.audit) { "audit" } else { "enforce" },
             "state": self.state(id),
         })
@@ -131,19 +134,34 @@ impl<K: PolicyKernel> Engine<K> {
     pub fn endpoint_row(&self, address: IpAddr) -> Option<Value> {
         let connected = self.endpoints.get(&address)?;
         let mut row = json!({"identity": connected.identity, "audit": connected.audit});
-        let kind = connected.identity.and_then(|at| self.kinds.get(at));
-        if let Some(kind) = kind {
-            let labels = kind.labels.iter();
-            row["labels"] = labels
-                .map(|(key, value)| format!("{key}={value}"))
-                .collect();
+        if let Some(identity) = connected.identity {
+            if let Some(kind) = self.kinds.get(identity) {
+                add_labels(&mut row, kind);
+            }
+            self.add_sets(&mut row, identity, connected.audit);
         }
-        let local = connected.identity.and_then(|at| self.locals.get(&at));
-        let Some(local) = local else {
-            return Some(row);
+        Some(row)
+    }
+
+    /// The same of the node itself, if policies are for it.
+    pub fn host_row(&self) -> Option<Value> {
+        let local = self.locals.get(&IDENTITY_HOST)?;
+        if local.policies.is_empty() {
+            return None;
+        }
+        let mut row = json!({"identity": IDENTITY_HOST, "audit": false});
+        add_labels(&mut row, &self.host);
+        self.add_sets(&mut row, IDENTITY_HOST, false);
+        Some(row)
+    }
+
+    /// What a kind of this node is under.
+    fn add_sets(&self, row: &mut Value, identity: u32, audit: bool) {
+        let Some(local) = self.locals.get(&identity) else {
+            return;
         };
         let Some([enforced, whole]) = local.chains else {
-            return Some(row);
+            return;
         };
         for direction in Direction::ALL {
             let word = direction.name().to_ascii_lowercase();
@@ -153,17 +171,23 @@ impl<K: PolicyKernel> Engine<K> {
                 .filter_map(|set| self.sets.get(*set))
                 .map(|made| made.content.rules.len())
                 .sum();
-            let enforced = chain.iter().any(|set| *set != 0) && !connected.audit;
+            let enforced = chain.iter().any(|set| *set != 0) && !audit;
             row[format!("{word}_enforced")] = enforced.into();
             row[format!("{word}_sets")] = chain.iter().filter(|set| **set != 0).copied().collect();
             row[format!("{word}_entries")] = size.into();
         }
-        row["audited"] = (whole != enforced || connected.audit).into();
+        row["audited"] = (whole != enforced || audit).into();
         let rows = local
             .policies
             .iter()
             .filter_map(|at| self.policies.get(*at));
         row["policies"] = rows.map(|row| row.policy.id.to_string()).collect();
-        Some(row)
     }
+}
+
+fn add_labels(row: &mut Value, kind: &Kind) {
+    let labels = kind.labels.iter();
+    row["labels"] = labels
+        .map(|(key, value)| format!("{key}={value}"))
+        .collect();
 }

@@ -334,8 +334,10 @@ pub struct Policy {
     pub tier: Tier,
     /// Before which others of its tier: lower first. Where all rules of a tier are asked at once, 0.
     pub priority: i32,
-    /// The pods that it is for.
+    /// The pods that it is for; of one for nodes, their labels.
     pub subject: Arc<Selector>,
+    /// Whether it is for nodes, and not for pods.
+    pub for_nodes: bool,
     /// Whether what no rule allows is denied, by [`Direction::index`].
     pub isolates: [bool; 2],
     /// Whether it tells what it would drop, and drops nothing.

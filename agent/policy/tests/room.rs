@@ -61,6 +61,7 @@ fn lets_in(node: &Node, from: &str, port: u16) -> bool {
         port,
     };
     let side = Side {
+        is_node: false,
         home: node.name.clone(),
         ingress: true,
         own: &packet.to,

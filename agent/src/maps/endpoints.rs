@@ -10,7 +10,9 @@ use std::sync::atomic::{AtomicU64, Ordering};
 use anyhow::{Context, Result, bail, ensure};
 use aya::maps::{self, Map, MapData, MapError};
 use bytemuck::{bytes_of, must_cast};
-use xebec_dataplane_common::policy::{self, CHAINS_NUMBER, Chains, LEARNS, Standing};
+use xebec_dataplane_common::policy::{
+    self, CHAINS_NUMBER, Chains, IDENTITY_HOST, LEARNS, Standing,
+};
 use xebec_policy::kernel::Endpoint;
 
 use super::growing::Growing;
@@ -26,6 +28,7 @@ const ENTRY: usize = size_of::<policy::Endpoint>();
 pub(super) struct Endpoints {
     map: maps::HashMap<MapData, [u8; 16], [u8; ENTRY]>,
     standings: Table,
+    host: Table,
     chains: Growing,
     numbers: Numbers,
     known: HashMap<IpAddr, (u32, Endpoint)>,
@@ -92,17 +95,19 @@ impl Numbers {
 
 impl Endpoints {
     pub fn new(ebpf: &mut aya::Ebpf) -> Result<Self> {
-        let standings = match ebpf.map("STANDINGS") {
+        let array = |name: &str| match ebpf.map(name) {
             Some(Map::Array(data)) => {
-                Table::of(data).context("could not look at the eBPF map STANDINGS")?
+                Table::of(data).with_context(|| format!("could not look at the eBPF map {name}"))
             }
-            _ => bail!("the eBPF object has no array STANDINGS"),
+            _ => bail!("the eBPF object has no array {name}"),
         };
+        let (standings, host) = (array("STANDINGS")?, array("HOST")?);
         let sizes = (size_of::<u32>(), size_of::<Chains>());
         Ok(Self {
             map: take(ebpf, "ENDPOINTS")?,
             free: (0..standings.capacity()).collect(),
             standings,
+            host,
             chains: Growing::new(ebpf, "CHAINS", sizes, CHAINS)?,
             numbers: Numbers::default(),
             known: HashMap::new(),
@@ -133,7 +138,7 @@ impl Endpoints {
                 rules
             },
         };
-        let written = self.stand(slot, standing).and_then(|()| match before {
+        let written = stand(&mut self.standings, slot, standing).and_then(|()| match before {
             Some((_, old)) if (old.ifindex, old.mac) == (endpoint.ifindex, endpoint.mac) => Ok(()),
             _ => self.place(address, slot, &endpoint),
         });
@@ -149,6 +154,16 @@ impl Endpoints {
                 Err(error)
             }
         }
+    }
+
+    /// Puts the node itself under these sets.
+    pub fn set_host(&mut self, chains: Chains) -> Result<()> {
+        let rules = self.rules(chains)?;
+        let standing = Standing {
+            identity: IDENTITY_HOST,
+            rules,
+        };
+        stand(&mut self.host, 0, standing)
     }
 
     pub fn remove(&mut self, address: IpAddr) -> Result<()> {
@@ -192,16 +207,6 @@ impl Endpoints {
         Ok(chains.standing(number))
     }
 
-    fn stand(&mut self, slot: u32, standing: Standing) -> Result<()> {
-        let place = self.standings.place(slot);
-        let place = place.context("the eBPF map STANDINGS is not mapped")?;
-        // SAFETY: the place is within the mapping, and each entry of the array is one aligned word, which programs only
-        // read. Through the kernel's call it would be copied byte by byte.
-        let word = unsafe { AtomicU64::from_ptr(place.as_ptr().cast()) };
-        word.store(must_cast(standing), Ordering::Release);
-        Ok(())
-    }
-
     fn place(&mut self, address: IpAddr, slot: u32, endpoint: &Endpoint) -> Result<()> {
         let entry = policy::Endpoint {
             ifindex: endpoint.ifindex,
@@ -214,6 +219,17 @@ impl Endpoints {
             .insert(key(address), entry, 0)
             .context("the map of endpoints is full")
     }
+}
+
+/// Writes what somebody is, and under which rules.
+fn stand(standings: &mut Table, slot: u32, standing: Standing) -> Result<()> {
+    let place = standings.place(slot);
+    let place = place.context("an eBPF map of standings is not mapped")?;
+    // SAFETY: the place is within the mapping, and each entry of the array is one aligned word, which programs only
+    // read. Through the kernel's call it would be copied byte by byte.
+    let word = unsafe { AtomicU64::from_ptr(place.as_ptr().cast()) };
+    word.store(must_cast(standing), Ordering::Release);
+    Ok(())
 }
 
 #[cfg(test)]

@@ -8,6 +8,7 @@ mod growing;
 mod memory;
 pub(crate) mod parted;
 mod policy;
+mod present;
 mod services;
 mod table;
 pub(crate) mod usage;

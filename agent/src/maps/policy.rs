@@ -7,13 +7,14 @@ use aya::maps::lpm_trie::{Key, LpmTrie};
 use aya::maps::{Array, Map, MapData};
 use bytemuck::{bytes_of, must_cast, must_cast_slice};
 use ipnet::IpNet;
+use tracing::warn;
 use xebec_dataplane_common::ip::Ip;
-use xebec_dataplane_common::policy::{CidrKey, Decision, Known, RuleKey, Set};
+use xebec_dataplane_common::policy::{Chains, CidrKey, Decision, Known, RuleKey, Set};
 use xebec_policy::kernel::{Endpoint, PolicyKernel, Room};
 
 use super::endpoints::Endpoints;
 use super::growing::Growing;
-use super::{gone, key, take};
+use super::{gone, key, present, take};
 
 /// The maps that pods are judged by.
 pub struct PolicyMaps {
@@ -24,6 +25,8 @@ pub struct PolicyMaps {
     blocks: LpmTrie<MapData, [u8; size_of::<CidrKey>()], u32>,
     generation: Array<MapData, u32>,
     room: Room,
+    /// Whether the node itself is under rules.
+    host_judged: bool,
 }
 
 /// Addresses of pods and nodes at most: 96 MB of the kernel's memory.
@@ -65,6 +68,7 @@ impl PolicyMaps {
             blocks: LpmTrie::try_from(blocks).context("the eBPF map CIDRS has other entries")?,
             generation: take(ebpf, "GENERATION")?,
             room,
+            host_judged: false,
         })
     }
 
@@ -81,6 +85,19 @@ impl PolicyKernel for PolicyMaps {
 
     fn set_endpoint(&mut self, address: IpAddr, endpoint: Endpoint) -> Result<()> {
         self.endpoints.set(address, endpoint)
+    }
+
+    fn set_host(&mut self, chains: Chains) -> Result<()> {
+        // Until now nobody took note of the node's flows.
+        if !std::mem::replace(&mut self.host_judged, chains != Chains::default()) {
+            if let Err(error) = present::note() {
+                warn!(
+                    error = format!("{error:#}"),
+                    "connections of the node that are there may be taken for new ones by its policies"
+                );
+            }
+        }
+        self.endpoints.set_host(chains)
     }
 
     fn remove_endpoint(&mut self, address: IpAddr) -> Result<()> {

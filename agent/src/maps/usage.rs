@@ -55,7 +55,7 @@ pub(crate) struct Usage {
 }
 
 /// Now, in ns of the monotonic clock.
-fn clock() -> Result<u64> {
+pub(super) fn clock() -> Result<u64> {
     let clock = nix::time::clock_gettime(nix::time::ClockId::CLOCK_MONOTONIC)
         .context("could not read the clock")?;
     Ok(std::time::Duration::from(clock).as_nanos() as u64)

@@ -35,6 +35,8 @@ pub(super) enum Change {
     Custom(Source, custom::Change),
     ApiServer(Event<EndpointSlice>),
     Nodes(BTreeMap<String, NodeView>),
+    /// The addresses of this node's devices.
+    Local(BTreeSet<IpAddr>),
     Service(Event<Service>),
     /// Of Services without a selector.
     Slice(Event<EndpointSlice>),
@@ -53,6 +55,7 @@ pub(super) struct Known {
     /// The addresses of the API server by EndpointSlice.
     slices: BTreeMap<String, Vec<IpAddr>>,
     nodes: bool,
+    local: bool,
     /// Services and slices, once rules name any.
     services: Option<(Listing<Name>, Listing<Name>)>,
     /// Whether it was said which kinds are not there.
@@ -71,6 +74,7 @@ impl Known {
             && self.policies.done
             && self.api_server.done
             && self.nodes
+            && self.local
             && self
                 .services
                 .as_ref()
@@ -138,6 +142,10 @@ impl Known {
                 nodes
                     .into_iter()
                     .for_each(|(name, node)| engine.set_node(&name, node.labels, node.addresses));
+            }
+            Change::Local(addresses) => {
+                self.local = true;
+                engine.set_local_addresses(addresses);
             }
             Change::ApiServer(event) => self.take_api_server(engine, event),
             Change::Service(event) => {

@@ -1,5 +1,6 @@
 //! Keeps the engine in step with the API, and the kernel free of what it no longer needs.
 
+use std::net::IpAddr;
 use std::sync::Arc;
 use std::time::Duration;
 
@@ -33,6 +34,9 @@ use crate::nodes::Nodes;
 const EXPIRY: Duration = Duration::from_secs(10);
 /// How many changes wait for the engine, and are taken together.
 const AT_ONCE: usize = 1024;
+
+/// The addresses of this node's devices, once they are known.
+pub type Local = Option<Vec<IpAddr>>;
 
 /// An engine that several tasks use.
 pub type Shared<K> = Arc<Mutex<Engine<K>>>;
@@ -98,7 +102,7 @@ fn services(
 pub(crate) async fn run<K: PolicyKernel>(
     client: kube::Client,
     shared: Shared<K>,
-    nodes: signal::Receiver<Nodes>,
+    told: (signal::Receiver<Nodes>, signal::Receiver<Local>),
     teller: Teller,
     synced: signal::Sender<bool>,
     shutdown: CancellationToken,
@@ -106,7 +110,7 @@ pub(crate) async fn run<K: PolicyKernel>(
     let retired = Notify::new();
     tokio::select! {
         () = shutdown.cancelled() => Ok(()),
-        outcome = keep(client, &shared, nodes, teller, synced, &retired) => outcome,
+        outcome = keep(client, &shared, told, teller, synced, &retired) => outcome,
         () = expire(&shared, &retired) => Ok(()),
         () = sweep(&shared, &retired) => Ok(()),
     }
@@ -116,7 +120,7 @@ pub(crate) async fn run<K: PolicyKernel>(
 async fn keep<K: PolicyKernel>(
     client: kube::Client,
     shared: &Shared<K>,
-    mut nodes: signal::Receiver<Nodes>,
+    (mut nodes, mut local): (signal::Receiver<Nodes>, signal::Receiver<Local>),
     teller: Teller,
     synced: signal::Sender<bool>,
     retired: &Notify,
@@ -136,6 +140,16 @@ async fn keep<K: PolicyKernel>(
                 let told = nodes.borrow_and_update().clone();
                 match told {
                     Some(told) => Change::Nodes(told),
+                    None => continue,
+                }
+            }
+            changed = local.changed() => {
+                if changed.is_err() {
+                    return Ok(());
+                }
+                let told = local.borrow_and_update().clone();
+                match told {
+                    Some(told) => Change::Local(told.into_iter().collect()),
                     None => continue,
                 }
             }

@@ -24,6 +24,7 @@ mod view;
 mod wanted;
 
 pub use addresses::NodePortAddresses;
+pub(crate) use addresses::follow as follow_addresses;
 pub use metrics::Metrics;
 pub use objects::{EndpointSlice, Service};
 pub(crate) use run::run;

@@ -393,20 +393,18 @@ pub(crate) async fn run(
     services: Services,
     options: Options,
     nodes: signal::Receiver<Nodes>,
+    local: signal::Receiver<Option<Vec<IpAddr>>>,
     host_ports: signal::Receiver<Vec<HostPort>>,
     teller: Teller,
     ready: oneshot::Sender<()>,
     shutdown: CancellationToken,
 ) -> Result<()> {
-    let (local, local_told) = signal::channel(None);
-    let following = addresses::follow(local, shutdown.clone());
     let keeping = keep(
-        client, services, options, nodes, host_ports, local_told, teller, ready,
+        client, services, options, nodes, host_ports, local, teller, ready,
     );
     tokio::select! {
         () = shutdown.cancelled() => Ok(()),
         outcome = keeping => outcome,
-        outcome = following => outcome,
     }
 }
 

@@ -2,7 +2,7 @@
 
 use std::fs::File;
 use std::io;
-use std::net::{IpAddr, Ipv4Addr, Ipv6Addr};
+use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr};
 use std::os::fd::{AsRawFd, FromRawFd, OwnedFd};
 
 use anyhow::{Context, Result, bail};
@@ -24,6 +24,8 @@ const DESTINATION: u8 = 8;
 const FILTERED: usize = 32;
 /// `TCP_CLOSE`, `TCP_TIME_WAIT`, `TCP_LISTEN` and `TCP_NEW_SYN_RECV`: nobody waits for an answer in these states.
 const IDLE: u32 = 1 << 7 | 1 << 6 | 1 << 10 | 1 << 12;
+/// `TCP_LISTEN`.
+const LISTEN: u32 = 1 << 10;
 /// So many are ended by one message: their answers fit the socket's buffer.
 const BATCH: usize = 64;
 
@@ -90,16 +92,25 @@ impl Socket {
 
     /// Whom it is connected to; IPv4 in IPv6 form is IPv4.
     pub(super) fn peer(&self) -> Backend {
-        let address = if i32::from(self.family) == libc::AF_INET {
-            let [a, b, c, d, ..] = self.id.destination;
-            IpAddr::V4(Ipv4Addr::new(a, b, c, d))
-        } else {
-            IpAddr::V6(Ipv6Addr::from(self.id.destination)).to_canonical()
-        };
         Backend {
             protocol: self.protocol,
-            address,
+            address: self.address(self.id.destination),
             port: u16::from_be_bytes(self.id.destination_port),
+        }
+    }
+
+    /// Its own address and port, in the same form.
+    pub(super) fn local(&self) -> SocketAddr {
+        let address = self.address(self.id.source);
+        SocketAddr::new(address, u16::from_be_bytes(self.id.source_port))
+    }
+
+    fn address(&self, bytes: [u8; 16]) -> IpAddr {
+        if i32::from(self.family) == libc::AF_INET {
+            let [a, b, c, d, ..] = bytes;
+            IpAddr::V4(Ipv4Addr::new(a, b, c, d))
+        } else {
+            IpAddr::V6(Ipv6Addr::from(bytes)).to_canonical()
         }
     }
 }
@@ -173,19 +184,39 @@ impl Diag {
         protocol: u8,
         backends: &[Backend],
     ) -> Result<Vec<Socket>> {
+        let may_be = |backend: &&Backend| family == libc::AF_INET6 || backend.address.is_ipv4();
+        let wanted: Vec<&Backend> = backends.iter().filter(may_be).collect();
+        let code = (wanted.len() <= FILTERED).then(|| bytecode(&wanted));
+        self.dump(family, protocol, !IDLE, code)
+    }
+
+    /// All connections of TCP, and all sockets that listen.
+    pub(super) fn tcp(&mut self, family: i32) -> Result<[Vec<Socket>; 2]> {
+        let protocol = xebec_dataplane_common::TCP;
+        Ok([
+            self.dump(family, protocol, !IDLE, None)?,
+            self.dump(family, protocol, LISTEN, None)?,
+        ])
+    }
+
+    /// Sockets in some states, all or those that a filter of the kernel's lets through.
+    fn dump(
+        &mut self,
+        family: i32,
+        protocol: u8,
+        states: u32,
+        code: Option<Vec<u8>>,
+    ) -> Result<Vec<Socket>> {
         let request = Request {
             family: family as u8,
             protocol,
             extensions: 0,
             pad: 0,
-            states: !IDLE,
+            states,
             id: Id::zeroed(),
         };
         let mut payload = bytemuck::bytes_of(&request).to_vec();
-        let may_be = |backend: &&Backend| family == libc::AF_INET6 || backend.address.is_ipv4();
-        let wanted: Vec<&Backend> = backends.iter().filter(may_be).collect();
-        if wanted.len() <= FILTERED {
-            let code = bytecode(&wanted);
+        if let Some(code) = code {
             payload.extend((code.len() as u16 + 4).to_ne_bytes());
             payload.extend(BYTECODE.to_ne_bytes());
             payload.extend(code);

@@ -1,6 +1,9 @@
 //! Ends sockets that are connected, through a Service, to a backend that is gone: their processes learn at once.
 
 mod diag;
+mod present;
+
+pub(crate) use present::{Connection, connections};
 
 use std::collections::HashSet;
 use std::fs::File;

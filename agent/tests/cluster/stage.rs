@@ -327,6 +327,17 @@ impl Stage {
         })
     }
 
+    /// Does something on the node.
+    pub fn on_node<T: Send>(&self, work: impl FnOnce() -> T + Send) -> T {
+        self.node.run(work)
+    }
+
+    /// From here on the node has these labels.
+    pub fn label_node(&self, labels: Value) {
+        self.api
+            .set("nodes", [node_object("a", NODE, PODS, labels)]);
+    }
+
     /// Does something on the other node.
     pub fn on_other_node<T: Send>(&self, work: impl FnOnce() -> T + Send) -> T {
         self.other.run(work)

@@ -74,6 +74,8 @@ pub struct Kernel {
     pods: [(u32, [u32; 2]); 2],
     /// Whether the pod's rules name domains.
     learns: bool,
+    /// The generation of the rules.
+    generation: u32,
     /// Services that were made.
     services: u32,
     /// The first chunk of slots that is not in use.
@@ -173,6 +175,7 @@ impl Kernel {
             ingress_ifindex: 0,
             pods: [(1, [0; 2]), (WEB_IFINDEX, [0; 2])],
             learns: false,
+            generation: 0,
             services: 0,
             chunks: 1,
             base: Counters::zeroed(),
@@ -208,6 +211,8 @@ impl Kernel {
         self.pods = [(1, [0; 2]), (WEB_IFINDEX, [0; 2])];
         (self.services, self.chunks) = (0, 1);
         self.learns = false;
+        self.generation = 0;
+        self.policy().set_host(Chains::default()).unwrap();
         self.listen(&[], Duration::ZERO);
         while self.event().is_some() || self.maps.domains.take().is_some() {}
         self.fill();
@@ -372,6 +377,25 @@ impl Kernel {
         self.set(10, 6, Some(port));
         self.pods[0].1[1] = 10;
         self.endpoints();
+    }
+
+    /// The node lets in this TCP port alone, and sends to this one alone; any where none is told.
+    pub fn isolate_host(&mut self, ingress: Option<u16>, egress: Option<u16>) {
+        self.tables.rules.now().clear();
+        let mut chains = Chains::default();
+        for (number, port, chain) in [
+            (11, ingress, &mut chains.ingress),
+            (12, egress, &mut chains.egress),
+        ] {
+            if port.is_some() {
+                self.set(number, 6, port);
+                *chain = [0, number, 0];
+            }
+        }
+        self.policy().set_host(chains).unwrap();
+        self.generation += 1;
+        let generation = self.generation;
+        self.policy().set_generation(generation).unwrap();
     }
 
     /// The pod's rules name domains.

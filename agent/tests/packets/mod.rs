@@ -8,6 +8,7 @@ mod express;
 mod flows;
 mod fragments;
 mod hold;
+mod host;
 pub mod kernel;
 mod odd;
 pub mod packet;

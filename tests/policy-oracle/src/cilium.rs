@@ -31,7 +31,8 @@ pub struct CiliumPolicy {
 #[derive(Deserialize)]
 #[serde(deny_unknown_fields, rename_all = "camelCase")]
 struct Spec {
-    endpoint_selector: Selector,
+    endpoint_selector: Option<Selector>,
+    node_selector: Option<Selector>,
     enable_default_deny: Option<DefaultDeny>,
     ingress: Option<Vec<Rule>>,
     ingress_deny: Option<Vec<Rule>>,
@@ -237,7 +238,16 @@ impl CiliumPolicy {
             }
         }
         for spec in &self.specs {
-            let keys = spec.endpoint_selector.keys();
+            check(
+                spec.endpoint_selector.is_some() != spec.node_selector.is_some(),
+                "either endpointSelector or nodeSelector",
+            );
+            check(
+                is_clusterwide || spec.node_selector.is_none(),
+                "a namespace has no nodes",
+            );
+            let keys = spec.endpoint_selector.iter().flat_map(Selector::keys);
+            let keys: Vec<&str> = keys.collect();
             check(
                 is_clusterwide || !keys.iter().any(|key| is_label(key, NAMESPACE)),
                 "the endpointSelector of a namespace's policy names no namespace",
@@ -247,6 +257,10 @@ impl CiliumPolicy {
                     check(
                         !denies || rule.domains.is_none(),
                         "names are for rules that allow",
+                    );
+                    check(
+                        spec.node_selector.is_none() || rule.domains.is_none(),
+                        "names are for pods",
                     );
                     for service in rule.services.iter().flatten() {
                         check(service.is_right(), "an entry of toServices names some");
@@ -340,11 +354,21 @@ impl CiliumPolicy {
 
     fn is_subject(&self, spec: &Spec, view: &View<'_>) -> bool {
         let pod = view.subject;
+        if view.is_node {
+            let of_node = |key: &str| {
+                let sources = ["k8s:", "any:"];
+                let plain = sources.iter().find_map(|one| key.strip_prefix(one));
+                pod.labels.get(plain.unwrap_or(key)).map(String::as_str)
+            };
+            let selector = spec.node_selector.as_ref();
+            return selector.is_some_and(|one| one.matches_with(of_node));
+        }
+        let Some(selector) = &spec.endpoint_selector else {
+            return false;
+        };
         let labels = pod_labels(pod);
         (self.namespace.is_empty() || self.namespace == pod.namespace)
-            && spec
-                .endpoint_selector
-                .matches_with(|key| find(&labels, key))
+            && selector.matches_with(|key| find(&labels, key))
     }
 }
 

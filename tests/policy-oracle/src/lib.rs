@@ -7,7 +7,7 @@
 //! |---|---|
 //! | NetworkPolicy | |
 //! | ClusterNetworkPolicy, AdminNetworkPolicy, BaselineAdminNetworkPolicy | |
-//! | CiliumNetworkPolicy, CiliumClusterwideNetworkPolicy, CiliumCIDRGroup | fromNodes, toNodes, fromGroups, toGroups, nodeSelector, cidrGroupSelector, the entity kube-apiserver, authentication, and all that is about what connections carry (rules, serverNames, TLS, listener): a policy that has any of them is a panic |
+//! | CiliumNetworkPolicy, CiliumClusterwideNetworkPolicy, CiliumCIDRGroup | fromNodes, toNodes, fromGroups, toGroups, cidrGroupSelector, the entity kube-apiserver, authentication, and all that is about what connections carry (rules, serverNames, TLS, listener): a policy that has any of them is a panic |
 
 use std::net::IpAddr;
 

@@ -313,7 +313,9 @@ fn edit(random: &mut StdRng, policy: &mut Value) {
     let specs = [&policy["spec"], &other["spec"]];
     let fields = specs.into_iter().filter_map(Value::as_object);
     let fields: Vec<String> = fields.flat_map(|fields| fields.keys().cloned()).collect();
-    if !policy["spec"].is_object() || fields.is_empty() || random.random_bool(0.3) {
+    let for_nodes = |policy: &Value| policy["spec"].get("nodeSelector").is_some();
+    let other_form = for_nodes(policy) != for_nodes(&other);
+    if !policy["spec"].is_object() || fields.is_empty() || other_form || random.random_bool(0.3) {
         policy["spec"] = other["spec"].clone();
         return;
     }

@@ -22,8 +22,10 @@ pub struct Policies {
 pub struct View<'a> {
     pub packet: &'a Packet,
     pub direction: Direction,
-    /// The pod that policies must select.
+    /// The pod that policies must select; of a node, what it has of one.
     pub subject: &'a Pod,
+    /// Whether it is a node.
+    pub is_node: bool,
     /// The other end.
     pub peer: &'a Party,
     /// Whom the packet is for.
@@ -116,13 +118,29 @@ pub fn side(
         Direction::Ingress => (to, from),
         Direction::Egress => (from, to),
     };
-    // Nodes and the outside are nobody's subjects.
-    let Some(subject) = own.pod() else {
-        return Side {
-            allowed: true,
-            isolated: false,
-            by: Vec::new(),
-        };
+    // Cilium's policies may be for nodes; nobody's are for the outside.
+    let of_node;
+    let (subject, is_node) = match own {
+        Party::Pod(pod) => (pod, false),
+        Party::Node(node) => {
+            of_node = Pod {
+                namespace: String::new(),
+                namespace_labels: object::Labels::new(),
+                name: String::new(),
+                labels: node.labels.clone(),
+                node: node.name.clone(),
+                ports: Vec::new(),
+                service_account: String::new(),
+            };
+            (&of_node, true)
+        }
+        Party::Outside => {
+            return Side {
+                allowed: true,
+                isolated: false,
+                by: Vec::new(),
+            };
+        }
     };
     let address = match direction {
         Direction::Ingress => packet.from_address,
@@ -138,11 +156,12 @@ pub fn side(
         packet,
         direction,
         subject,
+        is_node,
         peer,
         destination: to,
     };
     let mut found = Found::default();
-    for policy in &policies.network {
+    for policy in policies.network.iter().filter(|_| !is_node) {
         policy.ask(&view, &mut found);
     }
     for policy in &policies.cilium {
@@ -161,9 +180,13 @@ pub fn side(
     }
 }
 
-/// A pod can't be kept from itself, nor its own node from it: that is where probes come from.
+/// A pod can't be kept from itself, nor its own node from it: that is where probes come from. Nor can a node from itself.
 fn is_always_allowed(view: &View<'_>) -> bool {
     match view.peer {
+        Party::Pod(peer) if view.is_node => {
+            view.direction == Direction::Egress && peer.node == view.subject.node
+        }
+        Party::Node(node) if view.is_node => node.name == view.subject.node,
         Party::Pod(peer) => {
             peer.namespace == view.subject.namespace && peer.name == view.subject.name
         }
@@ -175,7 +198,11 @@ fn is_always_allowed(view: &View<'_>) -> bool {
 /// Whether a packet is allowed, and by which rules. A tier that has no rule for it, or passes it on, leaves it to the
 /// next one; after the last, all is allowed.
 fn decide(policies: &Policies, view: &View<'_>, found: &Found) -> (bool, Vec<RuleRef>) {
-    match admin::first(&policies.admin, Tier::Admin, view) {
+    let admin = match view.is_node {
+        true => &[][..],
+        false => &policies.admin[..],
+    };
+    match admin::first(admin, Tier::Admin, view) {
         Some((Action::Accept | Action::Allow, rule)) => return (true, vec![rule]),
         Some((Action::Deny, rule)) => return (false, vec![rule]),
         Some((Action::Pass, _)) | None => {}
@@ -189,7 +216,7 @@ fn decide(policies: &Policies, view: &View<'_>, found: &Found) -> (bool, Vec<Rul
     if found.isolated {
         return (false, Vec::new());
     }
-    match admin::first(&policies.admin, Tier::Baseline, view) {
+    match admin::first(admin, Tier::Baseline, view) {
         Some((Action::Deny, rule)) => (false, vec![rule]),
         Some((Action::Accept | Action::Allow, rule)) => (true, vec![rule]),
         Some((Action::Pass, _)) | None => (true, Vec::new()),

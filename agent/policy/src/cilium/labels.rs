@@ -131,7 +131,7 @@ pub(super) fn of_others(value: &Value) -> Result<Selector, String> {
     let asked = read(value)?;
     let all = asked.into_iter().map(|one| match one.source {
         Source::Reserved => Err(format!(
-            "{}: reserved labels are not of Services; leave it out",
+            "{}: reserved labels are not of others than pods; leave it out",
             one.key
         )),
         _ => Ok((Key::Label(one.key), one.test)),

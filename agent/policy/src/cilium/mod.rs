@@ -6,7 +6,7 @@ use std::sync::Arc;
 use serde_json::Value;
 
 use crate::object::{self, audit, fields, list};
-use crate::rule::{Action, Direction, Peer, Policy, PolicyRef, Ports, Rule, Source, Tier};
+use crate::rule::{Action, Direction, Peer, Place, Policy, PolicyRef, Ports, Rule, Source, Tier};
 use crate::selector::Selector;
 
 pub mod group;
@@ -66,6 +66,19 @@ const LISTS: [(Direction, Action, &str); 4] = [
     (Direction::Egress, Action::Deny, "egressDeny"),
 ];
 
+/// The fields of a spec.
+const KNOWN: [&str; 9] = [
+    "endpointSelector",
+    "nodeSelector",
+    "ingress",
+    "ingressDeny",
+    "egress",
+    "egressDeny",
+    "enableDefaultDeny",
+    "labels",
+    "description",
+];
+
 struct Reader {
     id: Arc<PolicyRef>,
     audit: bool,
@@ -85,15 +98,16 @@ impl Reader {
             .filter(|(_, action, _)| *action == Action::Deny);
         let rules = denying.map(|(direction, _, name)| Rule::deny_all(direction, name, 0));
         let subject = labels::all(&self.id.namespace);
-        self.add(subject, [true, true], rules.collect());
+        self.add(subject, false, [true, true], rules.collect());
     }
 
-    fn add(&mut self, subject: Selector, isolates: [bool; 2], rules: Vec<Rule>) {
+    fn add(&mut self, subject: Selector, for_nodes: bool, isolates: [bool; 2], rules: Vec<Rule>) {
         self.policies.push(Policy {
             id: self.id.clone(),
             tier: Tier::Network,
             priority: 0,
             subject: Arc::new(subject),
+            for_nodes,
             isolates,
             audit: self.audit,
             rules,
@@ -104,6 +118,7 @@ impl Reader {
         if !spec.is_object() {
             return self.deny_all(format!("{path}: is no object; write one"));
         }
+        let told = self.errors.len();
         let mut found = Vec::new();
         let mut isolates = [false, false];
         for (direction, action, name) in LISTS {
@@ -146,8 +161,49 @@ impl Reader {
         for direction in Direction::ALL {
             isolates[direction.index()] &= self.denies_by_default(spec, path, direction);
         }
+        if !spec["nodeSelector"].is_null() && spec["endpointSelector"].is_null() {
+            return self.node_spec(spec, path, isolates, found, told);
+        }
         if let Some(subject) = self.subject(spec, path, &mut found) {
-            self.add(subject, isolates, found);
+            self.add(subject, false, isolates, found);
+        }
+    }
+
+    /// A spec for nodes. Where something of it is not understood (more than so many errors), it is for none: what closes
+    /// nodes to the API that could mend it must be meant.
+    fn node_spec(
+        &mut self,
+        spec: &Value,
+        path: &str,
+        isolates: [bool; 2],
+        rules: Vec<Rule>,
+        told: usize,
+    ) {
+        if let Some(field) = fields(spec).find(|one| !KNOWN.contains(one)) {
+            self.errors
+                .push(format!("{path}.{field}: is not known; leave it out"));
+        }
+        if self.id.source.is_namespaced() {
+            self.errors.push(format!(
+                "{path}.nodeSelector: only a CiliumClusterwideNetworkPolicy can be for nodes; use one"
+            ));
+        }
+        let names = |rule: &Rule| {
+            crate::places::places(rule).any(|place| matches!(place, Place::Domains(_)))
+        };
+        if rules.iter().any(names) {
+            self.errors.push(format!(
+                "{path}.egress: what resolvers tell nodes is not known, so only rules for pods can have toFQDNs; use toCIDR"
+            ));
+        }
+        let subject = labels::of_others(&spec["nodeSelector"])
+            .map_err(|error| format!("{path}.nodeSelector: {error}"));
+        match subject {
+            Ok(subject) if self.errors.len() == told => self.add(subject, true, isolates, rules),
+            Ok(_) => self.errors.push(format!(
+                "{path}.nodeSelector: not all of the policy is understood; it is for no node"
+            )),
+            Err(error) => self.errors.push(format!("{error}; it is for no node")),
         }
     }
 
@@ -168,24 +224,7 @@ impl Reader {
 
     /// The pods that a spec is for, if it is for pods. Where that is not known, its rules that allow are left out.
     fn subject(&mut self, spec: &Value, path: &str, rules: &mut Vec<Rule>) -> Option<Selector> {
-        const KNOWN: [&str; 9] = [
-            "endpointSelector",
-            "nodeSelector",
-            "ingress",
-            "ingressDeny",
-            "egress",
-            "egressDeny",
-            "enableDefaultDeny",
-            "labels",
-            "description",
-        ];
         let namespace = &self.id.namespace;
-        if !spec["nodeSelector"].is_null() && spec["endpointSelector"].is_null() {
-            self.errors.push(format!(
-                "{path}.nodeSelector: rules for nodes themselves can't be enforced; use endpointSelector; it is for nobody"
-            ));
-            return None;
-        }
         let strange = fields(spec).find(|one| !KNOWN.contains(one));
         let subject = match strange {
             Some(field) => Err(format!("{field}: is not known; leave it out")),

@@ -35,7 +35,7 @@ fn specs_count_on() {
     let one = spec(json!({"ingress": [{}, {"fromEntities": ["what"]}], "egressDeny": [{}]}));
     let two =
         spec(json!({"ingress": [{}], "egressDeny": [{}], "enableDefaultDeny": {"egress": false}}));
-    let object = json!({"metadata": {"name": "p", "annotations": {"policy.xebec.io/audit": "true"}}, "spec": one, "specs": [two, {"nodeSelector": {}, "ingress": [{}, {}]}, one]});
+    let object = json!({"metadata": {"name": "p", "annotations": {"policy.xebec.io/audit": "true"}}, "spec": one, "specs": [two, {"nodeSelector": 1, "ingress": [{}, {}]}, one]});
     let (all, errors) = read_clusterwide(&object);
     let places: Vec<Vec<_>> = all
         .iter()
@@ -67,6 +67,50 @@ fn specs_count_on() {
             "specs[2].ingress[1].fromEntities[0]"
         ]
     );
+}
+
+#[test]
+fn a_policy_for_nodes_is_for_those_alone_and_all_of_it_or_none() {
+    let of = |more: Value| {
+        let mut spec = json!({"nodeSelector": {"matchLabels": {"k8s:zone": "a"}}, "ingress": [{"fromEntities": ["cluster"]}]});
+        for (key, value) in more.as_object().unwrap() {
+            spec[key] = value.clone();
+        }
+        read_clusterwide(&json!({"metadata": {"name": "p"}, "spec": spec}))
+    };
+    let (all, errors) =
+        of(json!({"egressDeny": [{"toServices": [{"k8sService": {"serviceName": "s"}}]}]}));
+    assert_eq!(errors, [""; 0]);
+    assert!(all[0].for_nodes && all[0].isolates == [true, true]);
+    assert!(
+        all[0]
+            .subject
+            .selects_labels(&[("zone".to_owned(), "a".to_owned())].into())
+    );
+    for (more, words) in [
+        (
+            json!({"nodeSelector": {"matchLabels": 1}}),
+            "spec.nodeSelector: ",
+        ),
+        (json!({"what": 1}), "spec.what: is not known"),
+        (
+            json!({"ingressDeny": [{"what": 1}]}),
+            "spec.ingressDeny[0].what",
+        ),
+        (
+            json!({"egress": [{"toFQDNs": [{"matchName": "a.b"}]}]}),
+            "spec.egress: what resolvers tell nodes",
+        ),
+        (
+            json!({"nodeSelector": {"matchLabels": {"reserved:host": ""}}}),
+            "reserved labels are not of others than pods",
+        ),
+    ] {
+        let (all, errors) = of(more);
+        assert!(all.is_empty() && errors[0].contains(words), "{errors:?}");
+        let last = errors.last().unwrap();
+        assert!(last.ends_with("it is for no node"), "{last}");
+    }
 }
 
 #[test]
@@ -464,7 +508,7 @@ fn what_has_another_form_is_told() {
         (
             json!({"spec": {"nodeSelector": {}, "ingress": [{}]}}),
             0,
-            "spec.nodeSelector: rules for nodes themselves can't be enforced; use endpointSelector",
+            "spec.nodeSelector: only a CiliumClusterwideNetworkPolicy can be for nodes",
         ),
         (
             json!({"spec": {"endpointSelector": {}, "ingressDeny": 1}}),

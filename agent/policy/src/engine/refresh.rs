@@ -8,13 +8,24 @@ use std::sync::Arc;
 use anyhow::Result;
 use hashbrown::HashSet;
 use tracing::warn;
-use xebec_dataplane_common::policy::{self, Chain, IDENTITY_HELD};
+use xebec_dataplane_common::policy::{self, Chain, IDENTITY_HELD, IDENTITY_HOST};
 
 use super::{Chains, Engine, Local, Problem, set_key};
 use crate::kernel::{Endpoint, PolicyKernel};
 use crate::kind::Kind;
 use crate::rule::{Direction, Name, PolicyRef, Tier};
 use crate::sets::{Full, View};
+
+/// As the kernel has them: what is enforced, and what would be, were nothing in audit mode.
+fn kernel_chains(enforced: Chains, audited: Chains) -> policy::Chains {
+    policy::Chains {
+        ingress: enforced[0],
+        egress: enforced[1],
+        ingress_audit: audited[0],
+        egress_audit: audited[1],
+    }
+}
+
 impl<K: PolicyKernel> Engine<K> {
     /// Brings the kernel in step with all that changed. Where a set can't be written, the one before it stays, and
     /// what did not fit is among the [`problems`](Self::problems).
@@ -39,6 +50,7 @@ impl<K: PolicyKernel> Engine<K> {
                     self.full.remove(&identity);
                     if let Some(before) = before {
                         old.extend(before.as_flattened().as_flattened().iter().copied());
+                        self.host_moved |= identity == IDENTITY_HOST;
                         if let Some(local) = self.locals.get(&identity) {
                             written.extend(&local.endpoints);
                         }
@@ -52,6 +64,9 @@ impl<K: PolicyKernel> Engine<K> {
             }
         }
         let mut outcome = self.write_addresses();
+        if let Err(error) = self.write_host() {
+            outcome = Err(error);
+        }
         for address in written {
             if let Err(error) = self.write_endpoint(address) {
                 self.changed.insert(address);
@@ -142,10 +157,11 @@ impl<K: PolicyKernel> Engine<K> {
 
     /// Writes the sets of a kind; those before, where they are others.
     fn choose(&mut self, identity: u32) -> Result<Option<[Chains; 2]>> {
-        let (Some(kind), Some(local)) = (
-            self.kinds.get(identity).cloned(),
-            self.locals.get(&identity),
-        ) else {
+        let kind = match identity {
+            IDENTITY_HOST => Some(self.host.clone()),
+            _ => self.kinds.get(identity).cloned(),
+        };
+        let (Some(kind), Some(local)) = (kind, self.locals.get(&identity)) else {
             return Ok(None);
         };
         let numbers = local.policies.clone();
@@ -259,6 +275,24 @@ impl<K: PolicyKernel> Engine<K> {
         outcome
     }
 
+    /// Tells the kernel under which sets the node itself is, if these are there.
+    fn write_host(&mut self) -> Result<()> {
+        let local = self.locals.get(&IDENTITY_HOST);
+        let Some([enforced, whole]) = local.and_then(|local| local.chains) else {
+            return Ok(());
+        };
+        if !self.host_moved {
+            return Ok(());
+        }
+        let audited = match enforced == whole {
+            true => Chains::default(),
+            false => whole,
+        };
+        self.kernel.set_host(kernel_chains(enforced, audited))?;
+        self.host_moved = false;
+        Ok(())
+    }
+
     /// Tells the kernel what a pod of this node is, if its sets are there.
     fn write_endpoint(&mut self, address: IpAddr) -> Result<()> {
         let Some(connected) = self.endpoints.get(&address) else {
@@ -286,12 +320,7 @@ impl<K: PolicyKernel> Engine<K> {
             },
             mac: connected.mac,
             learns: self.names_domains(identity),
-            chains: policy::Chains {
-                ingress: enforced[0],
-                egress: enforced[1],
-                ingress_audit: audited[0],
-                egress_audit: audited[1],
-            },
+            chains: kernel_chains(enforced, audited),
         };
         if connected.written != Some(endpoint) {
             self.kernel.set_endpoint(address, endpoint)?;

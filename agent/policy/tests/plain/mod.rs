@@ -8,9 +8,9 @@ use anyhow::{Result, ensure};
 use ipnet::IpNet;
 use serde_json::Value;
 use xebec_dataplane_common::policy::{
-    ALLOW, Chain, DENY, Decision, IDENTITY_HELD, IDENTITY_WORLD, NO_SHAPE, RuleKey, SET_DENIES,
-    SET_FIRST, SHAPE_CLASS, SHAPE_IDENTITY, SHAPE_PORT, SHAPE_PROTOCOL, Set, VERDICT_ACTION,
-    port_bits,
+    ALLOW, Chain, Chains, DENY, Decision, IDENTITY_HELD, IDENTITY_WORLD, NO_SHAPE, RuleKey,
+    SET_DENIES, SET_FIRST, SHAPE_CLASS, SHAPE_IDENTITY, SHAPE_PORT, SHAPE_PROTOCOL, Set,
+    VERDICT_ACTION, port_bits,
 };
 use xebec_policy::domains::{self, Told};
 use xebec_policy::engine::Engine;
@@ -25,6 +25,8 @@ use xebec_policy_oracle::{Cluster, End, Packet, Protocol};
 /// The kernel's maps.
 pub struct Plain {
     pub endpoints: HashMap<IpAddr, Endpoint>,
+    /// The node's own sets.
+    pub host: Chains,
     pub identities: HashMap<IpAddr, u32>,
     pub rules: HashMap<RuleKey, Decision>,
     pub blocks: BTreeMap<(u32, IpNet), u32>,
@@ -44,6 +46,7 @@ impl Kernel {
     pub fn new() -> Self {
         Self(Arc::new(Mutex::new(Plain {
             endpoints: HashMap::new(),
+            host: Chains::default(),
             identities: HashMap::new(),
             rules: HashMap::new(),
             blocks: BTreeMap::new(),
@@ -64,12 +67,12 @@ impl Kernel {
     }
 }
 
-fn chains(endpoint: &Endpoint) -> [Chain; 4] {
+fn chains(chains: &Chains) -> [Chain; 4] {
     [
-        endpoint.chains.ingress,
-        endpoint.chains.egress,
-        endpoint.chains.ingress_audit,
-        endpoint.chains.egress_audit,
+        chains.ingress,
+        chains.egress,
+        chains.ingress_audit,
+        chains.egress_audit,
     ]
 }
 
@@ -80,11 +83,22 @@ impl PolicyKernel for Kernel {
 
     fn set_endpoint(&mut self, address: IpAddr, endpoint: Endpoint) -> Result<()> {
         self.with(|plain| {
-            for set in chains(&endpoint).as_flattened() {
+            for set in chains(&endpoint.chains).as_flattened() {
                 let there = *set == 0 || plain.sets.contains_key(set);
                 assert!(there, "set {set} is not in force");
             }
             plain.endpoints.insert(address, endpoint);
+        });
+        Ok(())
+    }
+
+    fn set_host(&mut self, own: Chains) -> Result<()> {
+        self.with(|plain| {
+            for set in chains(&own).as_flattened() {
+                let there = *set == 0 || plain.sets.contains_key(set);
+                assert!(there, "set {set} is not in force");
+            }
+            plain.host = own;
         });
         Ok(())
     }
@@ -159,7 +173,7 @@ impl PolicyKernel for Kernel {
     fn remove_set(&mut self, set: u32) -> Result<()> {
         self.with(|plain| {
             for (address, endpoint) in &plain.endpoints {
-                let used = chains(endpoint).as_flattened().contains(&set);
+                let used = chains(&endpoint.chains).as_flattened().contains(&set);
                 assert!(!used, "{address} is under set {set} that goes");
             }
             plain.sets.remove(&set);
@@ -466,18 +480,18 @@ impl Node {
 
     /// What one side of a flow says by the kernel's maps: whether it lets it through, and the number of the rule.
     pub fn judge(&self, side: &Side<'_>, packet: &Packet) -> (bool, u32) {
-        self.judge_by(side, packet, |endpoint, ingress| match ingress {
-            true => endpoint.chains.ingress,
-            false => endpoint.chains.egress,
+        self.judge_by(side, packet, |chains, ingress| match ingress {
+            true => chains.ingress,
+            false => chains.egress,
         })
     }
 
     /// What it would say, were no policy in audit mode.
     pub fn judge_audit(&self, side: &Side<'_>, packet: &Packet) -> (bool, u32) {
-        self.judge_by(side, packet, |endpoint, ingress| {
+        self.judge_by(side, packet, |chains, ingress| {
             let (audit, enforced) = match ingress {
-                true => (endpoint.chains.ingress_audit, endpoint.chains.ingress),
-                false => (endpoint.chains.egress_audit, endpoint.chains.egress),
+                true => (chains.ingress_audit, chains.ingress),
+                false => (chains.egress_audit, chains.egress),
             };
             if audit == Chain::default() {
                 enforced
@@ -491,11 +505,14 @@ impl Node {
         &self,
         side: &Side<'_>,
         packet: &Packet,
-        chain: impl Fn(&Endpoint, bool) -> Chain,
+        chain: impl Fn(&Chains, bool) -> Chain,
     ) -> (bool, u32) {
         self.kernel.with(|plain| {
-            let Some(endpoint) = plain.endpoints.get(&side.own_address) else {
-                return (true, 0);
+            let endpoint = plain.endpoints.get(&side.own_address);
+            let chains = match endpoint {
+                Some(endpoint) => endpoint.chains,
+                None if side.is_node => plain.host,
+                None => return (true, 0),
             };
             let identity = plain.identities.get(&side.peer_address).copied();
             let asked = Asked {
@@ -504,7 +521,7 @@ impl Node {
                 protocol: number(packet.protocol, side.own_address.is_ipv4()),
                 port: packet.port,
             };
-            plain.judge(chain(endpoint, side.ingress), asked)
+            plain.judge(chain(&chains, side.ingress), asked)
         })
     }
 }
@@ -518,6 +535,8 @@ pub struct Side<'a> {
     pub own: &'a End,
     pub own_address: IpAddr,
     pub peer_address: IpAddr,
+    /// Whether it is the node itself.
+    pub is_node: bool,
 }
 
 /// The sides of a packet that are judged.
@@ -532,16 +551,25 @@ pub fn sides<'a>(cluster: &Cluster, packet: &'a Packet) -> Vec<Side<'a>> {
         false => vec![(false, from, to), (true, to, from)],
     };
     let judged = ways.into_iter().filter_map(|(ingress, own, peer)| {
-        let home = pod_of(cluster, own.0).and_then(|_| node_of(cluster, own.0))?;
-        // The programs know a packet of the node by the device that it comes by.
-        let from_home =
-            pod_of(cluster, peer.0).is_none() && node_of(cluster, peer.0).as_ref() == Some(&home);
-        (!ingress || !from_home).then_some(Side {
+        let home = node_of(cluster, own.0)?;
+        let is_node = pod_of(cluster, own.0).is_none();
+        let peer_is_node = pod_of(cluster, peer.0).is_none();
+        // The programs know a packet of the node to its pods by the device that it comes by, and what the node sends to
+        // itself meets none.
+        let near = node_of(cluster, peer.0).as_ref() == Some(&home);
+        let always = match (is_node, peer_is_node) {
+            (true, true) => near,
+            (true, false) => near && !ingress,
+            (false, true) => near && ingress,
+            (false, false) => false,
+        };
+        (!always).then_some(Side {
             home,
             ingress,
             own: own.0,
             own_address: own.1,
             peer_address: peer.1,
+            is_node,
         })
     });
     judged.collect()

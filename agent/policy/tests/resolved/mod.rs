@@ -9,6 +9,7 @@ use xebec_policy_oracle::{Cluster, End, Packet, Protocol};
 
 use crate::plain::{Node, sides};
 
+mod host;
 mod names;
 
 fn world(egress: Value) -> Cluster {

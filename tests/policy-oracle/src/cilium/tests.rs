@@ -699,8 +699,8 @@ fn what_is_not_understood_is_a_panic() {
         let message = message(&cluster([cnp("a", spec)]));
         assert!(message.contains(part), "{message}");
     }
-    let nodes = ccnp("a", json!({"nodeSelector": {}, "ingress": [{}]}));
-    assert!(message(&cluster([nodes])).contains("unknown field `nodeSelector`"));
+    let both = json!({"nodeSelector": {}, "endpointSelector": {}, "ingress": [{}]});
+    assert!(message(&cluster([ccnp("a", both)])).contains("either endpointSelector"));
     let homeless = policy(
         "CiliumNetworkPolicy",
         None,

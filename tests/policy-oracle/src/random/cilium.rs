@@ -63,13 +63,22 @@ fn network_policy(random: &mut StdRng, namespaced: bool) -> Value {
 }
 
 fn spec(random: &mut StdRng, namespaced: bool) -> Value {
-    let mut spec = json!({"endpointSelector": subject(random, namespaced)});
+    let for_nodes = !namespaced && random.random_bool(0.25);
+    let mut spec = match for_nodes {
+        true => {
+            let plain = selector(random, &["zone"]);
+            json!({"nodeSelector": with_sources(random, plain)})
+        }
+        false => json!({"endpointSelector": subject(random, namespaced)}),
+    };
     for (direction, deny, side) in [
         ("ingress", "ingressDeny", "from"),
         ("egress", "egressDeny", "to"),
     ] {
         if random.random_bool(0.6) {
-            let rules = (0..random.random_range(0..3)).map(|_| rule(random, side, direction));
+            // Names are for rules of pods.
+            let list = if for_nodes { "nodes" } else { direction };
+            let rules = (0..random.random_range(0..3)).map(|_| rule(random, side, list));
             spec[direction] = rules.collect();
         }
         if random.random_bool(0.25) {
