@@ -10,6 +10,7 @@ use xebec_dataplane_common::policy::{IDENTITY_HOST, Standing, UNDER_EGRESS, UNDE
 use crate::flow;
 use crate::lookup::{At, look_up};
 use crate::maps::HOST;
+use crate::pod;
 use crate::policy::{self, UNASKED};
 use crate::scratch::{Scratch, scratch, settle};
 use crate::tell::{self, As};
@@ -58,23 +59,45 @@ pub fn judge_answer(all: &mut Scratch) -> u8 {
     policy::ask(all, rules(), UNDER_INGRESS, &peer, identity, port)
 }
 
-/// Whether a packet from the network, which is the stack's to do with, may come in.
+/// Whether a packet from the network, which is the stack's to do with, may come in: as what enters a pod is judged, by
+/// the node's rules.
 #[inline(always)]
-pub fn lets_in(ctx: &TcContext) -> bool {
-    rules() == 0 || xebec_to_host(ctx.skb.skb) != 0
+pub fn lets_in(ctx: &TcContext, all: &mut Scratch) -> bool {
+    let rules = rules();
+    if rules == 0 {
+        return true;
+    }
+    // Before any rules are looked at.
+    all.generation = flow::generation();
+    if !is_own(all.packet.receiver()) {
+        return true;
+    }
+    all.pod.rules = rules;
+    all.exempt = 0;
+    pod::admit(ctx)
 }
 
 /// The same of a fragment of which it is not known what it belongs to.
 #[inline(always)]
-pub fn lets_in_early(ctx: &TcContext, all: &mut Scratch) -> bool {
-    if rules() & UNDER_INGRESS == 0 || !is_own(&all.packet.tuple.destination) {
-        return true;
+pub fn lets_in_early(ctx: &TcContext) -> bool {
+    rules() & UNDER_INGRESS == 0 || xebec_early_to_host(ctx.skb.skb) != 0
+}
+
+/// Checked by itself and once.
+#[unsafe(no_mangle)]
+#[inline(never)]
+extern "C" fn xebec_early_to_host(skb: *mut __sk_buff) -> u32 {
+    let Some(all) = scratch() else {
+        return 0;
+    };
+    if !is_own(&all.packet.tuple.destination) {
+        return 1;
     }
-    all.told.begin(ctx, INGRESS);
+    all.told.begin(&TcContext::new(skb), INGRESS);
     all.told.reason = REASON_FRAGMENT;
     tell::tell();
     tell::count(As::Dropped);
-    false
+    0
 }
 
 /// Whether a packet of the node itself may leave by a device that leads elsewhere.
@@ -85,21 +108,6 @@ pub fn lets_out(ctx: &TcContext) -> bool {
     sent_on || rules() == 0 || xebec_from_host(ctx.skb.skb) != 0
 }
 
-/// Checked by itself and once.
-#[unsafe(no_mangle)]
-#[inline(never)]
-extern "C" fn xebec_to_host(skb: *mut __sk_buff) -> u32 {
-    let Some(all) = scratch() else {
-        return 0;
-    };
-    // Before any rules are looked at.
-    all.generation = flow::generation();
-    if !is_own(all.packet.receiver()) {
-        return 1;
-    }
-    u32::from(passes(&TcContext::new(skb), all, UNDER_INGRESS))
-}
-
 /// The same.
 #[unsafe(no_mangle)]
 #[inline(never)]
@@ -108,45 +116,30 @@ extern "C" fn xebec_from_host(skb: *mut __sk_buff) -> u32 {
         return 0;
     };
     all.generation = flow::generation();
-    u32::from(passes(&TcContext::new(skb), all, UNDER_EGRESS))
+    u32::from(passes(&TcContext::new(skb), all))
 }
 
-/// Judges a packet that goes a way, an answer by the rules for what it answers. The node's flows are known only while it
-/// is under rules, and then both ways: what one lets through has its answers let through.
+/// Judges what the node sends, an answer by the rules for what it answers. The node's flows are known only while it is
+/// under rules, and then both ways: what one lets through has its answers let through.
 #[inline(always)]
-fn passes(ctx: &TcContext, all: &mut Scratch, way: u32) -> bool {
+fn passes(ctx: &TcContext, all: &mut Scratch) -> bool {
     all.exempt = 0;
     let up = look_up(At::ToPod).up;
     settle();
-    let direction = if way == UNDER_INGRESS {
-        INGRESS
-    } else {
-        EGRESS
-    };
     if all.known.yes != 0 {
-        if all.known.tell != 0 {
-            all.told.begin(ctx, direction);
-            all.told.rule = all.known.rule;
-            all.told.reply = all.known.reply;
-            all.told.service = all.known.service;
-            tell::tell();
-        }
+        pod::tell_known(ctx, all, EGRESS);
         return true;
     }
-    all.told.begin(ctx, direction);
+    all.told.begin(ctx, EGRESS);
     let again = all.known.again != 0;
     let tuple = &all.packet.tuple;
-    let peer = if way == UNDER_INGRESS {
-        tuple.source.words()
+    let (way, port) = if again {
+        (UNDER_INGRESS, tuple.source_port)
     } else {
-        tuple.destination.words()
+        (UNDER_EGRESS, tuple.destination_port)
     };
-    let (asked, port) = if again {
-        (way ^ UNDER_INGRESS ^ UNDER_EGRESS, tuple.source_port)
-    } else {
-        (way, tuple.destination_port)
-    };
-    let reason = policy::ask(all, rules(), asked, &peer, UNASKED, port);
+    let peer = tuple.destination.words();
+    let reason = policy::ask(all, rules(), way, &peer, UNASKED, port);
     settle();
     if reason != 0 {
         all.told.reason = reason;

@@ -38,7 +38,7 @@ pub fn xebec_from_network(ctx: TcContext) -> i32 {
     }
     match packet::read(&ctx) {
         Read::Ip => {}
-        Read::Early if !host::lets_in_early(&ctx, all) => return TC_ACT_SHOT as i32,
+        Read::Early if !host::lets_in_early(&ctx) => return TC_ACT_SHOT as i32,
         _ => return TC_ACT_OK as i32,
     }
     let plan = if direct::is_wrapped(all) && direct::unwrap(&ctx) {
@@ -54,42 +54,52 @@ pub fn xebec_from_network(ctx: TcContext) -> i32 {
         translate::plan(all, At::FromNetwork)
     };
     settle();
+    if plan != Plan::Leave {
+        if let Some(verdict) = translated(&ctx, all, plan) {
+            return verdict;
+        }
+    }
+    settle();
+    reach(&ctx, all)
+}
+
+/// Translates a packet as planned; none where its way ends here, and its receiver stands in its tuple.
+#[inline(always)]
+fn translated(ctx: &TcContext, all: &mut Scratch, plan: Plan) -> Option<i32> {
     match plan {
-        Plan::Leave => return reach(&ctx, all),
-        Plan::Refuse => return refused(&ctx, all, refuse::NO_PORT),
-        Plan::Drop => return TC_ACT_SHOT as i32,
-        Plan::Direct | Plan::BeginsDirect => return sent_directly(&ctx, all, plan),
-        Plan::Known | Plan::Begins => {}
+        Plan::Refuse => return Some(refused(ctx, all, refuse::NO_PORT)),
+        Plan::Drop => return Some(TC_ACT_SHOT as i32),
+        Plan::Direct | Plan::BeginsDirect => return Some(sent_directly(ctx, all, plan)),
+        Plan::Leave | Plan::Known | Plan::Begins => {}
     }
     let stays = all.stays != 0;
     if !stays {
         // To a backend of another node, or from it back to the client: the stack would take our own source address
         // for a forgery. The way is found before anything is entered or changed: what is answered is what came.
-        let why = way::find(&ctx, 0);
+        let why = way::find(ctx, 0);
         if why != GO {
-            return refused(&ctx, all, why);
+            return Some(refused(ctx, all, why));
         }
         settle();
     }
     if plan == Plan::Begins && !translate::begin(all) {
-        return deny(&ctx, all, EGRESS, REASON_NO_MAPPING);
+        return Some(deny(ctx, all, EGRESS, REASON_NO_MAPPING));
     }
     settle();
-    if !changed(&ctx, all) {
-        return deny(&ctx, all, INGRESS, REASON_CHECKSUM);
+    if !changed(ctx, all) {
+        return Some(deny(ctx, all, INGRESS, REASON_CHECKSUM));
     }
     tell::count(As::Translated);
     settle();
     if !stays {
-        return way::go(&ctx, all);
+        return Some(way::go(ctx, all));
     }
     // Of errors, the pod's hook reads again whom they are about. A flow that was let through has its errors.
     if all.packet.is_error() {
-        return TC_ACT_OK as i32;
+        return Some(TC_ACT_OK as i32);
     }
     all.packet.tuple.set(&all.to);
-    settle();
-    reach(&ctx, all)
+    None
 }
 
 /// Hands a packet to its pod if it is for one, and to the stack if not, where the node's rules let it in.
@@ -101,7 +111,7 @@ fn reach(ctx: &TcContext, all: &mut Scratch) -> i32 {
         }
         settle();
     }
-    if host::lets_in(ctx) {
+    if host::lets_in(ctx, all) {
         TC_ACT_OK as i32
     } else {
         TC_ACT_SHOT as i32

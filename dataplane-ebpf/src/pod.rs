@@ -376,7 +376,7 @@ pub fn reach(ctx: &TcContext, all: &mut Scratch) -> Option<i32> {
 /// Judges what is about to enter a pod by its rules, unless it is exempt, and gives it the addresses that the pod knows
 /// the sender by. False if it is dropped.
 #[inline(always)]
-fn admit(ctx: &TcContext) -> bool {
+pub fn admit(ctx: &TcContext) -> bool {
     xebec_admit(ctx.skb.skb) != 0
 }
 
@@ -477,7 +477,7 @@ fn dropped() -> i32 {
 
 /// Tells of a packet of a known flow, if it has news.
 #[inline(always)]
-fn tell_known(ctx: &TcContext, all: &mut Scratch, direction: u8) {
+pub fn tell_known(ctx: &TcContext, all: &mut Scratch, direction: u8) {
     if all.known.tell != 0 {
         all.told.begin(ctx, direction);
         all.told.rule = all.known.rule;

@@ -78,7 +78,7 @@ struct Owner {
 pub struct Engine<K> {
     kernel: K,
     pub(crate) names: Names,
-    node_name: String,
+    pub(crate) node_name: String,
     pub(crate) pods: HashMap<Name, PodRow>,
     pub(crate) namespaces: BTreeMap<String, Labels>,
     pub(crate) nodes: BTreeMap<String, Vec<IpAddr>>,
@@ -102,7 +102,7 @@ pub struct Engine<K> {
     /// Whether the kernel may have other sets of the node.
     host_moved: bool,
     /// Addresses of the node that its object does not have.
-    local_addresses: BTreeSet<IpAddr>,
+    pub(crate) local_addresses: BTreeSet<IpAddr>,
     addresses: HashMap<IpAddr, Owner>,
     pub(crate) endpoints: BTreeMap<IpAddr, Connected>,
     pub(crate) sets: Sets,

@@ -195,7 +195,9 @@ impl<K: PolicyKernel> Engine<K> {
             _ => {
                 let mut nodes = self.nodes.iter();
                 let has = nodes.find(|(_, addresses)| addresses.contains(&address));
+                let own = self.local_addresses.contains(&address);
                 has.map(|(name, _)| name.clone())
+                    .or_else(|| own.then(|| self.node_name.clone()))
             }
         };
         let name = match (&pod, &node) {

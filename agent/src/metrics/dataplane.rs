@@ -43,7 +43,7 @@ impl Collector for Packets {
             ),
             (
                 "xebec_forwarded_packets",
-                "Packets of pods that went on",
+                "Packets of pods that went on, and those to the node where it is under rules",
                 counters.forwarded,
             ),
             (
