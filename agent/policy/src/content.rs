@@ -1,6 +1,6 @@
 //! What a set holds: exact entries that the kernel finds by lookups, and the classes of addresses.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::net::IpAddr;
 
 use hashbrown::HashMap;
@@ -244,21 +244,66 @@ impl Content {
             return None;
         }
         owners.sort_unstable();
+        let (mut more, class) = self.with_class(owners, parts, own);
+        more.blocks.insert(address.into(), class);
+        Some(more)
+    }
+
+    /// The class that an address has now that names lost it, and what that must have besides; no class where the address
+    /// is as those around it. Nothing where it has none of its own.
+    pub fn without_address(
+        &self,
+        parts: &[Part<'_>],
+        own: &Kind,
+        address: IpAddr,
+        places: &Places,
+    ) -> Option<(Self, Option<u32>)> {
+        self.blocks.get(&IpNet::from(address))?;
+        let mut owners = BTreeSet::new();
+        for (at, part) in parts.iter().enumerate() {
+            let peers = part.rule.peers.iter();
+            let has = peers.filter_map(|peer| places.has(peer, part.rule.action, address));
+            owners.extend(has.map(|outside| 2 * at + usize::from(outside)));
+        }
+        let owners: Vec<usize> = owners.into_iter().collect();
+        let around = (self.class_up_to(address, 1) as usize).checked_sub(1);
+        let around = around.and_then(|at| self.members.get(at));
+        if around.map_or(&[][..], |all| all) == owners {
+            return Some((Self::default(), None));
+        }
+        let (more, class) = self.with_class(owners, parts, own);
+        Some((more, Some(class)))
+    }
+
+    /// The class of those whom these blocks hold, and what it must have besides.
+    fn with_class(&self, owners: Vec<usize>, parts: &[Part<'_>], own: &Kind) -> (Self, u32) {
         let mut more = Self::default();
+        if owners.is_empty() {
+            return (more, 0);
+        }
         let known = self.members.iter().position(|all| *all == owners);
         let class = known.unwrap_or(self.members.len()) as u32 + 1;
         if known.is_none() {
             more.add_class(class, &owners, parts, own);
             more.members.push(owners);
         }
-        more.blocks.insert(address.into(), class);
-        Some(more)
+        (more, class)
+    }
+
+    /// Gives an address up, which then is as those around it.
+    pub fn give_up_address(&mut self, address: IpAddr) {
+        self.blocks.remove(&IpNet::from(address));
     }
 
     /// The class of an address; 0 for none.
     fn class(&self, address: IpAddr) -> u32 {
+        self.class_up_to(address, 0)
+    }
+
+    /// The same by prefixes that leave so many bits open at least.
+    fn class_up_to(&self, address: IpAddr, open: u8) -> u32 {
         let longest = if address.is_ipv4() { 32 } else { 128 };
-        let prefixes = (0..=longest).rev();
+        let prefixes = (0..=longest - open).rev();
         let blocks = prefixes.filter_map(|bits| IpNet::new(address, bits).ok());
         let mut found = blocks.filter_map(|block| self.blocks.get(&block.trunc()));
         found.next().copied().unwrap_or(0)

@@ -125,13 +125,25 @@ pub struct Domains {
 }
 
 impl Domains {
-    /// Takes what a name was told to be. Names and addresses of names are bounded: those that end first go.
-    pub fn learn(&mut self, name: &str, told: &[Told]) {
+    /// Takes what a name was told to be; the addresses that names lost for it. Names and addresses of names are bounded:
+    /// names that are not `wanted` are not taken any more and go first, then those that end first.
+    pub fn learn(
+        &mut self,
+        name: &str,
+        told: &[Told],
+        wanted: impl Fn(&str) -> bool,
+    ) -> BTreeSet<IpAddr> {
+        let mut lost = BTreeSet::new();
         if self.by_name.len() >= NAMES && !self.by_name.contains_key(name) {
+            // Who asks for many names must not have others' forgotten, nor have all looked through each time.
+            if !wanted(name) {
+                return lost;
+            }
             let ends = |all: &BTreeMap<IpAddr, u64>| all.values().max().copied().unwrap_or(0);
-            let first = self.by_name.iter().min_by_key(|(_, all)| ends(all));
+            let all = self.by_name.iter();
+            let first = all.min_by_key(|(name, all)| (wanted(name), ends(all)));
             if let Some(first) = first.map(|(name, _)| name.clone()) {
-                self.forget(&first, |_, _| true);
+                lost.extend(self.forget(&first, |_, _| true));
             }
         }
         let name: Arc<str> = name.into();
@@ -151,8 +163,9 @@ impl Domains {
                 .iter()
                 .map(|one| one.address)
                 .collect();
-            self.forget(&name, |address, _| gone.contains(&address));
+            lost.extend(self.forget(&name, |address, _| gone.contains(&address)));
         }
+        lost
     }
 
     /// Forgets addresses of a name.
@@ -182,17 +195,15 @@ impl Domains {
         forgotten
     }
 
-    /// Forgets what ended before `now` and is not used any more; the names that lost addresses.
-    pub fn expire(&mut self, now: u64, used: impl Fn(IpAddr) -> bool) -> Vec<Arc<str>> {
+    /// Forgets what ended before `now` and is not used any more; the addresses that names lost.
+    pub fn expire(&mut self, now: u64, used: impl Fn(IpAddr) -> bool) -> BTreeSet<IpAddr> {
         let over = |until: u64| until < now;
         let ended = self.by_name.iter();
         let ended = ended.filter(|(_, all)| all.values().any(|until| over(*until)));
         let names: Vec<Arc<str>> = ended.map(|(name, _)| name.clone()).collect();
-        let lost = |name: &Arc<str>| {
-            let gone = self.forget(name, |address, until| over(until) && !used(address));
-            !gone.is_empty()
-        };
-        names.into_iter().filter(lost).collect()
+        let lost =
+            |name: Arc<str>| self.forget(&name, |address, until| over(until) && !used(address));
+        names.into_iter().flat_map(lost).collect()
     }
 
     /// Whether something ended before `now`.
@@ -296,19 +307,23 @@ mod tests {
     #[test]
     fn addresses_stay_until_they_end_and_nobody_uses_them() {
         let mut domains = Domains::default();
-        domains.learn("a.example", &[told("192.0.2.1", 10), told("192.0.2.2", 20)]);
-        domains.learn("b.example", &[told("192.0.2.1", 30)]);
+        domains.learn(
+            "a.example",
+            &[told("192.0.2.1", 10), told("192.0.2.2", 20)],
+            |_| true,
+        );
+        domains.learn("b.example", &[told("192.0.2.1", 30)], |_| true);
         // Sooner than before is not sooner.
-        domains.learn("b.example", &[told("192.0.2.1", 5)]);
+        domains.learn("b.example", &[told("192.0.2.1", 5)], |_| true);
         let (a, all) = (
             Pattern::name("a.example").unwrap(),
             Pattern::wildcard("*").unwrap(),
         );
         assert!(!domains.has_ended(10) && domains.has_ended(11));
         let one = "192.0.2.1".parse().unwrap();
-        assert_eq!(domains.expire(11, |address| address == one), []);
+        assert_eq!(domains.expire(11, |address| address == one), [].into());
         assert!(domains.has(&a, one));
-        assert_eq!(domains.expire(11, |_| false), ["a.example".into()]);
+        assert_eq!(domains.expire(11, |_| false), [one].into());
         assert!(!domains.has(&a, one) && domains.has(&all, one));
         assert_eq!(domains.of(&all).len(), 2);
         assert_eq!(domains.expire(31, |_| false).len(), 2);
@@ -318,25 +333,31 @@ mod tests {
     #[test]
     fn there_is_an_end_to_names_and_addresses() {
         let mut domains = Domains::default();
-        for number in 0..=NAMES {
-            domains.learn(
-                &format!("n{number}.x"),
-                &[told("192.0.2.1", 5 + number as u64)],
-            );
+        let (wanted, one) = (|name: &str| name.ends_with(".x"), "192.0.2.1");
+        for number in 0..NAMES - 1 {
+            let until = 5 + number as u64;
+            domains.learn(&format!("n{number}.x"), &[told(one, until)], wanted);
         }
+        domains.learn("late.y", &[told("192.0.2.9", 1 << 40)], wanted);
         assert_eq!(domains.by_name.len(), NAMES);
-        assert!(domains.addresses("n0.x").is_empty());
-        assert_eq!(domains.addresses("n1.x").len(), 1);
+        // What nobody wants does not come any more, and goes first; then what ends first.
+        domains.learn("other.y", &[told("192.0.2.8", 1 << 40)], wanted);
+        assert!(domains.addresses("other.y").is_empty());
+        let lost = domains.learn("new.x", &[told(one, 5)], wanted);
+        assert_eq!(lost, ["192.0.2.9".parse().unwrap()].into());
+        let lost = domains.learn("newer.x", &[told(one, 50)], wanted);
+        assert_eq!((lost.len(), domains.by_name.len()), (1, NAMES));
+        let there = ["n0.x", "new.x"].map(|name| domains.addresses(name).len());
+        assert_eq!(there.iter().sum::<usize>(), 1);
         let many: Vec<Told> = (0..=ADDRESSES as u64)
             .map(|number| Told {
                 address: IpAddr::V4((number as u32 + 1).into()),
                 until: 9 + number,
             })
             .collect();
-        domains.learn("n1.x", &many);
-        // What ends first goes: what it had before.
-        assert_eq!(domains.addresses("n1.x").len(), ADDRESSES);
-        assert_eq!(domains.by_address.len(), ADDRESSES + 1);
-        assert!(!domains.addresses("n1.x").contains(&many[0].address));
+        let lost = domains.learn("n7.x", &many, wanted);
+        // What ends first goes; it had one before that ends later.
+        assert_eq!(domains.addresses("n7.x").len(), ADDRESSES);
+        assert_eq!(lost, [many[0].address, many[1].address].into());
     }
 }

@@ -101,7 +101,7 @@ pub struct Engine<K> {
     pub(crate) host: Arc<Kind>,
     /// Whether the kernel may have other sets of the node.
     host_moved: bool,
-    /// Addresses of the node that its object does not have.
+    /// Addresses of the node's devices.
     pub(crate) local_addresses: BTreeSet<IpAddr>,
     addresses: HashMap<IpAddr, Owner>,
     pub(crate) endpoints: BTreeMap<IpAddr, Connected>,

@@ -150,22 +150,46 @@ impl Places {
         })
     }
 
-    /// Takes what a name was told to be. The sets with rules about it, to which its addresses are to be added.
-    pub fn learn(&mut self, name: &str, told: &[Told]) -> HashSet<u32> {
-        self.domains.learn(name, told);
-        self.wrong(|place| matches!(place, Place::Domains(pattern) if pattern.matches(name)))
+    /// Takes what a name was told to be. The sets with rules about it, to which its addresses are to be added; and the
+    /// addresses that names lost for it.
+    pub fn learn(&mut self, name: &str, told: &[Told]) -> (HashSet<u32>, BTreeSet<IpAddr>) {
+        let patterns: Vec<&Pattern> = self
+            .sets
+            .keys()
+            .filter_map(|place| match place {
+                Place::Domains(pattern) => Some(&**pattern),
+                _ => None,
+            })
+            .collect();
+        let wanted = |name: &str| patterns.iter().any(|pattern| pattern.matches(name));
+        let lost = self.domains.learn(name, told, wanted);
+        let about = |place: &Place| matches!(place, Place::Domains(one) if one.matches(name));
+        (self.wrong(about), lost)
     }
 
-    /// Forgets what resolvers told that ended before `now` and is not used any more. The sets that are no longer right.
-    pub fn expire(&mut self, now: u64, used: impl Fn(IpAddr) -> bool) -> HashSet<u32> {
-        let names = self.domains.expire(now, used);
-        let means = |pattern: &Pattern| names.iter().any(|name| pattern.matches(name));
-        self.wrong(|place| matches!(place, Place::Domains(pattern) if means(pattern)))
+    /// Forgets what resolvers told that ended before `now` and is not used any more; the addresses that names lost.
+    pub fn expire(&mut self, now: u64, used: impl Fn(IpAddr) -> bool) -> BTreeSet<IpAddr> {
+        self.domains.expire(now, used)
+    }
+
+    /// The sets with rules about domains.
+    pub fn about_domains(&self) -> HashSet<u32> {
+        self.wrong(|place| matches!(place, Place::Domains(_)))
     }
 
     /// The names that resolvers told of.
     pub fn domains(&self) -> &Domains {
         &self.domains
+    }
+
+    /// Whether a peer is addresses, this one among them; of those that are, whether only outsiders are meant.
+    pub fn has(&self, peer: &Peer, action: Action, address: IpAddr) -> Option<bool> {
+        let blocks = self.blocks(peer, action);
+        let own = blocks.iter().find(|block| {
+            let mut holes = block.except.iter();
+            block.cidr.contains(&address) && !holes.any(|hole| hole.contains(&address))
+        });
+        own.map(|block| block.outside)
     }
 
     /// Whether a peer is domains, one of which has an address.

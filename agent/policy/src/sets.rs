@@ -446,6 +446,42 @@ impl Sets {
         Ok(())
     }
 
+    /// Takes addresses that names lost from a set, as far as other rules do not mean them. No flow goes to them: those that
+    /// were judged stay judged.
+    pub fn forget<K: PolicyKernel>(
+        &mut self,
+        kernel: &mut K,
+        places: &Places,
+        number: u32,
+        addresses: &BTreeSet<IpAddr>,
+    ) -> Result<()> {
+        for address in addresses {
+            let Some(installed) = self.by_number.get_mut(&number) else {
+                return Ok(());
+            };
+            let made = &installed.made;
+            let parts = made.parts();
+            let left = made
+                .content
+                .without_address(&parts, &made.own, *address, places);
+            let Some((mut more, class)) = left else {
+                continue;
+            };
+            match class {
+                Some(class) => {
+                    more.blocks.insert((*address).into(), class);
+                    self.take_in(kernel, number, more)?;
+                }
+                None => {
+                    kernel.remove_block(number, (*address).into())?;
+                    installed.made.content.give_up_address(*address);
+                    self.blocks -= 1;
+                }
+            }
+        }
+        Ok(())
+    }
+
     /// Writes what a set gets besides: entries first, then that there are such, then what leads to them.
     fn take_in<K: PolicyKernel>(
         &mut self,

@@ -175,7 +175,7 @@ mod tests {
         let mut domains = Domains::default();
         for until in 0..2 * SPARE as u64 {
             kept.add("a.example", &[told(1, until)]);
-            domains.learn("a.example", &[told(1, until)]);
+            domains.learn("a.example", &[told(1, until)], |_| true);
             kept.tidy(&domains);
         }
         assert!(kept.lines < SPARE + 2, "{}", kept.lines);

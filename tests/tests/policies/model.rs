@@ -218,6 +218,7 @@ impl Model {
             pods: all(&self.pods),
             nodes: self.nodes.clone(),
             policies: all(&self.policies),
+            ..Cluster::default()
         }
     }
 

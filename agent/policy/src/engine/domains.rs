@@ -50,7 +50,8 @@ impl<K: PolicyKernel> Engine<K> {
     /// through what rules about the name allow. What did not fit is among the [`problems`](Self::problems) after the
     /// next refresh.
     pub fn learn(&mut self, name: &str, told: &[Told]) {
-        let sets = self.places.learn(name, told);
+        let (sets, lost) = self.places.learn(name, told);
+        self.forget_addresses(&lost);
         let addresses: Vec<IpAddr> = told.iter().map(|one| one.address).collect();
         for set in sets {
             let learned = self
@@ -66,11 +67,28 @@ impl<K: PolicyKernel> Engine<K> {
         }
     }
 
-    /// Forgets what resolvers told that ended before `now`, in seconds since 1970, and is not used any more. It is in
-    /// force with the next refresh.
+    /// Forgets what resolvers told that ended before `now`, in seconds since 1970, and is not used any more.
     pub fn expire_domains(&mut self, now: u64, used: impl Fn(IpAddr) -> bool) {
-        let wrong = self.places.expire(now, used);
-        self.supersede(wrong);
+        let lost = self.places.expire(now, used);
+        self.forget_addresses(&lost);
+    }
+
+    /// Takes addresses that names lost from the sets with rules about them; where that fails, the next refresh makes other
+    /// sets.
+    fn forget_addresses(&mut self, lost: &BTreeSet<IpAddr>) {
+        if lost.is_empty() {
+            return;
+        }
+        for set in self.places.about_domains() {
+            let forgotten = self.sets.forget(&mut self.kernel, &self.places, set, lost);
+            if let Err(error) = forgotten {
+                warn!(
+                    error = format!("{error:#}"),
+                    "rules know addresses that names lost, until they are made anew"
+                );
+                self.supersede([set].into());
+            }
+        }
     }
 
     /// The names that resolvers told of.
