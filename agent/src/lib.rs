@@ -84,6 +84,8 @@ pub struct Config {
     pub serve: metrics::Addresses,
     /// How large the maps of Services are at first, and at most.
     pub sizes: loader::Sizes,
+    /// Which labels of pods count for their identities.
+    pub labels: xebec_policy::kind::Relevant,
     /// Whose answers about domains are believed.
     pub domains: domains::Options,
     /// A file as ip-masq-agent has it: towards whom pods keep their addresses, besides `native`.
@@ -103,7 +105,8 @@ pub async fn run(client: kube::Client, config: Config, shutdown: CancellationTok
     let generation = std::time::SystemTime::now()
         .duration_since(std::time::UNIX_EPOCH)
         .map_or(1, |since| since.as_millis() as u32);
-    let engine = Engine::new(maps.policy, names, &config.node_name, generation);
+    let engine = Engine::new(maps.policy, names, &config.node_name, generation)
+        .with_labels(config.labels.clone());
     let engine = Arc::new(Mutex::new(engine));
     let domains = domains::follow(
         maps.domains,

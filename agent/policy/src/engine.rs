@@ -14,7 +14,7 @@ use xebec_dataplane_common::policy::{
 };
 
 use crate::kernel::{Endpoint, PolicyKernel};
-use crate::kind::{Kind, Kinds};
+use crate::kind::{Kind, Kinds, Relevant};
 use crate::names::{Names, Peer};
 use crate::object;
 use crate::places::{Group, Places};
@@ -177,6 +177,12 @@ impl<K: PolicyKernel> Engine<K> {
         self
     }
 
+    /// The same with other labels that count.
+    pub fn with_labels(mut self, labels: Relevant) -> Self {
+        self.policies.labels = labels;
+        self
+    }
+
     /// Whether a pod is known.
     pub fn knows(&self, pod: &Name) -> bool {
         self.pods.contains_key(pod)
@@ -264,8 +270,8 @@ impl<K: PolicyKernel> Engine<K> {
 
     /// A pod of this kind has come.
     fn begin(&mut self, kind: Kind) -> u32 {
-        let asked = self.policies.asked();
-        let kind = relevant(kind, |label| asked.contains(&label));
+        let policies = &self.policies;
+        let kind = relevant(kind, &policies.labels, |label| policies.asks(label));
         let (identity, new) = self.kinds.add(kind);
         if new {
             self.fresh.insert(identity);

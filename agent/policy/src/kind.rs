@@ -44,8 +44,8 @@ impl Kind {
     }
 }
 
-/// Labels that tell one pod of a controller from another: kinds leave them out, unless a policy asks for them.
-pub const OWN_LABELS: [&str; 8] = [
+/// Labels that tell one pod of a controller from another.
+const OWN_LABELS: [&str; 8] = [
     "apps.kubernetes.io/pod-index",
     "batch.kubernetes.io/controller-uid",
     "batch.kubernetes.io/job-completion-index",
@@ -55,6 +55,49 @@ pub const OWN_LABELS: [&str; 8] = [
     "pod-template-hash",
     "statefulset.kubernetes.io/pod-name",
 ];
+
+/// Which labels kinds have. Others are left out, unless a policy asks for them: what is written here changes how many
+/// kinds there are, and no verdict.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct Relevant {
+    /// Beginnings of the labels that kinds have; none for all.
+    with: Vec<String>,
+    /// Beginnings of those that they do not have.
+    without: Vec<String>,
+}
+
+impl Relevant {
+    /// Reads beginnings of labels, those that are left out with `!` before them, as Cilium's `--labels` has them: with the
+    /// source `k8s:` or none.
+    pub fn read<'a>(words: impl IntoIterator<Item = &'a str>) -> Result<Self, String> {
+        let mut read = Self::default();
+        for word in words {
+            let (list, text) = match word.strip_prefix('!') {
+                Some(rest) => (&mut read.without, rest),
+                None => (&mut read.with, word),
+            };
+            let text = text.strip_prefix("k8s:").unwrap_or(text);
+            // Dots of regular expressions.
+            let text = text.replace("\\.", ".");
+            let fits = |one: char| one.is_ascii_alphanumeric() || "-_./".contains(one);
+            if text.is_empty() || !text.chars().all(fits) {
+                return Err(format!(
+                    "{word:?} is no beginning of a label; write one like app.kubernetes.io/, with ! before it to leave it out"
+                ));
+            }
+            list.push(text);
+        }
+        Ok(read)
+    }
+
+    /// Whether kinds have a label by its key.
+    pub fn has(&self, key: &str) -> bool {
+        let begins = |all: &[String]| all.iter().any(|one| key.starts_with(one.as_str()));
+        !OWN_LABELS.contains(&key)
+            && !begins(&self.without)
+            && (self.with.is_empty() || begins(&self.with))
+    }
+}
 
 /// One kind of pods that are there.
 #[derive(Debug)]
@@ -193,6 +236,26 @@ mod tests {
         assert_eq!(*gone, kind("b"));
         assert_eq!(kinds.add(kind("e")), (FIRST_POD_IDENTITY, true));
         assert_eq!(kinds.of_namespace("shop").count(), 4);
+    }
+
+    #[test]
+    fn labels_that_count_are_told_by_their_beginnings() {
+        let keys = ["app", "app.kubernetes.io/name", "team", "pod-template-hash"];
+        let kept = |words: &[&str]| {
+            let read = Relevant::read(words.iter().copied()).unwrap();
+            keys.map(|key| read.has(key))
+        };
+        assert_eq!(kept(&[]), [true, true, true, false]);
+        assert_eq!(kept(&["k8s:app"]), [true, true, false, false]);
+        assert_eq!(
+            kept(&["!app\\.kubernetes\\.io/", "!k8s:team"]),
+            [true, false, false, false]
+        );
+        assert_eq!(kept(&["app", "!app."]), [true, false, false, false]);
+        for word in ["", "!", "any:app", "app.*", "a b"] {
+            let error = Relevant::read([word]).unwrap_err();
+            assert!(error.contains("is no beginning of a label"), "{error}");
+        }
     }
 
     #[test]

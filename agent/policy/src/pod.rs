@@ -4,7 +4,7 @@ use std::net::IpAddr;
 
 use k8s_openapi::api::core::v1::Pod;
 
-use crate::kind::{Kind, OWN_LABELS};
+use crate::kind::{Kind, Relevant};
 use crate::network_policy::protocol;
 use crate::object::AUDIT;
 use crate::rule::Name;
@@ -84,9 +84,8 @@ pub fn view(pod: &Pod) -> PodView {
     }
 }
 
-/// A kind without the labels that tell pods of a controller apart, but for those that policies ask for.
-pub fn relevant(mut kind: Kind, asked: impl Fn(&str) -> bool) -> Kind {
-    kind.labels
-        .retain(|key, _| !OWN_LABELS.contains(&key.as_str()) || asked(key));
+/// A kind without the labels that do not count, but for those that policies ask for.
+pub fn relevant(mut kind: Kind, labels: &Relevant, asked: impl Fn(&str) -> bool) -> Kind {
+    kind.labels.retain(|key, _| labels.has(key) || asked(key));
     kind
 }

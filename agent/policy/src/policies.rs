@@ -5,7 +5,7 @@ use std::sync::Arc;
 
 use hashbrown::HashMap;
 
-use crate::kind::{Kind, OWN_LABELS};
+use crate::kind::{Kind, Relevant};
 use crate::names::Names;
 use crate::rule::{Direction, Place, Policy, PolicyRef, Ports, RuleId, Tier};
 use crate::selector::Labels;
@@ -64,8 +64,10 @@ pub struct Policies {
     rules: BTreeMap<RuleId, u32>,
     next: u32,
     next_rule: u32,
-    /// How often each of [`OWN_LABELS`] is asked for.
-    asked: [usize; OWN_LABELS.len()],
+    /// Which labels count without being asked for.
+    pub(crate) labels: Relevant,
+    /// How often each of the others is asked for.
+    asked: BTreeMap<String, usize>,
 }
 
 impl Policies {
@@ -155,19 +157,22 @@ impl Policies {
         let subject = (!policy.for_nodes).then(|| policy.subject.clone());
         for selector in peers.chain(subject) {
             for label in selector.labels() {
-                if let Some(at) = OWN_LABELS.iter().position(|own| *own == label) {
-                    change(&mut self.asked[at]);
+                if !self.labels.has(label) {
+                    change(self.asked.entry(label.to_owned()).or_default());
                 }
             }
         }
+        self.asked.retain(|_, uses| *uses > 0);
     }
 
-    /// The labels out of [`OWN_LABELS`] that a policy asks for.
-    pub fn asked(&self) -> Vec<&'static str> {
-        let all = OWN_LABELS.iter().zip(self.asked);
-        all.filter(|(_, uses)| *uses > 0)
-            .map(|(label, _)| *label)
-            .collect()
+    /// The labels that count because a policy asks for them.
+    pub fn asked(&self) -> BTreeSet<String> {
+        self.asked.keys().cloned().collect()
+    }
+
+    /// Whether a policy asks for a label that would not count otherwise.
+    pub fn asks(&self, label: &str) -> bool {
+        self.asked.contains_key(label)
     }
 
     /// The present versions of an object's policies.

@@ -23,10 +23,17 @@ const CHANGES: usize = 20;
 /// How many packets are judged after each.
 const PACKETS: usize = 40;
 
-fn nodes(cluster: &Cluster, hash: fn(&Kind) -> u32) -> Vec<Node> {
+/// How a node is made.
+type Make = fn(&str) -> Node;
+
+fn plainly(name: &str) -> Node {
+    Node::new(name, Kind::hash)
+}
+
+fn nodes(cluster: &Cluster, make: Make) -> Vec<Node> {
     let names = cluster.nodes.iter();
     names
-        .map(|node| Node::new(node["metadata"]["name"].as_str().unwrap(), hash))
+        .map(|node| make(node["metadata"]["name"].as_str().unwrap()))
         .collect()
 }
 
@@ -84,9 +91,9 @@ fn compare(nodes: &[Node], cluster: &Cluster, packet: &Packet) -> Result<(), Str
 }
 
 /// A mistake in few words: the smallest cluster that shows it, if new nodes make it too.
-fn told(cluster: &Cluster, packet: &Packet, hash: fn(&Kind) -> u32) -> String {
+fn told(cluster: &Cluster, packet: &Packet, make: Make) -> String {
     let mistake = |cluster: &Cluster| {
-        let mut nodes = nodes(cluster, hash);
+        let mut nodes = nodes(cluster, make);
         nodes.iter_mut().for_each(|node| node.learn(cluster, 0));
         compare(&nodes, cluster, packet).err()
     };
@@ -122,11 +129,11 @@ const ALL: Options = Options {
     admin: true,
 };
 
-fn history(seed: u64, options: &Options, hash: fn(&Kind) -> u32) {
+fn history(seed: u64, options: &Options, make: Make) {
     let mut random = StdRng::seed_from_u64(seed);
     let mut world = cluster(&mut random, options);
     without_names_in_blocks(&mut world);
-    let mut nodes = nodes(&world, hash);
+    let mut nodes = nodes(&world, make);
     for step in 0..CHANGES {
         if step > 0 {
             match random.random_range(0..10) {
@@ -143,7 +150,7 @@ fn history(seed: u64, options: &Options, hash: fn(&Kind) -> u32) {
         }
         for packet in packets(&mut random, &world, PACKETS) {
             if let Err(why) = compare(&nodes, &world, &packet) {
-                let smaller = told(&world, &packet, hash);
+                let smaller = told(&world, &packet, make);
                 panic!("seed {seed}, step {step}: {why}\n{smaller}");
             }
         }
@@ -178,27 +185,34 @@ fn seeds() -> std::ops::Range<u64> {
 
 #[test]
 fn network_policies_are_what_they_say() {
-    seeds().for_each(|seed| history(seed, &NETWORK, Kind::hash));
+    seeds().for_each(|seed| history(seed, &NETWORK, plainly));
 }
 
 #[test]
 fn policies_of_administrators_are_what_they_say() {
-    seeds().for_each(|seed| history(seed, &ADMIN, Kind::hash));
+    seeds().for_each(|seed| history(seed, &ADMIN, plainly));
 }
 
 #[test]
 fn policies_of_cilium_are_what_they_say() {
-    seeds().for_each(|seed| history(seed, &CILIUM, Kind::hash));
+    seeds().for_each(|seed| history(seed, &CILIUM, plainly));
 }
 
 #[test]
 fn policies_of_all_kinds_are_what_they_say() {
-    seeds().for_each(|seed| history(seed, &ALL, Kind::hash));
+    seeds().for_each(|seed| history(seed, &ALL, plainly));
 }
 
 #[test]
 fn where_all_kinds_have_one_hash_too() {
     seeds()
         .take(30)
-        .for_each(|seed| history(seed, &ALL, |_| 4_000_000_000));
+        .for_each(|seed| history(seed, &ALL, |name| Node::new(name, |_| 4_000_000_000)));
+}
+
+#[test]
+fn which_labels_count_changes_no_verdict() {
+    seeds()
+        .take(30)
+        .for_each(|seed| history(seed, &ALL, |name| Node::with_labels(name, &["none"])));
 }

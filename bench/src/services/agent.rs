@@ -100,6 +100,7 @@ pub fn run(args: Args) -> Result<()> {
             ..Default::default()
         },
         domains: Default::default(),
+        labels: Default::default(),
         ip_masq: None,
         serve: xebec_agent::metrics::Addresses::default(),
     };

@@ -19,6 +19,7 @@ use ipnet::IpNet;
 use nix::mount::MsFlags;
 use tokio_util::sync::CancellationToken;
 use tracing::{info, warn};
+use xebec_policy::kind::Relevant;
 
 use crate::paths::{Layout, NodeLayout, private_dir};
 use crate::up::XdpMode;
@@ -81,6 +82,10 @@ struct Run {
     /// address, by default those to private addresses. Without this flag, packets to all but the cluster are masqueraded
     #[arg(long, value_name = "PATH", num_args = 0..=1, default_missing_value = xebec_agent::masquerade::DEFAULT_PATH)]
     ip_masq_config: Option<PathBuf>,
+    /// Beginnings of the labels of pods that count for their identities, or with ! before them those that do not; by default
+    /// all but those that tell pods of one controller apart. A label that a policy asks for counts in any case
+    #[arg(long, value_name = "LABELS", value_delimiter = ' ')]
+    labels: Vec<String>,
     /// Addresses or blocks of resolvers whose answers tell policies the addresses of domains, besides the cluster's own
     /// (pods of kube-system with the label k8s-app=kube-dns), nodes, and those of this node's /etc/resolv.conf
     #[arg(long, value_name = "CIDR", value_delimiter = ',')]
@@ -289,6 +294,7 @@ impl Run {
                 affinities: self.affinity_entries,
                 ..Default::default()
             },
+            labels: self.labels()?,
             domains: xebec_agent::domains::Options {
                 resolvers: xebec_agent::domains::resolvers(&self.dns_resolvers)?,
                 min_ttl: self.tofqdns_min_ttl,
@@ -300,6 +306,14 @@ impl Run {
             },
             node_name,
         })
+    }
+}
+
+impl Run {
+    fn labels(&self) -> Result<Relevant> {
+        let words = self.labels.iter().map(String::as_str);
+        let words = words.filter(|word| !word.is_empty());
+        Relevant::read(words).map_err(|error| anyhow::anyhow!("--labels: {error}"))
     }
 }
 

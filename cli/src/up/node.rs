@@ -148,6 +148,7 @@ impl NodeConfig {
             l2_announcements: self.l2_announcements,
             sizes: xebec_agent::loader::Sizes::default(),
             domains: Default::default(),
+            labels: Default::default(),
             ip_masq: None,
             serve: xebec_agent::metrics::Addresses {
                 metrics: self.metrics,

@@ -3,14 +3,13 @@
 use rand::rngs::StdRng;
 use rand::{Rng, SeedableRng};
 use serde_json::{Value, json};
-use xebec_policy::kind::Kind;
 use xebec_policy::object::AUDIT;
 use xebec_policy_oracle::random::{change, cluster, packets};
 use xebec_policy_oracle::{Cluster, Packet, judge};
 
 use crate::explained::explain;
 use crate::plain::{Node, pod_of, sides};
-use crate::{ALL, nodes, seeds, without_names_in_blocks};
+use crate::{ALL, nodes, plainly, seeds, without_names_in_blocks};
 
 fn audited(object: &Value) -> bool {
     object["metadata"]["annotations"][AUDIT] == "true"
@@ -70,7 +69,7 @@ fn what_is_audited_drops_nothing_and_is_told() {
         let mut random = StdRng::seed_from_u64(seed);
         let mut world = cluster(&mut random, &ALL);
         without_names_in_blocks(&mut world);
-        let mut nodes = nodes(&world, Kind::hash);
+        let mut nodes = nodes(&world, plainly);
         for _ in 0..4 {
             let (policies, pods) = (&mut world.policies, &mut world.pods);
             audit_some(&mut random, policies);

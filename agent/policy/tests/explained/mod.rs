@@ -3,12 +3,11 @@
 use rand::rngs::StdRng;
 use rand::{Rng, SeedableRng};
 use xebec_policy::explain::{Asked, Party, Side};
-use xebec_policy::kind::Kind;
 use xebec_policy_oracle::random::{change, cluster, packets};
 use xebec_policy_oracle::{Cluster, End, Packet};
 
 use crate::plain::{Node, number, sides};
-use crate::{ALL, nodes, seeds, without_names_in_blocks};
+use crate::{ALL, nodes, plainly, seeds, without_names_in_blocks};
 
 fn party(end: &End, address: std::net::IpAddr) -> Party {
     match end {
@@ -57,7 +56,7 @@ fn engines_explain_what_kernels_do() {
         let mut random = StdRng::seed_from_u64(seed);
         let mut world = cluster(&mut random, &ALL);
         without_names_in_blocks(&mut world);
-        let mut nodes = nodes(&world, Kind::hash);
+        let mut nodes = nodes(&world, plainly);
         for _ in 0..4 {
             for node in &mut nodes {
                 node.learn(&world, random.random_range(0..3));

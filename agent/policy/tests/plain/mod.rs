@@ -15,7 +15,7 @@ use xebec_dataplane_common::policy::{
 use xebec_policy::domains::{self, Told};
 use xebec_policy::engine::Engine;
 use xebec_policy::kernel::{Endpoint, PolicyKernel, Room};
-use xebec_policy::kind::Kind;
+use xebec_policy::kind::{Kind, Relevant};
 use xebec_policy::names::Names;
 use xebec_policy::rule::{Name, Source};
 use xebec_policy::selector::Labels;
@@ -329,6 +329,14 @@ impl Node {
             names,
             connected: BTreeMap::new(),
         }
+    }
+
+    /// One on which only labels with these beginnings count.
+    pub fn with_labels(name: &str, labels: &[&str]) -> Self {
+        let mut node = Self::new(name, Kind::hash);
+        let engine = Engine::new(node.kernel.clone(), node.names.clone(), name, 1);
+        node.engine = engine.with_labels(Relevant::read(labels.iter().copied()).unwrap());
+        node
     }
 
     /// Whether a pod runs here, in a network of its own.
