@@ -70,21 +70,38 @@ impl UpState {
         names.join(", ")
     }
 
-    /// Whether that process is still the one that wrote this.
+    /// Whether that process is still the one that wrote this, and has not ended.
     pub fn is_running(&self) -> bool {
-        start_time(self.pid) == Some(self.start_time)
+        start_time(self.pid) == Some(self.start_time) && !has_ended(self.pid)
     }
 }
 
-/// Start time of a process in clock ticks since boot; none if it is gone or a zombie.
+/// Start time of a process in clock ticks since boot; none if it is gone.
 fn start_time(pid: i32) -> Option<u64> {
-    let stat = std::fs::read_to_string(format!("/proc/{pid}/stat")).ok()?;
-    // The command's name may hold spaces and brackets: fields are counted from the last bracket.
-    let mut fields = stat.rsplit_once(')')?.1.split_whitespace();
-    if fields.next()? == "Z" {
-        return None;
-    }
-    fields.nth(18)?.parse().ok()
+    stat_fields(&format!("/proc/{pid}"))?
+        .split_whitespace()
+        .nth(19)?
+        .parse()
+        .ok()
+}
+
+/// Whether all threads of a process have ended. A process that was killed shows its first thread as a zombie while others
+/// may still hold its sockets and locks.
+fn has_ended(pid: i32) -> bool {
+    let Ok(threads) = std::fs::read_dir(format!("/proc/{pid}/task")) else {
+        return true;
+    };
+    threads.flatten().all(|thread| {
+        // A thread that has gone meanwhile has ended.
+        stat_fields(&thread.path().to_string_lossy())
+            .is_none_or(|fields| fields.starts_with(['Z', 'X']))
+    })
+}
+
+/// The fields of proc(5) `stat` from the state on. The command's name before them may hold spaces and brackets.
+fn stat_fields(folder: &str) -> Option<String> {
+    let stat = std::fs::read_to_string(format!("{folder}/stat")).ok()?;
+    Some(stat.rsplit_once(") ")?.1.to_owned())
 }
 
 #[cfg(test)]

@@ -84,6 +84,9 @@ impl Config {
     }
 }
 
+/// How long a process that was killed may take to end.
+const LETS_GO: std::time::Duration = std::time::Duration::from_secs(3);
+
 /// Serves CRI until `shutdown`; pods go on running after that.
 ///
 /// # Errors
@@ -93,12 +96,16 @@ pub async fn run(config: Config, shutdown: CancellationToken) -> anyhow::Result<
     if let Some(dir) = socket.parent() {
         std::fs::create_dir_all(dir).with_context(|| format!("cannot make {}", dir.display()))?;
     }
-    // The socket's file outlives a killed server; a live one still answers.
-    if tokio::net::UnixStream::connect(&socket).await.is_ok() {
-        anyhow::bail!(
+    // The socket's file outlives a killed server; a live one still answers. One that was killed just now may not have let
+    // go of it yet.
+    let begun = std::time::Instant::now();
+    while tokio::net::UnixStream::connect(&socket).await.is_ok() {
+        anyhow::ensure!(
+            begun.elapsed() < LETS_GO,
             "another container runtime serves {}; stop it first",
             socket.display()
         );
+        tokio::time::sleep(std::time::Duration::from_millis(20)).await;
     }
     match std::fs::remove_file(&socket) {
         Err(err) if err.kind() != std::io::ErrorKind::NotFound => {
