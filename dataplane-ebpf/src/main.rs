@@ -29,6 +29,7 @@ mod socket;
 mod table;
 mod tell;
 mod translate;
+mod verdicts;
 mod way;
 
 #[cfg(not(test))]

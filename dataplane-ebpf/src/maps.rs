@@ -21,7 +21,7 @@ use crate::packet::Datagram;
 /// `BPF_F_NO_PREALLOC`: entries take memory only when they are there.
 const NO_PREALLOC: u32 = 1;
 /// `BPF_F_MMAPABLE`: the agent writes without a call of the kernel.
-const MMAPABLE: u32 = 1 << 10;
+pub const MMAPABLE: u32 = 1 << 10;
 
 /// Frontends of Services.
 #[map]

@@ -17,6 +17,7 @@ use xebec_dataplane_common::{ICMP, ICMP6};
 use crate::maps::{CHAINS, CIDRS, ENDPOINTS, IDENTITIES, RULES, SETS, STANDINGS, look_up};
 use crate::packet::Packet;
 use crate::scratch::{Scratch, scratch, settle};
+use crate::verdicts;
 
 /// A pod of this node.
 pub struct Met {
@@ -55,7 +56,7 @@ pub fn meet(address: &Ip, met: &mut Met) -> bool {
 /// What is asked.
 pub struct Question {
     /// Number of the chains that judge, with [`UNDER_INGRESS`] or [`UNDER_EGRESS`] for which of them.
-    rules: u32,
+    pub rules: u32,
     /// The sets that are asked.
     chain: Chain,
     /// The set that is asked now.
@@ -63,15 +64,15 @@ pub struct Question {
     /// What it decided, if its `rule` is not 0.
     best: Decision,
     /// The peer's address.
-    peer: Ip,
+    pub peer: Ip,
     /// The peer's identity; [`UNASKED`] until it is looked up.
-    identity: u32,
+    pub identity: u32,
     /// What the set's address blocks make of the peer; [`UNASKED`] until an entry wants to know.
     class: u32,
     /// Port of the destination; of ICMP, type and code.
-    port: u16,
+    pub port: u16,
     /// IP protocol number.
-    protocol: u8,
+    pub protocol: u8,
     /// Shapes and flags of a set that has many.
     shapes: [u8; SHAPES],
     flags: u32,
@@ -144,6 +145,32 @@ extern "C" fn xebec_judge() -> u32 {
     let Some(all) = scratch() else {
         return u32::from(REASON_POLICY);
     };
+    let changes = verdicts::changes();
+    // What was told before this has a say in what is told now.
+    let fresh = all.told.audit == 0;
+    if fresh {
+        if let Some(reason) = verdicts::recall(all, changes) {
+            return reason;
+        }
+    }
+    let identity = all.question.identity;
+    let (set, rule) = (all.told.set, all.told.rule);
+    all.told.set = 0;
+    let reason = decide(all);
+    settle();
+    if fresh {
+        verdicts::keep(all, changes, identity, reason);
+    }
+    if all.told.set == 0 {
+        all.told.set = set;
+        all.told.rule = rule;
+    }
+    reason
+}
+
+/// The same, by the rules.
+#[inline(always)]
+fn decide(all: &mut Scratch) -> u32 {
     let rules = all.question.rules;
     let Some(chains) = look_up::<_, Chains, _>(&CHAINS, &(rules & CHAINS_NUMBER)) else {
         return u32::from(REASON_POLICY);

@@ -5,7 +5,6 @@
 
 use std::collections::{HashMap, VecDeque};
 use std::net::IpAddr;
-use std::sync::atomic::{AtomicU64, Ordering};
 
 use anyhow::{Context, Result, bail, ensure};
 use aya::maps::{self, Map, MapData, MapError};
@@ -93,15 +92,19 @@ impl Numbers {
     }
 }
 
+/// An array of words.
+pub(super) fn words(ebpf: &aya::Ebpf, name: &str) -> Result<Table> {
+    match ebpf.map(name) {
+        Some(Map::Array(data)) => {
+            Table::of(data).with_context(|| format!("could not look at the eBPF map {name}"))
+        }
+        _ => bail!("the eBPF object has no array {name}"),
+    }
+}
+
 impl Endpoints {
     pub fn new(ebpf: &mut aya::Ebpf) -> Result<Self> {
-        let array = |name: &str| match ebpf.map(name) {
-            Some(Map::Array(data)) => {
-                Table::of(data).with_context(|| format!("could not look at the eBPF map {name}"))
-            }
-            _ => bail!("the eBPF object has no array {name}"),
-        };
-        let (standings, host) = (array("STANDINGS")?, array("HOST")?);
+        let (standings, host) = (words(ebpf, "STANDINGS")?, words(ebpf, "HOST")?);
         let sizes = (size_of::<u32>(), size_of::<Chains>());
         Ok(Self {
             map: take(ebpf, "ENDPOINTS")?,
@@ -223,13 +226,9 @@ impl Endpoints {
 
 /// Writes what somebody is, and under which rules.
 fn stand(standings: &mut Table, slot: u32, standing: Standing) -> Result<()> {
-    let place = standings.place(slot);
-    let place = place.context("an eBPF map of standings is not mapped")?;
-    // SAFETY: the place is within the mapping, and each entry of the array is one aligned word, which programs only
-    // read. Through the kernel's call it would be copied byte by byte.
-    let word = unsafe { AtomicU64::from_ptr(place.as_ptr().cast()) };
-    word.store(must_cast(standing), Ordering::Release);
-    Ok(())
+    standings
+        .set_word(slot, must_cast(standing))
+        .context("what a pod or the node is can't be written")
 }
 
 #[cfg(test)]

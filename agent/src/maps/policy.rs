@@ -12,8 +12,9 @@ use xebec_dataplane_common::ip::Ip;
 use xebec_dataplane_common::policy::{Chains, CidrKey, Decision, Known, RuleKey, Set};
 use xebec_policy::kernel::{Endpoint, PolicyKernel, Room};
 
-use super::endpoints::Endpoints;
+use super::endpoints::{Endpoints, words};
 use super::growing::Growing;
+use super::table::Table;
 use super::{gone, key, present, take};
 
 /// The maps that pods are judged by.
@@ -24,6 +25,9 @@ pub struct PolicyMaps {
     rules: Growing,
     blocks: LpmTrie<MapData, [u8; size_of::<CidrKey>()], u32>,
     generation: Array<MapData, u32>,
+    /// How often any of them was changed, for programs that keep verdicts.
+    changes: Table,
+    changed: u64,
     room: Room,
     /// Whether the node itself is under rules.
     host_judged: bool,
@@ -67,9 +71,18 @@ impl PolicyMaps {
             rules,
             blocks: LpmTrie::try_from(blocks).context("the eBPF map CIDRS has other entries")?,
             generation: take(ebpf, "GENERATION")?,
+            changes: words(ebpf, "CHANGES")?,
+            changed: 0,
             room,
             host_judged: false,
         })
+    }
+
+    /// Counts a change that was made, be it in part: no verdict from before it holds.
+    fn count(&mut self, outcome: Result<()>) -> Result<()> {
+        self.changed += 1;
+        let counted = self.changes.set_word(0, self.changed);
+        outcome.and(counted.context("a change of the rules can't be told to the programs"))
     }
 
     /// What a pod of this node is to the programs.
@@ -84,7 +97,8 @@ impl PolicyKernel for PolicyMaps {
     }
 
     fn set_endpoint(&mut self, address: IpAddr, endpoint: Endpoint) -> Result<()> {
-        self.endpoints.set(address, endpoint)
+        let set = self.endpoints.set(address, endpoint);
+        self.count(set)
     }
 
     fn set_host(&mut self, chains: Chains) -> Result<()> {
@@ -97,62 +111,60 @@ impl PolicyKernel for PolicyMaps {
                 );
             }
         }
-        self.endpoints.set_host(chains)
+        let set = self.endpoints.set_host(chains);
+        self.count(set)
     }
 
     fn remove_endpoint(&mut self, address: IpAddr) -> Result<()> {
-        self.endpoints.remove(address)
+        let removed = self.endpoints.remove(address);
+        self.count(removed)
     }
 
     fn set_identity(&mut self, address: IpAddr, identity: u32) -> Result<()> {
         let address = Ip::from(address);
         let known = Known { address, identity };
-        self.identities
-            .update(bytes_of(&address), bytes_of(&known))
-            .context("an address gets no identity")
+        let set = self.identities.update(bytes_of(&address), bytes_of(&known));
+        self.count(set.context("an address gets no identity"))
     }
 
     fn remove_identity(&mut self, address: IpAddr) -> Result<()> {
-        self.identities.remove_all(&key(address))
+        let removed = self.identities.remove_all(&key(address));
+        self.count(removed)
     }
 
     fn set_rules(&mut self, rules: &[(RuleKey, Decision)]) -> Result<()> {
         let (keys, values): (Vec<RuleKey>, Vec<Decision>) = rules.iter().copied().unzip();
-        self.rules
-            .update(must_cast_slice(&keys), must_cast_slice(&values))
-            .context("rules are not in the kernel")
+        let (keys, values) = (must_cast_slice(&keys), must_cast_slice(&values));
+        let set = self.rules.update(keys, values);
+        self.count(set.context("rules are not in the kernel"))
     }
 
     fn remove_rules(&mut self, rules: &[RuleKey]) -> Result<()> {
-        self.rules
-            .remove_all(must_cast_slice(rules))
-            .context("rules stay in the kernel")
+        let removed = self.rules.remove_all(must_cast_slice(rules));
+        self.count(removed.context("rules stay in the kernel"))
     }
 
     fn set_block(&mut self, set: u32, block: IpNet, class: u32) -> Result<()> {
-        self.blocks
-            .insert(&block_key(set, block), class, 0)
-            .context("the map of address blocks is full")
+        let set = self.blocks.insert(&block_key(set, block), class, 0);
+        self.count(set.context("the map of address blocks is full"))
     }
 
     fn remove_block(&mut self, set: u32, block: IpNet) -> Result<()> {
-        gone(
-            self.blocks.remove(&block_key(set, block)),
-            "an address block",
-        )
+        let removed = self.blocks.remove(&block_key(set, block));
+        self.count(gone(removed, "an address block"))
     }
 
     fn set_set(&mut self, set: u32, value: Set) -> Result<()> {
-        self.sets
-            .update(bytes_of(&set), bytes_of(&value))
-            .context("a set is not in the kernel")
+        let set = self.sets.update(bytes_of(&set), bytes_of(&value));
+        self.count(set.context("a set is not in the kernel"))
     }
 
     fn remove_set(&mut self, set: u32) -> Result<()> {
-        self.endpoints.remove_set(set)?;
-        self.sets
-            .remove_all(bytes_of(&set))
-            .context("a set stays in the kernel")
+        let removed = self
+            .endpoints
+            .remove_set(set)
+            .and_then(|()| self.sets.remove_all(bytes_of(&set)));
+        self.count(removed.context("a set stays in the kernel"))
     }
 
     fn set_generation(&mut self, generation: u32) -> Result<()> {

@@ -3,6 +3,7 @@
 use std::io::{Error, Result};
 use std::os::fd::{AsFd, AsRawFd, FromRawFd, OwnedFd};
 use std::ptr::NonNull;
+use std::sync::atomic::{AtomicU64, Ordering};
 
 use aya::maps::MapData;
 
@@ -167,6 +168,20 @@ impl Table {
         let shared = self.shared.as_ref().filter(|_| index < self.capacity)?;
         // SAFETY: the entry is within the mapping.
         Some(unsafe { shared.start().add(index as usize * self.stride()) })
+    }
+
+    /// Writes an entry of a mapped array of words, of which a program sees all or what it was before: the kernel's call
+    /// copies byte by byte.
+    pub fn set_word(&mut self, index: u32, word: u64) -> Result<()> {
+        let place = match self.value_size {
+            8 => self.place(index),
+            _ => None,
+        };
+        let place = place.ok_or_else(|| Error::other("no such word is mapped"))?;
+        // SAFETY: the place is within the mapping, and each entry of the array is one aligned word, which programs only
+        // read.
+        unsafe { AtomicU64::from_ptr(place.as_ptr().cast()) }.store(word, Ordering::Release);
+        Ok(())
     }
 
     /// Writes entries whose keys and values lie side by side.

@@ -19,6 +19,7 @@ mod sctp;
 mod services;
 pub mod table;
 mod together;
+mod verdicts;
 mod ways;
 pub mod wires;
 
