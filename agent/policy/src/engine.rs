@@ -198,6 +198,11 @@ impl<K: PolicyKernel> Engine<K> {
         self.pods.keys().cloned().collect()
     }
 
+    /// The name of the node that this is for.
+    pub fn node_name(&self) -> &str {
+        &self.node_name
+    }
+
     /// Names of all namespaces and nodes that are known.
     pub fn known(&self) -> (Vec<String>, Vec<String>) {
         (

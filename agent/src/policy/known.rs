@@ -191,12 +191,11 @@ impl Known {
         };
         match self.custom.entry(source).or_default().take(event, id) {
             Taken::Set(mut one) => {
-                let uid = one.metadata.uid.take();
+                told.saw(&id(&one), &one);
                 one.metadata.managed_fields = None;
                 match serde_json::to_value(&one) {
                     Ok(object) => {
-                        let id = engine.set_object(source, &object);
-                        told.set_uid(&id, uid);
+                        engine.set_object(source, &object);
                     }
                     Err(error) => warn!(%error, "{} can't be read", id(&one)),
                 }

@@ -1,5 +1,6 @@
 //! Network policy: keeps what the kernel judges by in step with the API.
 
+mod conditions;
 mod custom;
 mod known;
 mod listing;

@@ -22,6 +22,7 @@ use tracing::warn;
 use xebec_policy::engine::Engine;
 use xebec_policy::kernel::PolicyKernel;
 
+use super::conditions::{self, Conditions};
 use super::custom::Custom;
 use super::known::{Change, Known};
 use super::notices::Told;
@@ -130,7 +131,10 @@ async fn keep<K: PolicyKernel>(
     follow(all(&client), tell.clone(), &mut tasks);
     let mut custom = Custom::follow(&client);
     let mut known = Known::default();
-    let mut told = Told::default();
+    let node = shared.lock().await.node_name().to_owned();
+    let (conditions, waiting) = Conditions::new(&node);
+    tasks.spawn(conditions::write(client.clone(), waiting));
+    let mut told = Told::new(conditions);
     loop {
         let change = tokio::select! {
             changed = nodes.changed() => {
@@ -154,6 +158,10 @@ async fn keep<K: PolicyKernel>(
                 }
             }
             (source, change) = custom.next() => Change::Custom(source, change),
+            () = time_of(told.conditions.next()), if known.all() => {
+                told.tell_conditions(&*shared.lock().await);
+                continue;
+            }
             change = changes.recv() => match change {
                 Some(change) => change,
                 None => anyhow::bail!("the watches of what policy depends on ended"),
@@ -185,6 +193,14 @@ async fn keep<K: PolicyKernel>(
             retired.notify_one();
             synced.send_replace(true);
         }
+    }
+}
+
+/// Returns at a time, or never.
+async fn time_of(at: Option<tokio::time::Instant>) {
+    match at {
+        Some(at) => tokio::time::sleep_until(at).await,
+        None => std::future::pending().await,
     }
 }
 

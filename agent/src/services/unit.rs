@@ -1,5 +1,7 @@
 //! One port of a Service in one family, as it is in the kernel, and how it becomes what is wanted.
 
+use std::hash::Hasher;
+
 use ipnet::IpNet;
 use smallvec::SmallVec;
 use xebec_dataplane_common::UDP;
@@ -88,9 +90,9 @@ impl Unit {
 
 /// A stable number for a text: the same after a restart, so that clients keep their backends.
 fn stable(text: &str) -> u32 {
-    let hash = text.bytes().fold(0xcbf2_9ce4_8422_2325_u64, |hash, byte| {
-        (hash ^ u64::from(byte)).wrapping_mul(0x100_0000_01b3)
-    });
+    let mut hasher = fnv::FnvHasher::default();
+    hasher.write(text.as_bytes());
+    let hash = hasher.finish();
     (hash ^ (hash >> 32)) as u32
 }
 

@@ -1,4 +1,5 @@
-//! An API server for one agent: lists in pages, watches, and the Events that it is told. It speaks HTTP without TLS.
+//! An API server for one agent: lists in pages, watches, and the Events and conditions that it is told. It speaks HTTP
+//! without TLS.
 //! Custom resources are there while their definitions are.
 
 use std::collections::{BTreeMap, HashMap};
@@ -32,13 +33,31 @@ pub struct Api(Arc<(Mutex<State>, Condvar)>);
 /// The groups of custom resources.
 const CUSTOM: [&str; 2] = ["cilium.io", "policy.networking.k8s.io"];
 const NOT_FOUND: &str = "404 Not Found";
+const CONFLICT: &str = "409 Conflict";
 
-fn not_found() -> String {
+fn failure(code: u16, reason: &str) -> String {
     json!({
-        "kind": "Status", "apiVersion": "v1", "status": "Failure", "code": 404, "reason": "NotFound",
-        "message": "there is no such thing",
+        "kind": "Status", "apiVersion": "v1", "status": "Failure", "code": code, "reason": reason,
+        "message": "it is not so",
     })
     .to_string()
+}
+
+fn not_found() -> String {
+    failure(404, "NotFound")
+}
+
+/// Puts conditions into an object, each in the place of the one of its type, as the API does with what is applied.
+fn apply_conditions(object: &mut Value, applied: &Value) {
+    let there = &mut object["status"]["conditions"];
+    if there.is_null() {
+        *there = json!([]);
+    }
+    let there = there.as_array_mut().unwrap();
+    for one in applied["status"]["conditions"].as_array().unwrap() {
+        there.retain(|other| other["type"] != one["type"]);
+        there.push(one.clone());
+    }
 }
 
 fn name_of(object: &Value) -> String {
@@ -71,6 +90,7 @@ impl Api {
             state.version += 1;
             let version = state.version;
             object["metadata"]["resourceVersion"] = version.to_string().into();
+            object["metadata"]["generation"] = version.into();
             object["metadata"]["uid"] = format!("uid-{}", name_of(&object)).into();
             let text: Arc<str> = object.to_string().into();
             let kind = state.kinds.entry(kind.to_owned()).or_default();
@@ -160,6 +180,7 @@ impl Api {
                     self.state().events.push(event);
                     ("201 Created", text)
                 }
+                "PATCH" if kind == "status" => self.patch_status(path, &body)?,
                 _ => (NOT_FOUND, not_found()),
             };
             write!(
@@ -169,6 +190,36 @@ impl Api {
             )
             .ok()?;
         }
+    }
+
+    /// What an object says of itself: that of a kind in `kinds`, by namespace and name.
+    pub fn status(&self, kind: &str, name: &str) -> Value {
+        let state = self.state();
+        let text = &state.kinds[kind].objects[name];
+        serde_json::from_str::<Value>(text).unwrap()["status"].clone()
+    }
+
+    /// Takes conditions for the object of a path that ends with `/status`.
+    fn patch_status(&self, path: &str, body: &[u8]) -> Option<(&'static str, String)> {
+        let applied: Value = serde_json::from_slice(body).ok()?;
+        let plural = path.rsplit('/').nth(2)?;
+        let mut state = self.state();
+        let version = state.version + 1;
+        let kind = state.kinds.get_mut(plural)?;
+        let Some(text) = kind.objects.get_mut(&name_of(&applied)) else {
+            return Some((NOT_FOUND, not_found()));
+        };
+        let mut object: Value = serde_json::from_str(text).ok()?;
+        if applied["metadata"]["uid"] != object["metadata"]["uid"] {
+            return Some((CONFLICT, failure(409, "Conflict")));
+        }
+        apply_conditions(&mut object, &applied);
+        object["metadata"]["resourceVersion"] = version.to_string().into();
+        *text = object.to_string().into();
+        kind.log.push((version, "MODIFIED", text.clone()));
+        state.version = version;
+        self.0.1.notify_all();
+        Some(("200 OK", object.to_string()))
     }
 
     /// Whether there are objects of the kind that a path is of.

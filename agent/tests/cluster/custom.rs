@@ -204,6 +204,62 @@ fn tiers_and_labels_of_nodes_and_what_is_wrong() {
         "nothing else is disturbed",
         [false, false, true],
     );
+    let condition = |stage: &Stage, name: &str| {
+        let status = stage.api.status("clusternetworkpolicies", name);
+        status["conditions"][0].clone()
+    };
+    stage.wait("what it says of itself", |stage| {
+        let broken = condition(stage, "/broken");
+        broken["status"] == "False" && condition(stage, "/deny-0")["status"] == "True"
+    });
+    let broken = condition(&stage, "/broken");
+    assert_eq!(broken["type"], "Accepted");
+    let words = broken["message"].as_str().unwrap();
+    assert!(words.contains("domainNames"), "{broken}");
+    // As it is mended, it says so.
+    let mended = tier("Admin", "Accept", FAR_POD);
+    let mended = json!({"metadata": {"name": "broken"}, "spec": mended["spec"], "status": {"conditions": [broken]}});
+    stage.api.set("clusternetworkpolicies", [mended]);
+    stage.wait("that all is well", |stage| {
+        let condition = condition(stage, "/broken");
+        condition["status"] == "True" && condition["reason"] == "Accepted"
+    });
+    wait_for(&mut stage, "it is in force", [true, false, true]);
+}
+
+#[test]
+fn a_rule_of_layer_7_is_refused_loudly() {
+    if left_out() {
+        return;
+    }
+    let _alone = alone();
+    let mut stage = Stage::new();
+    define(&stage, "ciliumnetworkpolicies", "cilium.io");
+    let http = json!([{"ports": [{"port": "80", "protocol": "TCP"}], "rules": {"http": [{"method": "GET"}]}}]);
+    let metadata = json!({"namespace": "n", "name": "get"});
+    let policy = object(
+        "cilium.io/v2",
+        "CiliumNetworkPolicy",
+        metadata,
+        json!({"endpointSelector": {}, "egress": [{"toEntities": ["all"], "toPorts": http}]}),
+    );
+    stage.api.set("ciliumnetworkpolicies", [policy]);
+    stage.start(&Options::default());
+    stage.wait_until_ready();
+    stage.connect();
+    wait_for(&mut stage, "nothing gets out", [false; 3]);
+    stage.wait("its status and an event say why", |stage| {
+        let status = stage.api.status("ciliumnetworkpolicies", "n/get");
+        let valid = &status["conditions"][0];
+        let tells = |words: &str| words.contains("http");
+        let mut events = stage.api.events().into_iter();
+        valid["type"] == "Valid"
+            && valid["status"] == "False"
+            && valid["message"].as_str().is_some_and(tells)
+            && events.any(|(reason, about, words)| {
+                reason == "InvalidPolicy" && about == "get" && tells(&words)
+            })
+    });
 }
 
 #[test]
