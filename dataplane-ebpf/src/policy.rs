@@ -8,9 +8,9 @@ use xebec_dataplane_common::flow::{REASON_POLICY, REASON_RULE};
 use xebec_dataplane_common::ip::Ip;
 use xebec_dataplane_common::policy::{
     ALLOW, CHAINS_NUMBER, Chain, Chains, CidrKey, DENY, Decision, IDENTITY_HELD, IDENTITY_WORLD,
-    Known, NO_SHAPE, RuleKey, SET_DENIES, SET_FIRST, SHAPE_CLASS, SHAPE_IDENTITY, SHAPE_PORT,
-    SHAPE_PROTOCOL, SHAPES, Set, Standing, TIERS, UNDER_EGRESS, UNDER_INGRESS, VERDICT_ACTION,
-    port_bits,
+    Known, NO_SHAPE, RuleKey, SEATS, SET_ALLOWS, SET_DENIES, SET_FIRST, SHAPE_CLASS,
+    SHAPE_IDENTITY, SHAPE_PORT, SHAPE_PROTOCOL, SHAPES, Set, Standing, UNDER_EGRESS, UNDER_INGRESS,
+    VERDICT_ACTION, WIDE, port_bits,
 };
 use xebec_dataplane_common::{ICMP, ICMP6};
 
@@ -61,8 +61,12 @@ pub struct Question {
     chain: Chain,
     /// The set that is asked now.
     set: u32,
-    /// What it decided, if its `rule` is not 0.
+    /// What was decided in its tier, if its `rule` is not 0.
     best: Decision,
+    /// Which set of the tier did, or else the first one that denies what none decides, or the first one; 0 before any.
+    judged: u32,
+    /// Flags of the tier's sets.
+    tier: u32,
     /// The peer's address.
     pub peer: Ip,
     /// The peer's identity; [`UNASKED`] until it is looked up.
@@ -76,6 +80,19 @@ pub struct Question {
     /// Shapes and flags of a set that has many.
     shapes: [u8; SHAPES],
     flags: u32,
+}
+
+impl Question {
+    /// Nothing was decided yet.
+    #[inline(always)]
+    fn begin_tier(&mut self) {
+        self.best = Decision {
+            verdict: u32::MAX,
+            rule: 0,
+        };
+        self.judged = 0;
+        self.tier = 0;
+    }
 }
 
 /// The identity of an address.
@@ -189,7 +206,7 @@ fn decide(all: &mut Scratch) -> u32 {
     }
     settle();
     let reason = xebec_walk();
-    if reason != 0 || audit[0] | audit[1] | audit[2] == 0 {
+    if reason != 0 || audit[0] | audit[1] | audit[2] | audit[3] == 0 {
         return reason;
     }
     let (set, rule) = (all.told.set, all.told.rule);
@@ -205,7 +222,7 @@ fn decide(all: &mut Scratch) -> u32 {
     0
 }
 
-/// Asks the sets of a chain, one after the other, until one decides: 0, or why it is dropped.
+/// Asks the sets of a chain, tier after tier, until one decides: 0, or why it is dropped.
 #[unsafe(no_mangle)]
 #[inline(never)]
 extern "C" fn xebec_walk() -> u32 {
@@ -214,25 +231,33 @@ extern "C" fn xebec_walk() -> u32 {
     };
     // What would have been dropped before is told of, and not what let this through.
     let told = all.told.audit != 0;
-    for tier in 0..TIERS {
-        let set = all.question.chain[tier];
-        if set == 0 {
+    all.question.begin_tier();
+    for seat in 0..SEATS {
+        let set = all.question.chain[seat];
+        if set != 0 {
+            all.question.set = set;
+            all.question.class = UNASKED;
+            let before = all.question.best.verdict;
+            settle();
+            let flags = xebec_ask_set();
+            settle();
+            let question = &mut all.question;
+            let denies = flags & !question.tier & SET_DENIES != 0 && question.best.rule == 0;
+            if question.best.verdict < before || denies || question.judged == 0 {
+                question.judged = set;
+            }
+            question.tier |= flags;
+            settle();
+        }
+        if seat == WIDE || all.question.judged == 0 {
             continue;
         }
-        all.question.set = set;
-        all.question.class = UNASKED;
-        all.question.best = Decision {
-            verdict: u32::MAX,
-            rule: 0,
-        };
-        settle();
-        let flags = xebec_ask_set();
-        settle();
         let best = all.question.best;
         let denied = if all.question.identity == IDENTITY_HELD {
             REASON_POLICY
         } else if best.rule == 0 {
-            if flags & SET_DENIES == 0 {
+            if all.question.tier & SET_DENIES == 0 {
+                all.question.begin_tier();
                 continue;
             }
             REASON_POLICY
@@ -240,11 +265,14 @@ extern "C" fn xebec_walk() -> u32 {
             match best.verdict & VERDICT_ACTION {
                 ALLOW => 0,
                 DENY => REASON_RULE,
-                _ => continue,
+                _ => {
+                    all.question.begin_tier();
+                    continue;
+                }
             }
         };
         if !told || denied != 0 {
-            all.told.set = set;
+            all.told.set = all.question.judged;
             all.told.rule = best.rule;
         }
         return u32::from(denied);
@@ -259,13 +287,19 @@ extern "C" fn xebec_ask_set() -> u32 {
     let Some(all) = scratch() else {
         return SET_DENIES;
     };
-    let Some(set) = look_up::<_, Set, _>(&SETS, &all.question.set) else {
+    // One that gets entries of a new shape is put elsewhere: who passes in between may find neither, and it the next time.
+    let set = look_up::<_, Set, _>(&SETS, &all.question.set)
+        .or_else(|| look_up::<_, Set, _>(&SETS, &all.question.set));
+    let Some(set) = set else {
         return SET_DENIES;
     };
-    // SAFETY: entries stay readable until the program ends; sets are never changed, only replaced by new ones under
-    // another number.
+    // SAFETY: entries stay readable until the program ends, and a set's number is given to no other while that can be.
     let set = unsafe { &*set };
     let flags = set.flags;
+    // Only what is stronger than an entry of the other set would matter.
+    if flags & SET_ALLOWS != 0 && all.question.best.rule != 0 {
+        return flags;
+    }
     for shape in &set.shapes[..FEW] {
         let shape = *shape;
         if shape == NO_SHAPE {

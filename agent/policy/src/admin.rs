@@ -231,7 +231,7 @@ fn pods(value: &Value) -> Result<Selector, String> {
             all
         }
     };
-    Ok(Selector(all.into_iter().collect()))
+    Ok(all.into_iter().collect())
 }
 
 fn peer(value: &Value, direction: Direction, action: Action) -> Result<Vec<Peer>, String> {
@@ -243,7 +243,7 @@ fn peer(value: &Value, direction: Direction, action: Action) -> Result<Vec<Peer>
         "nodes" => {
             let all = selector(&value["nodes"], |key| Key::Label(key.to_owned()))
                 .map_err(|error| format!("nodes: {error}"))?;
-            let nodes = Arc::new(Selector(all.into_iter().collect()));
+            let nodes = Arc::new(all.into_iter().collect());
             Ok(vec![Peer::Place(Place::Nodes(nodes))])
         }
         "networks" => {

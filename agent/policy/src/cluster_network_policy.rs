@@ -259,7 +259,7 @@ mod tests {
             let left = all[0].rules.iter();
             let left: Vec<_> = left.map(|rule| (rule.index, rule.action)).collect();
             assert_eq!(left, [(1, Action::Deny), (2, Action::Deny)]);
-            assert!(all[0].subject.0.is_empty());
+            assert!(all[0].subject.requirements().is_empty());
         }
         let (all, errors) = read(&json!({"metadata": {"name": "p"}}));
         assert_eq!(all[0].rules.len(), 2);

@@ -6,9 +6,9 @@ use std::net::IpAddr;
 use hashbrown::HashMap;
 use ipnet::IpNet;
 use xebec_dataplane_common::policy::{
-    ALLOW, DENY, Decision, IDENTITY_WORLD, NO_SHAPE, PASS, RuleKey, SET_DENIES, SET_FIRST,
-    SHAPE_CLASS, SHAPE_IDENTITY, SHAPE_PORT, SHAPE_PROTOCOL, SHAPES, Set, VERDICT_ACTION,
-    port_bits,
+    ALLOW, DENY, Decision, IDENTITY_WORLD, NO_SHAPE, PASS, RuleKey, SET_ALLOWS, SET_DENIES,
+    SET_FIRST, SHAPE_CLASS, SHAPE_IDENTITY, SHAPE_PORT, SHAPE_PROTOCOL, SHAPES, Set,
+    VERDICT_ACTION, port_bits,
 };
 
 use crate::blocks::classes;
@@ -183,7 +183,14 @@ impl Content {
         let alike = parts
             .iter()
             .all(|part| Some(part.decision().verdict) == verdict);
-        content.flags = if denies { SET_DENIES } else { 0 } | if alike { SET_FIRST } else { 0 };
+        let allows = parts.iter().all(|part| part.rule.action == Action::Allow);
+        for (flag, has) in [
+            (SET_DENIES, denies),
+            (SET_FIRST, alike),
+            (SET_ALLOWS, alike && allows),
+        ] {
+            content.flags |= if has { flag } else { 0 };
+        }
         content
     }
 

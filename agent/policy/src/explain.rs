@@ -8,10 +8,10 @@ use std::sync::Arc;
 use anyhow::{Result, bail};
 use serde::Serialize;
 use xebec_dataplane_common::policy::{
-    ALLOW, DENY, IDENTITY_HOST, IDENTITY_REMOTE_NODE, IDENTITY_WORLD, VERDICT_ACTION,
+    ALLOW, DENY, Decision, IDENTITY_HOST, IDENTITY_REMOTE_NODE, IDENTITY_WORLD, VERDICT_ACTION,
 };
 
-use crate::content::{Content, Part, Question, pieces};
+use crate::content::{Content, Question, pieces};
 use crate::domains;
 use crate::engine::{Engine, set_key};
 use crate::kernel::PolicyKernel;
@@ -335,66 +335,55 @@ impl<K: PolicyKernel> Engine<K> {
     ) -> Side {
         let mut side = Side::default();
         for tier in Tier::ALL {
-            let policies = self.policies.chosen(numbers, tier, direction, audit);
-            if policies.is_empty() {
-                continue;
-            }
-            let key = set_key(&policies, kind, tier, direction);
-            let number = self.sets.find(&key);
-            let made;
-            let there = match number.and_then(|number| self.sets.get(number)) {
-                Some(there) => there,
-                None => {
-                    made = Made::new(
-                        key,
-                        policies,
-                        kind,
-                        &self.selectors,
-                        &self.kinds,
-                        &self.places,
-                    );
-                    &made
+            let mut sets: Vec<Judge<'_>> = Vec::new();
+            for seat in tier.seats() {
+                let policies = self.policies.chosen(numbers, seat, direction, audit);
+                if !policies.is_empty() {
+                    sets.push(self.set_of(policies, kind, tier, direction));
                 }
-            };
-            let parts = there.parts();
-            let decision = there.content.decide(question);
-            let rule = decision.and_then(|decision| rule_of(&there.policies, decision.rule));
-            let action = decision.map(|decision| decision.verdict & VERDICT_ACTION);
-            let (said, verdict) = match (action, &rule) {
-                (Some(ALLOW), Some(rule)) => (format!("{rule} allows it"), Some(true)),
-                (Some(DENY), Some(rule)) => (format!("{rule} denies it"), Some(false)),
-                (Some(_), Some(rule)) => (format!("{rule} leaves it to the next tier"), None),
-                _ if there.content.denies() => (
-                    "no rule allows it, and what none allows is denied".to_owned(),
-                    Some(false),
-                ),
-                _ => ("no rule is about it".to_owned(), None),
-            };
-            side.asked.push(Step {
-                tier: format!("{tier:?}"),
-                set: number,
-                policies: there
-                    .policies
-                    .iter()
-                    .map(|row| row.policy.id.to_string())
-                    .collect(),
-                said: said.clone(),
-            });
-            if let Some(allowed) = verdict {
-                side.allowed = allowed;
-                side.why = said;
-                if !allowed {
-                    side.remedies = match &rule {
-                        Some(rule) => vec![format!(
-                            "{rule} denies it: change that rule, or have one of higher precedence allow it"
-                        )],
-                        None => self.remedies(&parts, there, question, destination, peer),
-                    };
-                }
-                side.rule = rule.as_ref().map(ToString::to_string);
-                side.decided_by = rule;
-                return side;
             }
+            let mut best = None::<(Decision, &Judge<'_>)>;
+            for there in &sets {
+                let decision = there.content.decide(question);
+                let policies = there.policies.iter();
+                side.asked.push(Step {
+                    tier: format!("{tier:?}"),
+                    set: there.number(),
+                    policies: policies.map(|row| row.policy.id.to_string()).collect(),
+                    said: said(decision, there),
+                });
+                if let Some(decision) = decision {
+                    // Of two that are as strong, the first decides.
+                    if best.is_none_or(|(before, _)| decision.verdict < before.verdict) {
+                        best = Some((decision, there));
+                    }
+                }
+            }
+            let isolating = sets.iter().find(|there| there.content.denies());
+            let allowed = match (best, isolating) {
+                (Some((decision, _)), _) => match decision.verdict & VERDICT_ACTION {
+                    ALLOW => true,
+                    DENY => false,
+                    _ => continue,
+                },
+                (None, Some(_)) => false,
+                (None, None) => continue,
+            };
+            let by = best.map(|(_, there)| there).or(isolating);
+            let rule = best.and_then(|(decision, there)| rule_of(&there.policies, decision.rule));
+            side.allowed = allowed;
+            side.why = by.map_or_else(String::new, |there| said(best.map(|(best, _)| best), there));
+            if !allowed {
+                side.remedies = match &rule {
+                    Some(rule) => vec![format!(
+                        "{rule} denies it: change that rule, or have one of higher precedence allow it"
+                    )],
+                    None => self.remedies(&sets, question, destination, peer),
+                };
+            }
+            side.rule = rule.as_ref().map(ToString::to_string);
+            side.decided_by = rule;
+            return side;
         }
         side.allowed = true;
         side.why = if side.asked.is_empty() {
@@ -408,22 +397,41 @@ impl<K: PolicyKernel> Engine<K> {
         side
     }
 
+    /// The set of these policies: the one that is in the kernel with its number, or one as it would be.
+    fn set_of(
+        &self,
+        policies: Vec<Arc<Row>>,
+        kind: &Kind,
+        tier: Tier,
+        direction: Direction,
+    ) -> Judge<'_> {
+        let key = set_key(&policies, kind, tier, direction);
+        let number = self.sets.find(&key);
+        match number.and_then(|number| Some((number, self.sets.get(number)?))) {
+            Some((number, there)) => Judge::Kernel(number, there),
+            None => {
+                let (kinds, places) = (&self.kinds, &self.places);
+                let made = Made::new(key, policies, kind, &self.selectors, kinds, places);
+                Judge::Nobody(Box::new(made))
+            }
+        }
+    }
+
     /// What would have to be added, the nearest first.
     fn remedies(
         &self,
-        parts: &[Part<'_>],
-        made: &Made,
+        sets: &[Judge<'_>],
         question: Question,
         destination: Option<&Kind>,
         peer: &Found<'_>,
     ) -> Vec<String> {
         let port = port_words(question.protocol, question.port);
         let mut near = Vec::new();
-        for part in parts
-            .iter()
-            .filter(|part| part.rule.action == Action::Allow)
-        {
-            let Some(rule) = rule_of(&made.policies, part.number) else {
+        let parts = sets.iter();
+        let parts =
+            parts.flat_map(|there| there.parts().into_iter().map(move |part| (there, part)));
+        for (there, part) in parts.filter(|(_, part)| part.rule.action == Action::Allow) {
+            let Some(rule) = rule_of(&there.policies, part.number) else {
                 continue;
             };
             let named = pieces(&part.rule.ports, destination);
@@ -445,7 +453,8 @@ impl<K: PolicyKernel> Engine<K> {
             }
         }
         if near.is_empty() {
-            let first = made.policies.first().map(|row| row.policy.id.to_string());
+            let mut rows = sets.iter().flat_map(|there| &there.policies);
+            let first = rows.next().map(|row| row.policy.id.to_string());
             near.push(format!(
                 "add a rule for {} with {port}, for example to {}",
                 peer.name,
@@ -486,6 +495,49 @@ fn question(peer: &Found<'_>, here: bool, asked: &Asked) -> Question {
         },
         protocol: asked.protocol,
         port: asked.port,
+    }
+}
+
+/// A set that is asked.
+enum Judge<'a> {
+    /// The one of this number, which the kernel has.
+    Kernel(u32, &'a Made),
+    /// As it would be: nobody of this node is under it.
+    Nobody(Box<Made>),
+}
+
+impl Judge<'_> {
+    fn number(&self) -> Option<u32> {
+        match self {
+            Self::Kernel(number, _) => Some(*number),
+            Self::Nobody(_) => None,
+        }
+    }
+}
+
+impl std::ops::Deref for Judge<'_> {
+    type Target = Made;
+
+    fn deref(&self) -> &Made {
+        match self {
+            Self::Kernel(_, made) => made,
+            Self::Nobody(made) => made,
+        }
+    }
+}
+
+/// What a set says by this decision.
+fn said(decision: Option<Decision>, made: &Made) -> String {
+    let rule = decision.and_then(|decision| rule_of(&made.policies, decision.rule));
+    let action = decision.map(|decision| decision.verdict & VERDICT_ACTION);
+    match (action, &rule) {
+        (Some(ALLOW), Some(rule)) => format!("{rule} allows it"),
+        (Some(DENY), Some(rule)) => format!("{rule} denies it"),
+        (Some(_), Some(rule)) => format!("{rule} leaves it to the next tier"),
+        _ if made.content.denies() => {
+            "no rule allows it, and what none allows is denied".to_owned()
+        }
+        _ => "no rule is about it".to_owned(),
     }
 }
 

@@ -56,7 +56,7 @@ pub fn read(policy: &NetworkPolicy) -> (Policy, Vec<String>) {
         id,
         tier: Tier::Network,
         priority: 0,
-        subject: Arc::new(Selector(subject)),
+        subject: Arc::new(Selector::from_iter(subject)),
         for_nodes: false,
         isolates: Direction::ALL.map(|direction| isolates(&spec, direction)),
         audit: audit.is_some_and(|all| all.get(AUDIT).is_some_and(|value| value == "true")),
@@ -159,7 +159,7 @@ fn peer(peer: &NetworkPolicyPeer, own: &str) -> Result<Peer, String> {
         (None, true) => {
             let Some(namespaces) = &peer.namespace_selector else {
                 let all = selector(peer.pod_selector.as_ref(), own)?;
-                return Ok(Peer::Pods(Arc::new(Selector(all))));
+                return Ok(Peer::Pods(Arc::new(Selector::from_iter(all))));
             };
             let mut all: BTreeSet<(Key, Test)> =
                 requirements(namespaces, |key| Key::NamespaceLabel(key.to_owned()))?
@@ -168,7 +168,7 @@ fn peer(peer: &NetworkPolicyPeer, own: &str) -> Result<Peer, String> {
             if let Some(pods) = &peer.pod_selector {
                 all.extend(requirements(pods, |key| Key::Label(key.to_owned()))?);
             }
-            Ok(Peer::Pods(Arc::new(Selector(all))))
+            Ok(Peer::Pods(Arc::new(Selector::from_iter(all))))
         }
     }
 }

@@ -253,7 +253,7 @@ mod tests {
         let of = |value: &str| {
             let values = BTreeSet::from([value.to_owned()]);
             let asked = (Key::Label("zone".to_owned()), Test::In(values));
-            Place::Nodes(Arc::new(Selector([asked].into())))
+            Place::Nodes(Arc::new(Selector::from_iter([asked])))
         };
         let mut places = Places::default();
         places.use_in(&of("a"), 7);

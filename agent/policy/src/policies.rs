@@ -7,7 +7,7 @@ use hashbrown::HashMap;
 
 use crate::kind::{Kind, Relevant};
 use crate::names::Names;
-use crate::rule::{Direction, Place, Policy, PolicyRef, Ports, RuleId, Tier};
+use crate::rule::{Direction, Place, Policy, PolicyRef, Ports, RuleId, Seat};
 use crate::selector::Labels;
 
 /// A version of a policy.
@@ -19,6 +19,8 @@ pub struct Row {
     pub policy: Policy,
     /// Numbers of its rules.
     pub rules: Vec<u32>,
+    /// Where its sets are.
+    pub seat: Seat,
 }
 
 impl Row {
@@ -145,6 +147,7 @@ impl Policies {
         }
         let row = Arc::new(Row {
             number,
+            seat: Seat::of(&policy),
             policy,
             rules,
         });
@@ -216,30 +219,27 @@ impl Policies {
         .collect()
     }
 
-    /// Of these, the ones that have a say in a tier and direction, in the order in which they are asked.
+    /// Of these, the ones that have a say at a seat in a direction, in the order in which they are asked.
     pub fn chosen(
         &self,
         numbers: &BTreeSet<u32>,
-        tier: Tier,
+        seat: Seat,
         direction: Direction,
         audit: bool,
     ) -> Vec<Arc<Row>> {
-        let mut rows: Vec<Arc<Row>> = numbers
+        let mut rows: Vec<&Arc<Row>> = numbers
             .iter()
             .filter_map(|number| self.rows.get(number))
             .filter(|row| {
-                row.policy.tier == tier
-                    && row.policy.judges(direction)
-                    && (audit || !row.policy.audit)
+                row.seat == seat && row.policy.judges(direction) && (audit || !row.policy.audit)
             })
-            .cloned()
             .collect();
         // Of one priority, the API leaves open who comes first: here it is by name.
-        let place = |row: &Row| {
-            let id = row.policy.id.clone();
-            (row.policy.priority, id.name.clone(), id, row.number)
-        };
-        rows.sort_by_cached_key(|row| place(row));
-        rows
+        fn place(row: &Row) -> impl Ord {
+            let id = &row.policy.id;
+            (row.policy.priority, &id.name, id, row.number)
+        }
+        rows.sort_unstable_by(|a, b| place(a).cmp(&place(b)));
+        rows.into_iter().cloned().collect()
     }
 }

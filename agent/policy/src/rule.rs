@@ -4,6 +4,7 @@ use std::fmt;
 use std::sync::Arc;
 
 use ipnet::IpNet;
+use xebec_dataplane_common::policy::{SEATS, WIDE};
 
 use crate::domains::Pattern;
 use crate::selector::Selector;
@@ -52,6 +53,60 @@ pub enum Tier {
 impl Tier {
     /// All, in their order.
     pub const ALL: [Self; 3] = [Self::Admin, Self::Network, Self::Baseline];
+
+    /// Where its sets are in a chain.
+    pub fn seats(self) -> impl Iterator<Item = Seat> {
+        let all = Seat::ALL.into_iter();
+        all.filter(move |seat| seat.tier() == self)
+    }
+}
+
+/// Where in a chain the set of a policy is ([`Chain`](xebec_dataplane_common::policy::Chain)).
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Seat {
+    /// That of the first tier.
+    Admin,
+    /// Of the second tier, with policies that are for pods whatever their labels: many kinds of pods have it in common,
+    /// so that a change of one of them has few sets made anew.
+    Wide,
+    /// Of the second tier, with the others.
+    Network,
+    /// That of the last tier.
+    Baseline,
+}
+
+impl Seat {
+    /// All, in their order.
+    pub const ALL: [Self; SEATS] = [Self::Admin, Self::Wide, Self::Network, Self::Baseline];
+
+    /// The tier that its set decides in.
+    pub fn tier(self) -> Tier {
+        match self {
+            Self::Admin => Tier::Admin,
+            Self::Wide | Self::Network => Tier::Network,
+            Self::Baseline => Tier::Baseline,
+        }
+    }
+
+    /// That of a policy.
+    pub fn of(policy: &Policy) -> Self {
+        match policy.tier {
+            Tier::Admin => Self::Admin,
+            Tier::Network if policy.subject.looks_at_namespaces_alone() => Self::Wide,
+            Tier::Network => Self::Network,
+            Tier::Baseline => Self::Baseline,
+        }
+    }
+
+    /// The place in the chain.
+    pub fn place(self) -> usize {
+        match self {
+            Self::Admin => 0,
+            Self::Wide => WIDE,
+            Self::Network => WIDE + 1,
+            Self::Baseline => SEATS - 1,
+        }
+    }
 }
 
 /// What a rule does with what it matches.

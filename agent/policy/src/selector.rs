@@ -1,6 +1,8 @@
 //! Selectors of pods: by labels, by their namespace and its labels.
 
+use std::cmp::Ordering;
 use std::collections::{BTreeMap, BTreeSet};
+use std::hash::{DefaultHasher, Hash, Hasher};
 
 use k8s_openapi::apimachinery::pkg::apis::meta::v1::LabelSelector;
 
@@ -35,9 +37,56 @@ pub enum Test {
     DoesNotExist,
 }
 
-/// All of these must hold; none selects every pod.
-#[derive(Clone, Debug, Default, PartialEq, Eq, Hash, PartialOrd, Ord)]
-pub struct Selector(pub BTreeSet<(Key, Test)>);
+/// All of these must hold; none selects every pod. Tables of selectors are asked all the time, so one knows its hash.
+#[derive(Clone, Debug)]
+pub struct Selector {
+    all: BTreeSet<(Key, Test)>,
+    hash: u64,
+}
+
+impl FromIterator<(Key, Test)> for Selector {
+    fn from_iter<T: IntoIterator<Item = (Key, Test)>>(all: T) -> Self {
+        let all: BTreeSet<(Key, Test)> = all.into_iter().collect();
+        let mut hasher = DefaultHasher::new();
+        all.hash(&mut hasher);
+        Self {
+            hash: hasher.finish(),
+            all,
+        }
+    }
+}
+
+impl Default for Selector {
+    fn default() -> Self {
+        std::iter::empty().collect()
+    }
+}
+
+impl PartialEq for Selector {
+    fn eq(&self, other: &Self) -> bool {
+        self.hash == other.hash && self.all == other.all
+    }
+}
+
+impl Eq for Selector {}
+
+impl Hash for Selector {
+    fn hash<H: Hasher>(&self, state: &mut H) {
+        state.write_u64(self.hash);
+    }
+}
+
+impl PartialOrd for Selector {
+    fn partial_cmp(&self, other: &Self) -> Option<Ordering> {
+        Some(self.cmp(other))
+    }
+}
+
+impl Ord for Selector {
+    fn cmp(&self, other: &Self) -> Ordering {
+        self.all.cmp(&other.all)
+    }
+}
 
 /// Reads a label selector; `key` tells whose labels they are.
 pub fn requirements(
@@ -91,9 +140,14 @@ impl Test {
 }
 
 impl Selector {
+    /// What must hold.
+    pub fn requirements(&self) -> &BTreeSet<(Key, Test)> {
+        &self.all
+    }
+
     /// Whether it selects pods of this kind; `namespace` has the labels of their namespace, if it is known.
     pub fn selects(&self, kind: &Kind, namespace: Option<&Labels>) -> bool {
-        self.0.iter().all(|(key, test)| match key {
+        self.all.iter().all(|(key, test)| match key {
             Key::Label(key) => test.passes(kind.labels.get(key).map(String::as_str)),
             Key::Namespace => test.passes(Some(&kind.namespace)),
             Key::ServiceAccount => test.passes(Some(&kind.service_account)),
@@ -106,7 +160,7 @@ impl Selector {
 
     /// Whether it selects what has these labels and is no pod.
     pub fn selects_labels(&self, labels: &Labels) -> bool {
-        self.0.iter().all(|(key, test)| match key {
+        self.all.iter().all(|(key, test)| match key {
             Key::Label(key) => test.passes(labels.get(key).map(String::as_str)),
             _ => test.passes(None),
         })
@@ -114,7 +168,7 @@ impl Selector {
 
     /// The only namespace that it selects pods of, if it names one.
     pub fn namespace(&self) -> Option<&str> {
-        self.0.iter().find_map(|(key, test)| match (key, test) {
+        self.all.iter().find_map(|(key, test)| match (key, test) {
             (Key::Namespace, Test::In(names)) if names.len() == 1 => {
                 names.first().map(String::as_str)
             }
@@ -124,13 +178,19 @@ impl Selector {
 
     /// Whether it looks at labels of namespaces.
     pub fn looks_at_namespaces(&self) -> bool {
-        let mut keys = self.0.iter();
+        let mut keys = self.all.iter();
         keys.any(|(key, _)| matches!(key, Key::NamespaceLabel(_)))
+    }
+
+    /// Whether it looks at nothing but namespaces.
+    pub fn looks_at_namespaces_alone(&self) -> bool {
+        let mut keys = self.all.iter();
+        keys.all(|(key, _)| matches!(key, Key::Namespace | Key::NamespaceLabel(_)))
     }
 
     /// The labels of pods that it looks at.
     pub fn labels(&self) -> impl Iterator<Item = &str> {
-        self.0.iter().filter_map(|(key, _)| match key {
+        self.all.iter().filter_map(|(key, _)| match key {
             Key::Label(key) => Some(key.as_str()),
             _ => None,
         })
@@ -145,7 +205,7 @@ mod tests {
     fn selector(value: serde_json::Value) -> Result<Selector, String> {
         let selector = serde_json::from_value(value).unwrap();
         let all = requirements(&selector, |key| Key::Label(key.to_owned()))?;
-        Ok(Selector(all.into_iter().collect()))
+        Ok(all.into_iter().collect())
     }
 
     #[test]
@@ -180,10 +240,8 @@ mod tests {
 
     #[test]
     fn of_a_namespace_that_is_not_known_nothing_is_selected_by_labels() {
-        let absent = Selector(BTreeSet::from([(
-            Key::NamespaceLabel("team".to_owned()),
-            Test::DoesNotExist,
-        )]));
+        let key = Key::NamespaceLabel("team".to_owned());
+        let absent = Selector::from_iter([(key, Test::DoesNotExist)]);
         assert!(!absent.selects(&Kind::default(), None));
         assert!(absent.selects(&Kind::default(), Some(&Labels::new())));
     }

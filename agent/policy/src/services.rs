@@ -5,7 +5,7 @@ use std::net::IpAddr;
 use std::sync::Arc;
 
 use crate::rule::{Block, Name, Peer, ServicePeer, Which};
-use crate::selector::{Key, Labels, Selector, Test};
+use crate::selector::{Key, Labels, Test};
 
 /// What of a Service rules look at.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
@@ -93,5 +93,5 @@ fn pods(namespace: &str, labels: &Labels) -> Peer {
     let labels = labels.iter();
     let labels = labels.map(|(key, value)| (Key::Label(key.clone()), one(value)));
     let asked = labels.chain([(Key::Namespace, one(namespace))]);
-    Peer::Pods(Arc::new(Selector(asked.collect())))
+    Peer::Pods(Arc::new(asked.collect()))
 }

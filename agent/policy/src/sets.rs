@@ -318,6 +318,13 @@ impl Sets {
         Ok(number)
     }
 
+    /// One more user of a set that has one.
+    pub fn share(&mut self, number: u32) {
+        if let Some(installed) = self.by_number.get_mut(&number) {
+            installed.users += 1;
+        }
+    }
+
     /// One user less. What nobody uses goes with the next [`sweep`](Self::sweep).
     pub fn release(&mut self, selectors: &mut Selectors, places: &mut Places, number: u32) {
         let Some(installed) = self.by_number.get_mut(&number) else {

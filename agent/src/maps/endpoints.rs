@@ -237,8 +237,8 @@ mod tests {
 
     fn chains(ingress: u32, egress: u32) -> Chains {
         Chains {
-            ingress: [0, ingress, 0],
-            egress: [0, egress, 0],
+            ingress: [0, 0, ingress, 0],
+            egress: [0, 0, egress, 0],
             ..Chains::default()
         }
     }

@@ -36,6 +36,9 @@ const EXPIRY: Duration = Duration::from_secs(10);
 /// How many changes wait for the engine, and are taken together.
 const AT_ONCE: usize = 1024;
 
+/// How many sets that nobody needs any more are removed at a time.
+const SWEPT: usize = 2;
+
 /// The addresses of this node's devices, once they are known.
 pub type Local = Option<Vec<IpAddr>>;
 
@@ -266,8 +269,12 @@ async fn sweep<K: PolicyKernel>(engine: &Shared<K>, retired: &Notify) {
         if let Err(error) = tokio::task::spawn_blocking(grace).await {
             warn!(%error, "waiting for programs to end failed");
         }
-        if let Err(error) = engine.lock().await.sweep(&sets) {
-            warn!(error = format!("{error:#}"), "sets of rules stay unused");
+        // Changes come first.
+        for some in sets.chunks(SWEPT) {
+            if let Err(error) = engine.lock().await.sweep(some) {
+                warn!(error = format!("{error:#}"), "sets of rules stay unused");
+            }
+            tokio::task::yield_now().await;
         }
     }
 }

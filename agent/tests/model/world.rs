@@ -166,8 +166,8 @@ impl World {
             mac: POD_MAC,
             learns: false,
             chains: Chains {
-                ingress: [0, pod.ingress, 0],
-                egress: [pod.egress, 0, 0],
+                ingress: [0, pod.ingress, 0, 0],
+                egress: [pod.egress, 0, 0, 0],
                 ..Chains::default()
             },
         };

@@ -294,8 +294,8 @@ impl Kernel {
                     mac: POD_MAC,
                     learns: self.learns && index == 0,
                     chains: Chains {
-                        ingress: [sets[0], 0, 0],
-                        egress: [0, sets[1], 0],
+                        ingress: [sets[0], 0, 0, 0],
+                        egress: [0, 0, 0, sets[1]],
                         ..Chains::default()
                     },
                 };
@@ -389,7 +389,7 @@ impl Kernel {
         ] {
             if port.is_some() {
                 self.set(number, 6, port);
-                *chain = [0, number, 0];
+                *chain = [0, 0, number, 0];
             }
         }
         self.policy().set_host(chains).unwrap();

@@ -241,13 +241,13 @@ fn a_pod_whose_sets_change_is_always_known() {
     let endpoint = kernel.policy().endpoint(pod(f)).unwrap().unwrap();
     // Its rules change each time, and mean the same.
     let mut both = [endpoint; 2];
-    both[0].chains.egress = [11, 0, 0];
-    both[1].chains.egress = [11, 0, 0];
+    both[0].chains.egress = [11, 0, 0, 0];
+    both[1].chains.egress = [11, 0, 0, 0];
     both[1].chains.ingress[1] = 9;
     // Theirs is a set that lets nothing through.
     let other = Endpoint {
         chains: Chains {
-            egress: [0, 9, 0],
+            egress: [0, 9, 0, 0],
             ..Chains::default()
         },
         ..endpoint

@@ -1,12 +1,13 @@
-//! Verdicts that are remembered: asked twice, the same is said, and nothing of it once anything changes.
+//! Verdicts of the sets of a chain; and those that are remembered: asked twice, the same is said, and nothing of it once
+//! anything changes.
 
 use std::net::IpAddr;
 
 use bytemuck::Zeroable;
 use xebec_dataplane_common::flow::{AUDITED, DROPPED, FORWARDED};
 use xebec_dataplane_common::policy::{
-    ALLOW, Chains, Decision, NO_SHAPE, RuleKey, SET_DENIES, SHAPE_CLASS, SHAPE_IDENTITY,
-    SHAPE_PROTOCOL, SHAPES, Set,
+    ALLOW, Chains, DENY, Decision, NO_SHAPE, RuleKey, SET_ALLOWS, SET_DENIES, SET_FIRST,
+    SHAPE_CLASS, SHAPE_IDENTITY, SHAPE_PROTOCOL, SHAPES, Set,
 };
 use xebec_policy::kernel::PolicyKernel;
 
@@ -80,7 +81,7 @@ fn nothing_is_remembered_over_a_change() {
         let endpoint = kernel.policy().endpoint(pod(family)).unwrap().unwrap();
         let mut under = endpoint;
         under.chains = Chains {
-            egress: [0, SET, 0],
+            egress: [0, SET, 0, 0],
             ..Chains::zeroed()
         };
         let mut asking = Asking {
@@ -146,7 +147,7 @@ fn nothing_is_remembered_over_a_change() {
         asking.assert(DROPPED, 0);
         // What would be dropped is told as often.
         under.chains = Chains {
-            egress_audit: [0, SET, 0],
+            egress_audit: [0, SET, 0, 0],
             ..Chains::zeroed()
         };
         asking
@@ -162,5 +163,120 @@ fn nothing_is_remembered_over_a_change() {
             .set_endpoint(pod(family), endpoint)
             .unwrap();
         assert_eq!(asking.told(), (FORWARDED, 0, 0), "under no rules again");
+    }
+}
+
+/// What a set has for the question: nothing, or a rule that allows or denies.
+#[derive(Clone, Copy, Debug)]
+enum Has {
+    /// No entry, and what none decides is denied or left.
+    Nothing {
+        denies: bool,
+    },
+    Allows,
+    Denies,
+}
+
+const NOTHING: Has = Has::Nothing { denies: false };
+const ISOLATES: Has = Has::Nothing { denies: true };
+
+/// Writes a set whose rule has its number.
+fn write(kernel: &mut Kernel, number: u32, has: Has) {
+    let shape = SHAPE_PROTOCOL | 16;
+    // Of NetworkPolicies, a rule that denies is stronger than one that allows.
+    let (verdict, flags) = match has {
+        Has::Nothing { denies } => (None, if denies { SET_DENIES } else { 0 }),
+        Has::Allows => (Some(4 | ALLOW), SET_DENIES | SET_FIRST | SET_ALLOWS),
+        Has::Denies => (Some(DENY), SET_FIRST),
+    };
+    let mut key = entry(shape, 0, 0).0;
+    key.set = number;
+    kernel.policy().remove_rules(&[key]).unwrap();
+    if let Some(verdict) = verdict {
+        let decision = Decision {
+            verdict,
+            rule: number,
+        };
+        kernel.policy().set_rules(&[(key, decision)]).unwrap();
+    }
+    let all = match verdict {
+        Some(_) => set(&[shape]),
+        None => set(&[]),
+    };
+    kernel
+        .policy()
+        .set_set(number, Set { flags, ..all })
+        .unwrap();
+}
+
+#[test]
+fn two_sets_of_a_tier_decide_together() {
+    if left_out() {
+        return;
+    }
+    let (wide, narrow, last) = (31, 32, 33);
+    let mut kernel = Kernel::shared();
+    let endpoint = kernel.policy().endpoint(pod(FAMILIES[0])).unwrap().unwrap();
+    let mut asking = Asking {
+        kernel: &mut kernel,
+        family: FAMILIES[0],
+        port: 2_000,
+    };
+    for (first, second, behind, told) in [
+        (Has::Allows, ISOLATES, ISOLATES, (FORWARDED, wide, wide)),
+        (ISOLATES, Has::Allows, ISOLATES, (FORWARDED, narrow, narrow)),
+        (
+            Has::Allows,
+            Has::Allows,
+            Has::Denies,
+            (FORWARDED, wide, wide),
+        ),
+        (Has::Allows, Has::Denies, NOTHING, (DROPPED, narrow, narrow)),
+        (Has::Denies, Has::Allows, Has::Allows, (DROPPED, wide, wide)),
+        (Has::Denies, Has::Denies, Has::Allows, (DROPPED, wide, wide)),
+        (ISOLATES, NOTHING, Has::Allows, (DROPPED, wide, 0)),
+        (NOTHING, ISOLATES, Has::Allows, (DROPPED, narrow, 0)),
+        (
+            NOTHING,
+            Has::Allows,
+            Has::Denies,
+            (FORWARDED, narrow, narrow),
+        ),
+        (NOTHING, NOTHING, Has::Denies, (DROPPED, last, last)),
+        (NOTHING, NOTHING, Has::Allows, (FORWARDED, last, last)),
+        (NOTHING, NOTHING, ISOLATES, (DROPPED, last, 0)),
+        (NOTHING, NOTHING, NOTHING, (FORWARDED, 0, 0)),
+    ] {
+        for (number, has) in [(wide, first), (narrow, second), (last, behind)] {
+            write(asking.kernel, number, has);
+        }
+        let mut under = endpoint;
+        under.chains = Chains {
+            egress: [0, wide, narrow, last],
+            ..Chains::zeroed()
+        };
+        let policy = asking.kernel.policy();
+        policy.set_endpoint(pod(FAMILIES[0]), under).unwrap();
+        assert_eq!(asking.told(), told, "{first:?}, {second:?}, {behind:?}");
+        // Where a set says nothing, it is as if it were not there.
+        if matches!(first, Has::Nothing { denies: false }) {
+            under.chains.egress[1] = 0;
+            let policy = asking.kernel.policy();
+            policy.set_endpoint(pod(FAMILIES[0]), under).unwrap();
+            assert_eq!(
+                asking.told(),
+                told,
+                "without the first: {second:?}, {behind:?}"
+            );
+        }
+    }
+    asking
+        .kernel
+        .policy()
+        .set_endpoint(pod(FAMILIES[0]), endpoint)
+        .unwrap();
+    for number in [wide, narrow, last] {
+        write(asking.kernel, number, NOTHING);
+        asking.kernel.policy().remove_set(number).unwrap();
     }
 }

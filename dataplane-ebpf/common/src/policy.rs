@@ -4,11 +4,15 @@ use bytemuck::{Pod, Zeroable};
 
 use crate::ip::Ip;
 
-/// Into how many tiers policies are divided: those before NetworkPolicies, these, and those after.
-pub const TIERS: usize = 3;
+/// How many sets a chain has. Policies are divided into three tiers: those before NetworkPolicies, these, and those
+/// after. Each has a set, but NetworkPolicies two: [`WIDE`] and the next.
+pub const SEATS: usize = 4;
+/// Where the set of NetworkPolicies is that are for all pods of their namespaces, and which so many kinds of pods have in
+/// common. With the one behind it, it decides together.
+pub const WIDE: usize = 1;
 
-/// The sets that judge one direction, one a tier, in their order; 0 where a tier has nothing to say.
-pub type Chain = [u32; TIERS];
+/// The sets that judge one direction, in their order; 0 for none.
+pub type Chain = [u32; SEATS];
 
 /// A pod of this node, by its address (the key). An entry never changes: the kernel puts a changed one in another place
 /// of its hash map, and a packet that passes in between finds neither.
@@ -115,7 +119,7 @@ pub const SHAPES: usize = 4 * (17 + 1);
 pub struct Set {
     /// Shapes of its entries, the most specific first; [`NO_SHAPE`] ends them.
     pub shapes: [u8; SHAPES],
-    /// [`SET_DENIES`] and [`SET_FIRST`].
+    /// [`SET_DENIES`], [`SET_FIRST`] and [`SET_ALLOWS`].
     pub flags: u32,
 }
 
@@ -123,6 +127,8 @@ pub struct Set {
 pub const SET_DENIES: u32 = 1;
 /// All entries decide alike: the first one that is found will do.
 pub const SET_FIRST: u32 = 2;
+/// And they allow: where another set of the tier has allowed, nothing more is to be known.
+pub const SET_ALLOWS: u32 = 4;
 
 /// Ends the list of shapes.
 pub const NO_SHAPE: u8 = 0xff;
@@ -207,7 +213,7 @@ mod tests {
                 size_of::<CidrKey>(),
                 size_of::<Decision>()
             ],
-            [16, 8, 48, 20, 76, 12, 20, 8]
+            [16, 8, 64, 20, 76, 12, 20, 8]
         );
         assert_eq!(
             [
@@ -216,7 +222,7 @@ mod tests {
                 offset_of!(Chains, egress_audit),
                 offset_of!(Set, flags)
             ],
-            [8, 4, 36, 72]
+            [8, 4, 48, 72]
         );
         assert_eq!(
             [offset_of!(RuleKey, port), offset_of!(RuleKey, shape)],

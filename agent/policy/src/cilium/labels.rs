@@ -123,7 +123,7 @@ fn pods(asked: &[Asked]) -> Option<BTreeSet<(Key, Test)>> {
 /// All pods that a policy of a namespace, or of the cluster, may be for.
 pub(super) fn all(namespace: &str) -> Selector {
     let own = (!namespace.is_empty()).then(|| own(namespace));
-    Selector(own.into_iter().collect())
+    own.into_iter().collect()
 }
 
 /// A selector of what is no pod, whose labels have no source but Kubernetes.
@@ -136,7 +136,7 @@ pub(super) fn of_others(value: &Value) -> Result<Selector, String> {
         )),
         _ => Ok((Key::Label(one.key), one.test)),
     });
-    Ok(Selector(all.collect::<Result<_, _>>()?))
+    all.collect()
 }
 
 /// The pods that a policy is for; none where it can be for none.
@@ -151,8 +151,8 @@ pub(super) fn subject(value: &Value, namespace: &str) -> Result<Option<Selector>
         }
     }
     let pods = pods(&asked).map(|mut pods| {
-        pods.extend(all(namespace).0);
-        Selector(pods)
+        pods.extend(all(namespace).requirements().iter().cloned());
+        Selector::from_iter(pods)
     });
     Ok(pods)
 }
@@ -169,9 +169,9 @@ pub(super) fn peers(value: &Value, namespace: &str) -> Result<Vec<Peer>, String>
     let mut found = Vec::new();
     if let Some(mut pods) = pods(&asked) {
         if !anywhere {
-            pods.extend(all(namespace).0);
+            pods.extend(all(namespace).requirements().iter().cloned());
         }
-        found.push(Peer::Pods(Arc::new(Selector(pods))));
+        found.push(Peer::Pods(Arc::new(Selector::from_iter(pods))));
     }
     if anywhere {
         let passes = |name| asked.iter().all(|one| one.passes_reserved(name));

@@ -27,7 +27,7 @@ fn pods(all: &[(Key, &str)]) -> Peer {
     let all = all
         .iter()
         .map(|(key, value)| (key.clone(), Test::In([(*value).to_owned()].into())));
-    Peer::Pods(Arc::new(Selector(all.collect())))
+    Peer::Pods(Arc::new(all.collect()))
 }
 
 #[test]
@@ -54,7 +54,10 @@ fn specs_count_on() {
     );
     let isolates: Vec<_> = all.iter().map(|one| one.isolates).collect();
     assert_eq!(isolates, [[true, true], [true, false], [true, true]]);
-    assert!(all.iter().all(|one| one.audit && one.subject.0.is_empty()));
+    assert!(
+        all.iter()
+            .all(|one| one.audit && one.subject.requirements().is_empty())
+    );
     let begins: Vec<&str> = errors
         .iter()
         .filter_map(|one| one.split(": ").next())
@@ -482,7 +485,7 @@ fn where_it_is_not_known_for_whom_everybody_is_isolated() {
         object["spec"][field] = value;
         let (all, errors) = read(&object);
         assert!(errors[0].contains(words), "{errors:?}");
-        assert_eq!(all[0].subject.0.len(), 1);
+        assert_eq!(all[0].subject.requirements().len(), 1);
         assert_eq!(all[0].subject.namespace(), Some("shop"));
         assert_eq!(all[0].isolates, [true, false]);
         let left: Vec<_> = all[0].rules.iter().map(|rule| rule.list).collect();

@@ -13,7 +13,8 @@ use xebec_dataplane_common::policy::{self, Chain, IDENTITY_HELD, IDENTITY_HOST};
 use super::{Chains, Engine, Local, Problem, set_key};
 use crate::kernel::{Endpoint, PolicyKernel};
 use crate::kind::Kind;
-use crate::rule::{Direction, Name, PolicyRef, Tier};
+use crate::policies::Row;
+use crate::rule::{Direction, Name, PolicyRef, Seat, Tier};
 use crate::sets::{Full, View};
 
 /// As the kernel has them: what is enforced, and what would be, were nothing in audit mode.
@@ -166,30 +167,27 @@ impl<K: PolicyKernel> Engine<K> {
         };
         let numbers = local.policies.clone();
         let mut chains = [[Chain::default(); 2]; 2];
-        for audit in [false, true] {
-            for direction in Direction::ALL {
-                for tier in Tier::ALL {
-                    let policies = self.policies.chosen(&numbers, tier, direction, audit);
-                    let key = set_key(&policies, &kind, tier, direction);
-                    let view = View {
-                        kinds: &self.kinds,
-                        namespaces: &self.namespaces,
-                    };
-                    let set = self.sets.acquire(
-                        &mut self.kernel,
-                        &self.names,
-                        (&mut self.selectors, &mut self.places),
-                        view,
-                        (key, policies, &kind),
-                    );
-                    match set {
-                        Ok(set) => {
-                            chains[usize::from(audit)][direction.index()][tier as usize] = set;
-                        }
-                        Err(error) => {
-                            self.give_back(chains.as_flattened().as_flattened());
-                            return Err(error);
-                        }
+        for direction in Direction::ALL {
+            for seat in Seat::ALL {
+                let tier = seat.tier();
+                let (way, place) = (direction.index(), seat.place());
+                let whole = self.policies.chosen(&numbers, seat, direction, true);
+                let audited = whole.iter().any(|row| row.policy.audit);
+                let outcome = self.choose_set(whole, &kind, tier, direction);
+                let outcome = outcome.and_then(|set| {
+                    chains[1][way][place] = set;
+                    if !audited {
+                        self.sets.share(set);
+                        return Ok(set);
+                    }
+                    let enforced = self.policies.chosen(&numbers, seat, direction, false);
+                    self.choose_set(enforced, &kind, tier, direction)
+                });
+                match outcome {
+                    Ok(set) => chains[0][way][place] = set,
+                    Err(error) => {
+                        self.give_back(chains.as_flattened().as_flattened());
+                        return Err(error);
                     }
                 }
             }
@@ -204,6 +202,28 @@ impl<K: PolicyKernel> Engine<K> {
         }
         self.judge_anew = true;
         Ok(Some(before.unwrap_or_default()))
+    }
+
+    /// The set of these policies for a kind, which is written if it is new.
+    fn choose_set(
+        &mut self,
+        policies: Vec<Arc<Row>>,
+        kind: &Kind,
+        tier: Tier,
+        direction: Direction,
+    ) -> Result<u32> {
+        let key = set_key(&policies, kind, tier, direction);
+        let view = View {
+            kinds: &self.kinds,
+            namespaces: &self.namespaces,
+        };
+        self.sets.acquire(
+            &mut self.kernel,
+            &self.names,
+            (&mut self.selectors, &mut self.places),
+            view,
+            (key, policies, kind),
+        )
     }
 
     fn give_back(&mut self, sets: &[u32]) {

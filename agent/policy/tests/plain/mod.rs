@@ -199,12 +199,18 @@ pub struct Asked {
 impl Plain {
     /// Whether a chain lets it through, and by which rule.
     fn judge(&self, chain: Chain, asked: Asked) -> (bool, u32) {
-        for set in chain.into_iter().filter(|set| *set != 0) {
-            let value = self.sets[&set];
-            if asked.identity == IDENTITY_HELD {
+        let [first, wide, network, last] = chain;
+        for tier in [&[first][..], &[wide, network], &[last]] {
+            let sets: Vec<u32> = tier.iter().copied().filter(|set| *set != 0).collect();
+            if asked.identity == IDENTITY_HELD && !sets.is_empty() {
                 return (false, 0);
             }
-            match self.decide(set, &value, asked) {
+            let found = sets.iter();
+            let found = found.filter_map(|set| self.decide(*set, &self.sets[set], asked));
+            let denies = sets
+                .iter()
+                .any(|set| self.sets[set].flags & SET_DENIES != 0);
+            match found.min_by_key(|found| found.verdict) {
                 Some(found) if found.verdict & VERDICT_ACTION == ALLOW => {
                     return (true, found.rule);
                 }
@@ -212,7 +218,7 @@ impl Plain {
                     return (false, found.rule);
                 }
                 Some(_) => {}
-                None if value.flags & SET_DENIES != 0 => return (false, 0),
+                None if denies => return (false, 0),
                 None => {}
             }
         }

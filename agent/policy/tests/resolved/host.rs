@@ -4,7 +4,7 @@ use std::collections::BTreeSet;
 use std::net::IpAddr;
 
 use serde_json::{Value, json};
-use xebec_dataplane_common::policy::{Chains, IDENTITY_HOST, IDENTITY_REMOTE_NODE};
+use xebec_dataplane_common::policy::{Chains, IDENTITY_HOST, IDENTITY_REMOTE_NODE, SEATS};
 use xebec_policy::kind::Kind;
 use xebec_policy::rule::Source;
 use xebec_policy::selector::Labels;
@@ -84,8 +84,11 @@ fn policies_for_nodes_follow_labels_and_go_when_they_go() {
     assert_eq!(node.engine.host_row(), None);
     set_node(&mut node, "n1", "b", &["192.168.0.1"]);
     let guarded = host(&node);
-    assert_ne!(guarded.ingress, [0; 3]);
-    assert_eq!((guarded.egress, guarded.ingress_audit), ([0; 3], [0; 3]));
+    assert_ne!(guarded.ingress, [0; SEATS]);
+    assert_eq!(
+        (guarded.egress, guarded.ingress_audit),
+        ([0; SEATS], [0; SEATS])
+    );
     assert_eq!(node.engine.policy_rows()[0]["node"], true);
     let row = node.engine.host_row().unwrap();
     assert_eq!(
@@ -99,8 +102,8 @@ fn policies_for_nodes_follow_labels_and_go_when_they_go() {
     assert_eq!(host(&node), guarded);
     node.engine.set_object(source, &policy(true));
     node.engine.refresh().unwrap();
-    assert_eq!(host(&node).ingress, [0; 3]);
-    assert_ne!(host(&node).ingress_audit, [0; 3]);
+    assert_eq!(host(&node).ingress, [0; SEATS]);
+    assert_ne!(host(&node).ingress_audit, [0; SEATS]);
     node.engine.remove_object(&id);
     node.engine.refresh().unwrap();
     assert_eq!(host(&node), Chains::default());
