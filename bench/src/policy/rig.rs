@@ -6,7 +6,7 @@ use std::path::PathBuf;
 use std::time::Duration;
 
 use anyhow::{Context, Result, bail, ensure};
-use serde_json::Value;
+use serde_json::{Value, json};
 use xebec_tests::eventually;
 
 use super::list::{self, Policy};
@@ -81,14 +81,20 @@ impl Rig {
         })
     }
 
-    /// Opens one port of all pods and closes the other, by one write; that write, and what was seen of it.
-    pub fn switch(&mut self, open: usize) -> Result<(Written, Seen)> {
+    /// Opens one port of all pods and closes the other, by one write of a policy that is for all pods of the namespace or,
+    /// `by_label`, for those with a label that all have; that write, and what was seen of it.
+    pub fn switch(&mut self, open: usize, by_label: bool) -> Result<(Written, Seen)> {
         self.pods.tell(&pods::Order::Watch {
             open,
             seconds: 30.0,
         })?;
         self.pods.hear::<Value>()?;
-        let object = list::switch(pods::PORTS[open]).object();
+        let mut object = list::switch(pods::PORTS[open]).object();
+        if by_label {
+            object["spec"]["podSelector"] = json!({
+                "matchExpressions": [{"key": "app", "operator": "Exists"}],
+            });
+        }
         let written = self
             .stage
             .control
