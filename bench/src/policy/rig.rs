@@ -90,11 +90,9 @@ impl Rig {
         })?;
         self.pods.hear::<Value>()?;
         let mut object = list::switch(pods::PORTS[open]).object();
-        if by_label {
-            object["spec"]["podSelector"] = json!({
-                "matchExpressions": [{"key": "app", "operator": "Exists"}],
-            });
-        }
+        // It is merged into what was there.
+        let labelled = by_label.then(|| json!([{"key": "app", "operator": "Exists"}]));
+        object["spec"]["podSelector"] = json!({"matchExpressions": labelled});
         let written = self
             .stage
             .control
