@@ -250,28 +250,9 @@ impl<K: PolicyKernel> Engine<K> {
             |local| local.policies.clone(),
         );
         let audited_pod = self.pods.get(name).is_some_and(|row| row.view.audit);
-        let walk = |audit| {
-            self.walk(
-                (kind, &numbers),
-                direction,
-                audit,
-                question,
-                destination,
-                peer,
-            )
-        };
-        let (mut side, whole) = (walk(false), walk(true));
-        if audited_pod {
-            side = Side {
-                allowed: true,
-                why: "the pod is in audit mode".to_owned(),
-                ..Side::default()
-            };
-        }
-        if side.allowed && !whole.allowed {
-            side.audit = Some(format!("would be dropped: {}", whole.why));
-        }
-        side
+        let enforced = (!audited_pod).then_some(&numbers);
+        let numbers = (enforced, &numbers);
+        self.judge((kind, numbers), direction, question, destination, peer)
     }
 
     /// What a node's own rules say of the other end.
@@ -307,17 +288,30 @@ impl<K: PolicyKernel> Engine<K> {
             Direction::Egress => peer.pod.map(|(_, kind, ..)| &**kind),
         };
         let question = question(peer, false, asked);
-        let walk = |audit| {
-            self.walk(
-                (&kind, &numbers),
-                direction,
-                audit,
-                question,
-                destination,
-                peer,
-            )
+        let numbers = (Some(&numbers), &numbers);
+        self.judge((&kind, numbers), direction, question, destination, peer)
+    }
+
+    /// What policies do, none for a pod in audit mode, and what they would, were nothing in it.
+    fn judge(
+        &self,
+        (kind, (enforced, whole)): (&Kind, (Option<&BTreeSet<u32>>, &BTreeSet<u32>)),
+        direction: Direction,
+        question: Question,
+        destination: Option<&Kind>,
+        peer: &Found<'_>,
+    ) -> Side {
+        let walk = |numbers, audit| {
+            let own = (kind, numbers);
+            self.walk(own, direction, audit, question, destination, peer)
         };
-        let (mut side, whole) = (walk(false), walk(true));
+        let in_audit = || Side {
+            allowed: true,
+            why: "the pod is in audit mode".to_owned(),
+            ..Side::default()
+        };
+        let mut side = enforced.map_or_else(in_audit, |numbers| walk(numbers, false));
+        let whole = walk(whole, true);
         if side.allowed && !whole.allowed {
             side.audit = Some(format!("would be dropped: {}", whole.why));
         }
