@@ -502,7 +502,16 @@ impl<K: PolicyKernel> Engine<K> {
 
     fn take_policies(&mut self, id: &Arc<PolicyRef>, policies: Vec<Policy>) {
         let asked = self.policies.asked();
-        let Some(Versions { before, after }) = self.policies.set(id, policies, &self.names) else {
+        let kinds = |policy: &Policy| {
+            let locals = self.locals.keys().filter_map(|one| self.kinds.get(*one));
+            let selected = locals.filter(|kind| {
+                let namespace = self.namespaces.get(&kind.namespace);
+                policy.subject.selects(kind, namespace)
+            });
+            selected.count()
+        };
+        let set = self.policies.set(id, policies, &self.names, kinds);
+        let Some(Versions { before, after }) = set else {
             return;
         };
         // The new ones' first: what both use stays.

@@ -74,12 +74,13 @@ pub struct Policies {
 
 impl Policies {
     /// Takes what an object says now, which may be several policies; none if it is gone. Nothing where it says
-    /// what it said.
+    /// what it said. `kinds` tells for how many kinds of this node's pods a policy is.
     pub fn set(
         &mut self,
         id: &Arc<PolicyRef>,
         policies: Vec<Policy>,
         names: &Names,
+        kinds: impl Fn(&Policy) -> usize,
     ) -> Option<Versions> {
         let before: Vec<Arc<Row>> = self.of(id).cloned().collect();
         if before.iter().map(|row| &row.policy).eq(&policies) {
@@ -102,7 +103,10 @@ impl Policies {
         self.by_id.remove(id);
         let after: Vec<Arc<Row>> = policies
             .into_iter()
-            .map(|policy| self.add(policy, names))
+            .map(|policy| {
+                let seat = Seat::of(&policy, kinds(&policy));
+                self.add(policy, seat, names)
+            })
             .collect();
         if after.is_empty() {
             self.rules.retain(|rule, number| {
@@ -119,7 +123,7 @@ impl Policies {
         Some(Versions { before, after })
     }
 
-    fn add(&mut self, policy: Policy, names: &Names) -> Arc<Row> {
+    fn add(&mut self, policy: Policy, seat: Seat, names: &Names) -> Arc<Row> {
         let mut rules = Vec::new();
         for rule in &policy.rules {
             let id = policy.rule_id(rule);
@@ -147,7 +151,7 @@ impl Policies {
         }
         let row = Arc::new(Row {
             number,
-            seat: Seat::of(&policy),
+            seat,
             policy,
             rules,
         });

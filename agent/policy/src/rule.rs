@@ -61,13 +61,16 @@ impl Tier {
     }
 }
 
+/// How many kinds of pods are many. Those of a namespace are as well, be they few: more of them come.
+const MANY: usize = 8;
+
 /// Where in a chain the set of a policy is ([`Chain`](xebec_dataplane_common::policy::Chain)).
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Seat {
     /// That of the first tier.
     Admin,
-    /// Of the second tier, with policies that are for pods whatever their labels: many kinds of pods have it in common,
-    /// so that a change of one of them has few sets made anew.
+    /// Of the second tier, with policies that are for many kinds of pods, which have it in common: so a change of one of
+    /// them has few sets made anew.
     Wide,
     /// Of the second tier, with the others.
     Network,
@@ -88,11 +91,12 @@ impl Seat {
         }
     }
 
-    /// That of a policy.
-    pub fn of(policy: &Policy) -> Self {
+    /// That of a policy, which is for so many kinds of this node's pods when it comes.
+    pub fn of(policy: &Policy, kinds: usize) -> Self {
+        let wide = || kinds >= MANY || policy.subject.looks_at_namespaces_alone();
         match policy.tier {
             Tier::Admin => Self::Admin,
-            Tier::Network if policy.subject.looks_at_namespaces_alone() => Self::Wide,
+            Tier::Network if wide() => Self::Wide,
             Tier::Network => Self::Network,
             Tier::Baseline => Self::Baseline,
         }

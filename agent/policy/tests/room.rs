@@ -161,6 +161,49 @@ fn ten_thousand_blocks_that_do_not_fit_disturb_nobody() {
 }
 
 #[test]
+fn a_policy_for_many_kinds_of_pods_changes_by_itself() {
+    const KINDS: usize = 12;
+    const OWN: usize = 20;
+    // For all pods of the namespace, or for those with a label that all have.
+    for selector in [json!({}), json!({"matchLabels": {"team": "shop"}})] {
+        let mut node = Node::new("n1", Kind::hash);
+        let mut world = cluster();
+        world.pods = (0..KINDS)
+            .map(|at| {
+                let labels = json!({"app": format!("app{at}"), "team": "shop"});
+                pod(&format!("w{at}"), labels, &format!("10.0.0.{at}"), "n1")
+            })
+            .collect();
+        // Each kind has policies of its own.
+        let own = (0..KINDS).map(|at| {
+            let first = 1_000 + 100 * at as u16;
+            let mut own = policy(&format!("own{at}"), ports(first..first + OWN as u16));
+            own["spec"]["podSelector"]["matchLabels"]["app"] = format!("app{at}").into();
+            own
+        });
+        world.policies = own.collect();
+        let everybodys = |port: u16| {
+            let mut all = policy("all", ports(port..port + 1));
+            all["spec"]["podSelector"] = selector.clone();
+            all
+        };
+        node.learn(&world, 0);
+        for port in 1..4 {
+            world.policies.truncate(KINDS);
+            world.policies.push(everybodys(port));
+            let (before, sets) = node.kernel.with(|plain| (plain.written, plain.sets.len()));
+            node.learn(&world, 0);
+            node.sweep();
+            let (after, now) = node.kernel.with(|plain| (plain.written, plain.sets.len()));
+            assert_eq!(after - before, 1, "{selector}: one entry of one set");
+            assert_eq!(now, sets + usize::from(port == 1));
+            assert!(lets_in(&node, API, port) && !lets_in(&node, API, port + 1));
+            assert!(lets_in(&node, API, 1_000 + 100));
+        }
+    }
+}
+
+#[test]
 fn a_pod_that_nobody_has_met_costs_its_entries_and_no_set() {
     let mut node = Node::new("n1", Kind::hash);
     let mut world = cluster();

@@ -7,8 +7,7 @@ use crate::ip::Ip;
 /// How many sets a chain has. Policies are divided into three tiers: those before NetworkPolicies, these, and those
 /// after. Each has a set, but NetworkPolicies two: [`WIDE`] and the next.
 pub const SEATS: usize = 4;
-/// Where the set of NetworkPolicies is that are for all pods of their namespaces, and which so many kinds of pods have in
-/// common. With the one behind it, it decides together.
+/// Where the set of NetworkPolicies is that many kinds of pods have in common. With the one behind it, it decides together.
 pub const WIDE: usize = 1;
 
 /// The sets that judge one direction, in their order; 0 for none.
