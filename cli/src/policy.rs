@@ -302,7 +302,8 @@ fn read(object: &Value) -> (String, Vec<String>) {
         Said::Group(group) => format!("valid, {} address blocks", group.blocks.len()),
         Said::Policies(policies) => {
             let rules: usize = policies.iter().map(|policy| policy.rules.len()).sum();
-            format!("valid, {rules} rules")
+            let plural = if rules == 1 { "" } else { "s" };
+            format!("valid, {rules} rule{plural}")
         }
     };
     (what, errors)
@@ -349,7 +350,7 @@ mod tests {
     fn what_is_wrong_with_an_object_is_said() {
         let policy = |spec: Value| json!({"apiVersion": "networking.k8s.io/v1", "kind": "NetworkPolicy", "metadata": {"name": "p"}, "spec": spec});
         let good = policy(json!({"podSelector": {}, "ingress": [{}]}));
-        assert_eq!(read(&good), ("valid, 1 rules".to_owned(), Vec::new()));
+        assert_eq!(read(&good), ("valid, 1 rule".to_owned(), Vec::new()));
         let bad =
             policy(json!({"podSelector": {}, "ingress": [{"from": [{"ipBlock": {"cidr": "x"}}]}]}));
         let (_, errors) = read(&bad);

@@ -12,7 +12,7 @@ use super::node::Node;
 use crate::services::part;
 
 /// The maps that pods are judged by; those that grow have one of their name in another of their name.
-const MAPS: [&str; 8] = [
+const MAPS: [&str; 11] = [
     "ENDPOINTS",
     "STANDINGS",
     "CHAINS",
@@ -21,6 +21,9 @@ const MAPS: [&str; 8] = [
     "RULES",
     "CIDRS",
     "GENERATION",
+    "HOST",
+    "CHANGES",
+    "VERDICTS",
 ];
 /// Peers and ports of one policy.
 const POLICY: (usize, u16) = (5, 10);
