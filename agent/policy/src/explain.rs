@@ -344,7 +344,11 @@ impl<K: PolicyKernel> Engine<K> {
                     tier: format!("{tier:?}"),
                     set: there.number(),
                     policies: policies.map(|row| row.policy.id.to_string()).collect(),
-                    said: said(decision, there),
+                    said: match decision {
+                        // What that means, the tier's sets decide together.
+                        None if sets.len() > 1 => "no rule of these is about it".to_owned(),
+                        _ => said(decision, there),
+                    },
                 });
                 if let Some(decision) = decision {
                     // Of two that are as strong, the first decides.
