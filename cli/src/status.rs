@@ -140,18 +140,7 @@ async fn api(layout: &Layout) -> Result<Vec<Line>> {
         .await
         .context("could not list nodes")?;
     for node in nodes {
-        let ready = node
-            .status
-            .iter()
-            .flat_map(|status| status.conditions.iter().flatten())
-            .find(|condition| condition.type_ == "Ready");
-        lines.push(Line {
-            what: format!("Node {}", node.metadata.name.unwrap_or_default()),
-            healthy: ready.is_some_and(|condition| condition.status == "True"),
-            detail: ready
-                .and_then(|condition| condition.message.clone())
-                .unwrap_or_else(|| "no Ready condition".into()),
-        });
+        lines.push(node_line(&node));
     }
     let pods = kube::Api::<Pod>::all(client)
         .list(&ListParams::default())
@@ -165,6 +154,28 @@ async fn api(layout: &Layout) -> Result<Vec<Line>> {
         detail: format!("{ready} of {total} ready or completed"),
     });
     Ok(lines)
+}
+
+/// A node that is short of something takes no pods, however ready it is.
+fn node_line(node: &Node) -> Line {
+    let conditions = || {
+        let status = node.status.iter();
+        status.flat_map(|status| status.conditions.iter().flatten())
+    };
+    let ready = conditions().find(|condition| condition.type_ == "Ready");
+    let short = conditions().find(|condition| {
+        ["MemoryPressure", "DiskPressure", "PIDPressure"].contains(&condition.type_.as_str())
+            && condition.status == "True"
+    });
+    let is_ready = ready.is_some_and(|condition| condition.status == "True");
+    let told = if is_ready { short.or(ready) } else { ready };
+    Line {
+        what: format!("Node {}", node.metadata.name.as_deref().unwrap_or_default()),
+        healthy: is_ready && short.is_none(),
+        detail: told
+            .and_then(|condition| condition.message.clone())
+            .unwrap_or_else(|| "no Ready condition".into()),
+    }
 }
 
 fn pod_is_fine(pod: &Pod) -> bool {
@@ -217,4 +228,44 @@ fn resident_bytes(pid: i32) -> Option<u64> {
     let pages: u64 = statm.split_whitespace().nth(1)?.parse().ok()?;
     let page = nix::unistd::sysconf(nix::unistd::SysconfVar::PAGE_SIZE).ok()??;
     Some(pages * page as u64)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn node(conditions: &[(&str, &str, &str)]) -> Node {
+        let conditions: Vec<_> = conditions
+            .iter()
+            .map(|(kind, status, message)| {
+                serde_json::json!({"type": kind, "status": status, "message": message})
+            })
+            .collect();
+        serde_json::from_value(serde_json::json!({
+            "metadata": {"name": "node1"},
+            "status": {"conditions": conditions},
+        }))
+        .expect("a node")
+    }
+
+    #[test]
+    fn a_node_that_is_short_of_something_is_not_healthy() {
+        let line = |conditions: &[(&str, &str, &str)]| {
+            let line = node_line(&node(conditions));
+            (line.healthy, line.detail)
+        };
+        let ready = ("Ready", "True", "is ready");
+        let full = ("DiskPressure", "True", "has disk pressure");
+        assert_eq!(line(&[ready]), (true, "is ready".into()));
+        assert_eq!(
+            line(&[("DiskPressure", "False", "has none"), ready]),
+            (true, "is ready".into())
+        );
+        assert_eq!(line(&[full, ready]), (false, "has disk pressure".into()));
+        assert_eq!(
+            line(&[full, ("Ready", "False", "no network")]),
+            (false, "no network".into())
+        );
+        assert_eq!(line(&[]), (false, "no Ready condition".into()));
+    }
 }

@@ -5,6 +5,7 @@ use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result};
 use nix::sys::statvfs::statvfs;
+use tracing::warn;
 
 /// `memory.available<100Mi`, `nodefs.available<5%`, `nodefs.inodesFree<5%`: upstream's defaults, but for the disk,
 /// where k3s's 5 % suit a machine that is not a node alone (upstream: 10 %), and 5 GiB are enough however large the
@@ -44,19 +45,37 @@ impl Gauge {
                 && disk.blocks_available() * disk.fragment_size() < LEAST_DISK)
                 || is_below(disk.files_available(), disk.files(), LEAST_INODES_PERCENT),
         };
+        let before = self.held(Instant::now());
+        if now.memory && !before.memory {
+            warn!("memory is short: the node takes no pods that ask for none (BestEffort)");
+        }
+        if now.disk && !before.disk {
+            let free = (disk.blocks_available() * disk.fragment_size()) >> 20;
+            let root = root.display().to_string();
+            warn!(
+                root,
+                free_mib = free,
+                "the disk is nearly full: the node takes no pods until there is room"
+            );
+        }
         Ok(self.hold(now, Instant::now()))
     }
 
     fn hold(&mut self, seen: Pressure, now: Instant) -> Pressure {
-        let hold = |seen: bool, last: &mut Option<Instant>| {
-            if seen {
-                *last = Some(now);
-            }
-            last.is_some_and(|last| now < last + HOLDS_FOR)
-        };
+        if seen.memory {
+            self.memory = Some(now);
+        }
+        if seen.disk {
+            self.disk = Some(now);
+        }
+        self.held(now)
+    }
+
+    fn held(&self, now: Instant) -> Pressure {
+        let held = |last: Option<Instant>| last.is_some_and(|last| now < last + HOLDS_FOR);
         Pressure {
-            memory: hold(seen.memory, &mut self.memory),
-            disk: hold(seen.disk, &mut self.disk),
+            memory: held(self.memory),
+            disk: held(self.disk),
         }
     }
 }

@@ -25,6 +25,7 @@ pub fn manifest() -> PathBuf {
 pub fn apply(cluster: &Cluster) -> Result<()> {
     cluster.k(&["apply", "-f", &manifest().to_string_lossy()])?;
     eventually("all pods of the shop are Ready", MINUTE, || is_up(cluster))
+        .with_context(|| cluster.k(&["get", "events", "-A"]).unwrap_or_default())
 }
 
 /// Whether the pods of the manifest are Ready: three `web`, two `api` and the stranger.
