@@ -6,7 +6,6 @@ use std::sync::Arc;
 
 use anyhow::{Context, Result, bail};
 use bytes::Bytes;
-use futures::StreamExt;
 use http::{Method, Request, Response, StatusCode};
 use http_body_util::combinators::UnsyncBoxBody;
 use http_body_util::{BodyExt, Full, Limited, StreamBody};
@@ -15,12 +14,11 @@ use hyper::service::service_fn;
 use hyper_util::rt::TokioIo;
 use serde_json::{Value, json};
 use tokio::net::UnixListener;
-use tokio::sync::broadcast::error::RecvError;
 use tokio_util::sync::CancellationToken;
 use xebec_policy::explain::{Asked, Party};
 
 use crate::endpoints::Endpoints;
-use crate::flows::{Filter, Flows, Seen};
+use crate::flows::Flows;
 use crate::maps::{Hits, PolicyMaps, dump};
 use crate::network::Served;
 use crate::policy::watch::Shared;
@@ -85,55 +83,6 @@ fn reply(status: StatusCode, value: &Value) -> Response<Body> {
     response.headers_mut().insert(
         http::header::CONTENT_TYPE,
         http::HeaderValue::from_static("application/json"),
-    );
-    response
-}
-
-/// Flows as newline-delimited JSON.
-fn flows(flows: &Flows, query: &str) -> Response<Body> {
-    let filter = match Filter::parse(query) {
-        Ok(filter) => filter,
-        Err(error) => {
-            return reply(
-                StatusCode::BAD_REQUEST,
-                &json!({"error": format!("{error:#}")}),
-            );
-        }
-    };
-    let line = |flows: &Flows, seen: &Seen| Bytes::from(format!("{}\n", flows.to_json(seen)));
-    let (newest, news) = flows.read(&filter);
-    let first: Bytes = newest
-        .iter()
-        .flat_map(|seen| line(flows, seen))
-        .collect::<Vec<u8>>()
-        .into();
-    let mut response = if filter.follow {
-        let later = futures::stream::unfold(
-            (flows.clone(), news, filter),
-            move |(flows, mut news, filter)| async move {
-                loop {
-                    let bytes = match news.recv().await {
-                        Ok(seen) if filter.passes(&seen) => line(&flows, &seen),
-                        Ok(_) => continue,
-                        // A slow reader is told what it missed.
-                        Err(RecvError::Lagged(missed)) => Bytes::from(format!(
-                            "{}\n",
-                            json!({"lost_events": {"source": "HUBBLE_RING_BUFFER", "num_events_lost": missed}})
-                        )),
-                        Err(RecvError::Closed) => return None,
-                    };
-                    return Some((bytes, (flows, news, filter)));
-                }
-            },
-        );
-        let all = futures::stream::once(async move { first }).chain(later);
-        Response::new(StreamBody::new(all.map(|bytes| Ok(Frame::data(bytes)))).boxed_unsync())
-    } else {
-        Response::new(Full::new(first).boxed_unsync())
-    };
-    response.headers_mut().insert(
-        http::header::CONTENT_TYPE,
-        http::HeaderValue::from_static("application/x-ndjson"),
     );
     response
 }
@@ -261,7 +210,6 @@ async fn answer(request: Request<Incoming>, tables: &Tables) -> Response<Body> {
                 Err(error) => cni_error(error.code, error.message),
             }
         }
-        (&Method::GET, "/flows") => flows(&tables.flows, request.uri().query().unwrap_or_default()),
         (&Method::GET, "/tables") => reply(
             StatusCode::OK,
             &json!([

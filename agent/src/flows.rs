@@ -1,48 +1,59 @@
 //! Flows: events of the kernel, named and kept, for those who ask who talked to whom.
 
-use std::collections::VecDeque;
-use std::net::IpAddr;
-use std::sync::{Arc, Mutex, PoisonError};
+mod message;
+mod observer;
+pub(crate) mod serve;
+mod store;
+
+use std::hash::{BuildHasher, RandomState};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
 use anyhow::{Context, Result};
 use aya::maps::{MapData, PerCpuArray, RingBuf};
-use k8s_openapi::jiff::Timestamp;
-use serde_json::{Value, json};
+use nix::time::{ClockId, clock_gettime};
 use tokio::io::unix::AsyncFd;
-use tokio::sync::{broadcast, oneshot};
+use tokio::sync::{oneshot, watch};
 use tokio_util::sync::CancellationToken;
-use xebec_dataplane_common::flow::{
-    AUDITED, Counters, DROPPED, EGRESS, Event, REASON_CHECKSUM, REASON_FRAGMENT, REASON_INVALID,
-    REASON_NO_MAPPING, REASON_NO_ROUTE, REASON_NO_SERVICE, REASON_POLICY, REASON_RULE,
-    REASON_SOURCE, REASON_TOO_BIG, REASON_TTL,
-};
-use xebec_dataplane_common::{ICMP, ICMP6, SCTP, TCP, UDP};
-use xebec_policy::names::{Names, Peer};
-use xebec_policy::rule::{PolicyRef, RuleId};
+use xebec_dataplane_common::flow::{Counters, DROPPED, Event, REASON_POLICY};
+use xebec_hubble::flow::Flow;
+use xebec_policy::names::{Names, Peer, RuleName};
+use xebec_policy::rule::PolicyRef;
 
 use crate::maps::{FlowMaps, next_event};
+use store::{Entry, Store};
 
-/// How many flows are kept: as many as Hubble keeps by default.
-const KEPT: usize = 4_095;
+/// How many flows are kept.
+const KEPT: usize = 16_384;
 /// How long events gather before they are read.
 const GATHER: Duration = Duration::from_millis(50);
 /// How many events are taken while names and flows are held: a millisecond at most, also of a busy CPU.
 const AT_ONCE: usize = 256;
 /// How far this gives way to others: it has a tenth of their share of a busy CPU.
 const NICE: i32 = 10;
-/// How far a follower may fall behind.
-const BEHIND: usize = 1_024;
+/// The label of a policy that says which of its rules decided: Hubble has no field for that.
+pub const RULE_LABEL: &str = "xebec:rule";
+/// What is told of an event.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Kind {
+    /// How policies judged it.
+    Verdict,
+    /// That it went on.
+    Passed,
+    /// That it was dropped.
+    Dropped,
+}
 
 /// One event, with the names that held when it happened.
 #[derive(Clone, Debug)]
-pub struct Seen {
+struct Seen {
     event: Event,
+    kind: Kind,
     /// Wall-clock time, in ns since 1970.
     time: i64,
     source: Arc<Peer>,
     destination: Arc<Peer>,
-    rule: Option<Arc<RuleId>>,
+    rule: Option<Arc<RuleName>>,
     denied_by: Option<Arc<Vec<Arc<PolicyRef>>>>,
 }
 
@@ -58,8 +69,11 @@ fn give_way() {
 /// All flows of the node; cheap to clone.
 #[derive(Clone)]
 pub struct Flows {
-    kept: Arc<Mutex<VecDeque<Seen>>>,
-    news: broadcast::Sender<Arc<Seen>>,
+    store: Arc<Mutex<Store>>,
+    /// How many flows there ever were.
+    news: Arc<watch::Sender<u64>>,
+    /// Tells this agent's flows from those of the one before it.
+    session: u64,
     names: Names,
     node_name: Arc<str>,
     counters: Option<Arc<PerCpuArray<MapData, [u8; size_of::<Counters>()]>>>,
@@ -68,9 +82,11 @@ pub struct Flows {
 impl Flows {
     /// No flows yet.
     pub fn new(names: Names, node_name: &str) -> Self {
+        let session = RandomState::new().hash_one(node_name);
         Self {
-            kept: Arc::default(),
-            news: broadcast::channel(BEHIND).0,
+            store: Arc::new(Mutex::new(Store::new(KEPT))),
+            news: Arc::new(watch::channel(0).0),
+            session,
             names,
             node_name: node_name.into(),
             counters: None,
@@ -111,6 +127,8 @@ impl Flows {
         let ring = unsafe { AsyncFd::register(events) };
         let mut ring = ring.context("could not wait for events of flows")?;
         let mut batch = Vec::with_capacity(AT_ONCE);
+        // What an agent before this one had no room for is not told again.
+        let mut lost = self.counters()?.lost;
         loop {
             let mut ready = tokio::select! {
                 () = shutdown.cancelled() => return Ok(()),
@@ -133,18 +151,26 @@ impl Flows {
                 batch.clear();
             }
             ready.clear_ready();
+            let count = self.counters()?.lost;
+            if count != lost {
+                self.lost(count.wrapping_sub(lost), now());
+                lost = count;
+            }
         }
     }
 
     /// Names events and keeps them. There may be hundreds of thousands in a second, so what can be is done once for all.
     fn take(&self, events: &[Event], offset: i64, world: &Arc<Peer>) {
         let names = self.names.now();
-        let mut kept = self.kept.lock().unwrap_or_else(PoisonError::into_inner);
-        // Who follows begins under the lock, and what is new is sent under it: see `read`.
-        let followed = self.news.receiver_count() != 0;
+        let mut store = self.store();
         for event in events {
-            let seen = Seen {
+            let mut seen = Seen {
                 event: *event,
+                kind: if event.verdict == DROPPED {
+                    Kind::Dropped
+                } else {
+                    Kind::Passed
+                },
                 time: offset.saturating_add_unsigned(event.time),
                 source: names.peer(event.source.into()).unwrap_or(world).clone(),
                 destination: names
@@ -160,31 +186,27 @@ impl Flows {
                     _ => None,
                 },
             };
-            if kept.len() == KEPT {
-                kept.pop_front();
+            // Policies have judged it: that is told, and then what became of it.
+            if event.set != 0 {
+                let what = std::mem::replace(&mut seen.kind, Kind::Verdict);
+                store.push(Entry::Flow(seen.clone()));
+                seen.kind = what;
             }
-            if followed {
-                // All may have left by now.
-                let _ = self.news.send(Arc::new(seen.clone()));
-            }
-            kept.push_back(seen);
+            store.push(Entry::Flow(seen));
         }
+        let next = store.next();
+        drop(store);
+        // Nobody may follow.
+        self.news.send_replace(next);
     }
 
-    /// The newest flows that pass a filter, oldest first, and those to come.
-    pub fn read(&self, filter: &Filter) -> (Vec<Seen>, broadcast::Receiver<Arc<Seen>>) {
-        let kept = self.kept.lock().unwrap_or_else(PoisonError::into_inner);
-        // Taken under the lock, so that no flow is lost or told twice between the two.
-        let news = self.news.subscribe();
-        let mut newest: Vec<Seen> = kept
-            .iter()
-            .rev()
-            .filter(|seen| filter.passes(seen))
-            .take(filter.last)
-            .cloned()
-            .collect();
-        newest.reverse();
-        (newest, news)
+    /// Keeps in mind that the kernel had no room for some.
+    fn lost(&self, count: u64, time: i64) {
+        let mut store = self.store();
+        store.push(Entry::Lost(count, time));
+        let next = store.next();
+        drop(store);
+        self.news.send_replace(next);
     }
 
     /// The kernel's counters.
@@ -195,289 +217,54 @@ impl Flows {
         )
     }
 
-    /// A flow as Hubble's observer API writes it in JSON (`GetFlowsResponse`).
-    pub fn to_json(&self, seen: &Seen) -> Value {
-        let event = &seen.event;
-        let time = Timestamp::from_nanosecond(seen.time.into())
-            .unwrap_or_default()
-            .to_string();
-        let mut flow = json!({
-            "time": time,
-            "verdict": verdict(event),
-            "IP": {
-                "source": IpAddr::from(event.source),
-                "destination": IpAddr::from(event.destination),
-                "ipVersion": if event.source.is_v4() { "IPv4" } else { "IPv6" },
-            },
-            "l4": l4(event),
-            "source": endpoint(&seen.source),
-            "destination": endpoint(&seen.destination),
-            "Type": "L3_L4",
-            "node_name": &*self.node_name,
-            "is_reply": event.reply != 0,
-            "event_type": {"type": if event.verdict == DROPPED { 1 } else { 4 }},
-            "traffic_direction": if event.direction == EGRESS { "EGRESS" } else { "INGRESS" },
-            "Summary": summary(event),
-        });
-        let direction = if event.direction == EGRESS {
-            "egress"
-        } else {
-            "ingress"
-        };
-        if event.verdict == DROPPED {
-            flow["drop_reason"] = event.reason.into();
-            flow["drop_reason_desc"] = reason(event.reason).into();
-        }
-        if event.reason != 0 {
-            // Either a rule says so, or none of these policies allows it.
-            let by: Option<Value> = match (&seen.rule, &seen.denied_by) {
-                (Some(rule), _) => Some(json!([rule_value(rule)])),
-                (None, Some(policies)) => Some(policies.iter().map(|one| policy(one)).collect()),
-                (None, None) => None,
-            };
-            if let Some(by) = by {
-                flow[format!("{direction}_denied_by")] = by;
-            }
-        }
-        if event.verdict != DROPPED {
-            flow["trace_observation_point"] = if event.direction == EGRESS {
-                "FROM_ENDPOINT"
-            } else {
-                "TO_ENDPOINT"
-            }
-            .into();
-            if let Some(rule) = seen.rule.as_ref().filter(|_| event.reason == 0) {
-                let direction = rule.direction().name().to_ascii_lowercase();
-                flow[format!("{direction}_allowed_by")] = json!([rule_value(rule)]);
-            }
-        }
-        json!({"flow": flow, "node_name": &*self.node_name, "time": time})
+    /// The message of the flow of this number.
+    fn message(&self, number: u64, seen: &Seen) -> Flow {
+        message::message(seen, &self.node_name, self.uuid(number))
     }
-}
 
-/// As Hubble names verdicts.
-fn verdict(event: &Event) -> &'static str {
-    match event.verdict {
-        DROPPED => "DROPPED",
-        AUDITED => "AUDIT",
-        _ => "FORWARDED",
+    /// A name for the flow of this number that no other one has, whichever agent tells of it (RFC 9562, version 8).
+    fn uuid(&self, number: u64) -> String {
+        let bits = u128::from(self.session) << 64 | u128::from(number);
+        let bits = bits & !(0xf << 76) & !(0x3 << 62) | 0x8 << 76 | 0x2 << 62;
+        let hex = format!("{bits:032x}");
+        let (a, b, c, d, e) = (
+            &hex[..8],
+            &hex[8..12],
+            &hex[12..16],
+            &hex[16..20],
+            &hex[20..],
+        );
+        format!("{a}-{b}-{c}-{d}-{e}")
     }
-}
 
-fn policy(policy: &PolicyRef) -> Value {
-    json!({"kind": policy.source.kind(), "namespace": policy.namespace, "name": policy.name})
-}
-
-fn rule_value(rule: &RuleId) -> Value {
-    let mut value = policy(&rule.policy);
-    value["rule"] = rule.index.into();
-    value
-}
-
-fn endpoint(peer: &Peer) -> Value {
-    let mut value = json!({"identity": peer.identity, "labels": peer.labels});
-    if !peer.pod.1.is_empty() {
-        value["namespace"] = peer.pod.0.clone().into();
-        value["pod_name"] = peer.pod.1.clone().into();
+    fn store(&self) -> MutexGuard<'_, Store> {
+        self.store.lock().unwrap_or_else(PoisonError::into_inner)
     }
-    if let Some((kind, name)) = &peer.workload {
-        value["workloads"] = json!([{"kind": kind, "name": name}]);
+
+    /// Tells when there are new ones: how many there ever were.
+    fn news(&self) -> watch::Receiver<u64> {
+        self.news.subscribe()
     }
-    value
-}
 
-const FLAGS: [&str; 6] = ["FIN", "SYN", "RST", "PSH", "ACK", "URG"];
-
-fn l4(event: &Event) -> Value {
-    let (from, to) = (
-        u16::from_be(event.source_port),
-        u16::from_be(event.destination_port),
-    );
-    match event.protocol {
-        TCP => {
-            let flags: serde_json::Map<String, Value> = (0..)
-                .zip(FLAGS)
-                .filter(|(bit, _)| event.tcp_flags >> bit & 1 == 1)
-                .map(|(_, name)| (name.to_owned(), true.into()))
-                .collect();
-            json!({"TCP": {"source_port": from, "destination_port": to, "flags": flags}})
-        }
-        UDP => json!({"UDP": {"source_port": from, "destination_port": to}}),
-        SCTP => json!({"SCTP": {"source_port": from, "destination_port": to}}),
-        ICMP => {
-            let [kind, code] = event.source_port.to_ne_bytes();
-            json!({"ICMPv4": {"type": kind, "code": code}})
-        }
-        ICMP6 => {
-            let [kind, code] = event.source_port.to_ne_bytes();
-            json!({"ICMPv6": {"type": kind, "code": code}})
-        }
-        _ => json!({}),
-    }
-}
-
-/// Whether there are no ports.
-fn is_icmp(seen: &Seen) -> bool {
-    matches!(seen.event.protocol, ICMP | ICMP6)
-}
-
-/// The protocol's name in flows and filters.
-fn protocol(number: u8) -> &'static str {
-    match number {
-        TCP => "TCP",
-        UDP => "UDP",
-        SCTP => "SCTP",
-        ICMP => "ICMPv4",
-        ICMP6 => "ICMPv6",
-        _ => "UNKNOWN",
-    }
-}
-
-fn summary(event: &Event) -> String {
-    match event.protocol {
-        TCP => {
-            // Hubble lists SYN and ACK first.
-            let order = [1_u8, 4, 0, 2, 3, 5];
-            let set: Vec<&str> = order
-                .iter()
-                .filter(|bit| event.tcp_flags >> **bit & 1 == 1)
-                .filter_map(|bit| FLAGS.get(usize::from(*bit)).copied())
-                .collect();
-            format!("TCP Flags: {}", set.join(", "))
-        }
-        ICMP => match event.source_port.to_ne_bytes() {
-            [8, _] => "ICMPv4 EchoRequest".to_owned(),
-            [0, _] => "ICMPv4 EchoReply".to_owned(),
-            [kind, code] => format!("ICMPv4 type {kind} code {code}"),
-        },
-        other => protocol(other).to_owned(),
-    }
-}
-
-/// Names of `DropReason` (Hubble's flow.proto).
-fn reason(number: u8) -> &'static str {
-    match number {
-        REASON_SOURCE => "INVALID_SOURCE_IP",
-        REASON_POLICY => "POLICY_DENIED",
-        REASON_RULE => "POLICY_DENY",
-        REASON_INVALID => "INVALID_PACKET_DROPPED",
-        REASON_CHECKSUM => "ERROR_WHILE_CORRECTING_L4_CHECKSUM",
-        REASON_NO_SERVICE => "SERVICE_BACKEND_NOT_FOUND",
-        REASON_NO_MAPPING => "NO_MAPPING_FOR_NAT_MASQUERADE",
-        REASON_TOO_BIG => "FRAGMENTATION_NEEDED",
-        REASON_NO_ROUTE => "FIB_LOOKUP_FAILED",
-        REASON_TTL => "TTL_EXCEEDED",
-        REASON_FRAGMENT => "FIRST_LOGICAL_DATAGRAM_FRAGMENT_NOT_FOUND",
-        _ => "DROP_REASON_UNKNOWN",
+    /// The node's name.
+    fn node_name(&self) -> &str {
+        &self.node_name
     }
 }
 
 /// What to add to the monotonic clock to get the time of day, ns.
 fn wall_clock_offset() -> i64 {
-    use nix::time::{ClockId, clock_gettime};
-    let nanos = |clock| {
-        clock_gettime(clock).map_or(0, |time| time.tv_sec() * 1_000_000_000 + time.tv_nsec())
-    };
-    nanos(ClockId::CLOCK_REALTIME) - nanos(ClockId::CLOCK_MONOTONIC)
+    now() - nanos_of(ClockId::CLOCK_MONOTONIC)
 }
 
-/// Which flows are wanted.
-#[derive(Clone, Debug, Default)]
-pub struct Filter {
-    /// Either end in this namespace.
-    pub namespace: Option<String>,
-    /// Either end this pod; its namespace may be left open.
-    pub pod: Option<(Option<String>, String)>,
-    /// This verdict.
-    pub verdict: Option<String>,
-    /// This protocol.
-    pub protocol: Option<String>,
-    /// Either end has this port.
-    pub port: Option<u16>,
-    /// Not older than this.
-    pub since: Option<Timestamp>,
-    /// The newest so many.
-    pub last: usize,
-    /// Those to come, too.
-    pub follow: bool,
+/// The time of day, ns since 1970.
+fn now() -> i64 {
+    nanos_of(ClockId::CLOCK_REALTIME)
 }
 
-impl Filter {
-    /// From the pairs of a query; what is not known is an error.
-    pub fn parse(query: &str) -> Result<Self> {
-        let mut filter = Self {
-            last: 20,
-            ..Self::default()
-        };
-        for (key, value) in form_urlencoded::parse(query.as_bytes()) {
-            let value = value.into_owned();
-            let number = || {
-                value
-                    .parse::<u64>()
-                    .with_context(|| format!("{key}={value:?} is no number"))
-            };
-            match &*key {
-                "namespace" => filter.namespace = Some(value),
-                "pod" => {
-                    filter.pod = Some(match value.split_once('/') {
-                        Some((namespace, pod)) => (Some(namespace.to_owned()), pod.to_owned()),
-                        None => (None, value),
-                    })
-                }
-                "verdict" => filter.verdict = Some(value.to_ascii_uppercase()),
-                "protocol" => filter.protocol = Some(value.to_ascii_lowercase()),
-                "port" => {
-                    filter.port = Some(
-                        u16::try_from(number()?)
-                            .with_context(|| format!("port={value} is no port"))?,
-                    )
-                }
-                "since" => {
-                    let seconds = value
-                        .trim_end_matches('s')
-                        .parse::<u64>()
-                        .with_context(|| format!("since={value:?} is not in seconds"))?;
-                    let ago = std::time::Duration::from_secs(seconds);
-                    filter.since = Some(
-                        Timestamp::now()
-                            .checked_sub(ago)
-                            .context("since is too long ago")?,
-                    );
-                }
-                "last" => filter.last = usize::try_from(number()?).unwrap_or(usize::MAX),
-                "follow" => filter.follow = value == "true",
-                other => anyhow::bail!("flows can't be filtered by {other:?}"),
-            }
-        }
-        Ok(filter)
-    }
-
-    /// Whether a flow is wanted.
-    pub fn passes(&self, seen: &Seen) -> bool {
-        let ends = [&seen.source, &seen.destination];
-        let verdict = verdict(&seen.event);
-        let ports = [seen.event.source_port, seen.event.destination_port].map(u16::from_be);
-        self.namespace
-            .as_ref()
-            .is_none_or(|wanted| ends.iter().any(|end| end.pod.0 == *wanted))
-            && self.pod.as_ref().is_none_or(|(namespace, pod)| {
-                ends.iter().any(|end| {
-                    end.pod.1.starts_with(pod.as_str())
-                        && namespace.as_ref().is_none_or(|wanted| end.pod.0 == *wanted)
-                })
-            })
-            && self.verdict.as_ref().is_none_or(|wanted| wanted == verdict)
-            && self.protocol.as_ref().is_none_or(|wanted| {
-                let name = protocol(seen.event.protocol).to_ascii_lowercase();
-                name == *wanted || wanted == "icmp" && is_icmp(seen)
-            })
-            && self
-                .port
-                .is_none_or(|wanted| !is_icmp(seen) && ports.contains(&wanted))
-            && self
-                .since
-                .is_none_or(|since| i128::from(seen.time) >= since.as_nanosecond())
-    }
+/// What a clock says, ns.
+fn nanos_of(clock: ClockId) -> i64 {
+    clock_gettime(clock).map_or(0, |time| time.tv_sec() * 1_000_000_000 + time.tv_nsec())
 }
 
 #[cfg(test)]

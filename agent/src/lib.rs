@@ -45,6 +45,9 @@ use endpoints::Endpoints;
 use xebec_dataplane_common::nat::Settings;
 use xebec_policy::engine::Engine;
 
+/// The socket beside the agent's own on which Hubble's API is served.
+pub const HUBBLE_SOCKET: &str = "hubble.sock";
+
 /// How the agent runs.
 #[derive(Clone, Debug)]
 pub struct Config {
@@ -234,6 +237,11 @@ pub async fn run(client: kube::Client, config: Config, shutdown: CancellationTok
         config.sizes,
         shutdown.clone(),
     );
+    let observer = flows::serve::run(
+        config.socket.with_file_name(HUBBLE_SOCKET),
+        flows.clone(),
+        shutdown.clone(),
+    );
     let tables = api::Tables {
         endpoints: endpoints.clone(),
         services: Some(tables),
@@ -273,6 +281,7 @@ pub async fn run(client: kube::Client, config: Config, shutdown: CancellationTok
         follow,
         take_over,
         api,
+        observer,
         metrics,
         sockets,
         parting,

@@ -94,7 +94,7 @@ enum Command {
     #[command(subcommand)]
     Bpf(bpf::Bpf),
     /// Who talked to whom, allowed or dropped, and by which rule
-    Observe(observe::Observe),
+    Observe(Box<observe::Observe>),
     /// Images of the container runtime
     #[command(subcommand)]
     Image(image::Image),

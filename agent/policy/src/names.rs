@@ -5,7 +5,7 @@ use std::sync::{Arc, PoisonError, RwLock, RwLockReadGuard};
 
 use hashbrown::HashMap;
 
-use crate::rule::{Name, PolicyRef, RuleId};
+use crate::rule::{Name, PolicyRef, Ports, Rule, RuleId};
 use crate::selector::Labels;
 
 /// Who has an address.
@@ -66,10 +66,53 @@ impl Peer {
     }
 }
 
+/// Where a rule stands, and by what it matches.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct RuleName {
+    /// Where it stands.
+    pub id: RuleId,
+    /// Whether it is about certain peers.
+    pub by_peer: bool,
+    /// How much of protocol and port it is about.
+    pub by: By,
+}
+
+/// How much of protocol and port a rule is about.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum By {
+    /// Nothing of them.
+    All,
+    /// The protocol.
+    Protocol,
+    /// The port, too.
+    Port,
+}
+
+impl RuleName {
+    /// The name of a rule of a policy.
+    pub fn new(id: RuleId, rule: &Rule) -> Self {
+        Self {
+            id,
+            by_peer: !rule.peers.contains(&crate::rule::Peer::Anybody),
+            by: if rule.ports.contains(&Ports::All) {
+                By::All
+            } else if rule
+                .ports
+                .iter()
+                .all(|ports| matches!(ports, Ports::Protocol(_)))
+            {
+                By::Protocol
+            } else {
+                By::Port
+            },
+        }
+    }
+}
+
 #[derive(Default)]
 struct Inner {
     peers: HashMap<IpAddr, Arc<Peer>>,
-    rules: HashMap<u32, Arc<RuleId>>,
+    rules: HashMap<u32, Arc<RuleName>>,
     sets: HashMap<u32, Arc<Vec<Arc<PolicyRef>>>>,
 }
 
@@ -87,7 +130,7 @@ impl Now<'_> {
     }
 
     /// Where a rule stands.
-    pub fn rule(&self, rule: u32) -> Option<&Arc<RuleId>> {
+    pub fn rule(&self, rule: u32) -> Option<&Arc<RuleName>> {
         self.0.rules.get(&rule)
     }
 
@@ -117,13 +160,11 @@ impl Names {
         self.write(|inner| drop(inner.peers.remove(&address)));
     }
 
-    /// Tells where a rule stands.
-    pub fn set_rule(&self, number: u32, rule: &RuleId) {
-        self.write(|inner| {
-            inner
-                .rules
-                .entry(number)
-                .or_insert_with(|| Arc::new(rule.clone()));
+    /// Tells where a rule stands, and by what it matches.
+    pub fn set_rule(&self, number: u32, rule: RuleName) {
+        self.write(|inner| match inner.rules.get(&number) {
+            Some(known) if **known == rule => {}
+            _ => drop(inner.rules.insert(number, Arc::new(rule))),
         });
     }
 

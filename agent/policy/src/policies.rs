@@ -6,7 +6,7 @@ use std::sync::Arc;
 use hashbrown::HashMap;
 
 use crate::kind::{Kind, Relevant};
-use crate::names::Names;
+use crate::names::{Names, RuleName};
 use crate::rule::{Direction, Place, Policy, PolicyRef, Ports, RuleId, Seat};
 use crate::selector::Labels;
 
@@ -131,11 +131,12 @@ impl Policies {
                 Some(number) => *number,
                 None => {
                     self.next_rule = self.next_rule.wrapping_add(1).max(1);
-                    names.set_rule(self.next_rule, &id);
-                    self.rules.insert(id, self.next_rule);
+                    self.rules.insert(id.clone(), self.next_rule);
                     self.next_rule
                 }
             };
+            // It may have changed where it stands.
+            names.set_rule(number, RuleName::new(id, rule));
             rules.push(number);
         }
         self.ask(&policy, |count| *count += 1);

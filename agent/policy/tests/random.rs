@@ -55,7 +55,7 @@ fn compare(nodes: &[Node], cluster: &Cluster, packet: &Packet) -> Result<(), Str
             ));
         }
         let names = node.names.now();
-        let named = names.rule(rule).map(|rule| {
+        let named = names.rule(rule).map(|rule| &rule.id).map(|rule| {
             (
                 rule.policy.source.kind().to_owned(),
                 rule.policy.namespace.clone(),

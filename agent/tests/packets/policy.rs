@@ -357,7 +357,7 @@ fn history(seed: u64, begun: &mut [usize; 4]) {
             let told = node.names.now().rule(rule).map(Arc::clone);
             let known = told.as_ref().is_none_or(|told| {
                 let mut by = verdict.egress.by.iter().chain(&verdict.ingress.by);
-                by.any(|one| (&one.name, one.index) == (&told.policy.name, told.index))
+                by.any(|one| (&one.name, one.index) == (&told.id.policy.name, told.id.index))
             });
             assert!(known, "seed {seed}, step {step}: {question:?} by {told:?}");
             if passed && flows.len() < KEPT {

@@ -48,7 +48,7 @@ fn compare(nodes: &[Node], cluster: &Cluster, packet: &Packet) {
         );
         let (would, rule) = home.judge_audit(&side, packet);
         assert_eq!(would, whole.allowed, "{packet:?}\n{cluster:#?}");
-        let named = home.names.now().rule(rule).cloned();
+        let named = home.names.now().rule(rule).map(|rule| rule.id.clone());
         let told = match &named {
             None => whole.by.is_empty(),
             Some(named) => whole.by.iter().any(|one| {

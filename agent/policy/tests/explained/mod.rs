@@ -35,12 +35,12 @@ fn compare(nodes: &[Node], cluster: &Cluster, packet: &Packet) {
     for side in sides(cluster, packet) {
         let home = nodes.iter().find(|node| node.name == side.home).unwrap();
         let (allowed, rule) = home.judge(&side, packet);
-        let by = home.names.now().rule(rule).cloned();
+        let by = home.names.now().rule(rule).map(|rule| rule.id.clone());
         for node in nodes {
             let said = &explain(node, packet)[usize::from(side.ingress)];
             assert_eq!(
                 (said.allowed, said.decided_by()),
-                (allowed, by.as_deref()),
+                (allowed, by.as_ref()),
                 "{packet:?}, ingress {}, on {}: {said:#?}\n{cluster:#?}",
                 side.ingress,
                 node.name
