@@ -1,13 +1,14 @@
 //! Flows: events of the kernel, named and kept, for those who ask who talked to whom.
 
 mod message;
+pub mod metrics;
 mod observer;
 pub(crate) mod serve;
 mod store;
 
 use std::hash::{BuildHasher, RandomState};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result};
 use aya::maps::{MapData, PerCpuArray, RingBuf};
@@ -16,11 +17,12 @@ use tokio::io::unix::AsyncFd;
 use tokio::sync::{oneshot, watch};
 use tokio_util::sync::CancellationToken;
 use xebec_dataplane_common::flow::{Counters, DROPPED, Event, REASON_POLICY};
-use xebec_hubble::flow::Flow;
+use xebec_hubble::flow::{Flow, LostEventSource};
 use xebec_policy::names::{Names, Peer, RuleName};
 use xebec_policy::rule::PolicyRef;
 
 use crate::maps::{FlowMaps, next_event};
+use metrics::FlowMetrics;
 use store::{Entry, Store};
 
 /// How many flows are kept.
@@ -76,12 +78,13 @@ pub struct Flows {
     session: u64,
     names: Names,
     node_name: Arc<str>,
+    metrics: FlowMetrics,
     counters: Option<Arc<PerCpuArray<MapData, [u8; size_of::<Counters>()]>>>,
 }
 
 impl Flows {
-    /// No flows yet.
-    pub fn new(names: Names, node_name: &str) -> Self {
+    /// No flows yet; these are counted.
+    pub fn new(names: Names, node_name: &str, metrics: FlowMetrics) -> Self {
         let session = RandomState::new().hash_one(node_name);
         Self {
             store: Arc::new(Mutex::new(Store::new(KEPT))),
@@ -89,6 +92,7 @@ impl Flows {
             session,
             names,
             node_name: node_name.into(),
+            metrics,
             counters: None,
         }
     }
@@ -162,6 +166,7 @@ impl Flows {
     /// Names events and keeps them. There may be hundreds of thousands in a second, so what can be is done once for all.
     fn take(&self, events: &[Event], offset: i64, world: &Arc<Peer>) {
         let names = self.names.now();
+        let now = Instant::now();
         let mut store = self.store();
         for event in events {
             let mut seen = Seen {
@@ -189,9 +194,11 @@ impl Flows {
             // Policies have judged it: that is told, and then what became of it.
             if event.set != 0 {
                 let what = std::mem::replace(&mut seen.kind, Kind::Verdict);
+                self.metrics.count(&seen, now);
                 store.push(Entry::Flow(seen.clone()));
                 seen.kind = what;
             }
+            self.metrics.count(&seen, now);
             store.push(Entry::Flow(seen));
         }
         let next = store.next();
@@ -202,6 +209,8 @@ impl Flows {
 
     /// Keeps in mind that the kernel had no room for some.
     fn lost(&self, count: u64, time: i64) {
+        self.metrics
+            .count_lost(LostEventSource::PerfEventRingBuffer, count);
         let mut store = self.store();
         store.push(Entry::Lost(count, time));
         let next = store.next();

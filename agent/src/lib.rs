@@ -89,6 +89,8 @@ pub struct Config {
     pub sizes: loader::Sizes,
     /// Which labels of pods count for their identities.
     pub labels: xebec_policy::kind::Relevant,
+    /// What is counted of flows.
+    pub flow_metrics: flows::metrics::FlowMetrics,
     /// Whose answers about domains are believed.
     pub domains: domains::Options,
     /// A file as ip-masq-agent has it: towards whom pods keep their addresses, besides `native`.
@@ -102,7 +104,11 @@ pub async fn run(client: kube::Client, config: Config, shutdown: CancellationTok
     maps.services
         .set_scope(scope::of(config.pod_cgroup.as_deref())?)?;
     let names = xebec_policy::names::Names::default();
-    let mut flows = flows::Flows::new(names.clone(), &config.node_name);
+    let mut flows = flows::Flows::new(
+        names.clone(),
+        &config.node_name,
+        config.flow_metrics.clone(),
+    );
     let follow = flows.follow(maps.flows, shutdown.clone())?;
     // Flows that an agent before this one allowed are judged anew: its generation was taken from the clock, too.
     let generation = std::time::SystemTime::now()
@@ -211,7 +217,7 @@ pub async fn run(client: kube::Client, config: Config, shutdown: CancellationTok
         client.clone(),
         config.node_name.clone(),
         config.serve,
-        metrics::Metrics::new(sources, &[&health, &tables.metrics()]),
+        metrics::Metrics::new(sources, &[&health, &tables.metrics(), &config.flow_metrics]),
         health.clone(),
         shutdown.clone(),
     );
@@ -346,7 +352,11 @@ pub async fn run_detached(config: Config, shutdown: CancellationToken) -> Result
         services: None,
         hits: None,
         engine: None,
-        flows: flows::Flows::new(xebec_policy::names::Names::default(), &config.node_name),
+        flows: flows::Flows::new(
+            xebec_policy::names::Names::default(),
+            &config.node_name,
+            flows::metrics::FlowMetrics::default(),
+        ),
         served: network::Served::default(),
     };
     api::run(config.socket, tables, shutdown).await

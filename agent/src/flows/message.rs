@@ -86,7 +86,7 @@ pub(super) fn message(seen: &Seen, node_name: &str, uuid: String) -> Flow {
 }
 
 /// By what a rule matches, as Cilium numbers it (`PolicyMatchType`); 0 is for none.
-const fn match_type(rule: &RuleName) -> u32 {
+pub(super) const fn match_type(rule: &RuleName) -> u32 {
     match (rule.by_peer, rule.by) {
         (true, By::All) => 1,
         (true, By::Port) => 2,
@@ -141,7 +141,7 @@ fn rule_policy(rule: &RuleId) -> Policy {
     policy
 }
 
-const fn point(event: &Event) -> TraceObservationPoint {
+pub(super) const fn point(event: &Event) -> TraceObservationPoint {
     if event.direction == EGRESS {
         TraceObservationPoint::FromEndpoint
     } else {
@@ -149,7 +149,7 @@ const fn point(event: &Event) -> TraceObservationPoint {
     }
 }
 
-const fn verdict(seen: &Seen) -> Verdict {
+pub(super) const fn verdict(seen: &Seen) -> Verdict {
     match (seen.event.verdict, seen.kind) {
         (DROPPED, _) => Verdict::Dropped,
         (AUDITED, Kind::Verdict) => Verdict::Audit,
@@ -220,8 +220,8 @@ fn protocol(event: &Event) -> Option<Protocol> {
 /// As Hubble writes it; SYN and ACK come first.
 fn summary(event: &Event) -> String {
     let [kind, code] = event.source_port.to_ne_bytes();
-    let named = match (event.protocol, kind) {
-        (TCP, _) => {
+    match event.protocol {
+        TCP => {
             const ORDER: [(u8, &str); 8] = [
                 (1, "SYN"),
                 (4, "ACK"),
@@ -232,14 +232,26 @@ fn summary(event: &Event) -> String {
                 (6, "ECE"),
                 (7, "CWR"),
             ];
-            let set = ORDER
-                .iter()
-                .filter(|(bit, _)| event.tcp_flags >> bit & 1 == 1);
+            let has = |bit: u8| event.tcp_flags >> bit & 1 == 1;
+            let set = ORDER.iter().filter(|(bit, _)| has(*bit));
             let names: Vec<&str> = set.map(|(_, name)| *name).collect();
             return format!("TCP Flags: {}", names.join(", "));
         }
-        (UDP, _) => return "UDP".to_owned(),
-        (SCTP, _) => return "SCTP".to_owned(),
+        UDP => return "UDP".to_owned(),
+        SCTP => return "SCTP".to_owned(),
+        ICMP | ICMP6 => {}
+        other => return format!("IP protocol {other}"),
+    }
+    let family = if event.protocol == ICMP { "v4" } else { "v6" };
+    match icmp(event.protocol, kind) {
+        "" => format!("ICMP{family} type {kind} code {code}"),
+        named => format!("ICMP{family} {named}"),
+    }
+}
+
+/// What messages of ICMP of this type are called; nothing for those that are seldom.
+pub(super) const fn icmp(protocol: u8, kind: u8) -> &'static str {
+    match (protocol, kind) {
         (ICMP, 0) => "EchoReply",
         (ICMP, 3) => "DestinationUnreachable",
         (ICMP, 8) => "EchoRequest",
@@ -249,12 +261,6 @@ fn summary(event: &Event) -> String {
         (ICMP6, 3) => "TimeExceeded",
         (ICMP6, 128) => "EchoRequest",
         (ICMP6, 129) => "EchoReply",
-        (ICMP | ICMP6, _) => "",
-        _ => return format!("IP protocol {}", event.protocol),
-    };
-    let family = if event.protocol == ICMP { "v4" } else { "v6" };
-    match named {
-        "" => format!("ICMP{family} type {kind} code {code}"),
-        named => format!("ICMP{family} {named}"),
+        _ => "",
     }
 }

@@ -324,7 +324,9 @@ impl Reader {
         if oldest > self.at {
             let missed = oldest.min(self.end.unwrap_or(u64::MAX)) - self.at;
             let time = Timestamp::from_nanos(super::now());
-            self.tell_lost(LostEventSource::HubbleRingBuffer, missed, time);
+            let source = LostEventSource::HubbleRingBuffer;
+            self.flows.metrics.count_lost(source, missed);
+            self.tell_lost(source, missed, time);
             self.at += missed;
             return;
         }

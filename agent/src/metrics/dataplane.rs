@@ -205,6 +205,7 @@ mod tests {
 
     use super::*;
     use crate::bpf_maps;
+    use crate::flows::metrics::FlowMetrics;
     use crate::maps::usage::{Ports, Table};
     use xebec_policy::names::Names;
 
@@ -216,7 +217,11 @@ mod tests {
 
     #[test]
     fn counters_have_the_names_that_dashboards_use() {
-        let told = text(Packets(Flows::new(Names::default(), "a")));
+        let told = text(Packets(Flows::new(
+            Names::default(),
+            "a",
+            FlowMetrics::default(),
+        )));
         for line in [
             "xebec_events_produced_total 0\n",
             "xebec_events_lost_total 0\n",

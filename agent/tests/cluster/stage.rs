@@ -126,6 +126,7 @@ pub fn run_agent() {
         sizes,
         domains: Default::default(),
         labels: Default::default(),
+        flow_metrics: xebec_agent::flows::metrics::FlowMetrics::usual(),
         ip_masq: settings["ip_masq"].as_str().map(PathBuf::from),
     };
     let runtime = tokio::runtime::Builder::new_multi_thread()

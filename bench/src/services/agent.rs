@@ -101,6 +101,7 @@ pub fn run(args: Args) -> Result<()> {
         },
         domains: Default::default(),
         labels: Default::default(),
+        flow_metrics: xebec_agent::flows::metrics::FlowMetrics::usual(),
         ip_masq: None,
         serve: xebec_agent::metrics::Addresses::default(),
     };

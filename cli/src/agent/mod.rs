@@ -12,6 +12,7 @@ mod ways;
 use std::net::IpAddr;
 use std::path::{Path, PathBuf};
 use std::time::Duration;
+use xebec_agent::flows::metrics::FlowMetrics;
 
 use anyhow::{Context, Result, bail};
 use clap::{Args, Subcommand};
@@ -93,6 +94,10 @@ struct Run {
     /// For how many seconds policies know an address of a domain at least, whatever the resolver says
     #[arg(long, value_name = "SECONDS", default_value_t = 0)]
     tofqdns_min_ttl: u32,
+    /// Metrics of flows with their options, divided by blanks: drop, tcp, flow, icmp, policy, flows-to-world,
+    /// port-distribution, as in `flow:sourceContext=pod|ip;labelsContext=source_app,destination_app`; "" for none
+    #[arg(long, value_name = "METRICS", default_value = xebec_agent::flows::metrics::DEFAULT, value_parser = FlowMetrics::parse)]
+    hubble_metrics: FlowMetrics,
     /// Devices that lead to other nodes and the outside; by default those of the node's address and the default route
     #[arg(long, value_delimiter = ',')]
     devices: Vec<String>,
@@ -295,6 +300,7 @@ impl Run {
                 ..Default::default()
             },
             labels: self.labels()?,
+            flow_metrics: self.hubble_metrics.clone(),
             domains: xebec_agent::domains::Options {
                 resolvers: xebec_agent::domains::resolvers(&self.dns_resolvers)?,
                 min_ttl: self.tofqdns_min_ttl,

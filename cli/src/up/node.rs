@@ -149,6 +149,7 @@ impl NodeConfig {
             sizes: xebec_agent::loader::Sizes::default(),
             domains: Default::default(),
             labels: Default::default(),
+            flow_metrics: xebec_agent::flows::metrics::FlowMetrics::usual(),
             ip_masq: None,
             serve: xebec_agent::metrics::Addresses {
                 metrics: self.metrics,

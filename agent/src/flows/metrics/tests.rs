@@ -1,0 +1,258 @@
+//! What is counted, under which labels.
+
+use std::net::Ipv4Addr;
+
+use xebec_dataplane_common::flow::{DROPPED, Event, FORWARDED, INGRESS, REASON_TTL};
+use xebec_policy::names::Peer;
+
+use super::*;
+
+fn pod(name: &str) -> Arc<Peer> {
+    let labels = [("app".to_owned(), name[..3].to_owned())].into();
+    let owner = ("Deployment".to_owned(), name[..3].to_owned());
+    let name = ("shop".to_owned(), name.to_owned());
+    Arc::new(Peer::pod(&name, 1000, &labels, Some(&owner)))
+}
+
+/// A first packet of `web-1` to `api-1`.
+fn seen() -> Seen {
+    Seen {
+        event: Event {
+            time: 0,
+            source: Ipv4Addr::new(10, 0, 0, 1).into(),
+            destination: Ipv4Addr::new(10, 0, 0, 2).into(),
+            source_port: 4000_u16.to_be(),
+            destination_port: 80_u16.to_be(),
+            protocol: TCP,
+            tcp_flags: 0x02,
+            verdict: FORWARDED,
+            direction: INGRESS,
+            reason: 0,
+            reply: 0,
+            length: 60,
+            set: 0,
+            rule: 0,
+            service: 0,
+        },
+        kind: Kind::Passed,
+        time: 0,
+        source: pod("web-1"),
+        destination: pod("api-1"),
+        rule: None,
+        denied_by: None,
+    }
+}
+
+fn dropped(reason: u8) -> Seen {
+    let mut seen = seen();
+    seen.kind = Kind::Dropped;
+    seen.event.verdict = DROPPED;
+    seen.event.reason = reason;
+    seen
+}
+
+/// What is served after these flows, without the lines that say what it is.
+fn served(metrics: &FlowMetrics, flows: &[Seen]) -> Vec<String> {
+    let now = Instant::now();
+    for flow in flows {
+        metrics.count(flow, now);
+    }
+    let mut registry = Registry::default();
+    crate::metrics::Register::register(metrics, &mut registry);
+    let mut text = String::new();
+    prometheus_client::encoding::text::encode(&mut text, &registry).unwrap();
+    let lines = text.lines().filter(|line| !line.starts_with('#'));
+    let lines = lines.filter(|line| !line.starts_with("hubble_lost"));
+    let mut lines: Vec<String> = lines.map(str::to_owned).collect();
+    lines.sort();
+    lines
+}
+
+#[test]
+fn flows_are_counted_under_hubble_s_names() {
+    let flow = |change: fn(&mut Seen)| {
+        let mut seen = seen();
+        change(&mut seen);
+        seen
+    };
+    let flows = [
+        flow(|_| ()),
+        flow(|seen| {
+            seen.event.tcp_flags = 0x12;
+            seen.event.reply = 1;
+        }),
+        flow(|seen| seen.event.tcp_flags = 0x11),
+        flow(|seen| seen.kind = Kind::Verdict),
+        flow(|seen| seen.event.protocol = UDP),
+        flow(|seen| {
+            seen.event.protocol = ICMP;
+            seen.event.source_port = u16::from_ne_bytes([8, 0]);
+        }),
+        flow(|seen| {
+            seen.destination = Arc::new(Peer::world());
+            seen.event.direction = EGRESS;
+            seen.event.destination_port = 443_u16.to_be();
+        }),
+        dropped(REASON_POLICY),
+        dropped(REASON_TTL),
+    ];
+    assert_eq!(
+        served(&FlowMetrics::parse(DEFAULT).unwrap(), &flows),
+        [
+            r#"hubble_drop_total{reason="POLICY_DENIED",protocol="TCP"} 1"#,
+            r#"hubble_drop_total{reason="TTL_EXCEEDED",protocol="TCP"} 1"#,
+            r#"hubble_flows_processed_total{protocol="ICMPv4",type="Trace",subtype="to-endpoint",verdict="FORWARDED"} 1"#,
+            r#"hubble_flows_processed_total{protocol="TCP",type="Drop",subtype="",verdict="DROPPED"} 2"#,
+            r#"hubble_flows_processed_total{protocol="TCP",type="PolicyVerdict",subtype="",verdict="FORWARDED"} 1"#,
+            r#"hubble_flows_processed_total{protocol="TCP",type="Trace",subtype="from-endpoint",verdict="FORWARDED"} 1"#,
+            r#"hubble_flows_processed_total{protocol="TCP",type="Trace",subtype="to-endpoint",verdict="FORWARDED"} 3"#,
+            r#"hubble_flows_processed_total{protocol="UDP",type="Trace",subtype="to-endpoint",verdict="FORWARDED"} 1"#,
+            r#"hubble_flows_to_world_total{protocol="TCP",verdict="FORWARDED"} 1"#,
+            r#"hubble_icmp_total{family="IPv4",type="EchoRequest"} 1"#,
+            r#"hubble_policy_verdicts_total{direction="ingress",match="none",action="forwarded"} 1"#,
+            r#"hubble_port_distribution_total{protocol="ICMPv4",port="0"} 1"#,
+            r#"hubble_port_distribution_total{protocol="TCP",port="443"} 1"#,
+            r#"hubble_port_distribution_total{protocol="TCP",port="80"} 2"#,
+            r#"hubble_port_distribution_total{protocol="UDP",port="80"} 1"#,
+            r#"hubble_tcp_flags_total{flag="FIN",family="IPv4"} 1"#,
+            r#"hubble_tcp_flags_total{flag="SYN",family="IPv4"} 2"#,
+            r#"hubble_tcp_flags_total{flag="SYN-ACK",family="IPv4"} 1"#,
+        ]
+    );
+}
+
+#[test]
+fn contexts_say_whom_a_flow_is_of() {
+    let mut out = seen();
+    out.event.direction = EGRESS;
+    out.destination = Arc::new(Peer::world());
+    for (options, labels) in [
+        ("sourceContext=pod", r#"source="shop/web-1""#),
+        (
+            "sourceContext=pod-name;destinationContext=ip",
+            r#"source="web-1",destination="10.0.0.2""#,
+        ),
+        (
+            "destinationContext=workload|reserved-identity",
+            r#"destination="reserved:world""#,
+        ),
+        ("sourceContext=workload", r#"source="shop/web""#),
+        ("sourceContext=workload-name", r#"source="web""#),
+        ("sourceContext=namespace", r#"source="shop""#),
+        ("sourceContext=app", r#"source="web""#),
+        ("sourceContext=identity", r#"source="k8s:app=web""#),
+        ("sourceContext=dns", r#"source="""#),
+        ("sourceEgressContext=ip", r#"source="10.0.0.1""#),
+        ("sourceIngressContext=ip", r#"source="""#),
+        (
+            "destinationEgressContext=ip;destinationIngressContext=pod",
+            r#"destination="10.0.0.2""#,
+        ),
+        (
+            "labelsContext=traffic_direction,source_app,source_workload_kind,destination_pod",
+            r#"source_workload_kind="Deployment",source_app="web",destination_pod="",traffic_direction="egress""#,
+        ),
+        (
+            "labelsContext=source_ip,source_pod,source_namespace,source_workload;sourceContext=pod-name",
+            r#"source_ip="10.0.0.1",source_pod="web-1",source_namespace="shop",source_workload="web",source="web-1""#,
+        ),
+    ] {
+        let metrics = FlowMetrics::parse(&format!("port-distribution:{options}")).unwrap();
+        assert_eq!(
+            served(&metrics, &[out.clone()]),
+            [format!(
+                r#"hubble_port_distribution_total{{protocol="TCP",port="80",{labels}}} 1"#
+            )],
+            "{options}"
+        );
+    }
+}
+
+#[test]
+fn flows_to_the_world_are_counted_as_asked() {
+    let mut out = seen();
+    out.destination = Arc::new(Peer::world());
+    let mut later = out.clone();
+    later.event.tcp_flags = 0x10;
+    let mut lost = dropped(REASON_TTL);
+    lost.destination = Arc::new(Peer::world());
+    let flows = [out, later, lost];
+    for (options, wanted) in [
+        ("", vec![r#"{protocol="TCP",verdict="FORWARDED"} 2"#]),
+        (
+            "syn-only",
+            vec![r#"{protocol="TCP",verdict="FORWARDED"} 1"#],
+        ),
+        (
+            "any-drop;port",
+            vec![
+                r#"{protocol="TCP",verdict="DROPPED",port="80"} 1"#,
+                r#"{protocol="TCP",verdict="FORWARDED",port="80"} 2"#,
+            ],
+        ),
+    ] {
+        let metrics = FlowMetrics::parse(&format!("flows-to-world:{options}")).unwrap();
+        let wanted: Vec<String> = wanted
+            .iter()
+            .map(|line| format!("hubble_flows_to_world_total{line}"))
+            .collect();
+        assert_eq!(served(&metrics, &flows), wanted, "{options}");
+    }
+}
+
+#[test]
+fn there_are_no_more_series_than_may_be() {
+    let mut metrics = FlowMetrics::parse("port-distribution").unwrap();
+    metrics.most = 2;
+    let to = |port: u16| {
+        let mut seen = seen();
+        seen.event.destination_port = port.to_be();
+        seen
+    };
+    assert_eq!(
+        served(&metrics, &[to(1), to(2), to(3), to(4), to(1)]),
+        [
+            r#"hubble_port_distribution_total{protocol="TCP",port="1"} 2"#,
+            r#"hubble_port_distribution_total{protocol="TCP",port="2"} 1"#,
+            r#"hubble_port_distribution_total{protocol="other",port="other"} 2"#,
+        ]
+    );
+    // Who was not seen for long makes room.
+    let later = Instant::now() + IDLE + SWEEP;
+    metrics.count(&to(5), later);
+    let text = served(&metrics, &[]);
+    assert!(
+        text.contains(&r#"hubble_port_distribution_total{protocol="TCP",port="5"} 1"#.to_owned())
+    );
+    assert_eq!(text.len(), 2, "{text:?}");
+}
+
+#[test]
+fn nonsense_is_refused_and_losses_are_always_there() {
+    for (text, reason) in [
+        ("rain", "no metric \"rain\": there are drop"),
+        ("drop drop", "asked for twice"),
+        ("drop:colour=red", "no option \"colour\""),
+        (
+            "drop:sourceContext=colour",
+            "\"colour\" is none of identity",
+        ),
+        (
+            "drop:labelsContext=source_colour",
+            "\"source_colour\" is none of source_ip",
+        ),
+        ("drop:port", "no option \"port\""),
+    ] {
+        let error = format!("{:#}", FlowMetrics::parse(text).unwrap_err());
+        assert!(error.contains(reason), "{text}: {error}");
+    }
+    let metrics = FlowMetrics::parse("").unwrap();
+    metrics.count_lost(LostEventSource::PerfEventRingBuffer, 3);
+    metrics.count_lost(LostEventSource::HubbleRingBuffer, 4);
+    let mut registry = Registry::default();
+    crate::metrics::Register::register(&metrics, &mut registry);
+    let mut text = String::new();
+    prometheus_client::encoding::text::encode(&mut text, &registry).unwrap();
+    assert!(text.contains(r#"hubble_lost_events_total{source="perf_event_ring_buffer"} 3"#));
+    assert!(text.contains(r#"hubble_lost_events_total{source="hubble_ring_buffer"} 4"#));
+}
