@@ -3,8 +3,10 @@
 mod message;
 pub mod metrics;
 mod observer;
-pub(crate) mod serve;
+mod peers;
+pub mod serve;
 mod store;
+pub mod tls;
 
 use std::hash::{BuildHasher, RandomState};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
@@ -25,8 +27,8 @@ use crate::maps::{FlowMaps, next_event};
 use metrics::FlowMetrics;
 use store::{Entry, Store};
 
-/// How many flows are kept.
-const KEPT: usize = 16_384;
+/// How many flows are kept where nothing else is asked for.
+pub const KEPT: usize = 16_384;
 /// How long events gather before they are read.
 const GATHER: Duration = Duration::from_millis(50);
 /// How many events are taken while names and flows are held: a millisecond at most, also of a busy CPU.
@@ -83,11 +85,11 @@ pub struct Flows {
 }
 
 impl Flows {
-    /// No flows yet; these are counted.
-    pub fn new(names: Names, node_name: &str, metrics: FlowMetrics) -> Self {
+    /// No flows yet, and room for so many; these are counted.
+    pub fn new(names: Names, node_name: &str, room: usize, metrics: FlowMetrics) -> Self {
         let session = RandomState::new().hash_one(node_name);
         Self {
-            store: Arc::new(Mutex::new(Store::new(KEPT))),
+            store: Arc::new(Mutex::new(Store::new(room))),
             news: Arc::new(watch::channel(0).0),
             session,
             names,

@@ -89,6 +89,10 @@ pub struct Config {
     pub sizes: loader::Sizes,
     /// Which labels of pods count for their identities.
     pub labels: xebec_policy::kind::Relevant,
+    /// How many flows are kept.
+    pub flows_kept: usize,
+    /// Where flows are served besides the socket.
+    pub flow_listen: Option<flows::serve::Listen>,
     /// What is counted of flows.
     pub flow_metrics: flows::metrics::FlowMetrics,
     /// Whose answers about domains are believed.
@@ -107,6 +111,7 @@ pub async fn run(client: kube::Client, config: Config, shutdown: CancellationTok
     let mut flows = flows::Flows::new(
         names.clone(),
         &config.node_name,
+        config.flows_kept,
         config.flow_metrics.clone(),
     );
     let follow = flows.follow(maps.flows, shutdown.clone())?;
@@ -229,7 +234,7 @@ pub async fn run(client: kube::Client, config: Config, shutdown: CancellationTok
             node_ips: config.node_ips.clone(),
             node_ports: config.node_ports.clone(),
         },
-        nodes_told,
+        nodes_told.clone(),
         local_told,
         endpoints.host_ports(),
         teller.clone(),
@@ -245,7 +250,9 @@ pub async fn run(client: kube::Client, config: Config, shutdown: CancellationTok
     );
     let observer = flows::serve::run(
         config.socket.with_file_name(HUBBLE_SOCKET),
+        config.flow_listen.clone(),
         flows.clone(),
+        nodes_told,
         shutdown.clone(),
     );
     let tables = api::Tables {
@@ -355,6 +362,7 @@ pub async fn run_detached(config: Config, shutdown: CancellationToken) -> Result
         flows: flows::Flows::new(
             xebec_policy::names::Names::default(),
             &config.node_name,
+            0,
             flows::metrics::FlowMetrics::default(),
         ),
         served: network::Served::default(),

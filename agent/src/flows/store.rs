@@ -43,11 +43,11 @@ impl Store {
 
     /// Keeps one; the oldest goes if there is no room.
     pub(super) fn push(&mut self, entry: Entry) {
-        if self.kept.len() == self.room {
+        self.kept.push_back(entry);
+        if self.kept.len() > self.room {
             self.kept.pop_front();
             self.gone += 1;
         }
-        self.kept.push_back(entry);
     }
 
     /// The number of the oldest entry.

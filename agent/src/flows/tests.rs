@@ -38,7 +38,7 @@ fn flows() -> Flows {
         by: By::Port,
     };
     names.set_rule(42, rule);
-    Flows::new(names, "here", FlowMetrics::usual())
+    Flows::new(names, "here", KEPT, FlowMetrics::usual())
 }
 
 fn event(source: [u8; 4], destination: [u8; 4]) -> Event {

@@ -220,6 +220,7 @@ mod tests {
         let told = text(Packets(Flows::new(
             Names::default(),
             "a",
+            1,
             FlowMetrics::default(),
         )));
         for line in [

@@ -126,6 +126,8 @@ pub fn run_agent() {
         sizes,
         domains: Default::default(),
         labels: Default::default(),
+        flows_kept: xebec_agent::flows::KEPT,
+        flow_listen: None,
         flow_metrics: xebec_agent::flows::metrics::FlowMetrics::usual(),
         ip_masq: settings["ip_masq"].as_str().map(PathBuf::from),
     };

@@ -3,6 +3,7 @@
 mod cgroup;
 mod cleanup;
 mod cni;
+mod hubble;
 #[cfg(test)]
 mod manifests;
 mod node_object;
@@ -98,6 +99,8 @@ struct Run {
     /// port-distribution, as in `flow:sourceContext=pod|ip;labelsContext=source_app,destination_app`; "" for none
     #[arg(long, value_name = "METRICS", default_value = xebec_agent::flows::metrics::DEFAULT, value_parser = FlowMetrics::parse)]
     hubble_metrics: FlowMetrics,
+    #[command(flatten)]
+    hubble: hubble::Hubble,
     /// Devices that lead to other nodes and the outside; by default those of the node's address and the default route
     #[arg(long, value_delimiter = ',')]
     devices: Vec<String>,
@@ -300,6 +303,8 @@ impl Run {
                 ..Default::default()
             },
             labels: self.labels()?,
+            flows_kept: self.hubble.event_buffer_capacity(),
+            flow_listen: self.hubble.listen()?,
             flow_metrics: self.hubble_metrics.clone(),
             domains: xebec_agent::domains::Options {
                 resolvers: xebec_agent::domains::resolvers(&self.dns_resolvers)?,

@@ -19,7 +19,7 @@ use xebec_hubble::wkt::FieldMask;
 use crate::paths::Layout;
 use filters::FilterArgs;
 use print::{Color, Output, Printer, Style};
-use source::Server;
+use source::{Server, Tls};
 use time::Format;
 
 /// How many flows are shown where nothing else is asked for.
@@ -123,9 +123,11 @@ pub struct Observe {
     /// Only flows of this node
     #[arg(long)]
     node: Option<String>,
-    /// A server of Hubble's API (HOST:PORT or unix:///PATH), instead of the agents of this machine
+    /// A server of Hubble's API (HOST:PORT, tls://HOST:PORT or unix:///PATH), instead of the agents of this machine
     #[arg(long, env = "HUBBLE_SERVER", value_parser = parse_server, conflicts_with = "node")]
     server: Option<Server>,
+    #[command(flatten)]
+    tls: Tls,
 }
 
 fn parse_time(text: &str) -> Result<Timestamp, String> {
@@ -230,7 +232,7 @@ impl Observe {
                 .map(|(_, socket)| Server::Unix(socket.with_file_name(xebec_agent::HUBBLE_SOCKET)))
                 .collect(),
         };
-        let mut nodes = source::ask(&servers, &asked);
+        let mut nodes = source::ask(&servers, &self.tls, &asked);
         if self.follow {
             while let Some(answer) = merge::any(&mut nodes).await? {
                 if !printer.print(&answer)? {

@@ -3,11 +3,12 @@
 use std::io::BufRead;
 use std::path::{Path, PathBuf};
 
-use anyhow::{Context, Result, bail};
+use anyhow::{Context, Result, bail, ensure};
+use clap::Args;
 use hyper_util::rt::TokioIo;
 use tokio::net::UnixStream;
 use tokio::sync::mpsc;
-use tonic::transport::{Channel, Endpoint};
+use tonic::transport::{Certificate, Channel, ClientTlsConfig, Endpoint, Identity};
 use xebec_hubble::filter::Filters;
 use xebec_hubble::observer::observer_client::ObserverClient;
 use xebec_hubble::observer::{GetFlowsRequest, GetFlowsResponse};
@@ -20,27 +21,77 @@ const AHEAD: usize = 256;
 pub enum Server {
     /// A UNIX socket.
     Unix(PathBuf),
-    /// `HOST:PORT`, without TLS.
-    Tcp(String),
+    /// `HOST:PORT`, and whether its name asks for TLS.
+    Tcp(String, bool),
+}
+
+/// How a server proves who it is, and we to it.
+#[derive(Args, Clone, Debug, Default)]
+pub struct Tls {
+    /// Use TLS; for servers whose address begins with tls:// this is so
+    #[arg(long)]
+    tls: bool,
+    /// Authorities of servers (PEM)
+    #[arg(long, value_name = "FILE", value_delimiter = ',')]
+    tls_ca_cert_files: Vec<PathBuf>,
+    /// Our certificate (PEM)
+    #[arg(long, value_name = "FILE", requires = "tls_client_key_file")]
+    tls_client_cert_file: Option<PathBuf>,
+    /// Its key (PEM)
+    #[arg(long, value_name = "FILE", requires = "tls_client_cert_file")]
+    tls_client_key_file: Option<PathBuf>,
+    /// The name in the server's certificate, where it is not that of its address
+    #[arg(long, value_name = "NAME")]
+    tls_server_name: Option<String>,
+}
+
+impl Tls {
+    fn is_asked_for(&self) -> bool {
+        self.tls || !self.tls_ca_cert_files.is_empty() || self.tls_client_cert_file.is_some()
+    }
+
+    fn config(&self) -> Result<ClientTlsConfig> {
+        let read = |path: &PathBuf| {
+            std::fs::read(path).with_context(|| format!("could not read {}", path.display()))
+        };
+        ensure!(
+            !self.tls_ca_cert_files.is_empty(),
+            "--tls-ca-cert-files is missing: the server could be anybody"
+        );
+        let mut config = ClientTlsConfig::new();
+        for path in &self.tls_ca_cert_files {
+            config = config.ca_certificate(Certificate::from_pem(read(path)?));
+        }
+        if let (Some(cert), Some(key)) = (&self.tls_client_cert_file, &self.tls_client_key_file) {
+            config = config.identity(Identity::from_pem(read(cert)?, read(key)?));
+        }
+        if let Some(name) = &self.tls_server_name {
+            config = config.domain_name(name);
+        }
+        Ok(config)
+    }
 }
 
 impl Server {
-    /// Reads `unix:///run/xebec/hubble.sock` or `HOST:PORT`.
+    /// Reads `unix:///run/xebec/hubble.sock`, `HOST:PORT` or `tls://HOST:PORT`.
     pub fn parse(text: &str) -> Result<Self> {
         if let Some(path) = text.strip_prefix("unix://") {
             return Ok(Self::Unix(path.into()));
         }
-        let address = text.strip_prefix("tcp://").unwrap_or(text);
+        let (address, tls) = match text.strip_prefix("tls://") {
+            Some(address) => (address, true),
+            None => (text.strip_prefix("tcp://").unwrap_or(text), false),
+        };
         let port = address
             .rsplit_once(':')
             .map(|(_, port)| port.parse::<u16>());
         match port {
-            Some(Ok(_)) => Ok(Self::Tcp(address.to_owned())),
-            _ => bail!("{text:?} is neither HOST:PORT nor unix:///PATH"),
+            Some(Ok(_)) => Ok(Self::Tcp(address.to_owned(), tls)),
+            _ => bail!("{text:?} is neither HOST:PORT nor tls://HOST:PORT nor unix:///PATH"),
         }
     }
 
-    async fn connect(&self) -> Result<Channel> {
+    async fn connect(&self, with: &Tls) -> Result<Channel> {
         match self {
             Self::Unix(path) => {
                 let path = path.clone();
@@ -52,11 +103,17 @@ impl Server {
                     }))
                     .await
             }
-            Self::Tcp(address) => {
-                Endpoint::from_shared(format!("http://{address}"))
-                    .with_context(|| format!("{address:?} is no address"))?
-                    .connect()
-                    .await
+            Self::Tcp(address, tls) => {
+                let tls = *tls || with.is_asked_for();
+                let scheme = if tls { "https" } else { "http" };
+                let mut endpoint = Endpoint::from_shared(format!("{scheme}://{address}"))
+                    .with_context(|| format!("{address:?} is no address"))?;
+                if tls {
+                    endpoint = endpoint
+                        .tls_config(with.config()?)
+                        .context("the certificates can't be used")?;
+                }
+                endpoint.connect().await
             }
         }
         .with_context(|| format!("could not connect to {self}"))
@@ -67,7 +124,7 @@ impl std::fmt::Display for Server {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
         match self {
             Self::Unix(path) => write!(f, "unix://{}", path.display()),
-            Self::Tcp(address) => f.write_str(address),
+            Self::Tcp(address, _) => f.write_str(address),
         }
     }
 }
@@ -75,10 +132,11 @@ impl std::fmt::Display for Server {
 /// Sends one server's answers on as they come.
 async fn read(
     server: &Server,
+    with: &Tls,
     asked: GetFlowsRequest,
     answers: &mpsc::Sender<Result<GetFlowsResponse>>,
 ) -> Result<()> {
-    let mut client = ObserverClient::new(server.connect().await?);
+    let mut client = ObserverClient::new(server.connect(with).await?);
     let refused = |status: tonic::Status| anyhow::anyhow!("{server}: {}", status.message());
     let mut stream = client.get_flows(asked).await.map_err(refused)?.into_inner();
     while let Some(answer) = stream.message().await.map_err(refused)? {
@@ -92,15 +150,16 @@ async fn read(
 /// The answers of several servers, each in its own order.
 pub fn ask(
     servers: &[Server],
+    with: &Tls,
     asked: &GetFlowsRequest,
 ) -> Vec<mpsc::Receiver<Result<GetFlowsResponse>>> {
     servers
         .iter()
         .map(|server| {
             let (sender, answers) = mpsc::channel(AHEAD);
-            let (server, asked) = (server.clone(), asked.clone());
+            let (server, with, asked) = (server.clone(), with.clone(), asked.clone());
             tokio::spawn(async move {
-                if let Err(error) = read(&server, asked, &sender).await {
+                if let Err(error) = read(&server, &with, asked, &sender).await {
                     // Nobody may wait for it any more.
                     let _ = sender.send(Err(error)).await;
                 }
@@ -170,8 +229,13 @@ mod tests {
     fn servers_are_sockets_or_addresses() {
         let unix = Server::parse("unix:///run/xebec/hubble.sock").unwrap();
         assert_eq!(unix.to_string(), "unix:///run/xebec/hubble.sock");
-        for text in ["localhost:4245", "tcp://localhost:4245"] {
-            assert_eq!(Server::parse(text).unwrap().to_string(), "localhost:4245");
+        for (text, tls) in [
+            ("localhost:4245", false),
+            ("tcp://localhost:4245", false),
+            ("tls://localhost:4245", true),
+        ] {
+            let tcp = Server::Tcp("localhost:4245".to_owned(), tls);
+            assert_eq!(Server::parse(text).unwrap(), tcp);
         }
         for text in ["", "localhost", "localhost:x", "[::1]"] {
             assert!(Server::parse(text).is_err(), "{text}");

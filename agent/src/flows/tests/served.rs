@@ -27,7 +27,13 @@ impl Served {
         let dir = tempfile::tempdir().unwrap();
         let socket = dir.path().join("hubble.sock");
         let shutdown = CancellationToken::new();
-        let serving = serve::run(socket.clone(), flows.clone(), shutdown.clone());
+        let serving = serve::run(
+            socket.clone(),
+            None,
+            flows.clone(),
+            watch::channel(None).1,
+            shutdown.clone(),
+        );
         tokio::spawn(async move { serving.await.unwrap() });
         while !socket.exists() {
             tokio::time::sleep(Duration::from_millis(1)).await;
@@ -423,4 +429,115 @@ async fn garbage_and_clients_that_never_read_harm_nobody() {
     // Others are answered meanwhile.
     let mut other = Served::new(served.flows.clone()).await;
     assert_eq!(other.ports(last(3)).await.len(), 3);
+}
+
+/// An authority, and certificates of it.
+struct Authority {
+    issuer: rcgen::Issuer<'static, rcgen::KeyPair>,
+    pem: String,
+}
+
+impl Authority {
+    fn new() -> Self {
+        let key = rcgen::KeyPair::generate().unwrap();
+        let mut params = rcgen::CertificateParams::new(Vec::<String>::new()).unwrap();
+        params.is_ca = rcgen::IsCa::Ca(rcgen::BasicConstraints::Unconstrained);
+        let pem = params.self_signed(&key).unwrap().pem();
+        Self {
+            issuer: rcgen::Issuer::new(params, key),
+            pem,
+        }
+    }
+
+    /// Certificate and key of this name (PEM).
+    fn issue(&self, name: &str) -> (String, String) {
+        let key = rcgen::KeyPair::generate().unwrap();
+        let params = rcgen::CertificateParams::new([name.to_owned()]).unwrap();
+        let cert = params.signed_by(&key, &self.issuer).unwrap();
+        (cert.pem(), key.serialize_pem())
+    }
+}
+
+/// What a client with this certificate, who believes this authority, gets from a server.
+async fn asks(
+    address: std::net::SocketAddr,
+    believes: &Authority,
+    is: Option<(String, String)>,
+) -> Result<u64, String> {
+    use tonic::transport::{Certificate, ClientTlsConfig, Identity};
+    let mut tls = ClientTlsConfig::new()
+        .ca_certificate(Certificate::from_pem(&believes.pem))
+        .domain_name("node.test");
+    if let Some((cert, key)) = is {
+        tls = tls.identity(Identity::from_pem(cert, key));
+    }
+    let endpoint = Endpoint::from_shared(format!("https://{address}")).unwrap();
+    let channel = endpoint.tls_config(tls).unwrap().connect().await;
+    let mut client = ObserverClient::new(channel.map_err(|error| format!("{error:?}"))?);
+    let status = client.server_status(ServerStatusRequest {}).await;
+    status
+        .map(|status| status.into_inner().num_flows)
+        .map_err(|error| format!("{error:?}"))
+}
+
+#[tokio::test]
+async fn without_a_certificate_nobody_reads_flows_over_tcp() {
+    let dir = tempfile::tempdir().unwrap();
+    let file = |name: &str| dir.path().join(name);
+    let (ours, others) = (Authority::new(), Authority::new());
+    let write = |(cert, key): (String, String)| {
+        std::fs::write(file("cert"), cert).unwrap();
+        std::fs::write(file("key"), key).unwrap();
+    };
+    write(ours.issue("node.test"));
+    std::fs::write(file("ca"), &ours.pem).unwrap();
+    let free = std::net::TcpListener::bind("127.0.0.1:0").unwrap();
+    let address = free.local_addr().unwrap();
+    drop(free);
+    let listen = serve::Listen {
+        address,
+        tls: Some(tls::Files {
+            cert: file("cert"),
+            key: file("key"),
+            client_cas: vec![file("ca")],
+        }),
+    };
+    let flows = flows();
+    take(&flows, event(WEB, API));
+    let shutdown = CancellationToken::new();
+    let serving = serve::run(
+        file("hubble.sock"),
+        Some(listen),
+        flows,
+        watch::channel(None).1,
+        shutdown.clone(),
+    );
+    let serving = tokio::spawn(serving);
+    let friend = || Some(ours.issue("relay.test"));
+    while tokio::net::TcpStream::connect(address).await.is_err() {
+        tokio::time::sleep(Duration::from_millis(1)).await;
+    }
+    assert_eq!(asks(address, &ours, friend()).await, Ok(2));
+    let nobody = asks(address, &ours, None).await;
+    assert!(nobody.is_err(), "{nobody:?}");
+    let stranger = asks(address, &ours, Some(others.issue("relay.test"))).await;
+    assert!(stranger.is_err(), "{stranger:?}");
+    let deceived = asks(address, &others, friend()).await;
+    assert!(deceived.is_err(), "{deceived:?}");
+    // Without TLS, not even an error can be read.
+    let plain = Endpoint::from_shared(format!("http://{address}")).unwrap();
+    if let Ok(channel) = plain.connect().await {
+        let mut client = ObserverClient::new(channel);
+        assert!(client.server_status(ServerStatusRequest {}).await.is_err());
+    }
+    // A new certificate is served without a restart; a broken one is not.
+    std::fs::write(file("ca"), "nonsense").unwrap();
+    assert_eq!(asks(address, &ours, friend()).await, Ok(2));
+    write(others.issue("node.test"));
+    std::fs::write(file("ca"), &others.pem).unwrap();
+    let new = asks(address, &others, Some(others.issue("relay.test"))).await;
+    assert_eq!(new, Ok(2));
+    assert!(asks(address, &ours, friend()).await.is_err());
+    shutdown.cancel();
+    serving.await.unwrap().unwrap();
 }
