@@ -4,9 +4,8 @@ mod message;
 pub mod metrics;
 mod observer;
 mod peers;
-pub mod serve;
+pub(crate) mod serve;
 mod store;
-pub mod tls;
 
 use std::hash::{BuildHasher, RandomState};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};

@@ -92,7 +92,7 @@ pub struct Config {
     /// How many flows are kept.
     pub flows_kept: usize,
     /// Where flows are served besides the socket.
-    pub flow_listen: Option<flows::serve::Listen>,
+    pub flow_listen: Option<xebec_hubble::serve::Listen>,
     /// What is counted of flows.
     pub flow_metrics: flows::metrics::FlowMetrics,
     /// Whose answers about domains are believed.

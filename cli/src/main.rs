@@ -10,6 +10,7 @@ mod observe;
 mod paths;
 mod pki;
 mod policy;
+mod relay;
 mod service;
 mod status;
 mod tables;
@@ -95,6 +96,8 @@ enum Command {
     Bpf(bpf::Bpf),
     /// Who talked to whom, allowed or dropped, and by which rule
     Observe(Box<observe::Observe>),
+    /// One endpoint of Hubble's API for the flows of all nodes
+    Relay(Box<relay::Relay>),
     /// Images of the container runtime
     #[command(subcommand)]
     Image(image::Image),
@@ -188,6 +191,7 @@ fn run(cli: Cli) -> Result<bool> {
         Command::Fqdn(table) => runtime.block_on(table.run(&layout, "fqdns")),
         Command::Bpf(bpf) => runtime.block_on(bpf.run(&layout)),
         Command::Observe(observe) => runtime.block_on(observe.run(&layout)),
+        Command::Relay(relay) => runtime.block_on(relay.run()),
         Command::Image(image) => runtime.block_on(image.run(&layout)),
         Command::Kubeconfig { write } => kubeconfig::run(&layout, write),
         Command::Completion { shell } => {

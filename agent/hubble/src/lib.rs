@@ -1,11 +1,16 @@
-//! Hubble's API: its messages, their JSON, clients and servers, and what filters and field masks mean.
+//! Hubble's API: its messages, their JSON, clients and servers, what filters and field masks mean, and the order of what
+//! several nodes tell.
 //!
 //! The meaning of fields: `proto/`, written for the wire format of Hubble 1.19. It knows nothing of where flows come
 //! from; the agent serves them, and the command line reads them.
 
+pub mod client;
 pub mod event;
 pub mod filter;
 pub mod mask;
+pub mod order;
+pub mod serve;
+pub mod tls;
 pub mod wkt;
 
 /// The packages of `proto/`, as `codegen/` writes them.

@@ -5,8 +5,8 @@ use std::path::PathBuf;
 
 use anyhow::{Result, bail};
 use clap::Args;
-use xebec_agent::flows::serve::Listen;
-use xebec_agent::flows::tls;
+use xebec_hubble::serve::Listen;
+use xebec_hubble::tls;
 
 /// Flags of flows.
 #[derive(Args)]
@@ -32,7 +32,7 @@ pub struct Hubble {
 }
 
 /// An address, or a port of all addresses.
-fn parse_address(text: &str) -> Result<SocketAddr, String> {
+pub fn parse_address(text: &str) -> Result<SocketAddr, String> {
     let whole = match text.strip_prefix(':') {
         Some(port) => format!("[::]:{port}"),
         None => text.to_owned(),

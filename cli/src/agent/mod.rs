@@ -4,6 +4,7 @@ mod cgroup;
 mod cleanup;
 mod cni;
 mod hubble;
+pub use hubble::parse_address;
 #[cfg(test)]
 mod manifests;
 mod node_object;

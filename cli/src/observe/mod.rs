@@ -1,7 +1,6 @@
 //! `xebec observe`: who talked to whom, allowed or dropped, and by which rule; flags and output as in `hubble observe`.
 
 mod filters;
-mod merge;
 mod print;
 mod source;
 mod time;
@@ -11,15 +10,17 @@ use std::path::PathBuf;
 use anyhow::{Context, Result, bail, ensure};
 use clap::Args;
 use k8s_openapi::jiff::Timestamp;
+use xebec_hubble::client::Server;
 use xebec_hubble::flow::FlowFilter;
 use xebec_hubble::mask::Mask;
 use xebec_hubble::observer::{GetFlowsRequest, GetFlowsResponse};
+use xebec_hubble::order::{Ended, Following};
 use xebec_hubble::wkt::FieldMask;
 
 use crate::paths::Layout;
 use filters::FilterArgs;
 use print::{Color, Output, Printer, Style};
-use source::{Server, Tls};
+use source::Tls;
 use time::Format;
 
 /// How many flows are shown where nothing else is asked for.
@@ -232,22 +233,34 @@ impl Observe {
                 .map(|(_, socket)| Server::Unix(socket.with_file_name(xebec_agent::HUBBLE_SOCKET)))
                 .collect(),
         };
-        let mut nodes = source::ask(&servers, &self.tls, &asked);
+        let (nodes, mut failures) = source::ask(&servers, &self.tls, &asked);
         if self.follow {
-            while let Some(answer) = merge::any(&mut nodes).await? {
-                if !printer.print(&answer)? {
-                    break;
+            let mut flows = Following::default();
+            nodes.into_iter().for_each(|node| flows.push(node));
+            loop {
+                let answer = tokio::select! {
+                    biased;
+                    // One node that fails ends it: what comes after would be without that node's flows.
+                    Some(failure) = failures.recv() => return Err(failure),
+                    answer = flows.next() => answer,
+                };
+                match answer {
+                    Some(answer) if printer.print(&answer)? => {}
+                    _ => return Ok(()),
                 }
             }
-            return Ok(());
         }
-        let mut merged = merge::Merged::new(nodes);
-        while let Some(answer) = merged.next().await? {
+        let mut flows = Ended::new(nodes);
+        while let Some(answer) = flows.next().await {
             if !printer.print(&answer)? {
-                break;
+                return Ok(());
             }
         }
-        printer.finish()
+        printer.finish()?;
+        match failures.try_recv() {
+            Ok(failure) => Err(failure),
+            Err(_) => Ok(()),
+        }
     }
 }
 

@@ -494,9 +494,9 @@ async fn without_a_certificate_nobody_reads_flows_over_tcp() {
     let free = std::net::TcpListener::bind("127.0.0.1:0").unwrap();
     let address = free.local_addr().unwrap();
     drop(free);
-    let listen = serve::Listen {
+    let listen = xebec_hubble::serve::Listen {
         address,
-        tls: Some(tls::Files {
+        tls: Some(xebec_hubble::tls::Files {
             cert: file("cert"),
             key: file("key"),
             client_cas: vec![file("ca")],

@@ -125,7 +125,7 @@ impl Current {
 ///
 /// # Errors
 /// If the certificates can't be used.
-pub(super) fn accept(
+pub(crate) fn accept(
     listener: TcpListener,
     files: Files,
 ) -> Result<mpsc::Receiver<std::io::Result<TlsStream<TcpStream>>>> {
