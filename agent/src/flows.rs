@@ -152,6 +152,8 @@ impl Flows {
                 if batch.is_empty() {
                     break;
                 }
+                // CPUs take the time before they take their place in the ring.
+                batch.sort_by_key(|event| event.time);
                 self.take(&batch, offset, &world);
                 batch.clear();
             }

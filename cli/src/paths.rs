@@ -35,6 +35,11 @@ impl Layout {
         self.run.join("up.json")
     }
 
+    /// Where the flows of all nodes are served (Hubble's API).
+    pub fn hubble_socket(&self) -> PathBuf {
+        self.run.join(xebec_agent::HUBBLE_SOCKET)
+    }
+
     /// The log of a detached `up`.
     pub fn log(&self) -> PathBuf {
         self.data.join("up.log")
@@ -93,6 +98,11 @@ impl NodeLayout {
     /// The agent's socket.
     pub fn agent_socket(&self) -> PathBuf {
         self.run.join("agent.sock")
+    }
+
+    /// Where the node's flows are served.
+    pub fn hubble_socket(&self) -> PathBuf {
+        self.run.join(xebec_agent::HUBBLE_SOCKET)
     }
 
     /// Held by the process that runs the node, where it has one of its own.

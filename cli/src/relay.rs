@@ -69,7 +69,7 @@ impl Relay {
         };
         let identity = self.tls_relay_client_cert_file.clone();
         Ok(xebec_relay::Config {
-            peers: self.peer_service.clone(),
+            peers: xebec_relay::Peers::Told(self.peer_service.clone()),
             tls: (!self.disable_client_tls).then(|| Tls {
                 cas: self.tls_hubble_server_ca_files.clone(),
                 identity: identity.zip(self.tls_relay_client_key_file.clone()),

@@ -6,6 +6,7 @@ use std::process::{Command, Stdio};
 use std::time::Duration;
 
 use anyhow::{Context, Result};
+use k8s_openapi::jiff::Timestamp;
 use nix::sys::signal::Signal;
 use serde_json::{Value, json};
 use xebec_tests::shop::{Clients, From};
@@ -239,6 +240,53 @@ fn command_line_shows_both(cluster: &Cluster, pods: &BTreeMap<String, Pod>) -> R
     Ok(())
 }
 
+/// One socket serves the flows of both nodes, in the order of time; their metrics count them.
+fn flows_of_both_at_one_socket(cluster: &Cluster, pods: &BTreeMap<String, Pod>) -> Result<()> {
+    let socket = cluster.run_dir().join("hubble.sock");
+    let server = format!("unix://{}", socket.display());
+    let observe = ["observe", "--server", &server, "--all", "-o", "json"];
+    let flows = cluster.run(&[&observe[..], &["--verdict", "FORWARDED"]].concat())?;
+    let flows = flows.lines().map(serde_json::from_str::<Value>);
+    let flows = flows.collect::<Result<Vec<_>, _>>()?;
+    for node in NODES {
+        let of_node = flows.iter().filter(|flow| flow["node_name"] == node);
+        let mut ends =
+            of_node.flat_map(|flow| [&flow["flow"]["source"], &flow["flow"]["destination"]]);
+        // A node sees its own pods at least.
+        let sees = |end: &Value| {
+            let pod = end["pod_name"].as_str().and_then(|name| pods.get(name));
+            pod.is_some_and(|pod| pod.node == node)
+        };
+        assert!(
+            ends.any(sees),
+            "{node} tells of none of its pods: {flows:#?}"
+        );
+    }
+    let time = |flow: &Value| {
+        flow["time"]
+            .as_str()
+            .and_then(|time| time.parse::<Timestamp>().ok())
+    };
+    let times: Vec<_> = flows.iter().map(time).collect();
+    assert!(times.is_sorted() && !times.contains(&None), "{times:#?}");
+    let dropped = [
+        "--verdict",
+        "DROPPED",
+        "--from-pod",
+        "shop/stranger",
+        "--to-label",
+        "app=api",
+    ];
+    let dropped =
+        cluster.run(&[&observe[..4], &dropped, &["-t", "drop", "-o", "compact"]].concat())?;
+    assert!(
+        dropped.contains("POLICY_DENIED DROPPED")
+            && dropped.contains("NetworkPolicy shop/api-from-web ingress"),
+        "{dropped}"
+    );
+    Ok(())
+}
+
 /// The process of a node.
 fn node_process(cluster: &Cluster, node: &str) -> Result<Option<i32>> {
     let parent = format!("PPid:\t{}", cluster.pid()?);
@@ -329,6 +377,7 @@ fn shop_on_two_nodes_and_nothing_left_behind() -> Result<()> {
     }
     pods_reach(&cluster, &urls)?;
     denied_across_nodes(&cluster, &pods)?;
+    flows_of_both_at_one_socket(&cluster, &pods)?;
     scaled_and_robbed(&cluster, &addresses)?;
     let pods = self::pods(&cluster)?;
     routes_follow_nodes(&cluster)?;

@@ -6,6 +6,7 @@
 mod nodes;
 mod observer;
 
+use std::collections::BTreeMap;
 use std::path::PathBuf;
 
 use anyhow::{Result, ensure};
@@ -19,11 +20,20 @@ use xebec_hubble::serve::{Api, Listen};
 use nodes::Nodes;
 use observer::Relay;
 
+/// How the relay learns of the nodes.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum Peers {
+    /// From a server that knows them (`peer.Peer`).
+    Told(Server),
+    /// It is these, always.
+    These(BTreeMap<String, Server>),
+}
+
 /// How the relay runs.
 #[derive(Clone, Debug)]
 pub struct Config {
-    /// A server that knows the nodes.
-    pub peers: Server,
+    /// How it learns of the nodes.
+    pub peers: Peers,
     /// How nodes prove who they are, and the relay to them; none for nodes that serve without TLS.
     pub tls: Option<Tls>,
     /// Where it serves.
@@ -57,7 +67,13 @@ pub async fn run(config: Config, shutdown: CancellationToken) -> Result<()> {
         }
     };
     let follow = async {
-        nodes.follow(&config.peers, shutdown).await;
+        match &config.peers {
+            Peers::Told(server) => nodes.follow(server, shutdown).await,
+            Peers::These(all) => {
+                nodes.set(all);
+                shutdown.cancelled().await;
+            }
+        }
         Ok(())
     };
     tokio::try_join!(tcp, unix, follow).map(drop)

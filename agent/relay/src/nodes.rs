@@ -50,6 +50,19 @@ impl Nodes {
         self.lock().clone()
     }
 
+    /// It is these, without TLS.
+    pub(crate) fn set(&self, all: &BTreeMap<String, Server>) {
+        let nodes = all.iter().map(|(name, server)| {
+            let node = Node {
+                server: server.clone(),
+                server_name: None,
+                channel: None,
+            };
+            (name.clone(), node)
+        });
+        *self.lock() = nodes.collect();
+    }
+
     /// A connection to a node: the one from before, or a new one.
     pub(crate) async fn connect(&self, name: &str, node: &Node) -> Result<Channel> {
         if let Some(channel) = &node.channel {

@@ -192,7 +192,7 @@ impl Stage {
         }
         let socket = dir.path().join("relay");
         let config = Config {
-            peers: Server::Unix(dir.path().join("a")),
+            peers: Peers::Told(Server::Unix(dir.path().join("a"))),
             tls: None,
             listen: None,
             socket: Some(socket.clone()),

@@ -21,8 +21,10 @@ use std::time::{Duration, Instant};
 use anyhow::{Context, Result};
 use clap::{Args, ValueEnum};
 use ipnet::IpNet;
+use tokio_util::sync::CancellationToken;
 use tracing::info;
 use xebec_agent::loader::Xdp;
+use xebec_hubble::client::Server;
 
 use crate::paths::{Layout, private_dir, write_private};
 use crate::pki::Authority;
@@ -178,6 +180,7 @@ impl Up {
         };
         let before = node::versions(control_plane.admin()).await?;
         let mut parts = Nodes::start(&nodes, &authority, &control_plane, &outside).await?;
+        let flows = relay_flows(&layout, &nodes);
         let ready = async {
             if !self.no_demo_image {
                 let images = nodes
@@ -198,6 +201,7 @@ impl Up {
             () = stop => Ok(()),
             error = parts.first_failure() => Err(error),
             error = control_plane.failed() => Err(error),
+            outcome = flows => outcome.context("the flows of all nodes can't be served"),
         };
         info!("stopping");
         if self.keep {
@@ -212,6 +216,24 @@ impl Up {
         drop(running);
         outcome
     }
+}
+
+/// Serves the flows of all nodes on one socket.
+fn relay_flows(
+    layout: &Layout,
+    nodes: &[node::NodeConfig],
+) -> impl Future<Output = Result<()>> + use<> {
+    let servers = nodes.iter().map(|node| {
+        let server = Server::Unix(node.layout.hubble_socket());
+        (node.name.clone(), server)
+    });
+    let config = xebec_relay::Config {
+        peers: xebec_relay::Peers::These(servers.collect()),
+        tls: None,
+        listen: None,
+        socket: Some(layout.hubble_socket()),
+    };
+    xebec_relay::run(config, CancellationToken::new())
 }
 
 /// Chooses `ring` for TLS, once per process.
