@@ -1,9 +1,11 @@
 //! Flows: events of the kernel, named and kept, for those who ask who talked to whom.
 
+pub mod export;
 mod message;
 pub mod metrics;
 mod observer;
 mod peers;
+mod reader;
 pub(crate) mod serve;
 mod store;
 
@@ -18,12 +20,12 @@ use tokio::io::unix::AsyncFd;
 use tokio::sync::{oneshot, watch};
 use tokio_util::sync::CancellationToken;
 use xebec_dataplane_common::flow::{Counters, DROPPED, Event, REASON_POLICY};
-use xebec_hubble::flow::{Flow, LostEventSource};
+use xebec_hubble::flow::Flow;
 use xebec_policy::names::{Names, Peer, RuleName};
 use xebec_policy::rule::PolicyRef;
 
 use crate::maps::{FlowMaps, next_event};
-use metrics::FlowMetrics;
+use metrics::{FlowMetrics, Lost};
 use store::{Entry, Store};
 
 /// How many flows are kept where nothing else is asked for.
@@ -212,8 +214,7 @@ impl Flows {
 
     /// Keeps in mind that the kernel had no room for some.
     fn lost(&self, count: u64, time: i64) {
-        self.metrics
-            .count_lost(LostEventSource::PerfEventRingBuffer, count);
+        self.metrics.count_lost(Lost::Kernel, count);
         let mut store = self.store();
         store.push(Entry::Lost(count, time));
         let next = store.next();

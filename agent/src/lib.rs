@@ -93,6 +93,8 @@ pub struct Config {
     pub flows_kept: usize,
     /// Where flows are served besides the socket.
     pub flow_listen: Option<xebec_hubble::serve::Listen>,
+    /// What of flows is written to a file.
+    pub flow_export: Option<flows::export::Options>,
     /// What is counted of flows.
     pub flow_metrics: flows::metrics::FlowMetrics,
     /// Whose answers about domains are believed.
@@ -255,6 +257,13 @@ pub async fn run(client: kube::Client, config: Config, shutdown: CancellationTok
         nodes_told,
         shutdown.clone(),
     );
+    let (written, stopping) = (flows.clone(), shutdown.clone());
+    let export = async {
+        match config.flow_export.clone() {
+            Some(options) => flows::export::run(options, written, stopping).await,
+            None => Ok(()),
+        }
+    };
     let tables = api::Tables {
         endpoints: endpoints.clone(),
         services: Some(tables),
@@ -295,6 +304,7 @@ pub async fn run(client: kube::Client, config: Config, shutdown: CancellationTok
         take_over,
         api,
         observer,
+        export,
         metrics,
         sockets,
         parting,

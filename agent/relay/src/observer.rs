@@ -1,6 +1,7 @@
 //! `observer.Observer` of all nodes.
 
 use std::collections::BTreeSet;
+use std::time::Duration;
 
 use anyhow::Result;
 use futures::future::join_all;
@@ -34,6 +35,8 @@ pub(crate) struct Relay {
     shutdown: CancellationToken,
 }
 
+/// How long a node may take to begin to answer.
+const PATIENCE: Duration = Duration::from_secs(5);
 /// Bytes of an answer: all namespaces of a node.
 const LONGEST: usize = 16 << 20;
 
@@ -53,17 +56,13 @@ impl Relay {
         let asked = self.nodes.all().into_iter().map(|(name, node)| {
             let one = &one;
             async move {
-                let answer = match self.nodes.connect(&name, &node).await {
-                    Ok(channel) => {
-                        let client =
-                            ObserverClient::new(channel).max_decoding_message_size(LONGEST);
-                        one(client)
-                            .await
-                            .map(Response::into_inner)
-                            .map_err(Into::into)
-                    }
-                    Err(error) => Err(error),
+                let answer = async {
+                    let channel = self.nodes.connect(&name, &node).await?;
+                    let client = ObserverClient::new(channel).max_decoding_message_size(LONGEST);
+                    anyhow::Ok(one(client).await?.into_inner())
                 };
+                let answer = tokio::time::timeout(PATIENCE, answer).await;
+                let answer = answer.unwrap_or_else(|_| Err(anyhow::anyhow!("it does not answer")));
                 (name, node, answer)
             }
         });

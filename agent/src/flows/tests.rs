@@ -248,6 +248,7 @@ fn every_protocol_has_its_layer_and_summary() {
     }
 }
 
+mod exported;
 mod served;
 
 #[test]

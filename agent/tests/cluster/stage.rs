@@ -128,6 +128,7 @@ pub fn run_agent() {
         labels: Default::default(),
         flows_kept: xebec_agent::flows::KEPT,
         flow_listen: None,
+        flow_export: None,
         flow_metrics: xebec_agent::flows::metrics::FlowMetrics::usual(),
         ip_masq: settings["ip_masq"].as_str().map(PathBuf::from),
     };

@@ -103,6 +103,7 @@ pub fn run(args: Args) -> Result<()> {
         labels: Default::default(),
         flows_kept: xebec_agent::flows::KEPT,
         flow_listen: None,
+        flow_export: None,
         flow_metrics: xebec_agent::flows::metrics::FlowMetrics::usual(),
         ip_masq: None,
         serve: xebec_agent::metrics::Addresses::default(),

@@ -5,6 +5,8 @@ use std::path::PathBuf;
 
 use anyhow::{Result, bail};
 use clap::Args;
+use xebec_agent::flows::export::Options;
+use xebec_hubble::flow::FlowFilter;
 use xebec_hubble::serve::Listen;
 use xebec_hubble::tls;
 
@@ -29,6 +31,39 @@ pub struct Hubble {
     /// Authorities whose clients may read flows (PEM)
     #[arg(long, value_name = "FILE", value_delimiter = ',')]
     hubble_tls_client_ca_files: Vec<PathBuf>,
+    /// Write flows to this file, as lines of JSON
+    #[arg(long, value_name = "FILE")]
+    hubble_export_file_path: Option<PathBuf>,
+    /// How long the file may be before it is replaced, MB
+    #[arg(long, value_name = "MB", default_value_t = 10, value_parser = clap::value_parser!(u32).range(1..=1_000_000))]
+    hubble_export_file_max_size_mb: u32,
+    /// How many files before it are kept
+    #[arg(long, value_name = "N", default_value_t = 5)]
+    hubble_export_file_max_backups: u16,
+    /// Compress those (gzip)
+    #[arg(long)]
+    hubble_export_file_compress: bool,
+    /// Only flows that one of these filters passes (FlowFilter of Hubble's API, as JSON; divided by blanks)
+    #[arg(long, value_name = "FILTERS", value_parser = parse_filters)]
+    hubble_export_allowlist: Option<Filters>,
+    /// Only flows that none of these filters passes
+    #[arg(long, value_name = "FILTERS", value_parser = parse_filters)]
+    hubble_export_denylist: Option<Filters>,
+    /// Only these parts of flows, such as source.pod_name; divided by commas or blanks
+    #[arg(long, value_name = "FIELDS", default_value = "")]
+    hubble_export_fieldmask: String,
+}
+
+/// Filters, as one flag has them.
+#[derive(Clone, Debug, PartialEq)]
+struct Filters(Vec<FlowFilter>);
+
+fn parse_filters(text: &str) -> Result<Filters, String> {
+    let filters = serde_json::Deserializer::from_str(text).into_iter();
+    let filters = filters.collect::<Result<_, _>>();
+    filters
+        .map(Filters)
+        .map_err(|error| format!("no FlowFilter: {error}"))
 }
 
 /// An address, or a port of all addresses.
@@ -46,6 +81,28 @@ impl Hubble {
     /// How many flows are kept.
     pub fn event_buffer_capacity(&self) -> usize {
         self.hubble_event_buffer_capacity as usize
+    }
+
+    /// What of them is written to a file.
+    pub fn export(&self) -> Option<Options> {
+        let filters = |filters: &Option<Filters>| {
+            filters
+                .as_ref()
+                .map_or_else(Vec::new, |filters| filters.0.clone())
+        };
+        let fields = self.hubble_export_fieldmask.split([',', ' ']);
+        Some(Options {
+            path: self.hubble_export_file_path.clone()?,
+            longest: self.hubble_export_file_max_size_mb as usize * 1_000_000,
+            backups: self.hubble_export_file_max_backups.into(),
+            compress: self.hubble_export_file_compress,
+            allow: filters(&self.hubble_export_allowlist),
+            deny: filters(&self.hubble_export_denylist),
+            fields: fields
+                .filter(|field| !field.is_empty())
+                .map(str::to_owned)
+                .collect(),
+        })
     }
 
     /// Where they are served besides the socket.
@@ -112,6 +169,38 @@ mod tests {
             listen("--hubble-listen-address 4244")
                 .unwrap_err()
                 .contains("neither")
+        );
+    }
+
+    #[test]
+    fn what_is_exported_is_as_asked() {
+        let read = |line: &[&str]| {
+            let line = Line::try_parse_from(["agent"].iter().chain(line));
+            line.map(|line| line.hubble.export())
+                .map_err(|error| error.to_string())
+        };
+        assert_eq!(read(&[]), Ok(None));
+        let options = read(&[
+            "--hubble-export-file-path",
+            "/var/log/flows.log",
+            "--hubble-export-file-max-size-mb",
+            "2",
+            "--hubble-export-allowlist",
+            r#"{"verdict":["DROPPED"]} {"source_pod":["shop/"]}"#,
+            "--hubble-export-fieldmask",
+            "time,source.pod_name verdict",
+        ]);
+        let options = options.unwrap().unwrap();
+        assert_eq!(
+            (options.longest, options.backups, options.compress),
+            (2_000_000, 5, false)
+        );
+        assert_eq!((options.allow.len(), options.deny.len()), (2, 0));
+        assert_eq!(options.fields, ["time", "source.pod_name", "verdict"]);
+        let refused = read(&["--hubble-export-denylist", "{\"verdict\":[\"MAYBE\"]}"]);
+        assert!(
+            refused.unwrap_err().contains("no FlowFilter"),
+            "it is refused"
         );
     }
 }

@@ -306,6 +306,7 @@ impl Run {
             labels: self.labels()?,
             flows_kept: self.hubble.event_buffer_capacity(),
             flow_listen: self.hubble.listen()?,
+            flow_export: self.hubble.export(),
             flow_metrics: self.hubble_metrics.clone(),
             domains: xebec_agent::domains::Options {
                 resolvers: xebec_agent::domains::resolvers(&self.dns_resolvers)?,

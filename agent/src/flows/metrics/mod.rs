@@ -18,7 +18,7 @@ use xebec_dataplane_common::flow::{EGRESS, REASON_POLICY};
 use xebec_dataplane_common::policy::{IDENTITY_HOST, IDENTITY_WORLD};
 use xebec_dataplane_common::{ICMP, ICMP6, SCTP, TCP, UDP};
 use xebec_hubble::event;
-use xebec_hubble::flow::{DropReason, LostEventSource, Verdict};
+use xebec_hubble::flow::{DropReason, Verdict};
 
 use super::{Kind, Seen, message};
 use context::{Context, Values};
@@ -264,7 +264,7 @@ impl Series {
 #[derive(Clone, Debug)]
 pub struct FlowMetrics {
     metrics: Arc<Vec<Metric>>,
-    lost: Arc<Mutex<[u64; 2]>>,
+    lost: Arc<Mutex<[u64; 3]>>,
     most: usize,
 }
 
@@ -352,10 +352,21 @@ impl FlowMetrics {
     }
 
     /// Counts what was lost.
-    pub(super) fn count_lost(&self, source: LostEventSource, count: u64) {
+    pub(super) fn count_lost(&self, at: Lost, count: u64) {
         let mut lost = self.lost.lock().unwrap_or_else(PoisonError::into_inner);
-        lost[usize::from(source == LostEventSource::HubbleRingBuffer)] += count;
+        lost[at as usize] += count;
     }
+}
+
+/// Where flows were lost.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum Lost {
+    /// The kernel had no room for them.
+    Kernel,
+    /// They were forgotten before a reader came to them.
+    Store,
+    /// They could not be written to a file.
+    Export,
 }
 
 impl crate::metrics::Register for FlowMetrics {
@@ -388,10 +399,8 @@ impl Collector for FlowMetrics {
         let mut family =
             encoder.encode_descriptor("hubble_lost_events", help, None, MetricType::Counter)?;
         let lost = *self.lost.lock().unwrap_or_else(PoisonError::into_inner);
-        for (source, count) in ["perf_event_ring_buffer", "hubble_ring_buffer"]
-            .into_iter()
-            .zip(lost)
-        {
+        const SOURCES: [&str; 3] = ["perf_event_ring_buffer", "hubble_ring_buffer", "export"];
+        for (source, count) in SOURCES.into_iter().zip(lost) {
             ConstCounter::new(count).encode(family.encode_family(&[("source", source)])?)?;
         }
         Ok(())

@@ -247,8 +247,8 @@ fn nonsense_is_refused_and_losses_are_always_there() {
         assert!(error.contains(reason), "{text}: {error}");
     }
     let metrics = FlowMetrics::parse("").unwrap();
-    metrics.count_lost(LostEventSource::PerfEventRingBuffer, 3);
-    metrics.count_lost(LostEventSource::HubbleRingBuffer, 4);
+    metrics.count_lost(Lost::Kernel, 3);
+    metrics.count_lost(Lost::Store, 4);
     let mut registry = Registry::default();
     crate::metrics::Register::register(&metrics, &mut registry);
     let mut text = String::new();
