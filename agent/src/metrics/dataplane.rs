@@ -200,6 +200,8 @@ impl Collector for KernelMaps {
 
 #[cfg(test)]
 mod tests {
+    use std::collections::BTreeSet;
+
     use aya::maps::{HashMap, MapData};
     use prometheus_client::registry::Registry;
 
@@ -235,6 +237,54 @@ mod tests {
         ] {
             assert!(told.contains(line), "{told}");
         }
+    }
+
+    /// Names of the metrics that a collector tells of.
+    fn names(collector: impl Collector) -> BTreeSet<String> {
+        let told = text(collector);
+        let kinds = told.lines().filter_map(|line| line.strip_prefix("# TYPE "));
+        kinds
+            .filter_map(|line| match line.split_once(' ')? {
+                (name, "counter") => Some(format!("{name}_total")),
+                (name, _) => Some(name.to_owned()),
+            })
+            .collect()
+    }
+
+    #[test]
+    fn the_dashboard_asks_for_nothing_that_is_not_there() {
+        let flows = || Flows::new(Names::default(), "a", 1, FlowMetrics::default());
+        let pressure = || {
+            let table = |name| Table {
+                name,
+                in_use: 0,
+                capacity: 1,
+            };
+            Ok(Usage {
+                ports: Ports::default(),
+                tables: [table("FLOWS"), table("AFFINITIES")],
+            })
+        };
+        let mut known = names(Packets(flows()));
+        known.extend(names(FlowMetrics::usual()));
+        known.extend(names(InUse(pressure)));
+        let dashboard = include_str!("../../../deploy/grafana/flows.json");
+        let dashboard: serde_json::Value = serde_json::from_str(dashboard).unwrap();
+        let mut asked = BTreeSet::new();
+        for panel in dashboard["panels"].as_array().unwrap() {
+            let targets = panel["targets"].as_array().unwrap();
+            assert!(!targets.is_empty(), "{panel}");
+            for target in targets {
+                let text = target["expr"].as_str().unwrap();
+                let words = text.split(|c: char| !c.is_ascii_alphanumeric() && c != '_');
+                let metrics =
+                    words.filter(|word| word.starts_with("hubble_") || word.starts_with("xebec_"));
+                asked.extend(metrics.map(str::to_owned));
+            }
+        }
+        assert!(asked.len() > 10, "{asked:?}");
+        let unknown: Vec<_> = asked.difference(&known).collect();
+        assert!(unknown.is_empty(), "{unknown:?}");
     }
 
     #[test]

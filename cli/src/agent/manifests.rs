@@ -182,6 +182,10 @@ fn many_values() -> Value {
         "healthz": {"address": "[::]", "port": 10_300}, "bpf": {"autoMount": false}, "cni": {"exclusive": false},
         "seLinuxOptions": {"type": "spc_t", "level": "s0"}, "podAnnotations": {"example.org/a": "b"},
         "ipMasq": {"enabled": true, "config": {"nonMasqueradeCIDRs": ["10.0.0.0/8"], "masqLinkLocal": true}},
+        "hubble": {
+            "metrics": "drop flow:sourceContext=pod|ip", "eventBufferCapacity": 4_096, "listenAddress": ":4244",
+            "tls": {"secretName": "hubble-tls", "disabled": false},
+        },
     })
 }
 
