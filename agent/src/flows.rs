@@ -3,8 +3,8 @@
 pub mod export;
 mod message;
 pub mod metrics;
-mod observer;
-mod peers;
+pub mod observer;
+pub mod peers;
 mod reader;
 pub(crate) mod serve;
 mod store;
@@ -80,6 +80,8 @@ pub struct Flows {
     /// Tells this agent's flows from those of the one before it.
     session: u64,
     names: Names,
+    /// Whoever has no name.
+    world: Arc<Peer>,
     node_name: Arc<str>,
     metrics: FlowMetrics,
     counters: Option<Arc<PerCpuArray<MapData, [u8; size_of::<Counters>()]>>>,
@@ -94,6 +96,7 @@ impl Flows {
             news: Arc::new(watch::channel(0).0),
             session,
             names,
+            world: Arc::new(Peer::world()),
             node_name: node_name.into(),
             metrics,
             counters: None,
@@ -129,7 +132,6 @@ impl Flows {
 
     /// Takes events out of the ring until `shutdown`.
     async fn run(self, events: RingBuf<MapData>, shutdown: CancellationToken) -> Result<()> {
-        let world = Arc::new(Peer::world());
         // SAFETY: the ring owns its map's descriptor, gives the same one always, and lives in the `AsyncFd`.
         let ring = unsafe { AsyncFd::register(events) };
         let mut ring = ring.context("could not wait for events of flows")?;
@@ -156,7 +158,7 @@ impl Flows {
                 }
                 // CPUs take the time before they take their place in the ring.
                 batch.sort_by_key(|event| event.time);
-                self.take(&batch, offset, &world);
+                self.take(&batch, offset);
                 batch.clear();
             }
             ready.clear_ready();
@@ -168,8 +170,10 @@ impl Flows {
         }
     }
 
-    /// Names events and keeps them. There may be hundreds of thousands in a second, so what can be is done once for all.
-    fn take(&self, events: &[Event], offset: i64, world: &Arc<Peer>) {
+    /// Names events and keeps them; `offset` is what to add to their times to get the time of day, ns. There may be
+    /// hundreds of thousands in a second, so what can be is done once for all.
+    pub fn take(&self, events: &[Event], offset: i64) {
+        let world = &self.world;
         let names = self.names.now();
         let now = Instant::now();
         let mut store = self.store();

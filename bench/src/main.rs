@@ -2,6 +2,7 @@
 
 mod cleanup;
 mod cluster;
+mod flows;
 mod idle;
 mod lb;
 mod machine;
@@ -134,6 +135,12 @@ const BENCHMARKS: &[Benchmark] = &[
         about: "memory and CPU of a cluster without pods, size of the executable",
         apart: false,
         run: |effort| idle::run(effort).map(Outcome::from),
+    },
+    Benchmark {
+        name: flows::NAME,
+        about: "events of flows named, kept, and read by 1, 10 and 100 clients; memory of a flow",
+        apart: true,
+        run: flows::run,
     },
     Benchmark {
         name: "writes",

@@ -61,7 +61,7 @@ impl Served {
             set: 0,
             ..event(WEB, API)
         };
-        self.flows.take(&[event], 0, &Arc::new(Peer::world()));
+        self.flows.take(&[event], 0);
     }
 
     async fn ask(&mut self, asked: GetFlowsRequest) -> Streaming<GetFlowsResponse> {
