@@ -306,7 +306,12 @@ async fn answer(request: Request<Incoming>, tables: &Tables) -> Response<Body> {
                     },
                     "dns_answers": {"held": counters.held, "not_held": counters.unheld},
                     "translated": {"tc": counters.translated, "xdp": counters.translated_early},
-                    "flow_events": {"produced": counters.produced, "lost": counters.lost},
+                    "flow_events": {
+                        "produced": counters.produced,
+                        "delivered": tables.flows.taken(),
+                        "lost": counters.lost,
+                        "aggregated_packets": counters.aggregated,
+                    },
                 }),
             ),
             Err(error) => reply(

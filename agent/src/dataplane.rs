@@ -5,6 +5,7 @@ use std::time::Duration;
 
 use anyhow::{Context, Result};
 use tokio::sync::{Mutex, watch};
+use xebec_policy::names::Names;
 use xebec_policy::rule::Name;
 
 use crate::link::Wires;
@@ -32,6 +33,8 @@ pub struct Dataplane {
     pub programs: Mutex<Loaded>,
     /// True once all of the API's state is known; sent again with every change.
     pub synced: watch::Receiver<bool>,
+    /// What the node's pods are called in flows.
+    pub names: Names,
 }
 
 impl Dataplane {

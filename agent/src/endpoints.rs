@@ -85,6 +85,18 @@ impl From<anyhow::Error> for CniError {
     }
 }
 
+/// Tells who reads flows whose sockets are in a pod's network namespace. Nothing else needs it.
+async fn name(dataplane: &Dataplane, endpoint: &Endpoint) {
+    match link::cookie_of(&endpoint.netns).await {
+        Ok(cookie) => dataplane.names.set_local(cookie, &endpoint.addresses),
+        Err(error) => tracing::warn!(
+            error = format!("{error:#}"),
+            pod = format!("{}/{}", endpoint.namespace, endpoint.pod),
+            "flows will not tell whose sockets these are"
+        ),
+    }
+}
+
 /// All endpoints of the node.
 pub struct Endpoints {
     state: Mutex<State>,
@@ -160,6 +172,7 @@ impl Endpoints {
                         Known::IfPresent,
                     )
                     .await?;
+                name(dataplane, &endpoint).await;
             }
         }
         Ok(())
@@ -276,7 +289,9 @@ impl Endpoints {
                         &endpoint.device,
                         Known::Must,
                     )
-                    .await
+                    .await?;
+                name(dataplane, endpoint).await;
+                Ok(())
             }
             None => Ok(()),
         }
@@ -285,6 +300,7 @@ impl Endpoints {
     async fn unwire(&self, device: &str, addresses: &[IpAddr]) -> Result<()> {
         link::remove(&self.netlink, device).await?;
         if let Some(dataplane) = &self.dataplane {
+            dataplane.names.remove_local(addresses);
             dataplane.disconnect(addresses, device).await?;
         }
         Ok(())

@@ -89,6 +89,8 @@ pub struct Config {
     pub sizes: loader::Sizes,
     /// Which labels of pods count for their identities.
     pub labels: xebec_policy::kind::Relevant,
+    /// Which packets have events.
+    pub aggregation: loader::Aggregation,
     /// How many flows are kept.
     pub flows_kept: usize,
     /// Where flows are served besides the socket.
@@ -105,23 +107,17 @@ pub struct Config {
 
 /// Runs until `shutdown`; pods stay connected, Services translated and policy enforced as they were.
 pub async fn run(client: kube::Client, config: Config, shutdown: CancellationToken) -> Result<()> {
-    let mut programs = loader::Loaded::with_sizes(&config.bpf_dir, config.sizes)?;
+    let mut programs =
+        loader::Loaded::with_aggregation(&config.bpf_dir, config.sizes, config.aggregation)?;
     let mut maps = programs.maps()?;
     maps.services
         .set_scope(scope::of(config.pod_cgroup.as_deref())?)?;
     let names = xebec_policy::names::Names::default();
-    let mut flows = flows::Flows::new(
-        names.clone(),
-        &config.node_name,
-        config.flows_kept,
-        config.flow_metrics.clone(),
-    );
-    let follow = flows.follow(maps.flows, shutdown.clone())?;
     // Flows that an agent before this one allowed are judged anew: its generation was taken from the clock, too.
     let generation = std::time::SystemTime::now()
         .duration_since(std::time::UNIX_EPOCH)
         .map_or(1, |since| since.as_millis() as u32);
-    let engine = Engine::new(maps.policy, names, &config.node_name, generation)
+    let engine = Engine::new(maps.policy, names.clone(), &config.node_name, generation)
         .with_labels(config.labels.clone());
     let engine = Arc::new(Mutex::new(engine));
     let domains = domains::follow(
@@ -159,6 +155,7 @@ pub async fn run(client: kube::Client, config: Config, shutdown: CancellationTok
         engine: engine.clone(),
         programs: Mutex::new(programs),
         synced: is_synced.clone(),
+        names: names.clone(),
     });
     let endpoints = connect(&config, Some(dataplane.clone()))?;
     let before = maps.services.all_backends()?;
@@ -166,6 +163,17 @@ pub async fn run(client: kube::Client, config: Config, shutdown: CancellationTok
     let (parted, told_parted) = mpsc::unbounded_channel();
     let left = services::Left { gone, parted };
     let tables = services::Services::new(maps.services, &config.node_name, before, left);
+    let mut flows = flows::Flows::new(
+        flows::Directory {
+            names,
+            services: tables.names(),
+            node_ips: config.node_ips.clone(),
+        },
+        &config.node_name,
+        config.flows_kept,
+        config.flow_metrics.clone(),
+    );
+    let follow = flows.follow(maps.flows, shutdown.clone())?;
     let namespaces = || async {
         let all = endpoints.list().await.into_iter();
         all.map(|endpoint| endpoint.netns).collect()
@@ -370,7 +378,7 @@ pub async fn run_detached(config: Config, shutdown: CancellationToken) -> Result
         hits: None,
         engine: None,
         flows: flows::Flows::new(
-            xebec_policy::names::Names::default(),
+            flows::Directory::default(),
             &config.node_name,
             0,
             flows::metrics::FlowMetrics::default(),

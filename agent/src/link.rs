@@ -298,6 +298,22 @@ where
     }
 }
 
+/// The cookie of a network namespace.
+pub async fn cookie_of(netns: &Path) -> Result<u64> {
+    let namespace = File::open(netns)
+        .with_context(|| format!("could not open the network namespace {}", netns.display()))?;
+    let (tell, told) = tokio::sync::oneshot::channel();
+    in_namespace(namespace, move |_| {
+        Box::pin(async move {
+            // Who asked waits.
+            let _ = tell.send(crate::scope::netns_cookie()?);
+            Ok(())
+        })
+    })
+    .await?;
+    told.await.context("the cookie was not told")
+}
+
 /// Removes a pod's wires; the routes go with them. None there is no error.
 pub async fn remove(handle: &Handle, host: &str) -> Result<()> {
     let Some((index, _)) = find(handle, host).await? else {

@@ -16,6 +16,9 @@ use aya::programs::{
     TcAttachType,
 };
 
+use xebec_dataplane_common::flow::{
+    AGGREGATE_LOW, AGGREGATE_MAXIMUM, AGGREGATE_MEDIUM, AGGREGATE_NONE, AGGREGATE_OFF,
+};
 use xebec_dataplane_common::nat::BACK_BY_TC;
 
 use crate::domains::DomainMaps;
@@ -76,6 +79,24 @@ const NETWORK_HOOKS: &[(TcAttachType, &str)] = &[
     (TcAttachType::Egress, "xebec_to_network"),
 ];
 
+/// Of which packets of flows there are events (`--monitor-aggregation`, with Cilium's names). At all levels but the last
+/// there is one for each packet that is dropped.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+#[repr(u32)]
+pub enum Aggregation {
+    /// Of each.
+    None = AGGREGATE_NONE,
+    /// Where a flow begins, is answered and ends, and once in a second.
+    Low = AGGREGATE_LOW,
+    /// The same, but once in four seconds.
+    #[default]
+    Medium = AGGREGATE_MEDIUM,
+    /// Where it begins and ends, and once in a minute.
+    Maximum = AGGREGATE_MAXIMUM,
+    /// Of none.
+    Off = AGGREGATE_OFF,
+}
+
 /// Programs that are loaded, and where their links are pinned.
 pub struct Loaded {
     ebpf: Ebpf,
@@ -117,13 +138,18 @@ impl Loaded {
 
     /// The same, with maps of Services that are so large where no agent before this one needed larger ones.
     pub fn with_sizes(dir: &Path, sizes: Sizes) -> Result<Self> {
+        Self::with_aggregation(dir, sizes, Aggregation::default())
+    }
+
+    /// The same, with programs that put events together like this.
+    pub fn with_aggregation(dir: &Path, sizes: Sizes, aggregation: Aggregation) -> Result<Self> {
         mount(dir)?;
         for links in [CGROUP_LINKS, POD_LINKS, NETWORK_LINKS] {
             let links = dir.join(links);
             std::fs::create_dir_all(&links)
                 .with_context(|| format!("could not make {}", links.display()))?;
         }
-        let pins = growth::Pins::new(dir)?;
+        let pins = growth::Pins::new(dir, aggregation)?;
         let (mut ebpf, without_express) = pins.load(sizes)?;
         Ok(Self {
             without_express,

@@ -31,8 +31,8 @@ pub(crate) fn of(pod_cgroup: Option<&Path>) -> Result<Scope> {
     })
 }
 
-/// Cookie of this process's network namespace (`SO_NETNS_COOKIE`, Linux 5.14).
-fn netns_cookie() -> Result<u64> {
+/// Cookie of this thread's network namespace (`SO_NETNS_COOKIE`, Linux 5.14).
+pub(crate) fn netns_cookie() -> Result<u64> {
     let socket = UdpSocket::bind("127.0.0.1:0")
         .or_else(|_| UdpSocket::bind("0.0.0.0:0"))
         .context("could not open a socket")?;

@@ -15,7 +15,7 @@ use anyhow::{Context, Result, ensure};
 use tokio_util::sync::CancellationToken;
 use xebec_agent::flows::metrics::FlowMetrics;
 use xebec_agent::flows::observer::NodeObserver;
-use xebec_agent::flows::{Flows, KEPT};
+use xebec_agent::flows::{Directory, Flows, KEPT};
 use xebec_dataplane_common::TCP;
 use xebec_dataplane_common::flow::{Event, FORWARDED, INGRESS};
 use xebec_hubble::client::Server;
@@ -110,7 +110,10 @@ fn flows(room: usize, metrics: &str) -> Result<Flows> {
         names.set(IpAddr::V4(address(number)), peer);
     }
     Ok(Flows::new(
-        names,
+        Directory {
+            names,
+            ..Directory::default()
+        },
         "node1",
         room,
         FlowMetrics::parse(metrics)?,
@@ -138,7 +141,7 @@ fn batch(first: u64) -> Vec<Event> {
                 length: 60,
                 set: 0,
                 rule: 0,
-                service: 0,
+                ..bytemuck::Zeroable::zeroed()
             }
         })
         .collect()

@@ -8,6 +8,7 @@ use aya_ebpf::bindings::xdp_action::{XDP_DROP, XDP_PASS, XDP_TX};
 use aya_ebpf::helpers::generated::bpf_redirect;
 use aya_ebpf::macros::xdp;
 use aya_ebpf::programs::XdpContext;
+use xebec_dataplane_common::flow::FROM_NETWORK;
 use xebec_dataplane_common::nat::{BACK_BY_QUEUE, BACK_BY_REDIRECT};
 use xebec_dataplane_common::{ICMP, ICMP6, SCTP, TCP, UDP};
 
@@ -59,8 +60,11 @@ pub fn xebec_express(ctx: XdpContext) -> u32 {
             None => return XDP_PASS,
         }
     }
-    if plan == Plan::Begins && !translate::begin(all) {
-        return XDP_PASS;
+    if plan == Plan::Begins {
+        if !translate::begin(all) {
+            return XDP_PASS;
+        }
+        tell::tell_translated(FROM_NETWORK);
     }
     settle();
     if !rewrite::apply_early(&ctx, &all.packet, &all.to) {

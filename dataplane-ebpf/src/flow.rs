@@ -1,8 +1,10 @@
 //! The table of flows: finding them, and entering those that were allowed. Translations are `nat`'s.
 
+use aya_ebpf::helpers::bpf_ktime_get_ns;
 use aya_ebpf::helpers::generated::bpf_ktime_get_coarse_ns;
 use xebec_dataplane_common::flow::{
-    CLOSED, CLOSED_BACK, CLOSED_FORTH, Flow, TURN_LATE, TURN_NONE, ticks,
+    AGGREGATE_MAXIMUM, AGGREGATE_NONE, AGGREGATE_OFF, CLOSED, CLOSED_BACK, CLOSED_FORTH, Flow,
+    MANY_BYTES, TURN_LATE, TURN_NONE, micros, ticks,
 };
 use xebec_dataplane_common::ip::Ip;
 use xebec_dataplane_common::nat::Tuple;
@@ -12,6 +14,7 @@ use crate::maps::{BACKENDS, GENERATION};
 use crate::packet::Packet;
 use crate::scratch::Scratch;
 use crate::table::{self, How, Which};
+use crate::tell::{self, As, Told};
 
 /// TCP flags.
 pub const FIN: u8 = 0x01;
@@ -46,6 +49,12 @@ pub struct Known {
     pub rule: u32,
     /// Number of the Service's port.
     pub service: u32,
+    /// Packets that its event tells of.
+    pub packets: u32,
+    /// Their bytes.
+    pub bytes: [u32; 2],
+    /// How long the first answer took, µs.
+    pub answered_in: u32,
 }
 
 /// How a packet's flow was judged.
@@ -136,6 +145,9 @@ pub fn find(flow: *mut Flow, packet: &Packet, up: bool, generation: u32, known: 
         if packet.is_error() {
             known.yes = u8::from(judged);
             known.reply = 1;
+            if judged {
+                tally(flow, packet, known);
+            }
             return;
         }
         // A new connection over an old one's addresses is another flow. Both ends' packets are judged by the rules of
@@ -149,7 +161,8 @@ pub fn find(flow: *mut Flow, packet: &Packet, up: bool, generation: u32, known: 
             return;
         }
         known.yes = 1;
-        if (*flow).seen != now {
+        let before = (*flow).seen;
+        if before != now {
             (*flow).seen = now;
         }
         let told = if reply {
@@ -170,11 +183,99 @@ pub fn find(flow: *mut Flow, packet: &Packet, up: bool, generation: u32, known: 
                 (*flow).paired = 0;
             }
             *told |= news;
-            known.tell = 1;
+            known.tell = u8::from(is_told_of(news, connection));
             if connection && news & (FIN | RST) != 0 {
                 (*flow).closed |= closes(packet, !reply);
             }
         }
+        let answered = reply && (*flow).timed != 0;
+        if answered || tell::is_due(packet, before, now) || (*flow).bytes & MANY_BYTES != 0 {
+            known.tell = 1;
+        }
+        tally(flow, packet, known);
+    }
+}
+
+/// Whether events tell of such news: the flags of a connection, the first answer of others.
+#[inline(always)]
+fn is_told_of(news: u8, connection: bool) -> bool {
+    tell::aggregation() != AGGREGATE_MAXIMUM || connection && news & (FIN | RST) != 0
+}
+
+/// Counts a packet of a flow that was allowed: in its entry, or in the packet's event together with all that the entry
+/// counted.
+///
+/// # Safety
+/// There is an entry.
+#[inline(always)]
+unsafe fn tally(flow: *mut Flow, packet: &Packet, known: &mut Known) {
+    if tell::aggregation() == AGGREGATE_OFF {
+        known.tell = 0;
+        return;
+    }
+    if tell::aggregation() == AGGREGATE_NONE {
+        known.tell = 1;
+    }
+    let own = u64::from(packet.length) << (u32::from(known.reply) * 32);
+    // SAFETY: the caller's.
+    unsafe {
+        if known.tell == 0 {
+            tell::add(&raw mut (*flow).bytes, own);
+            tell::add32(&raw mut (*flow).packets, 1);
+            tell::count(As::Aggregated);
+            return;
+        }
+        let mut bytes = tell::take(&raw mut (*flow).bytes);
+        known.packets = tell::take32(&raw mut (*flow).packets) + 1;
+        known.answered_in = 0;
+        if (*flow).timed != 0 {
+            (*flow).timed = 0;
+            if known.reply != 0 {
+                let took = micros(bpf_ktime_get_ns()).wrapping_sub((bytes >> 32) as u32);
+                known.answered_in = micros(u64::from(took) * 1_000);
+            }
+            bytes = u64::from(bytes as u32);
+        }
+        bytes += own;
+        known.bytes = [bytes as u32, (bytes >> 32) as u32];
+    }
+}
+
+/// Tells, with the first packet of a flow, of those that were counted for the one before it between the same ends.
+///
+/// # Safety
+/// There is an entry.
+#[inline(always)]
+unsafe fn inherit(flow: *mut Flow, told: &mut Told) {
+    // SAFETY: the caller's.
+    unsafe {
+        let packets = tell::take32(&raw mut (*flow).packets);
+        let bytes = tell::take(&raw mut (*flow).bytes);
+        told.packets += packets;
+        told.bytes[0] += bytes as u32;
+        if (*flow).timed == 0 {
+            told.bytes[1] += (bytes >> 32) as u32;
+        }
+    }
+}
+
+/// The same of one that is translated anew.
+#[inline(never)]
+pub fn inherit_key(all: &mut Scratch) {
+    let flow = table::find(Which::Key);
+    if !flow.is_null() {
+        // SAFETY: there is an entry.
+        unsafe { inherit(flow, &mut all.told) };
+    }
+}
+
+/// Notes when a connection begins, in the entry that it is about to get.
+#[inline(always)]
+pub fn time(packet: &Packet, begun: &mut Flow) {
+    if begins(packet) && tell::aggregation() != AGGREGATE_OFF {
+        // SAFETY: the helper has no arguments.
+        begun.bytes = u64::from(micros(unsafe { bpf_ktime_get_ns() })) << 32;
+        begun.timed = 1;
     }
 }
 
@@ -244,11 +345,18 @@ pub fn enter(all: &mut Scratch, up: bool) {
                 // Judged anew it is still the same: who answered has answered.
                 if begins(packet) {
                     (*flow).told = [told, 0];
+                    // Which of the two is answered can't be told.
+                    if (*flow).timed != 0 {
+                        (*flow).timed = 0;
+                        let bytes = tell::take(&raw mut (*flow).bytes);
+                        tell::add(&raw mut (*flow).bytes, u64::from(bytes as u32));
+                    }
                 } else {
                     (*flow).told[0] |= told;
                 }
                 return;
             }
+            inherit(flow, &mut all.told);
         }
     }
     all.begun = Flow {
@@ -260,6 +368,7 @@ pub fn enter(all: &mut Scratch, up: bool) {
         exempt: all.exempt,
         ..plain()
     };
+    time(&all.packet, &mut all.begun);
     // A full table forgets the flow that was idle longest; this can't fail for want of room.
     table::enter(Which::Key, How::Over);
 }
@@ -269,6 +378,8 @@ pub fn enter(all: &mut Scratch, up: bool) {
 pub fn plain() -> Flow {
     Flow {
         to: NOWHERE,
+        bytes: 0,
+        packets: 0,
         seen: 0,
         paired: 0,
         generation: 0,
@@ -282,7 +393,7 @@ pub fn plain() -> Flow {
         closed: 0,
         other: TURN_NONE,
         exempt: 0,
-        pad: 0,
+        timed: 0,
     }
 }
 

@@ -1,7 +1,6 @@
 //! The node's own rules (host firewall): for what comes to its addresses from elsewhere, and for what its processes send
 //! elsewhere. Its own pods it always reaches.
 
-use aya_ebpf::bindings::__sk_buff;
 use aya_ebpf::programs::TcContext;
 use xebec_dataplane_common::flow::{EGRESS, INGRESS, REASON_FRAGMENT};
 use xebec_dataplane_common::ip::Ip;
@@ -79,21 +78,21 @@ pub fn lets_in(ctx: &TcContext, all: &mut Scratch) -> bool {
 
 /// The same of a fragment of which it is not known what it belongs to.
 #[inline(always)]
-pub fn lets_in_early(ctx: &TcContext) -> bool {
-    rules() & UNDER_INGRESS == 0 || xebec_early_to_host(ctx.skb.skb) != 0
+pub fn lets_in_early() -> bool {
+    rules() & UNDER_INGRESS == 0 || xebec_early_to_host() != 0
 }
 
 /// Checked by itself and once.
 #[unsafe(no_mangle)]
 #[inline(never)]
-extern "C" fn xebec_early_to_host(skb: *mut __sk_buff) -> u32 {
+extern "C" fn xebec_early_to_host() -> u32 {
     let Some(all) = scratch() else {
         return 0;
     };
     if !is_own(&all.packet.tuple.destination) {
         return 1;
     }
-    all.told.begin(&TcContext::new(skb), INGRESS);
+    all.told.begin(&all.packet, INGRESS);
     all.told.reason = REASON_FRAGMENT;
     tell::tell();
     tell::count(As::Dropped);
@@ -105,32 +104,32 @@ extern "C" fn xebec_early_to_host(skb: *mut __sk_buff) -> u32 {
 pub fn lets_out(ctx: &TcContext) -> bool {
     // SAFETY: the kernel gives a valid context for the whole call.
     let sent_on = unsafe { (*ctx.skb.skb).ingress_ifindex } != 0;
-    sent_on || rules() == 0 || xebec_from_host(ctx.skb.skb) != 0
+    sent_on || rules() == 0 || xebec_from_host() != 0
 }
 
 /// The same.
 #[unsafe(no_mangle)]
 #[inline(never)]
-extern "C" fn xebec_from_host(skb: *mut __sk_buff) -> u32 {
+extern "C" fn xebec_from_host() -> u32 {
     let Some(all) = scratch() else {
         return 0;
     };
     all.generation = flow::generation();
-    u32::from(passes(&TcContext::new(skb), all))
+    u32::from(passes(all))
 }
 
 /// Judges what the node sends, an answer by the rules for what it answers. The node's flows are known only while it is
 /// under rules, and then both ways: what one lets through has its answers let through.
 #[inline(always)]
-fn passes(ctx: &TcContext, all: &mut Scratch) -> bool {
+fn passes(all: &mut Scratch) -> bool {
     all.exempt = 0;
     let up = look_up(At::ToPod).up;
     settle();
     if all.known.yes != 0 {
-        pod::tell_known(ctx, all, EGRESS);
+        pod::tell_known(all, EGRESS);
         return true;
     }
-    all.told.begin(ctx, EGRESS);
+    all.told.begin(&all.packet, EGRESS);
     let again = all.known.again != 0;
     let tuple = &all.packet.tuple;
     let (way, port) = if again {

@@ -1,10 +1,10 @@
 //! The maps of the dataplane.
 
-use aya_ebpf::btf_maps::{ArrayOfMaps, HashMap as Inner};
+use aya_ebpf::btf_maps::{ArrayOfMaps, HashMap as Inner, RingBuf as Ring};
 use aya_ebpf::macros::{btf_map, map};
 use aya_ebpf::maps::{Array, HashMap, LpmTrie, LruHashMap, LruPerCpuHashMap, PerCpuArray, RingBuf};
 use xebec_dataplane_common::dns::Listening;
-use xebec_dataplane_common::flow::Counters;
+use xebec_dataplane_common::flow::{Counters, Event};
 use xebec_dataplane_common::ip::Ip;
 use xebec_dataplane_common::nat::Settings;
 use xebec_dataplane_common::policy::{
@@ -140,9 +140,9 @@ pub static FRAGMENTS: LruHashMap<Datagram, [u16; 2]> = LruHashMap::pinned(4_096,
 #[map]
 pub static GENERATION: Array<u32> = Array::with_max_entries(1, 0);
 
-/// Events of flows.
-#[map]
-pub static EVENTS: RingBuf = RingBuf::with_byte_size(1 << 20, 0);
+/// Events of flows: a ring for each CPU, whose sizes here are the pattern's alone.
+#[btf_map]
+pub static EVENTS: ArrayOfMaps<Ring<Event, 4_096>, 1> = ArrayOfMaps::new();
 
 /// Resolvers' answers that are held.
 #[map]

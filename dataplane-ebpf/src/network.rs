@@ -6,8 +6,8 @@ use aya_ebpf::helpers::generated::bpf_redirect;
 use aya_ebpf::macros::classifier;
 use aya_ebpf::programs::TcContext;
 use xebec_dataplane_common::flow::{
-    EGRESS, INGRESS, REASON_CHECKSUM, REASON_INVALID, REASON_NO_MAPPING, TURN_BACK, TURN_FORTH,
-    TURN_LATE, TURN_STAYS,
+    EGRESS, FROM_NETWORK, INGRESS, REASON_CHECKSUM, REASON_INVALID, REASON_NO_MAPPING, TO_NETWORK,
+    TURN_BACK, TURN_FORTH, TURN_LATE, TURN_STAYS,
 };
 
 use crate::direct;
@@ -38,13 +38,13 @@ pub fn xebec_from_network(ctx: TcContext) -> i32 {
     }
     match packet::read(&ctx) {
         Read::Ip => {}
-        Read::Early if !host::lets_in_early(&ctx) => return TC_ACT_SHOT as i32,
+        Read::Early if !host::lets_in_early() => return TC_ACT_SHOT as i32,
         _ => return TC_ACT_OK as i32,
     }
     let plan = if direct::is_wrapped(all) && direct::unwrap(&ctx) {
         settle();
         if packet::read(&ctx) != Read::Ip {
-            return deny(&ctx, all, INGRESS, REASON_INVALID);
+            return deny(all, INGRESS, REASON_INVALID);
         }
         settle();
         direct::plan(all)
@@ -83,11 +83,14 @@ fn translated(ctx: &TcContext, all: &mut Scratch, plan: Plan) -> Option<i32> {
         settle();
     }
     if plan == Plan::Begins && !translate::begin(all) {
-        return Some(deny(ctx, all, EGRESS, REASON_NO_MAPPING));
+        return Some(deny(all, EGRESS, REASON_NO_MAPPING));
+    }
+    if plan == Plan::Begins {
+        tell::tell_translated(FROM_NETWORK);
     }
     settle();
     if !changed(ctx, all) {
-        return Some(deny(ctx, all, INGRESS, REASON_CHECKSUM));
+        return Some(deny(all, INGRESS, REASON_CHECKSUM));
     }
     tell::count(As::Translated);
     settle();
@@ -127,11 +130,11 @@ fn sent_directly(ctx: &TcContext, all: &mut Scratch, plan: Plan) -> i32 {
     }
     settle();
     if plan == Plan::BeginsDirect && !direct::begin(all) {
-        return deny(ctx, all, EGRESS, REASON_NO_MAPPING);
+        return deny(all, EGRESS, REASON_NO_MAPPING);
     }
     settle();
     if !direct::wrap(ctx) {
-        return deny(ctx, all, EGRESS, REASON_INVALID);
+        return deny(all, EGRESS, REASON_INVALID);
     }
     tell::count(As::Translated);
     way::leave(ctx, all)
@@ -186,14 +189,15 @@ pub fn xebec_to_network(ctx: TcContext) -> i32 {
             return TC_ACT_OK as i32;
         }
         if !masquerade(all) {
-            return deny(&ctx, all, EGRESS, REASON_NO_MAPPING);
+            return deny(all, EGRESS, REASON_NO_MAPPING);
         }
+        tell::tell_translated(TO_NETWORK);
     }
     settle();
     if changed(&ctx, all) {
         TC_ACT_OK as i32
     } else {
-        deny(&ctx, all, EGRESS, REASON_CHECKSUM)
+        deny(all, EGRESS, REASON_CHECKSUM)
     }
 }
 
@@ -220,7 +224,7 @@ fn refused(ctx: &TcContext, all: &mut Scratch, why: u32) -> i32 {
     if why == refuse::NO_PORT && !here {
         return TC_ACT_OK as i32;
     }
-    all.told.begin(ctx, INGRESS);
+    all.told.begin(&all.packet, INGRESS);
     all.told.reason = refuse::reason(why);
     if why == refuse::NO_PORT {
         all.told.service = all.choice.service;
@@ -240,8 +244,8 @@ fn refused(ctx: &TcContext, all: &mut Scratch, why: u32) -> i32 {
 
 /// Drops a packet and tells why.
 #[inline(always)]
-fn deny(ctx: &TcContext, all: &mut Scratch, direction: u8, reason: u8) -> i32 {
-    all.told.begin(ctx, direction);
+fn deny(all: &mut Scratch, direction: u8, reason: u8) -> i32 {
+    all.told.begin(&all.packet, direction);
     all.told.reason = reason;
     tell::tell();
     tell::count(As::Dropped);

@@ -46,6 +46,8 @@ pub struct Packet {
     pub carrier: (Ip, Ip),
     /// When it came, in ns of the monotonic clock, exact to a few ms.
     pub seen: u64,
+    /// Bytes of its frame.
+    pub length: u32,
     /// Where the transport's header lies.
     pub transport: u16,
     /// Where the transport's header of the packet lies that an error quotes.
@@ -189,6 +191,8 @@ extern "C" fn xebec_read(skb: *mut __sk_buff) -> u32 {
 fn headers(ctx: &TcContext, packet: &mut Packet) -> Read {
     packet.clear();
     packet.seen = now_ns();
+    // SAFETY: the kernel gives a valid context for the whole call.
+    packet.length = unsafe { (*ctx.skb.skb).len };
     at_hand(ctx, USUAL);
     let Some(ethertype) = ctx.read::<u16>(12) else {
         return Read::Invalid;
@@ -246,6 +250,8 @@ fn at_hand(ctx: &TcContext, wanted: u32) {
 pub fn read_simple(ctx: &impl Frame, packet: &mut Packet) -> Option<()> {
     packet.clear();
     packet.seen = now_ns();
+    let (start, end) = ctx.bounds();
+    packet.length = (end - start) as u32;
     match ctx.read::<u16>(12)? {
         ETHERTYPE_IPV4 => {
             let (length, _, fragment) = addressed4(ctx, packet)?;
@@ -563,17 +569,4 @@ fn quoted_ports(ctx: &TcContext, packet: &mut Packet) -> Option<()> {
         _ => {}
     }
     Some(())
-}
-
-/// Bytes of the packet.
-#[inline(always)]
-pub fn length(ctx: &TcContext) -> u16 {
-    let skb: *const __sk_buff = ctx.skb.skb;
-    // SAFETY: the kernel gives a valid context for the whole call.
-    let length = unsafe { (*skb).len };
-    if length > 0xffff {
-        u16::MAX
-    } else {
-        length as u16
-    }
 }

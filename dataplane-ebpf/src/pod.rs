@@ -41,14 +41,14 @@ pub fn xebec_from_pod(ctx: TcContext) -> i32 {
         Read::Link => return TC_ACT_OK as i32,
         // Nothing else is routed to or from pods, so nothing else may slip past the rules.
         Read::Other | Read::Invalid => return dropped(),
-        Read::Early => return deny(&ctx, all, EGRESS, REASON_FRAGMENT),
+        Read::Early => return deny(all, EGRESS, REASON_FRAGMENT),
     }
     // A pod speaks for itself alone, in its errors too.
     if !meet(all.packet.sender(), &mut all.pod)
         || all.pod.ifindex != ifindex(&ctx)
         || !all.packet.is_of_sender()
     {
-        return deny(&ctx, all, EGRESS, REASON_SOURCE);
+        return deny(all, EGRESS, REASON_SOURCE);
     }
     all.exempt = 0;
     let Found { up, turn } = look_up(At::FromPod);
@@ -66,7 +66,7 @@ pub fn xebec_from_pod(ctx: TcContext) -> i32 {
     all.done = 1;
     settle();
     if all.known.again != 0 {
-        all.told.begin(&ctx, EGRESS);
+        all.told.begin(&all.packet, EGRESS);
         let reason = xebec_judge_answer(u32::from(up)) as u8;
         settle();
         if reason != 0 {
@@ -79,9 +79,9 @@ pub fn xebec_from_pod(ctx: TcContext) -> i32 {
     let known = &all.known;
     // A flow to a Service that has no backend any more gets another.
     if known.yes != 0 && (all.turned != 0 || known.reply != 0 || known.service == 0) {
-        tell_known(&ctx, all, EGRESS);
+        tell_known(all, EGRESS);
     } else {
-        let reason = decide(&ctx, all, up);
+        let reason = decide(all, up);
         if reason != 0 {
             all.told.reason = reason;
             tell::tell();
@@ -108,7 +108,7 @@ pub fn xebec_from_pod(ctx: TcContext) -> i32 {
         if by_route {
             let why = way::find(&ctx, 0);
             if why != GO {
-                all.told.begin(&ctx, EGRESS);
+                all.told.begin(&all.packet, EGRESS);
                 all.told.reason = refuse::reason(why);
                 tell::tell();
                 return answered(&ctx, all, why);
@@ -116,7 +116,7 @@ pub fn xebec_from_pod(ctx: TcContext) -> i32 {
             settle();
         }
         if !rewritten(&ctx, &all.packet) {
-            return deny(&ctx, all, EGRESS, REASON_CHECKSUM);
+            return deny(all, EGRESS, REASON_CHECKSUM);
         }
     }
     tell::count(As::Forwarded);
@@ -145,8 +145,8 @@ pub fn xebec_from_pod(ctx: TcContext) -> i32 {
 /// Decides on a flow that begins: chooses a backend if it is for a Service, judges it by the rules, and enters it. 0, or
 /// why not.
 #[inline(always)]
-fn decide(ctx: &TcContext, all: &mut Scratch, up: bool) -> u8 {
-    all.told.begin(ctx, EGRESS);
+fn decide(all: &mut Scratch, up: bool) -> u8 {
+    all.told.begin(&all.packet, EGRESS);
     all.choice.backend = 0;
     all.refused = 0;
     if all.turned == 0 {
@@ -182,6 +182,7 @@ fn decide(ctx: &TcContext, all: &mut Scratch, up: bool) -> u8 {
             all.to.destination_port = all.choice.port;
         }
     }
+    all.told.turned = all.turned;
     settle();
     // Rules are about the backend, not about the Service's address.
     let reason = xebec_judge_both() as u8;
@@ -191,6 +192,10 @@ fn decide(ctx: &TcContext, all: &mut Scratch, up: bool) -> u8 {
     }
     settle();
     if all.choice.backend != 0 {
+        if all.listed != 0 {
+            flow::inherit_key(all);
+            settle();
+        }
         if !begin(all) {
             return REASON_NO_MAPPING;
         }
@@ -287,6 +292,7 @@ fn begin(all: &mut Scratch) -> bool {
         told: [all.packet.tcp_flags & SYN, 0],
         ..flow::plain()
     };
+    flow::time(&all.packet, &mut all.begun);
     let node = nat::settings().node(&all.to.destination);
     // A pod that reaches itself must take the node for the other end: no stack accepts its own address from outside.
     // A backend that has no route to pods must take it for that, too; what the flow's packets become is one thing, so
@@ -330,13 +336,13 @@ pub fn xebec_to_pod(ctx: TcContext) -> i32 {
         || all.pod.ifindex != ifindex(&ctx)
         || !all.packet.is_for_receiver()
     {
-        return deny(&ctx, all, INGRESS, REASON_INVALID);
+        return deny(all, INGRESS, REASON_INVALID);
     }
     if read == Read::Early {
         // Networks change the order of fragments, and a pod under no rules may get them in any. Those of a translated
         // flow find no first one there and are forgotten.
         if all.pod.rules & UNDER_INGRESS != 0 {
-            return deny(&ctx, all, INGRESS, REASON_FRAGMENT);
+            return deny(all, INGRESS, REASON_FRAGMENT);
         }
         tell::count(As::Forwarded);
         return TC_ACT_OK as i32;
@@ -422,7 +428,7 @@ fn let_in(ctx: &TcContext, all: &mut Scratch) -> bool {
     all.turned = u8::from(turn == Turn::Exit);
     settle();
     if all.known.yes == 0 {
-        all.told.begin(ctx, INGRESS);
+        all.told.begin(&all.packet, INGRESS);
         let again = all.known.again != 0;
         let reason = xebec_judge_entry() as u8;
         settle();
@@ -444,11 +450,11 @@ fn let_in(ctx: &TcContext, all: &mut Scratch) -> bool {
     }
     settle();
     if all.known.yes != 0 {
-        tell_known(ctx, all, INGRESS);
+        tell_known(all, INGRESS);
     }
     settle();
     if all.turned != 0 && !rewritten(ctx, &all.packet) {
-        deny(ctx, all, INGRESS, REASON_CHECKSUM);
+        deny(all, INGRESS, REASON_CHECKSUM);
         return false;
     }
     tell::count(As::Forwarded);
@@ -477,20 +483,24 @@ fn dropped() -> i32 {
 
 /// Tells of a packet of a known flow, if it has news.
 #[inline(always)]
-pub fn tell_known(ctx: &TcContext, all: &mut Scratch, direction: u8) {
+pub fn tell_known(all: &mut Scratch, direction: u8) {
     if all.known.tell != 0 {
-        all.told.begin(ctx, direction);
+        all.told.begin(&all.packet, direction);
         all.told.rule = all.known.rule;
         all.told.reply = all.known.reply;
         all.told.service = all.known.service;
+        all.told.packets = all.known.packets;
+        all.told.bytes = all.known.bytes;
+        all.told.answered_in = all.known.answered_in;
+        all.told.turned = all.turned;
         tell::tell();
     }
 }
 
 /// Drops a packet and tells why.
 #[inline(always)]
-fn deny(ctx: &TcContext, all: &mut Scratch, direction: u8, reason: u8) -> i32 {
-    all.told.begin(ctx, direction);
+fn deny(all: &mut Scratch, direction: u8, reason: u8) -> i32 {
+    all.told.begin(&all.packet, direction);
     all.told.reason = reason;
     tell::tell();
     dropped()

@@ -12,6 +12,7 @@ use xebec_dataplane_common::service::{ASKED, GIVEN, SocketKey, SocketValue};
 
 use crate::balance::{self, CHOSEN, Choice, Client};
 use crate::maps::{BACKENDS, SCOPE, SOCKETS, remember};
+use crate::tell::{self, Translated};
 
 /// Go on with the call.
 const ALLOW: i32 = 1;
@@ -238,6 +239,14 @@ fn translate(ctx: &SockAddrContext, family: Family, sends: bool) -> i32 {
     value.address = address;
     remember(&SOCKETS, &key, &value, 0);
     name(ctx, family, &choice.address, choice.port);
+    tell::tell_socket(&Translated {
+        namespace,
+        cookie,
+        protocol,
+        asked: (&value.address, value.port),
+        given: (&choice.address, choice.port),
+        service: choice.service,
+    });
     ALLOW
 }
 

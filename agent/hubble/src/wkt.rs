@@ -1,6 +1,8 @@
 //! Protobuf's own messages (package `google.protobuf`) as far as they are used here, with the JSON that the standard
 //! says they have.
 
+use std::collections::BTreeMap;
+
 use jiff::Timestamp as Time;
 use serde::de::Error as _;
 use serde::{Deserialize, Deserializer, Serialize, Serializer};
@@ -99,17 +101,147 @@ impl<'de> Deserialize<'de> for FieldMask {
     }
 }
 
-/// Any message; none is known here, and its JSON keeps its type alone.
-#[derive(Clone, PartialEq, Eq, Hash, prost::Message, Serialize, Deserialize)]
+/// Any message. [`Struct`] alone is known here; the JSON of all others keeps their type alone.
+#[derive(Clone, PartialEq, Eq, Hash, prost::Message)]
 pub struct Any {
     /// Its type's URL.
     #[prost(string, tag = "1")]
-    #[serde(rename = "@type")]
     pub type_url: String,
     /// Its bytes.
     #[prost(bytes = "vec", tag = "2")]
-    #[serde(skip)]
     pub value: Vec<u8>,
+}
+
+/// The type's URL of [`Struct`].
+const STRUCT: &str = "type.googleapis.com/google.protobuf.Struct";
+
+impl From<&Struct> for Any {
+    fn from(value: &Struct) -> Self {
+        Self {
+            type_url: STRUCT.to_owned(),
+            value: prost::Message::encode_to_vec(value),
+        }
+    }
+}
+
+impl Any {
+    /// The structure that it is, if it is one.
+    #[must_use]
+    pub fn as_struct(&self) -> Option<Struct> {
+        (self.type_url == STRUCT)
+            .then(|| prost::Message::decode(&*self.value).ok())
+            .flatten()
+    }
+}
+
+#[derive(Serialize, Deserialize)]
+struct AnyJson {
+    #[serde(rename = "@type")]
+    type_url: String,
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    value: Option<Struct>,
+}
+
+impl Serialize for Any {
+    fn serialize<S: Serializer>(&self, serializer: S) -> Result<S::Ok, S::Error> {
+        let value = self.as_struct();
+        let type_url = self.type_url.clone();
+        AnyJson { type_url, value }.serialize(serializer)
+    }
+}
+
+impl<'de> Deserialize<'de> for Any {
+    fn deserialize<D: Deserializer<'de>>(deserializer: D) -> Result<Self, D::Error> {
+        let AnyJson { type_url, value } = AnyJson::deserialize(deserializer)?;
+        let value = value.map(|value| prost::Message::encode_to_vec(&value));
+        Ok(Self {
+            type_url,
+            value: value.unwrap_or_default(),
+        })
+    }
+}
+
+/// What JSON's objects can say.
+#[derive(Clone, PartialEq, prost::Message, Serialize, Deserialize)]
+#[serde(transparent)]
+pub struct Struct {
+    /// By name.
+    #[prost(btree_map = "string, message", tag = "1")]
+    pub fields: BTreeMap<String, Value>,
+}
+
+/// What JSON can say; null without a kind.
+#[derive(Clone, PartialEq, prost::Message, Serialize, Deserialize)]
+#[serde(transparent)]
+pub struct Value {
+    /// What it is.
+    #[prost(oneof = "Kind", tags = "2, 3, 4, 5, 6")]
+    pub kind: Option<Kind>,
+}
+
+/// Kinds of [`Value`].
+#[derive(Clone, PartialEq, prost::Oneof, Serialize, Deserialize)]
+#[serde(untagged)]
+pub enum Kind {
+    /// A number.
+    #[prost(double, tag = "2")]
+    Number(#[serde(serialize_with = "number")] f64),
+    /// A text.
+    #[prost(string, tag = "3")]
+    String(String),
+    /// Yes or no.
+    #[prost(bool, tag = "4")]
+    Bool(bool),
+    /// An object.
+    #[prost(message, tag = "5")]
+    Struct(Struct),
+    /// An array.
+    #[prost(message, tag = "6")]
+    List(List),
+}
+
+/// An array of JSON.
+#[derive(Clone, PartialEq, prost::Message, Serialize, Deserialize)]
+#[serde(transparent)]
+pub struct List {
+    /// Its values.
+    #[prost(message, repeated, tag = "1")]
+    pub values: Vec<Value>,
+}
+
+/// As protobuf writes it: whole numbers without a fraction.
+fn number<S: Serializer>(value: &f64, serializer: S) -> Result<S::Ok, S::Error> {
+    const EXACT: f64 = 9_007_199_254_740_992.0;
+    if value.fract() == 0.0 && value.abs() <= EXACT {
+        serializer.serialize_i64(*value as i64)
+    } else {
+        serializer.serialize_f64(*value)
+    }
+}
+
+impl From<f64> for Value {
+    fn from(value: f64) -> Self {
+        let kind = Some(Kind::Number(value));
+        Self { kind }
+    }
+}
+
+impl From<String> for Value {
+    fn from(value: String) -> Self {
+        let kind = Some(Kind::String(value));
+        Self { kind }
+    }
+}
+
+impl Struct {
+    /// A number by its name.
+    #[must_use]
+    pub fn number(&self, name: &str) -> Option<f64> {
+        match self.fields.get(name)?.kind.as_ref()? {
+            Kind::Number(number) => Some(*number),
+            _ => None,
+        }
+    }
 }
 
 /// Values that may be absent, whose JSON is the bare value.
@@ -182,5 +314,19 @@ mod tests {
             serde_json::from_str::<UInt32Value>("7").unwrap(),
             UInt32Value { value: 7 }
         );
+    }
+
+    #[test]
+    fn any_is_a_structure_with_its_json_or_its_type_alone() {
+        let json = r#"{"@type":"type.googleapis.com/google.protobuf.Struct","value":{"a":[1,2.5,null,"x"],"b":{"c":true}}}"#;
+        let any: Any = serde_json::from_str(json).unwrap();
+        assert_eq!(serde_json::to_string(&any).unwrap(), json);
+        let encoded = prost::Message::encode_to_vec(&any);
+        let decoded: Any = prost::Message::decode(&*encoded).unwrap();
+        assert_eq!(decoded, any);
+        let other = r#"{"@type":"type.googleapis.com/other"}"#;
+        let any: Any = serde_json::from_str(other).unwrap();
+        assert_eq!(serde_json::to_string(&any).unwrap(), other);
+        assert_eq!(any.as_struct(), None);
     }
 }

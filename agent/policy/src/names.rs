@@ -114,6 +114,10 @@ struct Inner {
     peers: HashMap<IpAddr, Arc<Peer>>,
     rules: HashMap<u32, Arc<RuleName>>,
     sets: HashMap<u32, Arc<Vec<Arc<PolicyRef>>>>,
+    /// Addresses of the pods of this node, by the cookies of their network namespaces.
+    namespaces: HashMap<u64, Vec<IpAddr>>,
+    /// The other way round.
+    local: HashMap<IpAddr, u64>,
 }
 
 /// The names; cheap to clone.
@@ -132,6 +136,18 @@ impl Now<'_> {
     /// Where a rule stands.
     pub fn rule(&self, rule: u32) -> Option<&Arc<RuleName>> {
         self.0.rules.get(&rule)
+    }
+
+    /// Whether an address is of a pod of this node.
+    pub fn is_local(&self, address: IpAddr) -> bool {
+        self.0.local.contains_key(&address)
+    }
+
+    /// The address of the pod in a network namespace, of the family of `like` if it has one of it.
+    pub fn in_namespace(&self, cookie: u64, like: IpAddr) -> Option<IpAddr> {
+        let addresses = self.0.namespaces.get(&cookie)?;
+        let same = addresses.iter().find(|one| one.is_ipv4() == like.is_ipv4());
+        same.or(addresses.first()).copied()
     }
 
     /// The policies behind a set.
@@ -158,6 +174,27 @@ impl Names {
     /// Nobody is known to have it any more.
     pub fn remove(&self, address: IpAddr) {
         self.write(|inner| drop(inner.peers.remove(&address)));
+    }
+
+    /// Tells of a pod of this node: the cookie of its network namespace (`SO_NETNS_COOKIE`), and its addresses.
+    pub fn set_local(&self, cookie: u64, addresses: &[IpAddr]) {
+        self.write(|inner| {
+            for address in addresses {
+                inner.local.insert(*address, cookie);
+            }
+            inner.namespaces.insert(cookie, addresses.to_vec());
+        });
+    }
+
+    /// The pod of these addresses is gone.
+    pub fn remove_local(&self, addresses: &[IpAddr]) {
+        self.write(|inner| {
+            for address in addresses {
+                if let Some(cookie) = inner.local.remove(address) {
+                    inner.namespaces.remove(&cookie);
+                }
+            }
+        });
     }
 
     /// Tells where a rule stands, and by what it matches.

@@ -2,16 +2,17 @@
 
 use std::net::IpAddr;
 
-use xebec_dataplane_common::flow::{AUDITED, DROPPED, EGRESS, Event};
+use xebec_dataplane_common::flow::{AUDITED, DROPPED, EGRESS, Event, FROM_NETWORK, TO_NETWORK};
+use xebec_dataplane_common::policy::IDENTITY_HOST;
 use xebec_dataplane_common::{ICMP, ICMP6, SCTP, TCP, UDP};
 use xebec_hubble::event;
 use xebec_hubble::flow::layer4::Protocol;
 use xebec_hubble::flow::{
     CiliumEventType, DropReason, Emitter, Endpoint, Flow, FlowType, IcmPv4, IcmPv6, Ip, IpVersion,
-    Layer4, Policy, Sctp, Tcp, TcpFlags, TraceObservationPoint, TraceReason, TrafficDirection, Udp,
-    Verdict, Workload,
+    Layer4, Policy, Sctp, Service, SocketTranslationPoint as Xlate, Tcp, TcpFlags,
+    TraceObservationPoint, TraceReason, TrafficDirection, Udp, Verdict, Workload,
 };
-use xebec_hubble::wkt::Timestamp;
+use xebec_hubble::wkt::{Any, Struct, Timestamp};
 use xebec_policy::names::{By, Peer, RuleName};
 use xebec_policy::rule::{PolicyRef, RuleId};
 
@@ -24,7 +25,15 @@ pub(super) fn message(seen: &Seen, node_name: &str, uuid: String) -> Flow {
     let (kind, sub_type) = match seen.kind {
         Kind::Verdict => (event::POLICY_VERDICT, 0),
         Kind::Dropped => (event::DROP, i32::from(event.reason)),
-        Kind::Passed => (event::TRACE, event::sub_type(point(event))),
+        Kind::Passed | Kind::Translated => (event::TRACE, event::sub_type(point(seen))),
+        Kind::Asked => (
+            event::TRACE_SOCK,
+            Xlate::SockXlatePointPreDirectionFwd as i32,
+        ),
+        Kind::Given => (
+            event::TRACE_SOCK,
+            Xlate::SockXlatePointPostDirectionFwd as i32,
+        ),
     };
     let mut flow = Flow {
         time: Some(Timestamp::from_nanos(seen.time)),
@@ -34,16 +43,7 @@ pub(super) fn message(seen: &Seen, node_name: &str, uuid: String) -> Flow {
             version: env!("CARGO_PKG_VERSION").to_owned(),
         }),
         verdict: verdict(seen).into(),
-        ip: Some(Ip {
-            source: IpAddr::from(event.source).to_string(),
-            destination: IpAddr::from(event.destination).to_string(),
-            ip_version: if event.source.is_v4() {
-                IpVersion::IPv4.into()
-            } else {
-                IpVersion::IPv6.into()
-            },
-            ..Ip::default()
-        }),
+        ip: Some(ip(seen)),
         l4: protocol(event).map(|protocol| Layer4 {
             protocol: Some(protocol),
         }),
@@ -65,24 +65,113 @@ pub(super) fn message(seen: &Seen, node_name: &str, uuid: String) -> Flow {
         summary: summary(event),
         ..Flow::default()
     };
+    if event.reply != 0 {
+        flow.source_service = service(seen);
+    } else {
+        flow.destination_service = service(seen);
+    }
+    match seen.kind {
+        Kind::Passed | Kind::Translated => {
+            flow.trace_observation_point = point(seen).into();
+            flow.trace_reason = match (event.reply, event.set) {
+                (0, 0) => TraceReason::Unknown.into(),
+                (0, _) => TraceReason::New.into(),
+                _ => TraceReason::Reply.into(),
+            };
+        }
+        Kind::Asked | Kind::Given => of_socket(event, sub_type, &mut flow),
+        Kind::Verdict | Kind::Dropped => {
+            if event.verdict == DROPPED {
+                flow.drop_reason = event.reason.into();
+                flow.drop_reason_desc = DropReason::try_from(i32::from(event.reason))
+                    .unwrap_or(DropReason::Unknown)
+                    .into();
+            }
+        }
+    }
     if seen.kind == Kind::Passed {
-        flow.trace_observation_point = point(event).into();
-        flow.trace_reason = match (event.reply, event.set) {
-            (0, 0) => TraceReason::Unknown.into(),
-            (0, _) => TraceReason::New.into(),
-            _ => TraceReason::Reply.into(),
-        };
-    } else if event.verdict == DROPPED {
-        flow.drop_reason = event.reason.into();
-        flow.drop_reason_desc = DropReason::try_from(i32::from(event.reason))
-            .unwrap_or(DropReason::Unknown)
-            .into();
+        flow.extensions = counts(event).as_ref().map(Any::from);
     }
     if let (Kind::Verdict, Some(rule)) = (seen.kind, &seen.rule) {
         flow.policy_match_type = match_type(rule);
     }
     decided(seen, egress, &mut flow);
     flow
+}
+
+/// Its addresses; where its source is translated, what it becomes.
+fn ip(seen: &Seen) -> Ip {
+    let event = &seen.event;
+    let leaves = seen.kind == Kind::Translated || event.at == TO_NETWORK;
+    let becomes = leaves && event.new_source.is_some() && event.new_source != event.source;
+    Ip {
+        source: address(event.source),
+        source_xlated: if becomes {
+            address(event.new_source)
+        } else {
+            String::new()
+        },
+        destination: address(event.destination),
+        ip_version: if event.destination.is_v4() {
+            IpVersion::IPv4.into()
+        } else {
+            IpVersion::IPv6.into()
+        },
+        ..Ip::default()
+    }
+}
+
+/// Of a socket that is not bound to any, none.
+fn address(address: xebec_dataplane_common::ip::Ip) -> String {
+    if address.is_some() {
+        IpAddr::from(address).to_string()
+    } else {
+        String::new()
+    }
+}
+
+fn service(seen: &Seen) -> Option<Service> {
+    let (namespace, name) = seen.service.as_ref()?.split_once('/')?;
+    Some(Service {
+        name: name.to_owned(),
+        namespace: namespace.to_owned(),
+    })
+}
+
+/// What is told of a socket's translation and of no packet.
+fn of_socket(event: &Event, point: i32, flow: &mut Flow) {
+    flow.r#type = FlowType::Sock.into();
+    flow.sock_xlate_point = point;
+    flow.socket_cookie = event.socket;
+    flow.is_reply = None;
+    flow.traffic_direction = TrafficDirection::Unknown.into();
+    // There are no flags yet.
+    if let Some(Layer4 {
+        protocol: Some(Protocol::Tcp(tcp)),
+    }) = &mut flow.l4
+    {
+        tcp.flags = None;
+        flow.summary = "TCP".to_owned();
+    }
+}
+
+/// What Hubble has no field for: how many packets an event tells of, if there is more than its own, their bytes, and
+/// how long the answer to a connection's first packet took.
+fn counts(event: &Event) -> Option<Struct> {
+    let mut told = Struct::default();
+    let mut tell = |name: &str, number: u32| {
+        told.fields
+            .insert(name.to_owned(), f64::from(number).into());
+    };
+    if event.packets > 1 {
+        tell("packets", event.packets);
+        tell("bytes", event.bytes[0]);
+        tell("reply_bytes", event.bytes[1]);
+    }
+    if event.answered_in > 0 {
+        tell("answered_in_us", event.answered_in);
+    }
+    (!told.fields.is_empty()).then_some(told)
 }
 
 /// By what a rule matches, as Cilium numbers it (`PolicyMatchType`); 0 is for none.
@@ -108,7 +197,7 @@ fn decided(seen: &Seen, egress: bool, flow: &mut Flow) {
     let denied = seen.event.reason != 0;
     let list = match (denied, egress) {
         // A trace tells what happened, and a packet in audit mode went on.
-        (true, _) if seen.kind == Kind::Passed => return,
+        (true, _) if matches!(seen.kind, Kind::Passed | Kind::Translated) => return,
         (true, true) => &mut flow.egress_denied_by,
         (true, false) => &mut flow.ingress_denied_by,
         (false, true) => &mut flow.egress_allowed_by,
@@ -141,16 +230,26 @@ fn rule_policy(rule: &RuleId) -> Policy {
     policy
 }
 
-pub(super) const fn point(event: &Event) -> TraceObservationPoint {
-    if event.direction == EGRESS {
-        TraceObservationPoint::FromEndpoint
-    } else {
-        TraceObservationPoint::ToEndpoint
+/// Where a packet was seen.
+pub(super) fn point(seen: &Seen) -> TraceObservationPoint {
+    use TraceObservationPoint as Point;
+    let host = |peer: &Peer| peer.identity == IDENTITY_HOST;
+    match (seen.event.at, seen.event.direction, seen.kind) {
+        (FROM_NETWORK, ..) => Point::FromNetwork,
+        (TO_NETWORK, ..) => Point::ToNetwork,
+        (_, _, Kind::Translated) if seen.here => Point::ToEndpoint,
+        (_, _, Kind::Translated) => Point::ToNetwork,
+        (_, EGRESS, _) if host(&seen.source) => Point::FromHost,
+        (_, EGRESS, _) => Point::FromEndpoint,
+        _ if host(&seen.destination) => Point::ToHost,
+        _ => Point::ToEndpoint,
     }
 }
 
 pub(super) const fn verdict(seen: &Seen) -> Verdict {
     match (seen.event.verdict, seen.kind) {
+        (_, Kind::Asked) => Verdict::Traced,
+        (_, Kind::Given) => Verdict::Translated,
         (DROPPED, _) => Verdict::Dropped,
         (AUDITED, Kind::Verdict) => Verdict::Audit,
         _ => Verdict::Forwarded,

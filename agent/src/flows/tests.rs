@@ -2,7 +2,7 @@
 
 use super::*;
 use serde_json::{Value, json};
-use xebec_dataplane_common::flow::{AUDITED, FORWARDED, INGRESS, REASON_RULE};
+use xebec_dataplane_common::flow::{AUDITED, EGRESS, FORWARDED, INGRESS, REASON_RULE, TO_NETWORK};
 use xebec_dataplane_common::{ICMP, ICMP6, SCTP, TCP, UDP};
 use xebec_policy::names::By;
 use xebec_policy::rule::RuleId;
@@ -38,7 +38,14 @@ fn flows() -> Flows {
         by: By::Port,
     };
     names.set_rule(42, rule);
-    Flows::new(names, "here", KEPT, FlowMetrics::usual())
+    let services = ServiceNames::default();
+    services.add(9, &"shop/api".into());
+    let directory = Directory {
+        names,
+        services,
+        node_ips: vec!["192.0.2.10".parse().unwrap()],
+    };
+    Flows::new(directory, "here", KEPT, FlowMetrics::usual())
 }
 
 fn event(source: [u8; 4], destination: [u8; 4]) -> Event {
@@ -57,7 +64,7 @@ fn event(source: [u8; 4], destination: [u8; 4]) -> Event {
         length: 60,
         set: 7,
         rule: 42,
-        service: 0,
+        ..bytemuck::Zeroable::zeroed()
     }
 }
 
@@ -257,4 +264,192 @@ fn only_who_reads_events_gives_way() {
         nice()
     });
     assert_eq!((reader.join().unwrap(), nice()), (NICE, before));
+}
+
+/// All flows that one event becomes.
+fn told(event: Event) -> Vec<Value> {
+    let flows = flows();
+    take(&flows, event);
+    let store = flows.store();
+    let (first, entries) = store.range(0, u64::MAX);
+    let all = (first..).zip(entries).map(|(number, entry)| match entry {
+        Entry::Flow(seen) => json(&flows.message(number, seen)),
+        Entry::Lost(..) => panic!("nothing is lost"),
+    });
+    all.collect()
+}
+
+/// An address of a Service, of which `api` is the backend.
+const SERVICE: [u8; 4] = [10, 96, 0, 9];
+
+/// What a pod sends to a Service.
+fn to_service() -> Event {
+    Event {
+        direction: EGRESS,
+        service: 9,
+        new_source: std::net::Ipv4Addr::from(WEB).into(),
+        new_destination: std::net::Ipv4Addr::from(API).into(),
+        new_source_port: 4000_u16.to_be(),
+        new_destination_port: 8080_u16.to_be(),
+        destination_port: 80_u16.to_be(),
+        ..event(WEB, SERVICE)
+    }
+}
+
+#[test]
+fn what_goes_to_a_service_is_told_of_before_and_after_its_translation() {
+    let all = told(to_service());
+    let service = json!({"name": "api", "namespace": "shop"});
+    let rows: Vec<_> = all
+        .iter()
+        .map(|flow| {
+            assert_eq!(flow["destination_service"], service);
+            let point = flow["trace_observation_point"].clone();
+            let kind = flow["event_type"]["type"].clone();
+            (kind, point, flow["IP"]["destination"].clone())
+        })
+        .collect();
+    assert_eq!(
+        rows,
+        [
+            // Rules judge the backend.
+            (json!(5), json!(null), json!("10.244.0.6")),
+            (json!(4), json!("FROM_ENDPOINT"), json!("10.96.0.9")),
+            (json!(4), json!("TO_NETWORK"), json!("10.244.0.6")),
+        ]
+    );
+    assert_eq!(all[2]["destination"]["pod_name"], "api-1");
+    assert_eq!(all[2]["l4"]["TCP"]["destination_port"], 8080);
+    // What is refused is told of as what was refused.
+    let refused = Event {
+        verdict: DROPPED,
+        reason: REASON_POLICY,
+        rule: 0,
+        ..to_service()
+    };
+    for flow in told(refused) {
+        assert_eq!(flow["verdict"], "DROPPED");
+        assert_eq!(flow["IP"]["destination"], "10.244.0.6");
+    }
+    // An answer is told of as it was sent.
+    let answer = Event {
+        reply: 1,
+        set: 0,
+        new_source: std::net::Ipv4Addr::from(SERVICE).into(),
+        new_destination: std::net::Ipv4Addr::from(WEB).into(),
+        service: 9,
+        ..event(API, WEB)
+    };
+    let all = told(answer);
+    assert_eq!(all.len(), 1);
+    assert_eq!(all[0]["source_service"], service);
+    assert_eq!(all[0].get("destination_service"), None);
+}
+
+#[test]
+fn a_pod_of_this_node_is_reached_without_a_network() {
+    let flows = flows();
+    let address = std::net::Ipv4Addr::from(API).into();
+    flows.directory.names.set_local(7, &[address]);
+    take(&flows, to_service());
+    let flow = json(&newest(&flows, Kind::Translated));
+    assert_eq!(flow["trace_observation_point"], "TO_ENDPOINT");
+    flows.directory.names.remove_local(&[address]);
+    take(&flows, to_service());
+    let flow = json(&newest(&flows, Kind::Translated));
+    assert_eq!(flow["trace_observation_point"], "TO_NETWORK");
+}
+
+#[test]
+fn who_leaves_by_the_nodes_address_is_told_of_with_both() {
+    let node: xebec_dataplane_common::ip::Ip = std::net::Ipv4Addr::new(192, 0, 2, 10).into();
+    let all = told(Event {
+        at: TO_NETWORK,
+        direction: EGRESS,
+        set: 0,
+        rule: 0,
+        new_source: node,
+        new_destination: std::net::Ipv4Addr::new(198, 51, 100, 7).into(),
+        ..event(WEB, [198, 51, 100, 7])
+    });
+    assert_eq!(all.len(), 1);
+    assert_eq!(all[0]["trace_observation_point"], "TO_NETWORK");
+    assert_eq!(all[0]["IP"]["source"], "10.244.0.5");
+    assert_eq!(all[0]["IP"]["source_xlated"], "192.0.2.10");
+}
+
+#[test]
+fn a_sockets_translation_names_its_pod() {
+    let socket = Event {
+        at: AT_SOCKET,
+        direction: EGRESS,
+        set: 0,
+        rule: 0,
+        source: xebec_dataplane_common::ip::Ip([7, 1, 0, 0]),
+        source_port: 0,
+        new_source: xebec_dataplane_common::ip::Ip::NONE,
+        socket: 77,
+        tcp_flags: 0,
+        ..to_service()
+    };
+    for (known, pod, address) in [
+        (true, json!("web-1"), "10.244.0.5"),
+        (false, json!(null), "192.0.2.10"),
+    ] {
+        let flows = flows();
+        if known {
+            let address = std::net::Ipv4Addr::from(WEB).into();
+            flows.directory.names.set_local(1 << 32 | 7, &[address]);
+        }
+        take(&flows, socket);
+        let asked = json(&newest(&flows, Kind::Asked));
+        let given = json(&newest(&flows, Kind::Given));
+        assert_eq!(
+            (&asked["verdict"], &given["verdict"]),
+            (&json!("TRACED"), &json!("TRANSLATED"))
+        );
+        assert_eq!(
+            asked["sock_xlate_point"],
+            "SOCK_XLATE_POINT_PRE_DIRECTION_FWD"
+        );
+        assert_eq!(
+            given["sock_xlate_point"],
+            "SOCK_XLATE_POINT_POST_DIRECTION_FWD"
+        );
+        assert_eq!(
+            (&asked["IP"]["destination"], &given["IP"]["destination"]),
+            (&json!("10.96.0.9"), &json!("10.244.0.6"))
+        );
+        for flow in [asked, given] {
+            assert_eq!(
+                (&flow["Type"], &flow["socket_cookie"]),
+                (&json!("SOCK"), &json!("77"))
+            );
+            assert_eq!(
+                flow["source"].get("pod_name").cloned().unwrap_or_default(),
+                pod
+            );
+            assert_eq!(flow["IP"]["source"], address);
+            assert_eq!(flow["Summary"], "TCP");
+        }
+    }
+}
+
+#[test]
+fn what_an_event_stands_for_is_told_where_it_is_more_than_a_packet() {
+    let flow = |event| told(event).pop().unwrap();
+    let one = Event {
+        packets: 1,
+        bytes: [60, 0],
+        ..event(WEB, API)
+    };
+    assert_eq!(flow(one).get("extensions"), None);
+    let many = Event {
+        packets: 4,
+        bytes: [200, 3_000_000_000],
+        answered_in: 750,
+        ..one
+    };
+    let told = json!({"packets": 4, "bytes": 200, "reply_bytes": 3_000_000_000_u32, "answered_in_us": 750});
+    assert_eq!(flow(many)["extensions"]["value"], told);
 }

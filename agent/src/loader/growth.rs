@@ -7,10 +7,11 @@ use anyhow::{Context, Result};
 use aya::maps::MapData;
 use aya::{Ebpf, EbpfLoader};
 use xebec_dataplane_common::LAYOUT;
+use xebec_dataplane_common::flow::aggregate_shift;
 use xebec_dataplane_common::table::WAYS;
 
-use super::{By, Loaded, Xdp, hook, object, pinned};
-use crate::maps::{Room, ServiceMaps, flow_table};
+use super::{Aggregation, By, Loaded, Xdp, hook, object, pinned};
+use crate::maps::{EVENTS, Room, ServiceMaps, flow_table, places};
 use crate::network::Device;
 
 /// Folder of maps that the next agent adopts.
@@ -111,14 +112,18 @@ pub(super) struct Pins {
     adopted: PathBuf,
     current: PathBuf,
     next: PathBuf,
+    /// How events are put together, and for how many ticks flows are silent, as a power of two.
+    aggregation: (u32, u32),
 }
 
 impl Pins {
-    pub(super) fn new(dir: &Path) -> Result<Self> {
+    pub(super) fn new(dir: &Path, aggregation: Aggregation) -> Result<Self> {
+        let level = aggregation as u32;
         let new = Self {
             adopted: dir.join(format!("{ADOPTED}-{LAYOUT}")),
             current: dir.join(format!("{CURRENT}-{LAYOUT}")),
             next: dir.join(format!("{NEXT}-{LAYOUT}")),
+            aggregation: (level, aggregate_shift(level)),
         };
         for dir in [&new.adopted, &new.current, &new.next] {
             std::fs::create_dir_all(dir)
@@ -145,6 +150,16 @@ impl Pins {
         }
     }
 
+    /// What loads programs, with all that each time is the same.
+    fn loader(&self) -> Result<EbpfLoader<'_>> {
+        let mut loader = EbpfLoader::new();
+        loader.default_map_pin_directory(&self.adopted);
+        loader.map_max_entries(EVENTS, places()?);
+        loader.override_global("AGGREGATION", &self.aggregation.0, true);
+        loader.override_global("SILENCE", &self.aggregation.1, true);
+        Ok(loader)
+    }
+
     /// Loads the programs of a new agent. What packets and sockets made, and backends, are those of the agent before
     /// it, if there was one with the same layout; all other maps are new, and as large as they were.
     pub(super) fn load(&self, sizes: Sizes) -> Result<(Ebpf, Option<String>)> {
@@ -152,8 +167,7 @@ impl Pins {
         for dir in [&self.current, &self.next] {
             clear(dir)?;
         }
-        let mut loader = EbpfLoader::new();
-        loader.default_map_pin_directory(&self.adopted);
+        let mut loader = self.loader()?;
         loader.map_max_entries("FLOWS", sizes.flows.div_ceil(WAYS as u32));
         loader.map_max_entries("AFFINITIES", sizes.affinities);
         let sizes = [Step::Backends(room), Step::Tables(room)];
@@ -233,8 +247,7 @@ impl Loaded {
         clear(&self.pins.next)?;
         let sizes = step.sizes();
         let current = pinned(&self.pins.current)?;
-        let mut loader = EbpfLoader::new();
-        loader.default_map_pin_directory(&self.pins.adopted);
+        let mut loader = self.pins.loader()?;
         for path in &current {
             if let Some(name) = path.file_name().and_then(|name| name.to_str()) {
                 loader.map_pin_path(name, path);

@@ -277,11 +277,7 @@ impl FlowTable {
         let Some(way) = claimed else {
             return false;
         };
-        let place = Place {
-            key: *key,
-            flow,
-            ..Place::zeroed()
-        };
+        let place = Place { key: *key, flow };
         let words: &[u32; PLACE] = must_cast_ref(&place);
         for (at, word) in words.iter().enumerate() {
             self.place_word(set, way, at)

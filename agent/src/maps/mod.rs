@@ -3,6 +3,7 @@
 pub(crate) mod batch;
 pub(crate) mod dump;
 mod endpoints;
+mod events;
 pub mod flow_table;
 mod growing;
 mod memory;
@@ -17,13 +18,14 @@ use std::net::IpAddr;
 
 use anyhow::{Context, Result};
 use aya::maps::lpm_trie::{Key, LpmTrie};
-use aya::maps::{Array, Map, MapData, MapError, PerCpuArray, RingBuf};
+use aya::maps::{Array, Map, MapData, MapError};
 use bytemuck::must_cast;
 use ipnet::IpNet;
-use xebec_dataplane_common::flow::{Counters, Event};
 use xebec_dataplane_common::ip::Ip;
 use xebec_dataplane_common::nat::Settings;
 
+pub use events::FlowMaps;
+pub(crate) use events::{Counting, EVENTS, Rings, places};
 pub use policy::PolicyMaps;
 pub use services::{Hits, Room, ServiceKernel, ServiceMaps, SocketMap};
 
@@ -97,72 +99,5 @@ impl NetworkMaps {
             self.native.remove(&block_key(block)),
             "a native address block",
         )
-    }
-}
-
-/// The oldest event of a ring.
-pub(crate) fn next_event(ring: &mut RingBuf<MapData>) -> Option<Event> {
-    loop {
-        let item = ring.next()?;
-        if item.len() == size_of::<Event>() {
-            return Some(bytemuck::pod_read_unaligned(&item));
-        }
-    }
-}
-
-/// Events of flows and their counters.
-pub struct FlowMaps {
-    pub(crate) events: RingBuf<MapData>,
-    counters: PerCpuArray<MapData, [u8; size_of::<Counters>()]>,
-}
-
-impl FlowMaps {
-    pub(crate) fn new(ebpf: &mut aya::Ebpf) -> Result<Self> {
-        Ok(Self {
-            events: take(ebpf, "EVENTS")?,
-            counters: take(ebpf, "COUNTERS")?,
-        })
-    }
-
-    /// The counters of all CPUs together.
-    pub(crate) fn counters(
-        counters: &PerCpuArray<MapData, [u8; size_of::<Counters>()]>,
-    ) -> Result<Counters> {
-        let values = counters.get(&0, 0).context("could not read the counters")?;
-        Ok(values.iter().fold(Counters::default(), |sum, one| {
-            let one: Counters = must_cast(*one);
-            Counters {
-                produced: sum.produced + one.produced,
-                lost: sum.lost + one.lost,
-                forwarded: sum.forwarded + one.forwarded,
-                dropped: sum.dropped + one.dropped,
-                translated: sum.translated + one.translated,
-                translated_early: sum.translated_early + one.translated_early,
-                refused: sum.refused + one.refused,
-                no_port: sum.no_port + one.no_port,
-                held: sum.held + one.held,
-                unheld: sum.unheld + one.unheld,
-            }
-        }))
-    }
-
-    /// The oldest event that was not taken yet.
-    pub fn next_event(&mut self) -> Option<Event> {
-        next_event(&mut self.events)
-    }
-
-    /// The counters of all CPUs together.
-    pub fn count(&self) -> Result<Counters> {
-        Self::counters(&self.counters)
-    }
-
-    /// Its two parts.
-    pub(crate) fn split(
-        self,
-    ) -> (
-        RingBuf<MapData>,
-        PerCpuArray<MapData, [u8; size_of::<Counters>()]>,
-    ) {
-        (self.events, self.counters)
     }
 }

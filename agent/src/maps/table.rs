@@ -1,4 +1,4 @@
-//! Hash maps and arrays of the kernel that are written many entries at a time (bpf(2)).
+//! Hash maps and arrays of the kernel that are written many entries at a time, and ring buffers (bpf(2)).
 
 use std::io::{Error, Result};
 use std::os::fd::{AsFd, AsRawFd, FromRawFd, OwnedFd};
@@ -23,6 +23,7 @@ const MMAPABLE: u32 = 1 << 10;
 /// Kinds of maps.
 const HASH: u32 = 1;
 const ARRAY: u32 = 2;
+const RING: u32 = 27;
 
 /// bpf(2) with the attributes of one of its commands.
 fn bpf<T>(command: libc::c_int, attributes: &mut T) -> Result<libc::c_long> {
@@ -67,7 +68,7 @@ struct Create {
     rest: [u32; 7],
 }
 
-/// A hash map or an array.
+/// A hash map, an array, or a ring buffer.
 pub(crate) struct Table {
     map: OwnedFd,
     key_size: usize,
@@ -104,6 +105,11 @@ impl Table {
     /// An array that belongs to no program.
     pub fn array(value_size: usize, capacity: u32) -> Result<Self> {
         Self::create(ARRAY, "", (4, value_size), capacity, MMAPABLE)
+    }
+
+    /// A ring buffer that is to stand in a map of maps, under this name: a power of two of pages.
+    pub fn ring(name: &str, bytes: u32) -> Result<Self> {
+        Self::create(RING, name, (0, 0), bytes, 0)
     }
 
     fn create(

@@ -33,8 +33,18 @@ impl Collector for Packets {
         for (name, help, value) in [
             (
                 "xebec_events_produced",
-                "Events of flows that the kernel wrote",
+                "Events of flows that there were to tell: those that were read, those that were lost, and those that wait to be read",
                 counters.produced,
+            ),
+            (
+                "xebec_events_delivered",
+                "Events of flows that were read from the kernel",
+                self.0.taken(),
+            ),
+            (
+                "xebec_events_aggregated_packets",
+                "Packets without an event of their own, which another one of their flow tells of",
+                counters.aggregated,
             ),
             (
                 "xebec_events_lost",
@@ -207,9 +217,9 @@ mod tests {
 
     use super::*;
     use crate::bpf_maps;
+    use crate::flows::Directory;
     use crate::flows::metrics::FlowMetrics;
     use crate::maps::usage::{Ports, Table};
-    use xebec_policy::names::Names;
 
     fn text(collector: impl Collector) -> String {
         let mut registry = Registry::default();
@@ -220,7 +230,7 @@ mod tests {
     #[test]
     fn counters_have_the_names_that_dashboards_use() {
         let told = text(Packets(Flows::new(
-            Names::default(),
+            Directory::default(),
             "a",
             1,
             FlowMetrics::default(),
@@ -228,6 +238,8 @@ mod tests {
         for line in [
             "xebec_events_produced_total 0\n",
             "xebec_events_lost_total 0\n",
+            "xebec_events_delivered_total 0\n",
+            "xebec_events_aggregated_packets_total 0\n",
             "xebec_forwarded_packets_total 0\n",
             "xebec_dropped_packets_total 0\n",
             "xebec_refused_packets_total 0\n",
@@ -253,7 +265,7 @@ mod tests {
 
     #[test]
     fn the_dashboard_asks_for_nothing_that_is_not_there() {
-        let flows = || Flows::new(Names::default(), "a", 1, FlowMetrics::default());
+        let flows = || Flows::new(Directory::default(), "a", 1, FlowMetrics::default());
         let pressure = || {
             let table = |name| Table {
                 name,

@@ -43,10 +43,10 @@ impl Server {
 /// The servers of all Services that have one.
 #[derive(Default)]
 pub struct Health {
-    servers: HashMap<Box<str>, Server>,
+    servers: HashMap<Arc<str>, Server>,
     addresses: Vec<IpAddr>,
     /// Services whose port could not be opened, with what they should answer.
-    waiting: HashMap<Box<str>, (u16, u32)>,
+    waiting: HashMap<Arc<str>, (u16, u32)>,
 }
 
 /// The answer, as kube-proxy words it.
@@ -113,7 +113,7 @@ async fn serve(
 
 impl Health {
     /// Where the ports are opened from now on: all node addresses, or those that node ports are limited to.
-    pub async fn set_addresses(&mut self, addresses: Vec<IpAddr>) -> Vec<(Box<str>, String)> {
+    pub async fn set_addresses(&mut self, addresses: Vec<IpAddr>) -> Vec<(Arc<str>, String)> {
         if self.addresses == addresses {
             return Vec::new();
         }
@@ -130,7 +130,7 @@ impl Health {
     }
 
     /// Opens, changes and closes; whose port could not be opened, and why.
-    pub async fn apply(&mut self, changes: Vec<HealthChange>) -> Vec<(Box<str>, String)> {
+    pub async fn apply(&mut self, changes: Vec<HealthChange>) -> Vec<(Arc<str>, String)> {
         let mut failed = Vec::new();
         // Ports that are closed can be another's at once.
         let (closed, kept): (Vec<_>, Vec<_>) =
@@ -142,7 +142,7 @@ impl Health {
             }
             self.waiting.remove(&name);
         }
-        let mut wanted: Vec<(Box<str>, (u16, u32))> = kept
+        let mut wanted: Vec<(Arc<str>, (u16, u32))> = kept
             .into_iter()
             .filter_map(|(name, told)| Some((name, told?)))
             .collect();
@@ -226,7 +226,7 @@ mod tests {
         let port = free().local_addr().unwrap().port();
         let mut health = Health::default();
         health.set_addresses(vec![Ipv4Addr::LOCALHOST.into()]).await;
-        let name: Box<str> = "shop/web".into();
+        let name: Arc<str> = "shop/web".into();
         let failed = health.apply(vec![(name.clone(), Some((port, 2)))]).await;
         assert!(failed.is_empty(), "{failed:?}");
         let text = ask(port).await.unwrap();
@@ -244,7 +244,7 @@ mod tests {
         let text = ask(port).await.unwrap();
         assert!(text.starts_with("HTTP/1.1 503 "), "{text}");
         // A port that another program has is told of once, and the others work.
-        let other: Box<str> = "shop/other".into();
+        let other: Arc<str> = "shop/other".into();
         let busy = taken.local_addr().unwrap().port();
         let failed = health.apply(vec![(other.clone(), Some((busy, 1)))]).await;
         assert_eq!(failed.len(), 1);

@@ -24,6 +24,7 @@ use super::backends::Target;
 use super::extents::REST;
 use super::health::Health;
 use super::metrics::Metrics;
+use super::names::ServiceNames;
 use super::notices::{Notice, Reason};
 use super::objects::{EndpointSlice, Service};
 use super::tables::Tables;
@@ -71,6 +72,7 @@ pub struct Services {
     announced: signal::Sender<Vec<Announced>>,
     left: Left,
     rewritten: Arc<Notify>,
+    names: ServiceNames,
 }
 
 impl Services {
@@ -79,7 +81,9 @@ impl Services {
     /// Backends that go are told to `left`.
     pub fn new(maps: ServiceMaps, node_name: &str, before: Vec<Backend>, left: Left) -> Self {
         let tables = Tables::new(maps, node_name, before);
+        let names = tables.numbers.clone();
         Self {
+            names,
             tables: Arc::new(Mutex::new(tables)),
             metrics: Metrics::default(),
             lack: signal::Sender::default(),
@@ -89,6 +93,11 @@ impl Services {
             left,
             rewritten: Arc::default(),
         }
+    }
+
+    /// What numbers of Services' ports are called.
+    pub fn names(&self) -> ServiceNames {
+        self.names.clone()
     }
 
     fn tables(&self) -> MutexGuard<'_, Tables<ServiceMaps>> {

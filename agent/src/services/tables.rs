@@ -3,6 +3,7 @@
 use std::collections::BTreeMap;
 use std::hash::BuildHasher;
 use std::net::IpAddr;
+use std::sync::Arc;
 use std::time::Instant;
 
 use anyhow::Result;
@@ -14,6 +15,7 @@ use super::backends::{Backends, Target};
 use super::batch::Batch;
 use super::claims::Claims;
 use super::extents::Extents;
+use super::names::ServiceNames;
 use super::notices::{Notice, Reason};
 use super::objects::{EndpointSlice, Service};
 use super::pool::{LOCAL, Places, Slab, Texts};
@@ -39,7 +41,7 @@ pub enum Source {
 /// A Service with its slices, or a host port, and what of it is in the kernel.
 pub struct Entry {
     /// Namespace and name.
-    pub name: Box<str>,
+    pub name: Arc<str>,
     pub source: Source,
     /// By the hash of their names.
     pub slices: Vec<(u64, SliceView)>,
@@ -93,7 +95,7 @@ impl Entry {
 }
 
 /// The port for health checks of a Service, and how many endpoints this node has; none when it is to be closed.
-pub type HealthChange = (Box<str>, Option<(u16, u32)>);
+pub type HealthChange = (Arc<str>, Option<(u16, u32)>);
 
 /// What the API told, and what of it is in the kernel.
 pub struct Tables<K> {
@@ -109,8 +111,8 @@ pub struct Tables<K> {
     host_ports: BTreeMap<HostPort, u32>,
     pub(super) node_addresses: BTreeMap<IpAddr, u8>,
     pub(super) claims: Claims,
-    /// Numbers of Services' ports.
-    pub(super) numbers: HashSet<u32>,
+    /// Numbers of Services' ports, and whose they are.
+    pub(super) numbers: ServiceNames,
     pub(super) backends: Backends,
     pub(super) extents: Extents,
     /// How many blocks of sources are in the kernel.
@@ -122,7 +124,7 @@ pub struct Tables<K> {
     pub(super) notices: Vec<Notice>,
     health: Vec<HealthChange>,
     /// Load balancers' addresses by Service, and whether this node may serve them.
-    announced: BTreeMap<Box<str>, (Vec<IpAddr>, bool)>,
+    announced: BTreeMap<Arc<str>, (Vec<IpAddr>, bool)>,
     announced_changed: bool,
     /// Backends of an agent before this one that no Service has claimed yet.
     adopted: Vec<u32>,
@@ -163,7 +165,7 @@ impl<K: ServiceKernel> Tables<K> {
             host_ports: BTreeMap::new(),
             node_addresses: BTreeMap::new(),
             claims: Claims::default(),
-            numbers: HashSet::new(),
+            numbers: ServiceNames::default(),
             backends,
             extents: Extents::new(room.chunks),
             ranges: 0,
@@ -360,7 +362,7 @@ impl<K: ServiceKernel> Tables<K> {
             entry.service().is_some() && !seen.contains(&self.hasher.hash_one(&*entry.name))
         };
         let entries = self.entries.iter();
-        let gone: Vec<Box<str>> = entries
+        let gone: Vec<Arc<str>> = entries
             .filter(|(_, entry)| gone(entry))
             .map(|(_, entry)| entry.name.clone())
             .collect();

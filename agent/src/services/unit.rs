@@ -232,7 +232,7 @@ impl<K: ServiceKernel> Tables<K> {
             self.ranges -= 1;
             self.batch.ranges.insert((unit.number, block), false);
         }
-        self.numbers.remove(&unit.number);
+        self.numbers.remove(unit.number);
     }
 
     /// Asks for all frontends; which of them are ours.
@@ -474,11 +474,12 @@ impl<K: ServiceKernel> Tables<K> {
 
     /// A number for a new port.
     fn number(&mut self, entry: u32, wanted: &Wanted) -> u32 {
-        let name = self.entries.get(entry).map_or("", |entry| &*entry.name);
+        let name = self.entries.get(entry).map(|entry| entry.name.clone());
+        let name = name.unwrap_or_default();
         let family = if wanted.v4 { 4 } else { 6 };
         let text = format!("{name} {}/{} {family}", wanted.number, wanted.protocol);
         let mut number = stable(&text).max(1);
-        while !self.numbers.insert(number) {
+        while !self.numbers.add(number, &name) {
             number = number.wrapping_add(1).max(1);
         }
         number

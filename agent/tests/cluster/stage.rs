@@ -126,6 +126,7 @@ pub fn run_agent() {
         sizes,
         domains: Default::default(),
         labels: Default::default(),
+        aggregation: xebec_agent::loader::Aggregation::default(),
         flows_kept: xebec_agent::flows::KEPT,
         flow_listen: None,
         flow_export: None,

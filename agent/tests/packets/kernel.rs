@@ -9,7 +9,7 @@ use std::time::Duration;
 use aya::TestRun;
 use aya::programs::TestRunOptions;
 use bytemuck::Zeroable;
-use xebec_agent::loader::{By, Loaded, Maps, Sizes, Xdp};
+use xebec_agent::loader::{Aggregation, By, Loaded, Maps, Sizes, Xdp};
 use xebec_agent::maps::{PolicyMaps, ServiceKernel};
 use xebec_agent::network::Device;
 use xebec_dataplane_common::dns::Held;
@@ -162,8 +162,13 @@ impl Kernel {
 
     /// The same with maps of these sizes.
     pub fn with_sizes(sizes: Sizes) -> Self {
+        Self::with_aggregation(sizes, Aggregation::default())
+    }
+
+    /// The same with programs that put events together like this.
+    pub fn with_aggregation(sizes: Sizes, aggregation: Aggregation) -> Self {
         let dir = Folder(tempfile::tempdir().unwrap());
-        let mut loaded = Loaded::with_sizes(dir.0.path(), sizes).unwrap();
+        let mut loaded = Loaded::with_aggregation(dir.0.path(), sizes, aggregation).unwrap();
         let maps = loaded.maps().unwrap();
         let tables = tables(&mut loaded);
         let mut kernel = Self {
@@ -700,6 +705,24 @@ impl Kernel {
             now.translated - self.base.translated,
             now.translated_early - self.base.translated_early,
         )
+    }
+
+    /// All counters.
+    pub fn counters(&self) -> Counters {
+        self.maps.flows.count().unwrap()
+    }
+
+    /// Packets and bytes of all flows that no event has told of: the beginner's bytes in the lower half, the replies' in
+    /// the upper.
+    pub fn untold(&self) -> (u64, u64) {
+        let entries = self.tables.flows.entries();
+        let packets = entries.iter().map(|(_, flow)| u64::from(flow.packets));
+        let timed = |flow: &Flow| flow.bytes & u64::from(u32::MAX);
+        let bytes = entries.iter().map(|(_, flow)| match flow.timed {
+            0 => flow.bytes,
+            _ => timed(flow),
+        });
+        (packets.sum(), bytes.sum())
     }
 
     /// How many packets were dropped.

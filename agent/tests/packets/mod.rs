@@ -18,6 +18,7 @@ mod refuse;
 mod sctp;
 mod services;
 pub mod table;
+mod tell;
 mod together;
 mod verdicts;
 mod ways;

@@ -101,6 +101,7 @@ pub fn run(args: Args) -> Result<()> {
         },
         domains: Default::default(),
         labels: Default::default(),
+        aggregation: xebec_agent::loader::Aggregation::default(),
         flows_kept: xebec_agent::flows::KEPT,
         flow_listen: None,
         flow_export: None,

@@ -4,8 +4,9 @@ use std::net::SocketAddr;
 use std::path::PathBuf;
 
 use anyhow::{Result, bail};
-use clap::Args;
+use clap::{Args, ValueEnum};
 use xebec_agent::flows::export::Options;
+use xebec_agent::loader::Aggregation;
 use xebec_hubble::flow::FlowFilter;
 use xebec_hubble::serve::Listen;
 use xebec_hubble::tls;
@@ -13,6 +14,13 @@ use xebec_hubble::tls;
 /// Flags of flows.
 #[derive(Args)]
 pub struct Hubble {
+    /// Observe flows; without it programs tell of none, of what they drop neither
+    #[arg(long, value_name = "BOOL", default_value_t = true, action = clap::ArgAction::Set)]
+    enable_hubble: bool,
+    /// How many packets of a flow have events: all (none), those that begin, answer and end it and one in a second (low)
+    /// or in four (medium), or those that begin and end it and one in a minute (maximum)
+    #[arg(long, value_name = "LEVEL", default_value = "medium")]
+    monitor_aggregation: Level,
     /// How many flows are kept
     #[arg(long, value_name = "N", default_value_t = xebec_agent::flows::KEPT as u32, value_parser = clap::value_parser!(u32).range(1..=1_048_576))]
     hubble_event_buffer_capacity: u32,
@@ -54,6 +62,17 @@ pub struct Hubble {
     hubble_export_fieldmask: String,
 }
 
+/// Cilium's names of [`Aggregation`].
+#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
+enum Level {
+    None,
+    #[value(alias = "lowest")]
+    Low,
+    Medium,
+    #[value(alias = "max")]
+    Maximum,
+}
+
 /// Filters, as one flag has them.
 #[derive(Clone, Debug, PartialEq)]
 struct Filters(Vec<FlowFilter>);
@@ -78,6 +97,17 @@ pub fn parse_address(text: &str) -> Result<SocketAddr, String> {
 }
 
 impl Hubble {
+    /// Which packets have events.
+    pub fn aggregation(&self) -> Aggregation {
+        match (self.enable_hubble, self.monitor_aggregation) {
+            (false, _) => Aggregation::Off,
+            (true, Level::None) => Aggregation::None,
+            (true, Level::Low) => Aggregation::Low,
+            (true, Level::Medium) => Aggregation::Medium,
+            (true, Level::Maximum) => Aggregation::Maximum,
+        }
+    }
+
     /// How many flows are kept.
     pub fn event_buffer_capacity(&self) -> usize {
         self.hubble_event_buffer_capacity as usize
@@ -145,6 +175,25 @@ mod tests {
         let line = Line::try_parse_from(["agent"].into_iter().chain(line.split_whitespace()));
         let hubble = line.map_err(|error| error.to_string())?.hubble;
         hubble.listen().map_err(|error| error.to_string())
+    }
+
+    #[test]
+    fn events_are_put_together_as_asked() {
+        let read = |line: &str| {
+            let line = Line::try_parse_from(["agent"].into_iter().chain(line.split_whitespace()));
+            line.ok().map(|line| line.hubble.aggregation())
+        };
+        for (line, expected) in [
+            ("", Some(Aggregation::Medium)),
+            ("--monitor-aggregation none", Some(Aggregation::None)),
+            ("--monitor-aggregation=lowest", Some(Aggregation::Low)),
+            ("--monitor-aggregation maximum", Some(Aggregation::Maximum)),
+            ("--monitor-aggregation most", None),
+            ("--enable-hubble=false", Some(Aggregation::Off)),
+            ("--enable-hubble=true", Some(Aggregation::Medium)),
+        ] {
+            assert_eq!(read(line), expected, "{line}");
+        }
     }
 
     #[test]

@@ -179,10 +179,11 @@ fn many_values() -> Value {
         "image": {"repository": "images.example/xebec", "tag": "7", "pullSecrets": [{"name": "pull"}]},
         "k8sServiceHost": "192.0.2.10", "clusterCIDR": ["10.244.0.0/16", "fd00::/48"],
         "nodePortAddresses": ["primary", "192.0.2.0/24"], "devices": ["eth0"], "xdp": "off", "lbMode": "dsr", "dnsResolvers": ["192.0.2.53", "198.51.100.0/24"], "tofqdnsMinTTL": 60, "labels": "app !team", "hostLegacyRouting": true, "metricsBindAddress": "",
-        "healthz": {"address": "[::]", "port": 10_300}, "bpf": {"autoMount": false}, "cni": {"exclusive": false},
+        "healthz": {"address": "[::]", "port": 10_300}, "bpf": {"autoMount": false, "monitorAggregation": "low"}, "cni": {"exclusive": false},
         "seLinuxOptions": {"type": "spc_t", "level": "s0"}, "podAnnotations": {"example.org/a": "b"},
         "ipMasq": {"enabled": true, "config": {"nonMasqueradeCIDRs": ["10.0.0.0/8"], "masqLinkLocal": true}},
         "hubble": {
+            "enabled": false,
             "metrics": "drop flow:sourceContext=pod|ip", "eventBufferCapacity": 4_096, "listenAddress": ":4244",
             "tls": {"secretName": "hubble-tls", "disabled": false},
         },

@@ -304,6 +304,7 @@ impl Run {
                 ..Default::default()
             },
             labels: self.labels()?,
+            aggregation: self.hubble.aggregation(),
             flows_kept: self.hubble.event_buffer_capacity(),
             flow_listen: self.hubble.listen()?,
             flow_export: self.hubble.export(),

@@ -149,6 +149,7 @@ impl NodeConfig {
             sizes: xebec_agent::loader::Sizes::default(),
             domains: Default::default(),
             labels: Default::default(),
+            aggregation: xebec_agent::loader::Aggregation::default(),
             flows_kept: xebec_agent::flows::KEPT,
             flow_listen: None,
             flow_export: None,

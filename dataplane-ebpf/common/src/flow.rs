@@ -64,6 +64,15 @@ pub const fn ticks(ns: u64) -> u32 {
     (ns >> 30) as u32
 }
 
+/// µs of the monotonic clock, as flows are timed with: 31 bits, for 35 minutes.
+#[inline(always)]
+pub const fn micros(ns: u64) -> u32 {
+    (ns / 1_000) as u32 & (u32::MAX >> 1)
+}
+
+/// Set in [`Flow::bytes`] where one of its halves is about to have no room.
+pub const MANY_BYTES: u64 = 0x8000_0000_8000_0000;
+
 /// How long a flow of this protocol may be silent before it is forgotten, in ticks: 6 hours of TCP and SCTP, a minute
 /// of others.
 #[inline(always)]
@@ -99,6 +108,11 @@ const SILENT: u32 = ticks(5 * SECOND);
 pub struct Flow {
     /// What the packets of the direction [`Flow::turn`] become; unused without a turn.
     pub to: Tuple,
+    /// Bytes that no event has told of, and none will where the entry is forgotten: the beginner's in the lower half, the replies' in the upper. While
+    /// [`Flow::timed`] is 1, the upper half is the time of the packet that began it, by [`micros`].
+    pub bytes: u64,
+    /// Packets of both directions that no event has told of.
+    pub packets: u32,
     /// When a packet was last seen, in [`ticks`].
     pub seen: u32,
     /// When its counterpart was last seen to be there, in [`ticks`].
@@ -125,8 +139,8 @@ pub struct Flow {
     pub other: u8,
     /// 1 where a process of this node began it: rules do not bind it, whatever its address, nor the answers.
     pub exempt: u8,
-    /// Always 0.
-    pub pad: u8,
+    /// 1 from a handshake's beginning to its answer.
+    pub timed: u8,
 }
 
 /// Nothing is translated.
@@ -188,15 +202,15 @@ impl Flow {
     }
 }
 
-/// What happened to a packet.
+/// What happened to a packet, or to a socket.
 #[repr(C)]
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Pod, Zeroable)]
 pub struct Event {
     /// ns of the monotonic clock (`bpf_ktime_get_ns`).
     pub time: u64,
-    /// Source address.
+    /// Source address. Of a socket's translation, the cookie of its network namespace, the lower word first.
     pub source: Ip,
-    /// Destination address.
+    /// Destination address; of a socket's translation, the one that was asked for.
     pub destination: Ip,
     /// Source port; of ICMP, its type and code.
     pub source_port: u16,
@@ -214,7 +228,7 @@ pub struct Event {
     pub reason: u8,
     /// 1 for a reply.
     pub reply: u8,
-    /// Bytes of the packet.
+    /// Bytes of the packet, 65,535 where there are more.
     pub length: u16,
     /// The set that judged, 0 for none.
     pub set: u32,
@@ -222,6 +236,56 @@ pub struct Event {
     pub rule: u32,
     /// Number of the Service's port that the packet was sent to, 0 for none.
     pub service: u32,
+    /// What the source becomes; [`Ip::NONE`] for both where nothing is translated.
+    pub new_source: Ip,
+    /// What the destination becomes.
+    pub new_destination: Ip,
+    /// What the source port becomes.
+    pub new_source_port: u16,
+    /// What the destination port becomes.
+    pub new_destination_port: u16,
+    /// Packets that this event tells of: its own and those since the flow's last event that had none. 0 where another
+    /// hook tells of them.
+    pub packets: u32,
+    /// Their bytes: the beginner's, and the replies'.
+    pub bytes: [u32; 2],
+    /// From the packet that began a connection to this, its first answer, µs; 0 for all others.
+    pub answered_in: u32,
+    /// [`AT_POD`] and the others.
+    pub at: u8,
+    /// Always 0.
+    pub pad: [u8; 3],
+    /// The socket's cookie, of a socket's translation alone.
+    pub socket: u64,
+}
+
+/// At a pod, or at the node itself: its side of the flow was judged.
+pub const AT_POD: u8 = 0;
+/// Where it came from the network: it begins a flow that is translated.
+pub const FROM_NETWORK: u8 = 1;
+/// Where it leaves for the network: it begins a flow that is translated.
+pub const TO_NETWORK: u8 = 2;
+/// At a socket, which got another address than it asked for.
+pub const AT_SOCKET: u8 = 3;
+
+/// How events are put together: one for each packet.
+pub const AGGREGATE_NONE: u32 = 0;
+/// For the beginning of a flow, its first answer and its end, and each second.
+pub const AGGREGATE_LOW: u32 = 1;
+/// The same, but each four seconds.
+pub const AGGREGATE_MEDIUM: u32 = 2;
+/// For the beginning and the end, and each minute.
+pub const AGGREGATE_MAXIMUM: u32 = 3;
+/// There are none, of drops neither.
+pub const AGGREGATE_OFF: u32 = 4;
+
+/// How many [`ticks`] flows are silent on events where nothing else happens, as a power of two.
+pub const fn aggregate_shift(level: u32) -> u32 {
+    match level {
+        AGGREGATE_NONE | AGGREGATE_LOW => 0,
+        AGGREGATE_MEDIUM => 2,
+        _ => 6,
+    }
 }
 
 /// The packet went on its way.
@@ -264,10 +328,12 @@ pub const REASON_TTL: u8 = 196;
 #[repr(C)]
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Pod, Zeroable)]
 pub struct Counters {
-    /// Events that were written.
+    /// Events that there were to tell.
     pub produced: u64,
-    /// Events for which there was no room.
+    /// Those of them for which there was no room.
     pub lost: u64,
+    /// Packets that have no event of their own: another one of their flow tells of them.
+    pub aggregated: u64,
     /// Packets that went on.
     pub forwarded: u64,
     /// Packets that were dropped.
@@ -300,7 +366,7 @@ mod tests {
                 size_of::<Event>(),
                 size_of::<Counters>()
             ],
-            [40, 76, 64, 80]
+            [40, 88, 128, 88]
         );
         assert_eq!(
             [
@@ -309,13 +375,13 @@ mod tests {
                 offset_of!(Flow, from_low),
                 offset_of!(Flow, told)
             ],
-            [40, 64, 68, 70]
+            [52, 76, 80, 82]
         );
         assert_eq!(
             [offset_of!(Event, verdict), offset_of!(Event, set)],
             [46, 52]
         );
-        assert_eq!(crate::LAYOUT, 12, "raise it with every change of a layout");
+        assert_eq!(crate::LAYOUT, 13, "raise it with every change of a layout");
     }
 
     fn tuple(source: (u32, u16), destination: (u32, u16)) -> Tuple {

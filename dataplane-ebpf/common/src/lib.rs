@@ -13,7 +13,7 @@ pub mod service;
 pub mod table;
 
 /// Raised whenever a struct here changes, so that maps of another layout are never adopted.
-pub const LAYOUT: u32 = 12;
+pub const LAYOUT: u32 = 13;
 
 /// TCP, as IP numbers it.
 pub const TCP: u8 = 6;

@@ -9,7 +9,7 @@ use crate::flow::{Flow, FlowKey};
 /// Places of a set. With their marks they fill 2 KiB, so that no set is in two pages.
 pub const WAYS: usize = 15;
 
-/// One entry.
+/// One entry: two cache lines.
 #[repr(C)]
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Pod, Zeroable)]
 pub struct Place {
@@ -17,8 +17,6 @@ pub struct Place {
     pub key: FlowKey,
     /// What is known of it.
     pub flow: Flow,
-    /// Always 0; two cache lines are full.
-    pub pad: [u32; 3],
 }
 
 /// All places that a flow may have.

@@ -106,8 +106,8 @@ impl What {
                 count(smallvec![reason.into(), protocol.into()]);
             }
             Self::Tcp if event.protocol == TCP && verdict == Verdict::Forwarded => {
-                // An event of a verdict and that of its packet have the same flags.
-                if seen.kind != Kind::Passed {
+                // Other events of the packet have the same flags.
+                if !seen.is_packet() {
                     return;
                 }
                 let family = if event.source.is_v4() { "IPv4" } else { "IPv6" };
@@ -123,8 +123,10 @@ impl What {
                 let (kind, below) = match seen.kind {
                     Kind::Dropped => ("Drop", ""),
                     Kind::Verdict => ("PolicyVerdict", ""),
-                    Kind::Passed => {
-                        let number = event::sub_type(message::point(event));
+                    Kind::Asked => ("Unknown", "7;1"),
+                    Kind::Given => ("Unknown", "7;2"),
+                    Kind::Passed | Kind::Translated => {
+                        let number = event::sub_type(message::point(seen));
                         let mut points = event::POINTS.iter();
                         let point = points.find(|(_, one)| *one == number);
                         ("Trace", point.map_or("", |(name, _)| name))
@@ -138,7 +140,7 @@ impl What {
                 ]);
             }
             Self::Icmp if matches!(event.protocol, ICMP | ICMP6) => {
-                if seen.kind == Kind::Verdict {
+                if !seen.is_packet() {
                     return;
                 }
                 let family = if event.protocol == ICMP {
@@ -192,7 +194,7 @@ impl What {
             } if seen.destination.identity == IDENTITY_WORLD => {
                 let dropped = verdict == Verdict::Dropped;
                 let syn = event.protocol == TCP && event.tcp_flags & 0x12 == 0x02;
-                if seen.kind == Kind::Verdict
+                if !seen.is_packet()
                     || dropped && !any_drop && event.reason != REASON_POLICY
                     || !dropped && reply
                     || syn_only && (!syn || reply)
@@ -205,7 +207,7 @@ impl What {
                 }
                 count(values);
             }
-            Self::Ports if seen.kind == Kind::Passed && !reply => {
+            Self::Ports if seen.is_packet() && verdict == Verdict::Forwarded && !reply => {
                 let port = if has_ports { port().into() } else { "0".into() };
                 count(smallvec![protocol.into(), port]);
             }

@@ -32,7 +32,7 @@ fn seen() -> Seen {
             length: 60,
             set: 0,
             rule: 0,
-            service: 0,
+            ..bytemuck::Zeroable::zeroed()
         },
         kind: Kind::Passed,
         time: 0,
@@ -40,6 +40,8 @@ fn seen() -> Seen {
         destination: pod("api-1"),
         rule: None,
         denied_by: None,
+        service: None,
+        here: false,
     }
 }
 
