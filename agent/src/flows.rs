@@ -36,6 +36,9 @@ use store::{Entry, Store};
 pub const KEPT: usize = 16_384;
 /// How long events gather before they are read.
 const GATHER: Duration = Duration::from_millis(10);
+/// How long ago an event must have been so that all before it are written, whichever CPU writes them: none takes this
+/// long, ns.
+const WRITTEN: u64 = 1_000_000;
 /// How many events are taken while names and flows are held: a millisecond at most, also of a busy CPU.
 const AT_ONCE: usize = 256;
 /// How far this gives way to others: it has a tenth of their share of a busy CPU.
@@ -201,9 +204,16 @@ impl Flows {
             let rings = ready.get_inner_mut();
             rings.rest();
             while !shutdown.is_cancelled() {
-                rings.read(&mut batch);
+                let now = nanos_of(ClockId::CLOCK_MONOTONIC).unsigned_abs();
+                rings.read(now.saturating_sub(WRITTEN), &mut batch);
                 if batch.is_empty() {
-                    break;
+                    if !rings.has_later() {
+                        break;
+                    }
+                    tokio::select! {
+                        () = shutdown.cancelled() => return Ok(()),
+                        () = tokio::time::sleep(GATHER) => {}
+                    }
                 }
                 for some in batch.chunks(AT_ONCE) {
                     self.take(some, offset);

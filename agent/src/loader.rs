@@ -97,6 +97,20 @@ pub enum Aggregation {
     Off = AGGREGATE_OFF,
 }
 
+impl Aggregation {
+    /// The one that programs know by this number.
+    pub fn of(number: u32) -> Option<Self> {
+        let all = [
+            Self::None,
+            Self::Low,
+            Self::Medium,
+            Self::Maximum,
+            Self::Off,
+        ];
+        all.into_iter().find(|one| *one as u32 == number)
+    }
+}
+
 /// Programs that are loaded, and where their links are pinned.
 pub struct Loaded {
     ebpf: Ebpf,

@@ -137,10 +137,16 @@ const BENCHMARKS: &[Benchmark] = &[
         run: |effort| idle::run(effort).map(Outcome::from),
     },
     Benchmark {
-        name: flows::NAME,
+        name: flows::read::NAME,
         about: "events of flows named, kept, and read by 1, 10 and 100 clients; memory of a flow",
         apart: true,
-        run: flows::run,
+        run: flows::read::run,
+    },
+    Benchmark {
+        name: flows::cost::NAME,
+        about: "rates of a pod whose flows are observed, beside those of one whose are not",
+        apart: true,
+        run: flows::cost::run,
     },
     Benchmark {
         name: "writes",

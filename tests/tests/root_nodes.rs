@@ -269,6 +269,15 @@ fn flows_of_both_at_one_socket(cluster: &Cluster, pods: &BTreeMap<String, Pod>) 
     };
     let times: Vec<_> = flows.iter().map(time).collect();
     assert!(times.is_sorted() && !times.contains(&None), "{times:#?}");
+    // Who asks for a Service is told of with its name, whether packets or sockets are translated.
+    let asked = cluster.run(&[&observe[..], &["--to-service", "shop/api"]].concat())?;
+    let asked = asked.lines().map(serde_json::from_str::<Value>);
+    let asked = asked.collect::<Result<Vec<_>, _>>()?;
+    let named = asked.iter().any(|flow| {
+        let pod = flow["flow"]["source"]["pod_name"].as_str();
+        pod.is_some_and(|name| pods.contains_key(name))
+    });
+    assert!(named, "no pod asks for shop/api: {asked:#?}");
     let dropped = [
         "--verdict",
         "DROPPED",

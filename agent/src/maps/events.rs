@@ -43,10 +43,15 @@ impl FlowMaps {
     pub fn next_event(&mut self) -> Option<Event> {
         if self.ready.is_empty() {
             let mut read = Vec::new();
-            self.rings.read(&mut read);
+            self.rings.read(u64::MAX, &mut read);
             self.ready = read.into();
         }
         self.ready.pop_front()
+    }
+
+    /// Reads some events until a moment that is over (ns of the monotonic clock), in the order of their times.
+    pub fn read(&mut self, until: u64, into: &mut Vec<Event>) {
+        self.rings.read(until, into);
     }
 
     /// The counters of all CPUs together.
@@ -155,10 +160,10 @@ impl Rings {
         })
     }
 
-    /// Reads some events in the order of their times. None are left, if it reads none.
-    pub fn read(&mut self, into: &mut Vec<Event>) {
+    /// Reads some events until a moment (ns of the monotonic clock), in the order of their times. It must be over: while
+    /// one ring is read, others are written.
+    pub fn read(&mut self, mut until: u64, into: &mut Vec<Event>) {
         // What is later than the last event of a ring that has more may be later than one of those, too.
-        let mut until = u64::MAX;
         for Ring { events, ahead } in &mut self.rings {
             while ahead.len() < AT_ONCE
                 && let Some(event) = next(events)
@@ -174,6 +179,11 @@ impl Rings {
             into.extend(ahead.drain(..turn));
         }
         into.sort_by_key(|event| event.time);
+    }
+
+    /// Whether some that were read are of a later moment.
+    pub fn has_later(&self) -> bool {
+        self.rings.iter().any(|ring| !ring.ahead.is_empty())
     }
 
     /// From here on who waits is woken by the next event; to be called before reading.

@@ -693,6 +693,13 @@ impl Kernel {
         self.maps.flows.next_event()
     }
 
+    /// Events of at least a millisecond ago.
+    pub fn settled_events(&mut self, into: &mut Vec<Event>) {
+        let now = nix::time::clock_gettime(nix::time::ClockId::CLOCK_MONOTONIC).unwrap();
+        let now = std::time::Duration::from(now).as_nanos() as u64;
+        self.maps.flows.read(now - 1_000_000, into);
+    }
+
     /// The newest event.
     pub fn last_event(&mut self) -> Option<Event> {
         std::iter::from_fn(|| self.event()).last()

@@ -177,6 +177,39 @@ fn what_there_is_no_room_for_is_counted_exactly() {
 }
 
 #[test]
+fn rings_of_several_cpus_are_read_in_the_order_of_time() {
+    if left_out() {
+        return;
+    }
+    let mut kernel = kernel(Aggregation::None);
+    let program = kernel.program("xebec_from_pod");
+    let frame = tcp(pod(Family::V4), web(Family::V4), 4000, 80, "A").bytes();
+    let before = kernel.counters();
+    let all = std::thread::scope(|scope| {
+        let write = || {
+            for _ in 0..20_000 {
+                super::together::run(&program, 1, &frame);
+            }
+        };
+        let writers = [scope.spawn(write), scope.spawn(write)];
+        let mut all = Vec::new();
+        loop {
+            let over = writers.iter().all(|writer| writer.is_finished());
+            kernel.settled_events(&mut all);
+            if over {
+                break;
+            }
+            std::thread::sleep(Duration::from_millis(1));
+        }
+        all.extend(events(&mut kernel));
+        all
+    });
+    let lost = kernel.counters().lost - before.lost;
+    assert_eq!(all.len() as u64 + lost, 40_000);
+    assert!(all.is_sorted_by_key(|event| event.time));
+}
+
+#[test]
 fn a_connection_is_told_of_where_it_begins_is_answered_and_ends() {
     if left_out() {
         return;

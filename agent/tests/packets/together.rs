@@ -43,7 +43,7 @@ struct TestRun {
 }
 
 /// What a program makes of a frame: its verdict and the frame.
-fn run(program: &OwnedFd, device: u32, frame: &[u8]) -> (u32, Vec<u8>) {
+pub(super) fn run(program: &OwnedFd, device: u32, frame: &[u8]) -> (u32, Vec<u8>) {
     // The eleventh word of struct __sk_buff is the device.
     let mut context = [0_u32; 48];
     context[10] = device;

@@ -10,6 +10,7 @@ use anyhow::{Context, Result, bail};
 use kube::config::{KubeConfigOptions, Kubeconfig};
 use serde_json::{Value, json};
 use tokio_util::sync::CancellationToken;
+use xebec_agent::loader::Aggregation;
 
 use super::part;
 
@@ -48,6 +49,9 @@ pub struct Args {
     /// Entries of the table of flows
     #[arg(long, default_value_t = xebec_agent::loader::FLOWS)]
     flows: u32,
+    /// Which packets have events of flows, as programs number it
+    #[arg(long, default_value_t = Aggregation::default() as u32)]
+    aggregation: u32,
     /// Have XDP on them
     #[arg(long)]
     xdp: bool,
@@ -101,7 +105,7 @@ pub fn run(args: Args) -> Result<()> {
         },
         domains: Default::default(),
         labels: Default::default(),
-        aggregation: xebec_agent::loader::Aggregation::default(),
+        aggregation: Aggregation::of(args.aggregation).context("there is no such aggregation")?,
         flows_kept: xebec_agent::flows::KEPT,
         flow_listen: None,
         flow_export: None,

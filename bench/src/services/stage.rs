@@ -14,6 +14,7 @@ use std::time::Duration;
 use anyhow::{Context, Result, ensure};
 use serde::{Deserialize, Serialize};
 use serde_json::Value;
+use xebec_agent::loader::Aggregation;
 use xebec_tests::{eventually, succeed};
 
 use super::list::{self, BACKENDS, TARGET_PORT};
@@ -269,6 +270,8 @@ pub struct XebecStage {
     pub stage: Stage,
     /// Entries of the agent's table of flows.
     pub flows: u32,
+    /// Which packets have events of flows.
+    pub aggregation: Aggregation,
     /// How many Services there are in the API, besides its own.
     services: u64,
     cgroup: Cgroup,
@@ -321,6 +324,7 @@ impl XebecStage {
             agent: None,
             services,
             flows: xebec_agent::loader::FLOWS,
+            aggregation: Aggregation::default(),
             control,
             stage,
             cgroup,
@@ -354,6 +358,8 @@ impl XebecStage {
         words.extend(xdp.then_some("--xdp"));
         let flows = self.flows.to_string();
         words.extend(["--flows", &flows]);
+        let aggregation = (self.aggregation as u32).to_string();
+        words.extend(["--aggregation", &aggregation]);
         let mut agent = Part::start(Network::Of(&self.stage.node), true, &words)?;
         let started: Value = agent.hear()?;
         self.agent = Some(agent);

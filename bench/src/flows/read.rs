@@ -39,6 +39,9 @@ const BATCH: usize = 256;
 /// Events named and kept a second by one CPU.
 const NAMED: Aim = Aim::AtLeast(200_000.0);
 
+/// Events a second that readers follow.
+const RATES: [u32; 2] = [10_000, 200_000];
+
 /// Measures all.
 pub fn run(effort: Effort) -> Result<Outcome> {
     let mut rows = Vec::new();
@@ -59,17 +62,20 @@ pub fn run(effort: Effort) -> Result<Outcome> {
         rows.push(row(words, "1/s", NAMED, &rates)?);
     }
     rows.push(memory()?);
-    for readers in [1, 10, 100] {
+    for (readers, written) in [1, 10, 100]
+        .into_iter()
+        .flat_map(|readers| RATES.map(|rate| (readers, rate)))
+    {
         let mut told = Vec::new();
         let mut share = Vec::new();
         for _ in 0..effort.of(5, 1) {
-            let read = read(effort, readers)?;
+            let read = read(effort, readers, written)?;
             told.push(read.told as f64 / read.seconds);
             share.push(100.0 * read.missed as f64 / (read.told + read.missed) as f64);
         }
-        let words = format!("told to {readers} readers together, written as fast as can be");
+        let words = format!("told to readers in sum: {readers}, of {written} events a second");
         rows.push(row(&words, "1/s", Aim::None, &told)?);
-        let words = format!("missed by {readers} readers, and told so");
+        let words = format!("missed by them, and told so: {readers}, of {written} events a second");
         rows.push(row(&words, "%", Aim::None, &share)?);
     }
     Outcome::apart(NAME, TEXT, rows)
@@ -191,8 +197,8 @@ struct Seen {
     seconds: f64,
 }
 
-/// Gives events as fast as can be to a store that is followed.
-fn read(effort: Effort, readers: u64) -> Result<Seen> {
+/// Gives so many events a second to a store that is followed.
+fn read(effort: Effort, readers: u64, rate: u32) -> Result<Seen> {
     let folder = Folder::new(&format!("{NAME}-{readers}"))?;
     let socket = folder.path().join("hubble.sock");
     let runtime = tokio::runtime::Builder::new_multi_thread()
@@ -201,10 +207,15 @@ fn read(effort: Effort, readers: u64) -> Result<Seen> {
         .build()
         .context("could not start a runtime")?;
     let flows = flows(KEPT, "")?;
-    runtime.block_on(follow(effort, readers, flows, socket))
+    runtime.block_on(follow(effort, (readers, rate), flows, socket))
 }
 
-async fn follow(effort: Effort, readers: u64, flows: Flows, socket: PathBuf) -> Result<Seen> {
+async fn follow(
+    effort: Effort,
+    (readers, rate): (u64, u32),
+    flows: Flows,
+    socket: PathBuf,
+) -> Result<Seen> {
     let shutdown = CancellationToken::new();
     let observer = NodeObserver::new(flows.clone(), shutdown.clone());
     let api = Api::new(
@@ -252,6 +263,8 @@ async fn follow(effort: Effort, readers: u64, flows: Flows, socket: PathBuf) -> 
             for batch in &batches {
                 writer.take(batch, 0);
                 written += batch.len() as u64;
+                let due = Duration::from_secs_f64(written as f64 / f64::from(rate));
+                std::thread::sleep(due.saturating_sub(began.elapsed()));
             }
         }
         written
