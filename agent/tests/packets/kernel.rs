@@ -693,11 +693,9 @@ impl Kernel {
         self.maps.flows.next_event()
     }
 
-    /// Events of at least a millisecond ago.
-    pub fn settled_events(&mut self, into: &mut Vec<Event>) {
-        let now = nix::time::clock_gettime(nix::time::ClockId::CLOCK_MONOTONIC).unwrap();
-        let now = std::time::Duration::from(now).as_nanos() as u64;
-        self.maps.flows.read(now - 1_000_000, into);
+    /// Events until a moment that is over, in ns of the monotonic clock.
+    pub fn events_until(&mut self, until: u64, into: &mut Vec<Event>) {
+        self.maps.flows.read(until, into);
     }
 
     /// The newest event.
