@@ -1,6 +1,7 @@
 //! Flows: events of the kernel, named and kept, for those who ask who talked to whom.
 
 pub mod export;
+mod layer7;
 mod message;
 pub mod metrics;
 pub mod observer;
@@ -21,14 +22,19 @@ use nix::time::{ClockId, clock_gettime};
 use tokio::io::unix::AsyncFd;
 use tokio::sync::{oneshot, watch};
 use tokio_util::sync::CancellationToken;
-use xebec_dataplane_common::flow::{AT_POD, AT_SOCKET, Counters, DROPPED, Event, REASON_POLICY};
+use xebec_dataplane_common::flow::{
+    AT_MESSAGE, AT_POD, AT_SOCKET, Counters, DROPPED, EGRESS, Event, INGRESS, REASON_POLICY,
+};
 use xebec_dataplane_common::ip::Ip;
-use xebec_hubble::flow::Flow;
+use xebec_hubble::flow::{Flow, Layer7};
 use xebec_policy::names::{Names, Peer, RuleName};
 use xebec_policy::rule::PolicyRef;
 
+pub use crate::maps::Report;
 use crate::maps::{Counting, FlowMaps, Rings};
 use crate::services::ServiceNames;
+pub use layer7::HttpOptions;
+use layer7::Listener;
 use metrics::{FlowMetrics, Lost};
 use store::{Entry, Store};
 
@@ -41,6 +47,8 @@ const GATHER: Duration = Duration::from_millis(10);
 const WRITTEN: u64 = 1_000_000;
 /// How many events are taken while names and flows are held: a millisecond at most, also of a busy CPU.
 const AT_ONCE: usize = 256;
+/// How often it is looked for questions that nobody answers, at most.
+const TIDY: Duration = Duration::from_secs(5);
 /// How far this gives way to others: it has a tenth of their share of a busy CPU.
 const NICE: i32 = 10;
 /// The label of a policy that says which of its rules decided: Hubble has no field for that.
@@ -60,6 +68,8 @@ enum Kind {
     Asked,
     /// Which one it got.
     Given,
+    /// What was said.
+    Said,
 }
 
 /// One event, with the names that held when it happened.
@@ -75,6 +85,11 @@ struct Seen {
     denied_by: Option<Arc<Vec<Arc<PolicyRef>>>>,
     /// Namespace and name of the Service that it goes through.
     service: Option<Arc<str>>,
+    /// What its source is called by its destination, and what its destination by its source: the names that they asked
+    /// for.
+    called: [Option<Arc<Vec<String>>>; 2],
+    /// What was said.
+    said: Option<Arc<Layer7>>,
     /// Whether its receiver is a pod of this node.
     here: bool,
 }
@@ -94,8 +109,21 @@ impl Seen {
         let to = event.destination.into();
         seen.destination = names.peer(to).unwrap_or(world).clone();
         seen.here = names.is_local(to);
+        seen.called[1] = None;
         seen.kind = kind;
         seen
+    }
+
+    /// The same, of a message: its direction is that of the connection, seen from the pod that it was told of at.
+    fn says(mut self, said: Layer7) -> Self {
+        let event = &mut self.event;
+        let answers = layer7::is_response(&said);
+        event.reply = answers.into();
+        if answers {
+            event.direction = INGRESS + EGRESS - event.direction;
+        }
+        self.said = Some(Arc::new(said));
+        self
     }
 }
 
@@ -123,6 +151,7 @@ pub struct Directory {
 #[derive(Clone)]
 pub struct Flows {
     store: Arc<Mutex<Store>>,
+    listener: Arc<Mutex<Listener>>,
     /// How many flows there ever were.
     news: Arc<watch::Sender<u64>>,
     /// Tells this agent's flows from those of the one before it.
@@ -143,6 +172,7 @@ impl Flows {
         let session = RandomState::new().hash_one(node_name);
         Self {
             store: Arc::new(Mutex::new(Store::new(room))),
+            listener: Arc::default(),
             news: Arc::new(watch::channel(0).0),
             session,
             directory: Arc::new(directory),
@@ -152,6 +182,12 @@ impl Flows {
             counters: None,
             taken: Arc::default(),
         }
+    }
+
+    /// The same, telling of HTTP as these options have it.
+    pub fn with_http(mut self, options: HttpOptions) -> Self {
+        self.listener = Arc::new(Mutex::new(Listener::new(options)));
+        self
     }
 
     /// Takes the kernel's events until `shutdown`; woken by them, it never asks by itself. It has a thread of its own,
@@ -189,6 +225,7 @@ impl Flows {
         let mut batch = Vec::new();
         // What an agent before this one had no room for is not told again.
         let mut lost = self.counters()?.lost;
+        let mut tidied = Instant::now();
         loop {
             let mut ready = tokio::select! {
                 () = shutdown.cancelled() => return Ok(()),
@@ -206,6 +243,10 @@ impl Flows {
             while !shutdown.is_cancelled() {
                 let now = nanos_of(ClockId::CLOCK_MONOTONIC).unsigned_abs();
                 rings.read(now.saturating_sub(WRITTEN), &mut batch);
+                if tidied.elapsed() >= TIDY {
+                    tidied = Instant::now();
+                    self.metrics.count_unanswered(self.listener().tidy(now));
+                }
                 if batch.is_empty() {
                     if !rings.has_later() {
                         break;
@@ -232,16 +273,18 @@ impl Flows {
 
     /// Names events and keeps them; `offset` is what to add to their times to get the time of day, ns. There may be
     /// hundreds of thousands in a second, so what can be is done once for all.
-    pub fn take(&self, events: &[Event], offset: i64) {
+    pub fn take(&self, reports: &[Report], offset: i64) {
         let world = &self.world;
         let names = self.directory.names.now();
         let services = self.directory.services.now();
         let now = Instant::now();
+        let mut listener = self.listener();
         let mut store = self.store();
-        for event in events {
+        for Report { event, message } in reports {
             let mut event = *event;
             let kind = match (event.at, event.verdict) {
                 (AT_SOCKET, _) => Kind::Asked,
+                (AT_MESSAGE, _) => Kind::Said,
                 (_, DROPPED) => Kind::Dropped,
                 _ => Kind::Passed,
             };
@@ -249,12 +292,21 @@ impl Flows {
                 event.source = self.of_socket(&event, &names);
             }
             let to = event.destination.into();
+            let source = names.peer(event.source.into()).unwrap_or(world).clone();
+            let destination = names.peer(to).unwrap_or(world).clone();
+            let (from, at) = (event.source, event.time);
+            let called = [
+                listener.names(&destination, event.destination, from, at),
+                listener.names(&source, from, event.destination, at),
+            ];
             let seen = Seen {
                 event,
                 kind,
                 time: offset.saturating_add_unsigned(event.time),
-                source: names.peer(event.source.into()).unwrap_or(world).clone(),
-                destination: names.peer(to).unwrap_or(world).clone(),
+                source,
+                destination,
+                called,
+                said: None,
                 rule: match event.rule {
                     0 => None,
                     rule => names.rule(rule).cloned(),
@@ -273,6 +325,13 @@ impl Flows {
                 self.metrics.count(&seen, now);
                 store.push(Entry::Flow(seen));
             };
+            if kind == Kind::Said {
+                let bytes = message.as_deref().unwrap_or_default();
+                for said in listener.hear(&event, bytes, &seen.destination) {
+                    tell(seen.clone().says(said));
+                }
+                continue;
+            }
             // Answers are told of as they were sent: what they become is where the question went.
             let turned = event.new_destination != Ip::NONE && event.reply == 0;
             // Policies have judged it: that is told, and then what became of it.
@@ -366,6 +425,10 @@ impl Flows {
             &hex[20..],
         );
         format!("{a}-{b}-{c}-{d}-{e}")
+    }
+
+    fn listener(&self) -> MutexGuard<'_, Listener> {
+        self.listener.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
     fn store(&self) -> MutexGuard<'_, Store> {

@@ -99,6 +99,8 @@ pub struct Config {
     pub flow_export: Option<flows::export::Options>,
     /// What is counted of flows.
     pub flow_metrics: flows::metrics::FlowMetrics,
+    /// What is told of HTTP.
+    pub http: flows::HttpOptions,
     /// Whose answers about domains are believed.
     pub domains: domains::Options,
     /// A file as ip-masq-agent has it: towards whom pods keep their addresses, besides `native`.
@@ -172,7 +174,8 @@ pub async fn run(client: kube::Client, config: Config, shutdown: CancellationTok
         &config.node_name,
         config.flows_kept,
         config.flow_metrics.clone(),
-    );
+    )
+    .with_http(config.http);
     let follow = flows.follow(maps.flows, shutdown.clone())?;
     let namespaces = || async {
         let all = endpoints.list().await.into_iter();

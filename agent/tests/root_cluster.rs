@@ -9,6 +9,8 @@ mod custom;
 mod domains;
 #[path = "cluster/faults.rs"]
 mod faults;
+#[path = "cluster/flows.rs"]
+mod flows;
 #[path = "cluster/growth.rs"]
 mod growth;
 #[path = "cluster/host.rs"]

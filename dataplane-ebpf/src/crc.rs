@@ -4,6 +4,10 @@
 //! bytes and then nothing but zeros up to the packet's end. How many zeros, is all that has to be known of the rest.
 //! A checksum that was wrong stays wrong.
 
+use core::ffi::c_void;
+
+use aya_ebpf::helpers::generated::bpf_loop;
+
 /// The polynomial, its lowest coefficient in the highest bit.
 const POLYNOMIAL: u32 = 0x82f6_3b78;
 
@@ -51,20 +55,48 @@ const fn times(a: u32, b: u32) -> u32 {
     product
 }
 
+/// A difference on its way to the packet's end.
+struct Moving {
+    difference: u32,
+    /// Bytes that it moves by.
+    length: u32,
+}
+
 /// By what the checksum changes when the first four bytes of a packet of this length do; both in the order of the
 /// packet's bytes. The kernel checks a function that is visible outside by itself and once, not for each call.
 #[unsafe(no_mangle)]
 #[inline(never)]
 pub extern "C" fn xebec_crc_difference(first: u32, length: u32) -> u32 {
-    let mut difference = u32::from_le(first);
-    for (bit, moved) in MOVED.iter().enumerate() {
-        if length >> bit & 1 != 0 {
-            let mut sum = 0;
-            for (place, values) in moved.iter().enumerate() {
-                sum ^= values[(difference >> (4 * place) & 15) as usize];
-            }
-            difference = sum;
+    let mut moving = Moving {
+        difference: u32::from_le(first),
+        length,
+    };
+    // SAFETY: the callback takes what it is given here. The kernel checks it once, and each turn of a loop by itself.
+    unsafe {
+        bpf_loop(
+            BITS as u32,
+            move_by_bit as *mut c_void,
+            (&raw mut moving).cast(),
+            0,
+        )
+    };
+    moving.difference.to_le()
+}
+
+/// Moves a difference by what one bit of the length stands for.
+#[inline(never)]
+extern "C" fn move_by_bit(bit: u64, moving: *mut Moving) -> i64 {
+    // SAFETY: it is what was given to `bpf_loop`.
+    let moving = unsafe { &mut *moving };
+    let Some(moved) = MOVED.get(bit as usize) else {
+        return 1;
+    };
+    if moving.length >> bit & 1 != 0 {
+        let mut sum = 0;
+        for (place, values) in moved.iter().enumerate() {
+            sum ^= values[(moving.difference >> (4 * place) & 15) as usize];
         }
+        moving.difference = sum;
     }
-    difference.to_le()
+    0
 }

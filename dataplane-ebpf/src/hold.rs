@@ -3,21 +3,18 @@
 
 use aya_ebpf::bindings::__sk_buff;
 use aya_ebpf::helpers::generated::{bpf_ktime_get_ns, bpf_skb_load_bytes};
-use aya_ebpf::programs::TcContext;
-use xebec_dataplane_common::dns::{Held, LONGEST, PORTS};
-use xebec_dataplane_common::policy::LEARNS;
-use xebec_dataplane_common::{TCP, UDP};
+use xebec_dataplane_common::dns::{Held, LONGEST};
 
 use crate::maps::{ANSWERS, LISTENING};
-use crate::policy::Met;
 use crate::scratch::scratch;
 use crate::table::hidden;
 use crate::tell::{self, As};
 
-/// Whether a frame that is about to enter a pod as it is now was taken instead, to be sent on by the agent.
+/// Whether a resolver's answer that is about to enter a pod whose rules name domains, as it is now, was taken instead, to be sent on
+/// by the agent.
 #[inline(always)]
-pub fn holds(ctx: &TcContext, to: &Met) -> bool {
-    to.rules & LEARNS != 0 && xebec_hold(ctx.skb.skb, to.ifindex) != 0
+pub fn holds(skb: *mut __sk_buff, ifindex: u32) -> bool {
+    xebec_hold(skb, ifindex) != 0
 }
 
 /// The same; checked by itself and once.
@@ -27,13 +24,8 @@ extern "C" fn xebec_hold(skb: *mut __sk_buff, ifindex: u32) -> u32 {
     let Some(listening) = LISTENING.get_ptr(0) else {
         return 0;
     };
-    if !is_answer(|place| {
-        // SAFETY: the entry is there as long as the map is; the agent may write a port meanwhile.
-        unsafe { core::ptr::read_volatile(&raw const (*listening).ports[place]) }
-    }) {
-        return 0;
-    }
-    // SAFETY: as above; the other helper has no arguments.
+    // SAFETY: the entry is there as long as the map is, and the agent writes a word at once; the other helper has no
+    // arguments.
     let listens =
         unsafe { bpf_ktime_get_ns() < core::ptr::read_volatile(&raw const (*listening).until) };
     if listens && take(skb, ifindex).is_some() {
@@ -42,33 +34,6 @@ extern "C" fn xebec_hold(skb: *mut __sk_buff, ifindex: u32) -> u32 {
     }
     tell::count(As::Unheld);
     0
-}
-
-/// Whether the packet answers what its pod asked, from a port that resolvers have.
-#[inline(always)]
-fn is_answer(port_at: impl Fn(usize) -> u16) -> bool {
-    let Some(all) = scratch() else {
-        return false;
-    };
-    let tuple = &all.packet.tuple;
-    if all.known.yes == 0
-        || all.known.reply == 0
-        || all.packet.is_error()
-        || !matches!(tuple.protocol, UDP | TCP)
-    {
-        return false;
-    }
-    // As the pod sees it.
-    let port = if all.turned != 0 {
-        all.to.source_port
-    } else {
-        tuple.source_port
-    };
-    let mut found = false;
-    for place in 0..PORTS {
-        found |= port == port_at(place);
-    }
-    found
 }
 
 /// Puts the frame into the ring. None where it is too long, or the ring is full.

@@ -92,10 +92,7 @@ extern "C" fn xebec_early_to_host() -> u32 {
     if !is_own(&all.packet.tuple.destination) {
         return 1;
     }
-    all.told.begin(&all.packet, INGRESS);
-    all.told.reason = REASON_FRAGMENT;
-    tell::tell();
-    tell::count(As::Dropped);
+    tell::dropped(INGRESS, REASON_FRAGMENT);
     0
 }
 

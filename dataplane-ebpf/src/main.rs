@@ -16,6 +16,7 @@ mod hold;
 mod host;
 mod lookup;
 mod maps;
+mod message;
 mod nat;
 mod network;
 mod packet;

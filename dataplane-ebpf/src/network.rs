@@ -44,7 +44,7 @@ pub fn xebec_from_network(ctx: TcContext) -> i32 {
     let plan = if direct::is_wrapped(all) && direct::unwrap(&ctx) {
         settle();
         if packet::read(&ctx) != Read::Ip {
-            return deny(all, INGRESS, REASON_INVALID);
+            return tell::dropped(INGRESS, REASON_INVALID);
         }
         settle();
         direct::plan(all)
@@ -83,14 +83,14 @@ fn translated(ctx: &TcContext, all: &mut Scratch, plan: Plan) -> Option<i32> {
         settle();
     }
     if plan == Plan::Begins && !translate::begin(all) {
-        return Some(deny(all, EGRESS, REASON_NO_MAPPING));
+        return Some(tell::dropped(EGRESS, REASON_NO_MAPPING));
     }
     if plan == Plan::Begins {
         tell::tell_translated(FROM_NETWORK);
     }
     settle();
     if !changed(ctx, all) {
-        return Some(deny(all, INGRESS, REASON_CHECKSUM));
+        return Some(tell::dropped(INGRESS, REASON_CHECKSUM));
     }
     tell::count(As::Translated);
     settle();
@@ -130,11 +130,11 @@ fn sent_directly(ctx: &TcContext, all: &mut Scratch, plan: Plan) -> i32 {
     }
     settle();
     if plan == Plan::BeginsDirect && !direct::begin(all) {
-        return deny(all, EGRESS, REASON_NO_MAPPING);
+        return tell::dropped(EGRESS, REASON_NO_MAPPING);
     }
     settle();
     if !direct::wrap(ctx) {
-        return deny(all, EGRESS, REASON_INVALID);
+        return tell::dropped(EGRESS, REASON_INVALID);
     }
     tell::count(As::Translated);
     way::leave(ctx, all)
@@ -189,7 +189,7 @@ pub fn xebec_to_network(ctx: TcContext) -> i32 {
             return TC_ACT_OK as i32;
         }
         if !masquerade(all) {
-            return deny(all, EGRESS, REASON_NO_MAPPING);
+            return tell::dropped(EGRESS, REASON_NO_MAPPING);
         }
         tell::tell_translated(TO_NETWORK);
     }
@@ -197,7 +197,7 @@ pub fn xebec_to_network(ctx: TcContext) -> i32 {
     if changed(&ctx, all) {
         TC_ACT_OK as i32
     } else {
-        deny(all, EGRESS, REASON_CHECKSUM)
+        tell::dropped(EGRESS, REASON_CHECKSUM)
     }
 }
 
@@ -240,14 +240,4 @@ fn refused(ctx: &TcContext, all: &mut Scratch, why: u32) -> i32 {
     }
     // SAFETY: the kernel gives a valid context for the whole call.
     unsafe { bpf_redirect((*ctx.skb.skb).ifindex, 0) as i32 }
-}
-
-/// Drops a packet and tells why.
-#[inline(always)]
-fn deny(all: &mut Scratch, direction: u8, reason: u8) -> i32 {
-    all.told.begin(&all.packet, direction);
-    all.told.reason = reason;
-    tell::tell();
-    tell::count(As::Dropped);
-    TC_ACT_SHOT as i32
 }

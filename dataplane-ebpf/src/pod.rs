@@ -8,7 +8,9 @@ use xebec_dataplane_common::flow::{
     EGRESS, Flow, INGRESS, REASON_CHECKSUM, REASON_FRAGMENT, REASON_INVALID, REASON_NO_MAPPING,
     REASON_NO_SERVICE, REASON_POLICY, REASON_SOURCE, TURN_BACK, TURN_FORTH, TURN_LATE, TURN_STAYS,
 };
-use xebec_dataplane_common::policy::{IDENTITY_HOST, Standing, UNDER_EGRESS, UNDER_INGRESS};
+use xebec_dataplane_common::policy::{
+    IDENTITY_HOST, LEARNS, Standing, UNDER_EGRESS, UNDER_INGRESS,
+};
 
 use crate::balance::{self, CHOSEN, Client};
 use crate::errors;
@@ -16,6 +18,7 @@ use crate::flow::{self, SYN};
 use crate::hold;
 use crate::host;
 use crate::lookup::{At, Found, look_up};
+use crate::message;
 use crate::nat::{self, Turn};
 use crate::packet::{self, Packet, Read};
 use crate::policy::{self, Met, UNASKED, meet};
@@ -41,14 +44,14 @@ pub fn xebec_from_pod(ctx: TcContext) -> i32 {
         Read::Link => return TC_ACT_OK as i32,
         // Nothing else is routed to or from pods, so nothing else may slip past the rules.
         Read::Other | Read::Invalid => return dropped(),
-        Read::Early => return deny(all, EGRESS, REASON_FRAGMENT),
+        Read::Early => return tell::dropped(EGRESS, REASON_FRAGMENT),
     }
     // A pod speaks for itself alone, in its errors too.
     if !meet(all.packet.sender(), &mut all.pod)
         || all.pod.ifindex != ifindex(&ctx)
         || !all.packet.is_of_sender()
     {
-        return deny(all, EGRESS, REASON_SOURCE);
+        return tell::dropped(EGRESS, REASON_SOURCE);
     }
     all.exempt = 0;
     let Found { up, turn } = look_up(At::FromPod);
@@ -116,11 +119,16 @@ pub fn xebec_from_pod(ctx: TcContext) -> i32 {
             settle();
         }
         if !rewritten(&ctx, &all.packet) {
-            return deny(all, EGRESS, REASON_CHECKSUM);
+            return tell::dropped(EGRESS, REASON_CHECKSUM);
         }
     }
     tell::count(As::Forwarded);
     settle();
+    all.copied = 0;
+    if message::may_leave(all, all.pod.rules) {
+        xebec_leave(ctx.skb.skb);
+        settle();
+    }
     if by_route {
         return way::go(&ctx, all);
     }
@@ -130,7 +138,7 @@ pub fn xebec_from_pod(ctx: TcContext) -> i32 {
         all.packet.receiver()
     };
     if meet(receiver, &mut all.peer) {
-        return hand_over(&ctx, &all.packet, &all.peer);
+        return hand_over(&ctx, all, &all.peer);
     }
     if nat::settings().around == 0 {
         return TC_ACT_OK as i32;
@@ -336,23 +344,28 @@ pub fn xebec_to_pod(ctx: TcContext) -> i32 {
         || all.pod.ifindex != ifindex(&ctx)
         || !all.packet.is_for_receiver()
     {
-        return deny(all, INGRESS, REASON_INVALID);
+        return tell::dropped(INGRESS, REASON_INVALID);
     }
     if read == Read::Early {
         // Networks change the order of fragments, and a pod under no rules may get them in any. Those of a translated
         // flow find no first one there and are forgotten.
         if all.pod.rules & UNDER_INGRESS != 0 {
-            return deny(all, INGRESS, REASON_FRAGMENT);
+            return tell::dropped(INGRESS, REASON_FRAGMENT);
         }
         tell::count(As::Forwarded);
         return TC_ACT_OK as i32;
     }
     // A node may always reach its own pods: its kubelet probes them.
     all.exempt = u8::from(from_this_node(&ctx));
-    if admit(&ctx) && !hold::holds(&ctx, &all.pod) {
-        TC_ACT_OK as i32
-    } else {
+    all.copied = 0;
+    if !admit(&ctx) {
+        return TC_ACT_SHOT as i32;
+    }
+    settle();
+    if is_kept(&ctx, all, &all.pod) {
         TC_ACT_SHOT as i32
+    } else {
+        TC_ACT_OK as i32
     }
 }
 
@@ -372,8 +385,9 @@ pub fn reach(ctx: &TcContext, all: &mut Scratch) -> Option<i32> {
         return None;
     }
     all.exempt = 0;
+    all.copied = 0;
     Some(if admit(ctx) {
-        hand_over(ctx, &all.packet, &all.pod)
+        hand_over(ctx, all, &all.pod)
     } else {
         TC_ACT_SHOT as i32
     })
@@ -454,7 +468,7 @@ fn let_in(ctx: &TcContext, all: &mut Scratch) -> bool {
     }
     settle();
     if all.turned != 0 && !rewritten(ctx, &all.packet) {
-        deny(all, INGRESS, REASON_CHECKSUM);
+        tell::dropped(INGRESS, REASON_CHECKSUM);
         return false;
     }
     tell::count(As::Forwarded);
@@ -497,15 +511,6 @@ pub fn tell_known(all: &mut Scratch, direction: u8) {
     }
 }
 
-/// Drops a packet and tells why.
-#[inline(always)]
-fn deny(all: &mut Scratch, direction: u8, reason: u8) -> i32 {
-    all.told.begin(&all.packet, direction);
-    all.told.reason = reason;
-    tell::tell();
-    dropped()
-}
-
 /// Drops what goes no further and tells its pod why, by the pod's own device: rules judge what a pod sends, not this.
 #[inline(always)]
 fn answered(ctx: &TcContext, all: &Scratch, why: u32) -> i32 {
@@ -527,13 +532,49 @@ fn answered(ctx: &TcContext, all: &Scratch, why: u32) -> i32 {
 /// Puts a packet into a pod of this node as a router would: one hop less, new hardware addresses. What can't be
 /// handed over goes to the stack, which routes it, or answers that its time is exceeded.
 #[inline(always)]
-fn hand_over(ctx: &TcContext, packet: &Packet, to: &Met) -> i32 {
-    if !rewrite::hop(ctx, packet) || !rewrite::forward_to(ctx, to.mac) {
+fn hand_over(ctx: &TcContext, all: &Scratch, to: &Met) -> i32 {
+    if !rewrite::hop(ctx, &all.packet) || !rewrite::forward_to(ctx, to.mac) {
         return TC_ACT_OK as i32;
     }
-    if hold::holds(ctx, to) {
+    if is_kept(ctx, all, to) {
         return TC_ACT_SHOT as i32;
     }
     // SAFETY: the helper takes numbers alone.
     unsafe { bpf_redirect_peer(to.ifindex, 0) as i32 }
+}
+
+/// Tells of what a frame says that has left its pod. Checked by itself and once.
+#[unsafe(no_mangle)]
+#[inline(never)]
+extern "C" fn xebec_leave(skb: *mut __sk_buff) -> u32 {
+    if let Some(all) = scratch() {
+        let rules = all.pod.rules;
+        message::leaves(skb, all, rules);
+    }
+    0
+}
+
+/// Whether a frame that is about to enter a pod as it is now is kept from it, to be sent on by the agent. What it says is
+/// told of.
+#[inline(always)]
+fn is_kept(ctx: &TcContext, all: &Scratch, to: &Met) -> bool {
+    message::may_enter(all, to.rules) && xebec_enter(ctx.skb.skb, to.ifindex, to.rules) != 0
+}
+
+/// The same of what may be a message; checked by itself and once.
+#[unsafe(no_mangle)]
+#[inline(never)]
+extern "C" fn xebec_enter(skb: *mut __sk_buff, ifindex: u32, rules: u32) -> u32 {
+    let Some(all) = scratch() else {
+        return 0;
+    };
+    if !message::is_answer(all) {
+        message::enters(skb, all, rules);
+        return 0;
+    }
+    message::answers(skb);
+    if rules & LEARNS == 0 {
+        return 0;
+    }
+    u32::from(hold::holds(skb, ifindex))
 }

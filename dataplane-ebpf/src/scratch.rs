@@ -13,6 +13,7 @@ use xebec_dataplane_common::nat::Tuple;
 use crate::balance::Choice;
 use crate::direct::Outer;
 use crate::flow::{Judged, Known};
+use crate::message::Payload;
 use crate::packet::Packet;
 use crate::policy::{Met, Question};
 use crate::route::Way;
@@ -79,6 +80,10 @@ pub struct Scratch {
     pub free: u16,
     /// 1 once its translation is entered.
     pub entered: u8,
+    /// What it carries.
+    pub payload: Payload,
+    /// 1 where the message in it was told of.
+    pub copied: u8,
     /// 1 where it is for a Service without endpoints, and its sender is to be told.
     pub refused: u8,
     /// The way that it takes.

@@ -3,6 +3,7 @@
 use core::arch::asm;
 
 use aya_ebpf::Global;
+use aya_ebpf::bindings::TC_ACT_SHOT;
 use aya_ebpf::helpers::{bpf_get_smp_processor_id, bpf_ktime_get_ns};
 use xebec_dataplane_common::flow::{
     AGGREGATE_MEDIUM, AGGREGATE_OFF, AT_POD, AT_SOCKET, AUDITED, DROPPED, EGRESS, Event, FORWARDED,
@@ -99,18 +100,42 @@ extern "C" fn xebec_tell() -> u32 {
     if let Some(all) = scratch()
         && aggregation() != AGGREGATE_OFF
     {
-        let written = write(all);
-        if let Some(counters) = COUNTERS.get_ptr_mut(0) {
-            // SAFETY: the entry is this CPU's own, and programs of tc and XDP don't interrupt each other there.
-            unsafe {
-                (*counters).produced += 1;
-                if !written {
-                    (*counters).lost += 1;
-                }
+        count_event(write(all));
+    }
+    0
+}
+
+/// Tells of a packet that is dropped, and counts it; gives the verdict of tc.
+#[inline(always)]
+pub fn dropped(direction: u8, reason: u8) -> i32 {
+    xebec_dropped(u32::from(direction), u32::from(reason)) as i32
+}
+
+/// The same; checked by itself and once.
+#[unsafe(no_mangle)]
+#[inline(never)]
+extern "C" fn xebec_dropped(direction: u32, reason: u32) -> u32 {
+    if let Some(all) = scratch() {
+        all.told.begin(&all.packet, direction as u8);
+        all.told.reason = reason as u8;
+        tell();
+        count(As::Dropped);
+    }
+    TC_ACT_SHOT as u32
+}
+
+/// Counts an event, and whether there was room for it.
+#[inline(always)]
+pub fn count_event(written: bool) {
+    if let Some(counters) = COUNTERS.get_ptr_mut(0) {
+        // SAFETY: the entry is this CPU's own, and programs of tc and XDP don't interrupt each other there.
+        unsafe {
+            (*counters).produced += 1;
+            if !written {
+                (*counters).lost += 1;
             }
         }
     }
-    0
 }
 
 /// Tells of a flow that is translated from here on; its packets another hook tells of.

@@ -160,11 +160,7 @@ fn pass(ctx: &TcContext, all: &mut Scratch) -> i32 {
             all.to.set(&all.late);
             settle();
             if !rewrite::apply(ctx) {
-                all.told.begin(&all.packet, EGRESS);
-                all.told.reason = REASON_CHECKSUM;
-                tell::tell();
-                tell::count(As::Dropped);
-                return TC_ACT_SHOT as i32;
+                return tell::dropped(EGRESS, REASON_CHECKSUM);
             }
         }
     }

@@ -28,6 +28,8 @@ pub struct Endpoint {
     pub mac: [u8; 6],
     /// Whether its rules name domains, so that it gets resolvers' answers after the engine.
     pub learns: bool,
+    /// Whether the HTTP that it speaks is told of.
+    pub reads_http: bool,
     /// The sets that judge it.
     pub chains: Chains,
 }

@@ -7,6 +7,8 @@ use serde_json::Value;
 use crate::rule::{PolicyRef, Source};
 use crate::selector::{Key, Test, requirements};
 
+/// Put on a pod with `"true"`, this has flows tell of the HTTP that it speaks.
+pub const OBSERVE_HTTP: &str = "observe.xebec.io/http";
 /// Put on a policy or a pod with `"true"`, this has drops told and not made.
 pub const AUDIT: &str = "policy.xebec.io/audit";
 

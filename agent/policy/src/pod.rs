@@ -6,7 +6,7 @@ use k8s_openapi::api::core::v1::Pod;
 
 use crate::kind::{Kind, Relevant};
 use crate::network_policy::protocol;
-use crate::object::AUDIT;
+use crate::object::{AUDIT, OBSERVE_HTTP};
 use crate::rule::Name;
 
 /// What of a Pod is needed.
@@ -20,6 +20,8 @@ pub struct PodView {
     pub workload: Option<(String, String)>,
     /// Whether what its policies would drop is told alone.
     pub audit: bool,
+    /// Whether flows tell of the HTTP that it speaks.
+    pub reads_http: bool,
     /// The node that it runs on.
     pub node: String,
     /// Its `metadata.uid`.
@@ -63,6 +65,8 @@ pub fn view(pod: &Pod) -> PodView {
     // A pod of the host's network is the node; the address of a finished pod may be another's by now.
     let own = !host_network && !finished;
     let annotations = pod.metadata.annotations.as_ref();
+    let has =
+        |key| annotations.is_some_and(|all| all.get(key).is_some_and(|value| value == "true"));
     PodView {
         kind: own.then(|| Kind {
             namespace: pod.metadata.namespace.clone().unwrap_or_default(),
@@ -76,7 +80,8 @@ pub fn view(pod: &Pod) -> PodView {
         workload: owners
             .next()
             .map(|owner| (owner.kind.clone(), owner.name.clone())),
-        audit: annotations.is_some_and(|all| all.get(AUDIT).is_some_and(|value| value == "true")),
+        audit: has(AUDIT),
+        reads_http: has(OBSERVE_HTTP),
         node: spec
             .and_then(|spec| spec.node_name.clone())
             .unwrap_or_default(),

@@ -12,7 +12,7 @@ const ALIASES: usize = 16;
 
 /// The addresses that a name was told to have.
 #[derive(Debug, PartialEq, Eq)]
-pub(super) struct Answer {
+pub(crate) struct Answer {
     /// The name that was asked for, as names are compared.
     pub name: String,
     /// Its addresses, and for how many seconds each holds.
@@ -50,9 +50,12 @@ impl Answer {
         found
     }
 
-    /// What a message says; none where it is no answer, or one without addresses.
     fn read(message: &[u8]) -> Option<Self> {
-        let message = Packet::parse(message).ok()?;
+        Self::of(&Packet::parse(message).ok()?)
+    }
+
+    /// What a message says; none where it is no answer, or one without addresses.
+    pub fn of(message: &Packet<'_>) -> Option<Self> {
         if !message.has_flags(PacketFlag::RESPONSE) || message.rcode() != RCODE::NoError {
             return None;
         }

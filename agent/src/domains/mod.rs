@@ -24,7 +24,7 @@ use xebec_policy::domains::Told;
 use xebec_policy::engine::Engine;
 use xebec_policy::kernel::PolicyKernel;
 
-use answer::Answer;
+pub(crate) use answer::Answer;
 use kept::Kept;
 use sender::Sender;
 
@@ -86,7 +86,7 @@ struct Listens(Array<MapData, [u8; size_of::<Listening>()]>);
 impl Listens {
     /// From here on answers from these ports are held for a while; of no ports, none is.
     fn to(&mut self, ports: &[u16], long: Duration) -> Result<()> {
-        let mut own = [0; PORTS];
+        let mut own = [ports.first().map_or(0, |port| port.to_be()); PORTS];
         for (place, port) in own.iter_mut().zip(ports) {
             *place = port.to_be();
         }

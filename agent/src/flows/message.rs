@@ -16,7 +16,7 @@ use xebec_hubble::wkt::{Any, Struct, Timestamp};
 use xebec_policy::names::{By, Peer, RuleName};
 use xebec_policy::rule::{PolicyRef, RuleId};
 
-use super::{Kind, Seen};
+use super::{Kind, Seen, layer7};
 
 /// The message of a flow; `uuid` is its own.
 pub(super) fn message(seen: &Seen, node_name: &str, uuid: String) -> Flow {
@@ -34,7 +34,12 @@ pub(super) fn message(seen: &Seen, node_name: &str, uuid: String) -> Flow {
             event::TRACE_SOCK,
             Xlate::SockXlatePointPostDirectionFwd as i32,
         ),
+        Kind::Said => (event::L7, 0),
     };
+    let [source_names, destination_names] = seen
+        .called
+        .each_ref()
+        .map(|names| names.as_deref().cloned().unwrap_or_default());
     let mut flow = Flow {
         time: Some(Timestamp::from_nanos(seen.time)),
         uuid,
@@ -55,6 +60,8 @@ pub(super) fn message(seen: &Seen, node_name: &str, uuid: String) -> Flow {
             sub_type,
         }),
         node_name: node_name.to_owned(),
+        source_names,
+        destination_names,
         traffic_direction: if egress {
             TrafficDirection::Egress.into()
         } else {
@@ -80,6 +87,7 @@ pub(super) fn message(seen: &Seen, node_name: &str, uuid: String) -> Flow {
             };
         }
         Kind::Asked | Kind::Given => of_socket(event, sub_type, &mut flow),
+        Kind::Said => of_message(seen, &mut flow),
         Kind::Verdict | Kind::Dropped => {
             if event.verdict == DROPPED {
                 flow.drop_reason = event.reason.into();
@@ -145,14 +153,31 @@ fn of_socket(event: &Event, point: i32, flow: &mut Flow) {
     flow.socket_cookie = event.socket;
     flow.is_reply = None;
     flow.traffic_direction = TrafficDirection::Unknown.into();
-    // There are no flags yet.
+    if without_flags(flow) {
+        flow.summary = "TCP".to_owned();
+    }
+}
+
+/// What is told of what was said.
+fn of_message(seen: &Seen, flow: &mut Flow) {
+    flow.r#type = FlowType::L7.into();
+    without_flags(flow);
+    if let Some(said) = &seen.said {
+        flow.summary = layer7::summary(said);
+        flow.l7 = Some((**said).clone());
+    }
+}
+
+/// Takes TCP's flags away where no packet is told of; false for another protocol.
+fn without_flags(flow: &mut Flow) -> bool {
     if let Some(Layer4 {
         protocol: Some(Protocol::Tcp(tcp)),
     }) = &mut flow.l4
     {
         tcp.flags = None;
-        flow.summary = "TCP".to_owned();
+        return true;
     }
+    false
 }
 
 /// What Hubble has no field for: how many packets an event tells of, if there is more than its own, their bytes, and

@@ -78,7 +78,7 @@ fn dropped(source: [u8; 4], destination: [u8; 4]) -> Event {
 }
 
 fn take(flows: &Flows, event: Event) {
-    flows.take(&[event], 1_767_323_045_000_000_000);
+    flows.take(&[event.into()], 1_767_323_045_000_000_000);
 }
 
 /// The newest flow of a kind.

@@ -10,7 +10,7 @@ use anyhow::{Context, Result, bail, ensure};
 use aya::maps::{self, Map, MapData, MapError};
 use bytemuck::{bytes_of, must_cast};
 use xebec_dataplane_common::policy::{
-    self, CHAINS_NUMBER, Chains, IDENTITY_HOST, LEARNS, Standing,
+    self, CHAINS_NUMBER, Chains, IDENTITY_HOST, LEARNS, READS_HTTP, Standing,
 };
 use xebec_policy::kernel::Endpoint;
 
@@ -133,13 +133,10 @@ impl Endpoints {
             .map(|(slot, _)| slot)
             .or_else(|| self.free.pop_front());
         let slot = slot.context("the map of endpoints is full")?;
+        let flag = |flag: u32, is_set: bool| if is_set { flag } else { 0 };
         let standing = Standing {
             identity: endpoint.identity,
-            rules: if endpoint.learns {
-                rules | LEARNS
-            } else {
-                rules
-            },
+            rules: rules | flag(LEARNS, endpoint.learns) | flag(READS_HTTP, endpoint.reads_http),
         };
         let written = stand(&mut self.standings, slot, standing).and_then(|()| match before {
             Some((_, old)) if (old.ifindex, old.mac) == (endpoint.ifindex, endpoint.mac) => Ok(()),

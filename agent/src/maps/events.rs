@@ -7,7 +7,7 @@ use anyhow::{Context, Result};
 use aya::maps::{ArrayOfMaps, Map, MapData, PerCpuArray, RingBuf};
 use bytemuck::must_cast;
 use nix::sys::epoll::{Epoll, EpollCreateFlags, EpollEvent, EpollFlags, EpollTimeout};
-use xebec_dataplane_common::flow::{Counters, Event};
+use xebec_dataplane_common::flow::{AT_MESSAGE, Counters, Event};
 
 use super::table::Table;
 use super::take;
@@ -23,11 +23,29 @@ const SMALLEST: usize = 1 << 17;
 /// How many events of a ring are read at once.
 const AT_ONCE: usize = 256;
 
+/// What a program told of.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Report {
+    /// What happened.
+    pub event: Event,
+    /// What was said, if that is what it is about.
+    pub message: Option<Box<[u8]>>,
+}
+
+impl From<Event> for Report {
+    fn from(event: Event) -> Self {
+        Self {
+            event,
+            message: None,
+        }
+    }
+}
+
 /// Events of flows and their counters.
 pub struct FlowMaps {
     rings: Rings,
     counters: Counting,
-    ready: VecDeque<Event>,
+    ready: VecDeque<Report>,
 }
 
 impl FlowMaps {
@@ -39,8 +57,13 @@ impl FlowMaps {
         })
     }
 
-    /// The oldest event that was not taken yet.
+    /// The oldest event that was not taken yet, without what was said.
     pub fn next_event(&mut self) -> Option<Event> {
+        self.next_report().map(|report| report.event)
+    }
+
+    /// The oldest event that was not taken yet.
+    pub fn next_report(&mut self) -> Option<Report> {
         if self.ready.is_empty() {
             let mut read = Vec::new();
             self.rings.read(u64::MAX, &mut read);
@@ -50,7 +73,7 @@ impl FlowMaps {
     }
 
     /// Reads some events until a moment that is over (ns of the monotonic clock), in the order of their times.
-    pub fn read(&mut self, until: u64, into: &mut Vec<Event>) {
+    pub fn read(&mut self, until: u64, into: &mut Vec<Report>) {
         self.rings.read(until, into);
     }
 
@@ -111,7 +134,7 @@ pub(crate) struct Rings {
 struct Ring {
     events: RingBuf<MapData>,
     /// What was read of it before its turn.
-    ahead: VecDeque<Event>,
+    ahead: VecDeque<Report>,
 }
 
 impl Rings {
@@ -162,7 +185,7 @@ impl Rings {
 
     /// Reads some events until a moment (ns of the monotonic clock), in the order of their times. It must be over: while
     /// one ring is read, others are written.
-    pub fn read(&mut self, mut until: u64, into: &mut Vec<Event>) {
+    pub fn read(&mut self, mut until: u64, into: &mut Vec<Report>) {
         // What is later than the last event of a ring that has more may be later than one of those, too.
         for Ring { events, ahead } in &mut self.rings {
             while ahead.len() < AT_ONCE
@@ -171,14 +194,15 @@ impl Rings {
                 ahead.push_back(event);
             }
             if let (AT_ONCE, Some(last)) = (ahead.len(), ahead.back()) {
-                until = until.min(last.time);
+                until = until.min(last.event.time);
             }
         }
         for Ring { ahead, .. } in &mut self.rings {
-            let turn = ahead.iter().take_while(|event| event.time <= until).count();
+            let early = ahead.iter().take_while(|one| one.event.time <= until);
+            let turn = early.count();
             into.extend(ahead.drain(..turn));
         }
-        into.sort_by_key(|event| event.time);
+        into.sort_by_key(|report| report.event.time);
     }
 
     /// Whether some that were read are of a later moment.
@@ -219,12 +243,18 @@ fn bytes_of_each(cpus: usize) -> usize {
 }
 
 /// The oldest event of a ring.
-fn next(ring: &mut RingBuf<MapData>) -> Option<Event> {
+fn next(ring: &mut RingBuf<MapData>) -> Option<Report> {
     loop {
         let item = ring.next()?;
-        if item.len() == size_of::<Event>() {
-            return Some(bytemuck::pod_read_unaligned(&item));
-        }
+        let Some((event, rest)) = item.split_at_checked(size_of::<Event>()) else {
+            continue;
+        };
+        let event: Event = bytemuck::pod_read_unaligned(event);
+        let message = rest.get(..usize::from(event.length));
+        return Some(Report {
+            event,
+            message: message.filter(|_| event.at == AT_MESSAGE).map(Into::into),
+        });
     }
 }
 

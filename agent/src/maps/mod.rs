@@ -24,8 +24,8 @@ use ipnet::IpNet;
 use xebec_dataplane_common::ip::Ip;
 use xebec_dataplane_common::nat::Settings;
 
-pub use events::FlowMaps;
 pub(crate) use events::{Counting, EVENTS, Rings, places};
+pub use events::{FlowMaps, Report};
 pub use policy::PolicyMaps;
 pub use services::{Hits, Room, ServiceKernel, ServiceMaps, SocketMap};
 

@@ -258,6 +258,7 @@ mod tests {
         kinds
             .filter_map(|line| match line.split_once(' ')? {
                 (name, "counter") => Some(format!("{name}_total")),
+                (name, "histogram") => Some(format!("{name}_bucket")),
                 (name, _) => Some(name.to_owned()),
             })
             .collect()

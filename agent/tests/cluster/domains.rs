@@ -23,14 +23,14 @@ const PATIENCE: Duration = Duration::from_secs(10);
 const MOMENT: Duration = Duration::from_millis(300);
 
 /// Debian's dnsmasq at some addresses of the other node; it ends with this.
-struct Resolver {
+pub struct Resolver {
     process: Child,
     _folder: tempfile::TempDir,
 }
 
 impl Resolver {
     /// Answers with these records at these addresses.
-    fn start(stage: &Stage, at: &[&str], records: &[String]) -> Self {
+    pub fn start(stage: &Stage, at: &[&str], records: &[String]) -> Self {
         let folder = tempfile::tempdir().unwrap();
         let path = folder.path().join("dnsmasq.conf");
         let mut text = String::from(
@@ -88,7 +88,7 @@ fn addresses(answer: &[u8]) -> Vec<IpAddr> {
 }
 
 /// What the pod is told of a name by UDP; none where no answer comes.
-fn ask(
+pub fn ask(
     stage: &Stage,
     server: &str,
     name: &str,
@@ -112,7 +112,7 @@ fn ask(
 }
 
 /// The same by TCP.
-fn ask_by_tcp(stage: &Stage, server: &str, name: &str) -> Vec<IpAddr> {
+pub fn ask_by_tcp(stage: &Stage, server: &str, name: &str) -> Vec<IpAddr> {
     stage.pod.run(|| {
         let mut stream = TcpStream::connect((server, 53)).unwrap();
         stream.set_read_timeout(Some(PATIENCE)).unwrap();

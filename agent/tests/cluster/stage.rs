@@ -131,6 +131,7 @@ pub fn run_agent() {
         flow_listen: None,
         flow_export: None,
         flow_metrics: xebec_agent::flows::metrics::FlowMetrics::usual(),
+        http: xebec_agent::flows::HttpOptions::default(),
         ip_masq: settings["ip_masq"].as_str().map(PathBuf::from),
     };
     let runtime = tokio::runtime::Builder::new_multi_thread()
@@ -265,7 +266,8 @@ impl Stage {
         }
     }
 
-    fn path(&self, name: &str) -> PathBuf {
+    /// Where the agent has something.
+    pub fn path(&self, name: &str) -> PathBuf {
         self.place.dir.path().join(name)
     }
 

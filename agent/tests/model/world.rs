@@ -165,6 +165,7 @@ impl World {
             identity: pod.identity,
             mac: POD_MAC,
             learns: false,
+            reads_http: false,
             chains: Chains {
                 ingress: [0, pod.ingress, 0, 0],
                 egress: [pod.egress, 0, 0, 0],

@@ -74,6 +74,7 @@ pub struct Kernel {
     pods: [(u32, [u32; 2]); 2],
     /// Whether the pod's rules name domains.
     learns: bool,
+    reads_http: bool,
     /// The generation of the rules.
     generation: u32,
     /// Services that were made.
@@ -180,6 +181,7 @@ impl Kernel {
             ingress_ifindex: 0,
             pods: [(1, [0; 2]), (WEB_IFINDEX, [0; 2])],
             learns: false,
+            reads_http: false,
             generation: 0,
             services: 0,
             chunks: 1,
@@ -216,6 +218,7 @@ impl Kernel {
         self.pods = [(1, [0; 2]), (WEB_IFINDEX, [0; 2])];
         (self.services, self.chunks) = (0, 1);
         self.learns = false;
+        self.reads_http = false;
         self.generation = 0;
         self.policy().set_host(Chains::default()).unwrap();
         self.listen(&[], Duration::ZERO);
@@ -298,6 +301,7 @@ impl Kernel {
                     identity: 1000 + index as u32,
                     mac: POD_MAC,
                     learns: self.learns && index == 0,
+                    reads_http: self.reads_http && index == 0,
                     chains: Chains {
                         ingress: [sets[0], 0, 0, 0],
                         egress: [0, 0, 0, sets[1]],
@@ -406,6 +410,12 @@ impl Kernel {
     /// The pod's rules name domains.
     pub fn learn_domains(&mut self) {
         self.learns = true;
+        self.endpoints();
+    }
+
+    /// What the pod speaks of HTTP is told of.
+    pub fn read_http(&mut self) {
+        self.reads_http = true;
         self.endpoints();
     }
 
@@ -693,9 +703,21 @@ impl Kernel {
         self.maps.flows.next_event()
     }
 
+    /// The oldest message that was not read yet; events without one are left out.
+    pub fn message(&mut self) -> Option<(Event, Box<[u8]>)> {
+        loop {
+            let report = self.maps.flows.next_report()?;
+            if let Some(message) = report.message {
+                return Some((report.event, message));
+            }
+        }
+    }
+
     /// Events until a moment that is over, in ns of the monotonic clock.
     pub fn events_until(&mut self, until: u64, into: &mut Vec<Event>) {
-        self.maps.flows.read(until, into);
+        let mut reports = Vec::new();
+        self.maps.flows.read(until, &mut reports);
+        into.extend(reports.into_iter().map(|report| report.event));
     }
 
     /// The newest event.

@@ -10,6 +10,7 @@ mod fragments;
 mod hold;
 mod host;
 pub mod kernel;
+mod messages;
 mod odd;
 pub mod packet;
 mod policy;

@@ -15,7 +15,7 @@ use anyhow::{Context, Result, ensure};
 use tokio_util::sync::CancellationToken;
 use xebec_agent::flows::metrics::FlowMetrics;
 use xebec_agent::flows::observer::NodeObserver;
-use xebec_agent::flows::{Directory, Flows, KEPT};
+use xebec_agent::flows::{Directory, Flows, KEPT, Report};
 use xebec_dataplane_common::TCP;
 use xebec_dataplane_common::flow::{Event, FORWARDED, INGRESS};
 use xebec_hubble::client::Server;
@@ -127,7 +127,7 @@ fn flows(room: usize, metrics: &str) -> Result<Flows> {
 }
 
 /// First packets between pods, all of other flows.
-fn batch(first: u64) -> Vec<Event> {
+fn batch(first: u64) -> Vec<Report> {
     (first..)
         .take(BATCH)
         .map(|number| {
@@ -149,6 +149,7 @@ fn batch(first: u64) -> Vec<Event> {
                 rule: 0,
                 ..bytemuck::Zeroable::zeroed()
             }
+            .into()
         })
         .collect()
 }
@@ -156,7 +157,7 @@ fn batch(first: u64) -> Vec<Event> {
 /// Events a second that one thread names and keeps.
 fn named(effort: Effort, metrics: &str) -> Result<f64> {
     let flows = flows(KEPT, metrics)?;
-    let batches: Vec<Vec<Event>> = (0..64).map(|at| batch(at * BATCH as u64)).collect();
+    let batches: Vec<Vec<Report>> = (0..64).map(|at| batch(at * BATCH as u64)).collect();
     batches.iter().for_each(|batch| flows.take(batch, 0));
     let rounds = effort.of(200, 10);
     let began = Instant::now();
@@ -257,7 +258,7 @@ async fn follow(
     let lasts = effort.of(Duration::from_secs(2), Duration::from_millis(200));
     let writer = flows.clone();
     let written = tokio::task::spawn_blocking(move || {
-        let batches: Vec<Vec<Event>> = (0..64).map(|at| batch(at * BATCH as u64)).collect();
+        let batches: Vec<Vec<Report>> = (0..64).map(|at| batch(at * BATCH as u64)).collect();
         let mut written = 0;
         while began.elapsed() < lasts {
             for batch in &batches {

@@ -110,6 +110,7 @@ pub fn run(args: Args) -> Result<()> {
         flow_listen: None,
         flow_export: None,
         flow_metrics: xebec_agent::flows::metrics::FlowMetrics::usual(),
+        http: xebec_agent::flows::HttpOptions::default(),
         ip_masq: None,
         serve: xebec_agent::metrics::Addresses::default(),
     };

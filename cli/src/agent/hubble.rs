@@ -5,6 +5,7 @@ use std::path::PathBuf;
 
 use anyhow::{Result, bail};
 use clap::{Args, ValueEnum};
+use xebec_agent::flows::HttpOptions;
 use xebec_agent::flows::export::Options;
 use xebec_agent::loader::Aggregation;
 use xebec_hubble::flow::FlowFilter;
@@ -21,6 +22,9 @@ pub struct Hubble {
     /// or in four (medium), or those that begin and end it and one in a minute (maximum)
     #[arg(long, value_name = "LEVEL", default_value = "medium")]
     monitor_aggregation: Level,
+    /// Tell URLs of HTTP without their queries
+    #[arg(long, value_name = "BOOL", default_value_t = true, action = clap::ArgAction::Set)]
+    hubble_redact_http_urlquery: bool,
     /// How many flows are kept
     #[arg(long, value_name = "N", default_value_t = xebec_agent::flows::KEPT as u32, value_parser = clap::value_parser!(u32).range(1..=1_048_576))]
     hubble_event_buffer_capacity: u32,
@@ -105,6 +109,13 @@ impl Hubble {
             (true, Level::Low) => Aggregation::Low,
             (true, Level::Medium) => Aggregation::Medium,
             (true, Level::Maximum) => Aggregation::Maximum,
+        }
+    }
+
+    /// What is told of HTTP.
+    pub fn http(&self) -> HttpOptions {
+        HttpOptions {
+            redact_query: self.hubble_redact_http_urlquery,
         }
     }
 

@@ -309,6 +309,7 @@ impl Run {
             flow_listen: self.hubble.listen()?,
             flow_export: self.hubble.export(),
             flow_metrics: self.hubble_metrics.clone(),
+            http: self.hubble.http(),
             domains: xebec_agent::domains::Options {
                 resolvers: xebec_agent::domains::resolvers(&self.dns_resolvers)?,
                 min_ttl: self.tofqdns_min_ttl,

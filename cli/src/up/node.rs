@@ -154,6 +154,7 @@ impl NodeConfig {
             flow_listen: None,
             flow_export: None,
             flow_metrics: xebec_agent::flows::metrics::FlowMetrics::usual(),
+            http: xebec_agent::flows::HttpOptions::default(),
             ip_masq: None,
             serve: xebec_agent::metrics::Addresses {
                 metrics: self.metrics,

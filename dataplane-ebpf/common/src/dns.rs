@@ -13,7 +13,8 @@ pub const PORTS: usize = 4;
 pub struct Listening {
     /// Until then the agent takes what is held, in ns of the monotonic clock: nobody would pass it on after its end.
     pub until: u64,
-    /// Ports that resolvers answer from, as pods see them; 0 for none.
+    /// Ports that resolvers answer from, as pods see them; one of them several times where there are fewer, and 0 where
+    /// there is none.
     pub ports: [u16; PORTS],
 }
 

@@ -228,7 +228,7 @@ pub struct Event {
     pub reason: u8,
     /// 1 for a reply.
     pub reply: u8,
-    /// Bytes of the packet, 65,535 where there are more.
+    /// Bytes of the packet, 65,535 where there are more; of a message, those of it that are told.
     pub length: u16,
     /// The set that judged, 0 for none.
     pub set: u32,
@@ -255,7 +255,7 @@ pub struct Event {
     pub at: u8,
     /// Always 0.
     pub pad: [u8; 3],
-    /// The socket's cookie, of a socket's translation alone.
+    /// The socket's cookie, of a socket's translation; of a message by TCP, the sequence number of its first byte.
     pub socket: u64,
 }
 
@@ -267,6 +267,9 @@ pub const FROM_NETWORK: u8 = 1;
 pub const TO_NETWORK: u8 = 2;
 /// At a socket, which got another address than it asked for.
 pub const AT_SOCKET: u8 = 3;
+/// At the pod that asked a resolver or was answered by it, or that has its HTTP told: it has a message with it
+/// ([`crate::message`]).
+pub const AT_MESSAGE: u8 = 4;
 
 /// How events are put together: one for each packet.
 pub const AGGREGATE_NONE: u32 = 0;

@@ -7,6 +7,7 @@
 pub mod dns;
 pub mod flow;
 pub mod ip;
+pub mod message;
 pub mod nat;
 pub mod policy;
 pub mod service;

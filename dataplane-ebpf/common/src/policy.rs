@@ -35,7 +35,7 @@ pub struct Standing {
     /// What its labels make it.
     pub identity: u32,
     /// Number of its [`Chains`], 0 for none, with which of them have sets: [`UNDER_INGRESS`] and the others; and
-    /// [`LEARNS`].
+    /// [`LEARNS`] and [`READS_HTTP`].
     pub rules: u32,
 }
 
@@ -47,8 +47,10 @@ pub const UNDER_EGRESS: u32 = 1 << 30;
 pub const AUDIT_BIT: u32 = 2;
 /// Its rules name domains: what resolvers answer it is held until the agent has learned of it.
 pub const LEARNS: u32 = 1 << 27;
+/// The first lines of the HTTP that it speaks are told of.
+pub const READS_HTTP: u32 = 1 << 26;
 /// The part of [`Standing::rules`] that is a number.
-pub const CHAINS_NUMBER: u32 = (1 << 27) - 1;
+pub const CHAINS_NUMBER: u32 = (1 << 26) - 1;
 
 impl Standing {
     /// Whether there are rules for a way, [`UNDER_INGRESS`] or [`UNDER_EGRESS`], be they in audit mode.

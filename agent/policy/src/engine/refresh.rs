@@ -318,7 +318,10 @@ impl<K: PolicyKernel> Engine<K> {
         let Some(connected) = self.endpoints.get(&address) else {
             return Ok(());
         };
-        let Some(identity) = self.pods.get(&connected.pod).and_then(|row| row.identity) else {
+        let Some(row) = self.pods.get(&connected.pod) else {
+            return Ok(());
+        };
+        let (Some(identity), reads_http) = (row.identity, row.view.reads_http) else {
             return Ok(());
         };
         let Some([enforced, whole]) = self.locals.get(&identity).and_then(|local| local.chains)
@@ -340,6 +343,7 @@ impl<K: PolicyKernel> Engine<K> {
             },
             mac: connected.mac,
             learns: self.names_domains(identity),
+            reads_http,
             chains: kernel_chains(enforced, audited),
         };
         if connected.written != Some(endpoint) {

@@ -2,6 +2,7 @@
 
 use std::borrow::Cow;
 use std::net::IpAddr;
+use std::sync::Arc;
 
 use anyhow::{Context as _, Result, bail};
 use smallvec::SmallVec;
@@ -49,7 +50,8 @@ impl Identifier {
         })
     }
 
-    fn of(self, peer: &Peer, address: IpAddr) -> String {
+    /// `called` are the names that the other end asked for.
+    fn of(self, peer: &Peer, address: IpAddr, called: Option<&Vec<String>>) -> String {
         let (namespace, pod) = &peer.pod;
         let of_namespace = |name: &str| match (namespace.as_str(), name) {
             (_, "") => String::new(),
@@ -62,8 +64,7 @@ impl Identifier {
             Self::Namespace => namespace.clone(),
             Self::Pod => of_namespace(pod),
             Self::PodName => pod.clone(),
-            // No name of an address is known here yet.
-            Self::Dns => String::new(),
+            Self::Dns => called.map(|names| names.join(",")).unwrap_or_default(),
             Self::Ip => address.to_string(),
             Self::ReservedIdentity => {
                 let mut labels = peer.labels.iter();
@@ -123,15 +124,20 @@ impl End {
         self.egress.is_empty() && self.ingress.is_empty()
     }
 
-    fn of(&self, egress: bool, peer: &Peer, address: IpAddr) -> Value {
+    fn of(&self, egress: bool, (peer, address, called): &Party) -> Value {
         let ways = if egress { &self.egress } else { &self.ingress };
-        let mut names = ways.iter().map(|way| way.of(peer, address));
+        let mut names = ways
+            .iter()
+            .map(|way| way.of(peer, *address, called.as_deref()));
         names
             .find(|name| !name.is_empty())
             .unwrap_or_default()
             .into()
     }
 }
+
+/// Who talks: who it is, at which address, and what the other end calls it.
+type Party<'a> = (&'a Peer, IpAddr, Option<Arc<Vec<String>>>);
 
 /// Which labels a metric has for those who talk.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
@@ -204,18 +210,23 @@ impl Context {
 
     /// The values of its labels for a flow, in the order of the names.
     pub(super) fn values(&self, seen: &Seen, values: &mut Values) {
-        let ends = [
-            (&*seen.source, IpAddr::from(seen.event.source)),
-            (&*seen.destination, IpAddr::from(seen.event.destination)),
+        let [source, destination] = seen.called.clone();
+        let ends: [Party; 2] = [
+            (&*seen.source, seen.event.source.into(), source),
+            (
+                &*seen.destination,
+                seen.event.destination.into(),
+                destination,
+            ),
         ];
         let egress = seen.event.direction == EGRESS;
         for name in &self.labels {
             let (end, what) = match name.split_once('_') {
-                Some(("source", what)) => (ends[0], what),
-                Some(("destination", what)) => (ends[1], what),
-                _ => (ends[0], "direction"),
+                Some(("source", what)) => (&ends[0], what),
+                Some(("destination", what)) => (&ends[1], what),
+                _ => (&ends[0], "direction"),
             };
-            let (peer, address) = end;
+            let (peer, address, _) = end;
             let workload = peer.workload.as_ref();
             values.push(match what {
                 "ip" => address.to_string().into(),
@@ -232,9 +243,9 @@ impl Context {
                 _ => "ingress".into(),
             });
         }
-        for (end, (peer, address)) in [&self.source, &self.destination].into_iter().zip(ends) {
+        for (end, party) in [&self.source, &self.destination].into_iter().zip(&ends) {
             if !end.is_empty() {
-                values.push(end.of(egress, peer, address));
+                values.push(end.of(egress, party));
             }
         }
     }

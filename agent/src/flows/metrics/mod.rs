@@ -3,28 +3,32 @@
 mod context;
 
 use std::borrow::Cow;
+use std::sync::atomic::AtomicU64;
+use std::sync::atomic::Ordering::Relaxed;
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::{Duration, Instant};
 
 use anyhow::{Context as _, Result, bail};
 use hashbrown::HashMap;
 use prometheus_client::collector::Collector;
-use prometheus_client::encoding::{DescriptorEncoder, EncodeMetric};
+use prometheus_client::encoding::{DescriptorEncoder, EncodeMetric, MetricEncoder};
 use prometheus_client::metrics::MetricType;
 use prometheus_client::metrics::counter::ConstCounter;
+use prometheus_client::metrics::histogram::Histogram;
 use prometheus_client::registry::Registry;
-use smallvec::smallvec;
+use smallvec::{SmallVec, smallvec};
 use xebec_dataplane_common::flow::{EGRESS, REASON_POLICY};
 use xebec_dataplane_common::policy::{IDENTITY_HOST, IDENTITY_WORLD};
 use xebec_dataplane_common::{ICMP, ICMP6, SCTP, TCP, UDP};
 use xebec_hubble::event;
-use xebec_hubble::flow::{DropReason, Verdict};
+use xebec_hubble::flow::layer7::Record;
+use xebec_hubble::flow::{self, DropReason, Layer7, Verdict};
 
-use super::{Kind, Seen, message};
-use context::{Context, Values};
+use super::{Kind, Seen, layer7, message};
+use context::{Context, Value, Values};
 
 /// What is counted where nothing else is asked for.
-pub const DEFAULT: &str = "drop tcp flow icmp policy flows-to-world port-distribution";
+pub const DEFAULT: &str = "dns drop tcp flow icmp http policy flows-to-world port-distribution";
 /// How many series one metric may have: those beyond are counted together, with `other` as the value of each label.
 const MOST: usize = 10_000;
 /// Of a metric with so many, what was not counted for so long is forgotten.
@@ -47,6 +51,32 @@ enum What {
         any_drop: bool,
     },
     Ports,
+    /// Questions, answers, or records in these.
+    Dns {
+        what: Dns,
+        query: bool,
+        ignore_aaaa: bool,
+    },
+    /// Requests, answers, or how long these took; in the way of `httpV2` or not.
+    Http {
+        what: Http,
+        v2: bool,
+    },
+}
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Dns {
+    Queries,
+    Responses,
+    Types,
+    Duration,
+}
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Http {
+    Requests,
+    Responses,
+    Duration,
 }
 
 impl What {
@@ -88,7 +118,71 @@ impl What {
                 "Flows by destination port",
                 vec!["protocol", "port"],
             ),
+            Self::Dns { what, query, .. } => {
+                let (name, help, mut labels) = match what {
+                    Dns::Queries => (
+                        "hubble_dns_queries",
+                        "Number of DNS queries observed",
+                        vec!["rcode", "qtypes", "ips_returned"],
+                    ),
+                    Dns::Responses => (
+                        "hubble_dns_responses",
+                        "Number of DNS responses observed",
+                        vec!["rcode", "qtypes", "ips_returned"],
+                    ),
+                    Dns::Types => (
+                        "hubble_dns_response_types",
+                        "Number of records in DNS responses observed",
+                        vec!["type", "qtypes"],
+                    ),
+                    Dns::Duration => (
+                        "xebec_dns_response_duration_seconds",
+                        "Time from DNS queries to their responses",
+                        vec!["rcode"],
+                    ),
+                };
+                if query && what != Dns::Duration {
+                    labels.push("query");
+                }
+                (name, help, labels)
+            }
+            Self::Http { what, v2 } => match (what, v2) {
+                (Http::Requests, false) => (
+                    "hubble_http_requests",
+                    "Count of HTTP requests",
+                    vec!["method", "protocol", "reporter"],
+                ),
+                (Http::Requests, true) => (
+                    "hubble_http_requests",
+                    "Count of HTTP requests that were answered",
+                    vec!["method", "protocol", "status", "reporter"],
+                ),
+                (Http::Responses, _) => (
+                    "hubble_http_responses",
+                    "Count of HTTP responses",
+                    vec!["method", "status", "reporter"],
+                ),
+                (Http::Duration, _) => (
+                    "hubble_http_request_duration_seconds",
+                    "Time from HTTP requests to their responses",
+                    vec!["method", "reporter"],
+                ),
+            },
         }
+    }
+
+    /// Whether it is about how long something took.
+    const fn is_duration(self) -> bool {
+        matches!(
+            self,
+            Self::Dns {
+                what: Dns::Duration,
+                ..
+            } | Self::Http {
+                what: Http::Duration,
+                ..
+            }
+        )
     }
 
     /// The values of the labels of each series that a flow counts in.
@@ -120,7 +214,15 @@ impl What {
                 }
             }
             Self::Flow => {
+                let mut protocol = protocol;
                 let (kind, below) = match seen.kind {
+                    Kind::Said => {
+                        protocol = match said(seen) {
+                            Some((_, Record::Http(_))) => "HTTP",
+                            _ => "DNS",
+                        };
+                        ("L7", protocol)
+                    }
                     Kind::Dropped => ("Drop", ""),
                     Kind::Verdict => ("PolicyVerdict", ""),
                     Kind::Asked => ("Unknown", "7;1"),
@@ -211,9 +313,105 @@ impl What {
                 let port = if has_ports { port().into() } else { "0".into() };
                 count(smallvec![protocol.into(), port]);
             }
+            Self::Dns {
+                what,
+                query,
+                ignore_aaaa,
+            } => {
+                if let Some((said, Record::Dns(dns))) = said(seen)
+                    && !(ignore_aaaa && dns.qtypes == ["AAAA"])
+                {
+                    what.values(said, dns, query, count);
+                }
+            }
+            Self::Http { what, v2 } => {
+                if let Some((said, Record::Http(http))) = said(seen) {
+                    let reporter = if event.direction == EGRESS {
+                        "client"
+                    } else {
+                        "server"
+                    };
+                    what.values(said, http, v2, reporter, count);
+                }
+            }
             _ => {}
         }
     }
+}
+
+/// What was said.
+fn said(seen: &Seen) -> Option<(&Layer7, &Record)> {
+    let said = seen.said.as_deref()?;
+    Some((said, said.record.as_ref()?))
+}
+
+impl Dns {
+    fn values(self, said: &Layer7, dns: &flow::Dns, query: bool, count: &mut dyn FnMut(Values)) {
+        let qtypes = || Cow::Owned(dns.qtypes.join(","));
+        let mut tell = |mut values: Values| {
+            if query && self != Self::Duration {
+                values.push(dns.query.clone().into());
+            }
+            count(values);
+        };
+        let answers = layer7::is_response(said);
+        let ips = || dns.ips.len().to_string().into();
+        match self {
+            Self::Queries if !answers => tell(smallvec!["".into(), qtypes(), ips()]),
+            Self::Responses if answers => {
+                tell(smallvec![layer7::rcode(dns.rcode).into(), qtypes(), ips()]);
+            }
+            Self::Types if answers => {
+                for kind in &dns.rrtypes {
+                    tell(smallvec![kind.clone().into(), qtypes()]);
+                }
+            }
+            // Without the question nobody knows.
+            Self::Duration if answers && said.latency_ns > 0 => {
+                tell(smallvec![layer7::rcode(dns.rcode).into()]);
+            }
+            _ => {}
+        }
+    }
+}
+
+impl Http {
+    fn values(
+        self,
+        said: &Layer7,
+        http: &flow::Http,
+        v2: bool,
+        reporter: &'static str,
+        count: &mut dyn FnMut(Values),
+    ) {
+        let answers = layer7::is_response(said);
+        let (method, protocol) = (method(&http.method), Cow::Owned(http.protocol.clone()));
+        let status = || Cow::Owned(http.code.to_string());
+        match self {
+            Self::Requests if v2 && answers => {
+                count(smallvec![method, protocol, status(), reporter.into()]);
+            }
+            Self::Requests if !v2 && !answers => {
+                count(smallvec![method, protocol, reporter.into()]);
+            }
+            Self::Responses if answers => count(smallvec![method, status(), reporter.into()]),
+            Self::Duration if answers && said.latency_ns > 0 => {
+                count(smallvec![method, reporter.into()]);
+            }
+            _ => {}
+        }
+    }
+}
+
+/// A method as a label; whoever sends requests may invent others.
+fn method(name: &str) -> Value {
+    const KNOWN: [&str; 9] = [
+        "GET", "HEAD", "POST", "PUT", "DELETE", "CONNECT", "OPTIONS", "TRACE", "PATCH",
+    ];
+    let known = KNOWN.into_iter().find(|one| *one == name);
+    known
+        .unwrap_or(if name.is_empty() { "" } else { "other" })
+        .into()
 }
 
 fn protocol(number: u8) -> &'static str {
@@ -235,18 +433,54 @@ struct Metric {
     series: Mutex<Series>,
 }
 
+/// What one series has.
+#[derive(Debug)]
+enum Tally {
+    Count(u64),
+    Durations(Histogram),
+}
+
+/// Upper bounds of durations, in seconds: those of Go's client, which Hubble has, and shorter ones.
+const BOUNDS: [f64; 14] = [
+    0.000_25, 0.000_5, 0.001, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0,
+];
+
+impl Tally {
+    fn new(duration: Option<f64>) -> Self {
+        match duration {
+            None => Self::Count(0),
+            Some(_) => Self::Durations(Histogram::new(BOUNDS)),
+        }
+    }
+
+    fn add(&mut self, duration: Option<f64>) {
+        match self {
+            Self::Count(count) => *count += 1,
+            Self::Durations(all) => all.observe(duration.unwrap_or_default()),
+        }
+    }
+
+    fn encode(&self, encoder: MetricEncoder<'_>) -> std::fmt::Result {
+        match self {
+            Self::Count(count) => ConstCounter::new(*count).encode(encoder),
+            Self::Durations(all) => all.encode(encoder),
+        }
+    }
+}
+
 #[derive(Debug, Default)]
 struct Series {
-    counts: HashMap<Values, (u64, Instant)>,
+    counts: HashMap<Values, (Tally, Instant)>,
     /// What is counted together.
-    others: u64,
+    others: Option<Tally>,
     swept: Option<Instant>,
 }
 
 impl Series {
-    fn count(&mut self, values: Values, most: usize, now: Instant) {
-        if let Some((count, last)) = self.counts.get_mut(&values) {
-            *count += 1;
+    /// Counts one; of a metric of durations, with how long it took.
+    fn count(&mut self, values: Values, duration: Option<f64>, most: usize, now: Instant) {
+        if let Some((tally, last)) = self.counts.get_mut(&values) {
+            tally.add(duration);
             *last = now;
             return;
         }
@@ -254,10 +488,13 @@ impl Series {
             self.swept = Some(now);
             self.counts.retain(|_, (_, last)| now < *last + IDLE);
         }
+        let new = || Tally::new(duration);
         if self.counts.len() < most {
-            self.counts.insert(values, (1, now));
+            let mut tally = new();
+            tally.add(duration);
+            self.counts.insert(values, (tally, now));
         } else {
-            self.others += 1;
+            self.others.get_or_insert_with(new).add(duration);
         }
     }
 }
@@ -267,6 +504,7 @@ impl Series {
 pub struct FlowMetrics {
     metrics: Arc<Vec<Metric>>,
     lost: Arc<Mutex<[u64; 3]>>,
+    unanswered: Arc<AtomicU64>,
     most: usize,
 }
 
@@ -276,6 +514,7 @@ impl Default for FlowMetrics {
         Self {
             metrics: Arc::default(),
             lost: Arc::default(),
+            unanswered: Arc::default(),
             most: MOST,
         }
     }
@@ -292,6 +531,7 @@ impl FlowMetrics {
         for one in text.split_whitespace() {
             let (name, options) = one.split_once(':').unwrap_or((one, ""));
             let (mut port, mut syn_only, mut any_drop) = (false, false, false);
+            let (mut query, mut ignore_aaaa) = (false, false);
             let mut context = Context::default();
             for option in options.split(';').filter(|option| !option.is_empty()) {
                 let (key, value) = option.split_once('=').unwrap_or((option, ""));
@@ -299,36 +539,56 @@ impl FlowMetrics {
                     ("flows-to-world", "port") => port = true,
                     ("flows-to-world", "syn-only") => syn_only = true,
                     ("flows-to-world", "any-drop") => any_drop = true,
+                    ("dns", "query") => query = true,
+                    ("dns", key) if key.eq_ignore_ascii_case("ignoreAAAA") => ignore_aaaa = true,
                     _ => context
                         .set(key, value)
                         .with_context(|| format!("metric {name}"))?,
                 }
             }
-            let what = match name {
-                "drop" => What::Drop,
-                "tcp" => What::Tcp,
-                "flow" => What::Flow,
-                "icmp" => What::Icmp,
-                "policy" => What::Policy,
-                "flows-to-world" => What::World {
+            let http = |v2| move |what| What::Http { what, v2 };
+            let whats: SmallVec<[What; 4]> = match name {
+                "dns" => [Dns::Queries, Dns::Responses, Dns::Types, Dns::Duration]
+                    .map(|what| What::Dns {
+                        what,
+                        query,
+                        ignore_aaaa,
+                    })
+                    .into(),
+                "drop" => smallvec![What::Drop],
+                "tcp" => smallvec![What::Tcp],
+                "flow" => smallvec![What::Flow],
+                "http" => [Http::Requests, Http::Responses, Http::Duration]
+                    .into_iter()
+                    .map(http(false))
+                    .collect(),
+                "httpV2" => [Http::Requests, Http::Duration]
+                    .into_iter()
+                    .map(http(true))
+                    .collect(),
+                "icmp" => smallvec![What::Icmp],
+                "policy" => smallvec![What::Policy],
+                "flows-to-world" => smallvec![What::World {
                     port,
                     syn_only,
                     any_drop,
-                },
-                "port-distribution" => What::Ports,
+                }],
+                "port-distribution" => smallvec![What::Ports],
                 _ => bail!(
-                    "no metric {name:?}: there are drop, tcp, flow, icmp, policy, flows-to-world and port-distribution"
+                    "no metric {name:?}: there are dns, drop, tcp, flow, http, httpV2, icmp, policy, flows-to-world and port-distribution"
                 ),
             };
-            let name = what.describe().0;
-            if metrics.iter().any(|other| other.what.describe().0 == name) {
-                bail!("metric {one:?} is asked for twice");
+            for what in whats {
+                let name = what.describe().0;
+                if metrics.iter().any(|other| other.what.describe().0 == name) {
+                    bail!("metric {one:?} is asked for twice");
+                }
+                metrics.push(Metric {
+                    what,
+                    context: context.clone(),
+                    series: Mutex::default(),
+                });
             }
-            metrics.push(Metric {
-                what,
-                context,
-                series: Mutex::default(),
-            });
         }
         Ok(Self {
             metrics: Arc::new(metrics),
@@ -345,12 +605,19 @@ impl FlowMetrics {
     /// Counts a flow.
     pub(super) fn count(&self, seen: &Seen, now: Instant) {
         for metric in self.metrics.iter() {
+            let said = seen.said.as_deref().filter(|_| metric.what.is_duration());
+            let duration = said.map(|said| Duration::from_nanos(said.latency_ns).as_secs_f64());
             metric.what.values(seen, &mut |mut values| {
                 metric.context.values(seen, &mut values);
                 let mut series = metric.series.lock().unwrap_or_else(PoisonError::into_inner);
-                series.count(values, self.most, now);
+                series.count(values, duration, self.most, now);
             });
         }
+    }
+
+    /// Counts questions to resolvers that nobody answered.
+    pub(super) fn count_unanswered(&self, count: u64) {
+        self.unanswered.fetch_add(count, Relaxed);
     }
 
     /// Counts what was lost.
@@ -383,18 +650,23 @@ impl Collector for FlowMetrics {
             let (name, help, mut names) = metric.what.describe();
             names.extend(metric.context.names());
             let series = metric.series.lock().unwrap_or_else(PoisonError::into_inner);
-            let mut family = encoder.encode_descriptor(name, help, None, MetricType::Counter)?;
-            for (values, (count, _)) in &series.counts {
+            let kind = if metric.what.is_duration() {
+                MetricType::Histogram
+            } else {
+                MetricType::Counter
+            };
+            let mut family = encoder.encode_descriptor(name, help, None, kind)?;
+            for (values, (tally, _)) in &series.counts {
                 let labels: Vec<(&str, &str)> = names
                     .iter()
                     .copied()
                     .zip(values.iter().map(|value| &**value))
                     .collect();
-                ConstCounter::new(*count).encode(family.encode_family(&labels)?)?;
+                tally.encode(family.encode_family(&labels)?)?;
             }
-            if series.others != 0 {
+            if let Some(others) = &series.others {
                 let labels: Vec<(&str, &str)> = names.iter().map(|name| (*name, "other")).collect();
-                ConstCounter::new(series.others).encode(family.encode_family(&labels)?)?;
+                others.encode(family.encode_family(&labels)?)?;
             }
         }
         let help = "Number of lost events";
@@ -405,6 +677,10 @@ impl Collector for FlowMetrics {
         for (source, count) in SOURCES.into_iter().zip(lost) {
             ConstCounter::new(count).encode(family.encode_family(&[("source", source)])?)?;
         }
+        let help = "Number of DNS queries that got no response";
+        let name = "xebec_dns_unanswered_queries";
+        let family = encoder.encode_descriptor(name, help, None, MetricType::Counter)?;
+        ConstCounter::new(self.unanswered.load(Relaxed)).encode(family)?;
         Ok(())
     }
 }

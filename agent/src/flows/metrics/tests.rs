@@ -2,7 +2,10 @@
 
 use std::net::Ipv4Addr;
 
-use xebec_dataplane_common::flow::{DROPPED, Event, FORWARDED, INGRESS, REASON_TTL};
+use xebec_dataplane_common::flow::{
+    AT_MESSAGE, DROPPED, EGRESS, Event, FORWARDED, INGRESS, REASON_TTL,
+};
+use xebec_hubble::flow::L7FlowType;
 use xebec_policy::names::Peer;
 
 use super::*;
@@ -41,6 +44,8 @@ fn seen() -> Seen {
         rule: None,
         denied_by: None,
         service: None,
+        called: [None, None],
+        said: None,
         here: false,
     }
 }
@@ -64,7 +69,8 @@ fn served(metrics: &FlowMetrics, flows: &[Seen]) -> Vec<String> {
     let mut text = String::new();
     prometheus_client::encoding::text::encode(&mut text, &registry).unwrap();
     let lines = text.lines().filter(|line| !line.starts_with('#'));
-    let lines = lines.filter(|line| !line.starts_with("hubble_lost"));
+    let always = ["hubble_lost", "xebec_dns_unanswered"];
+    let lines = lines.filter(|line| !always.iter().any(|name| line.starts_with(name)));
     let mut lines: Vec<String> = lines.map(str::to_owned).collect();
     lines.sort();
     lines
@@ -232,7 +238,7 @@ fn there_are_no_more_series_than_may_be() {
 #[test]
 fn nonsense_is_refused_and_losses_are_always_there() {
     for (text, reason) in [
-        ("rain", "no metric \"rain\": there are drop"),
+        ("rain", "no metric \"rain\": there are dns, drop"),
         ("drop drop", "asked for twice"),
         ("drop:colour=red", "no option \"colour\""),
         (
@@ -251,10 +257,106 @@ fn nonsense_is_refused_and_losses_are_always_there() {
     let metrics = FlowMetrics::parse("").unwrap();
     metrics.count_lost(Lost::Kernel, 3);
     metrics.count_lost(Lost::Store, 4);
+    metrics.count_unanswered(5);
     let mut registry = Registry::default();
     crate::metrics::Register::register(&metrics, &mut registry);
     let mut text = String::new();
     prometheus_client::encoding::text::encode(&mut text, &registry).unwrap();
     assert!(text.contains(r#"hubble_lost_events_total{source="perf_event_ring_buffer"} 3"#));
     assert!(text.contains(r#"hubble_lost_events_total{source="hubble_ring_buffer"} 4"#));
+    assert!(text.contains("xebec_dns_unanswered_queries_total 5"));
+}
+
+/// A message of `web-1` to `api-1`.
+fn said(kind: L7FlowType, latency_ns: u64, record: Record) -> Seen {
+    let mut seen = seen();
+    seen.kind = Kind::Said;
+    seen.event.at = AT_MESSAGE;
+    // Both are seen at the client.
+    seen.event.direction = match kind {
+        L7FlowType::Request => EGRESS,
+        _ => INGRESS,
+    };
+    seen.says(Layer7 {
+        r#type: kind.into(),
+        latency_ns,
+        record: Some(record),
+    })
+}
+
+#[test]
+fn what_is_said_is_counted_under_hubble_s_names() {
+    let asks = flow::Dns {
+        query: "a.example.".to_owned(),
+        qtypes: vec!["A".to_owned()],
+        ..flow::Dns::default()
+    };
+    let fails = flow::Dns {
+        rcode: 3,
+        ..asks.clone()
+    };
+    let answers = flow::Dns {
+        ips: vec!["192.0.2.1".to_owned()],
+        rrtypes: vec!["CNAME".to_owned(), "A".to_owned()],
+        ..asks.clone()
+    };
+    let gets = flow::Http {
+        method: "GET".to_owned(),
+        protocol: "HTTP/1.1".to_owned(),
+        ..flow::Http::default()
+    };
+    let given = flow::Http {
+        code: 503,
+        ..gets.clone()
+    };
+    let odd = flow::Http {
+        method: "BREW".to_owned(),
+        ..gets.clone()
+    };
+    use L7FlowType::{Request, Response};
+    let flows = [
+        said(Request, 0, Record::Dns(asks)),
+        said(Response, 2_000_000, Record::Dns(answers)),
+        said(Response, 0, Record::Dns(fails)),
+        said(Request, 0, Record::Http(gets)),
+        said(Response, 300_000_000, Record::Http(given)),
+        said(Request, 0, Record::Http(odd)),
+    ];
+    let all = FlowMetrics::parse("dns:query http flow port-distribution tcp").unwrap();
+    let lines = served(&all, &flows);
+    let counts: Vec<&str> = lines
+        .iter()
+        .filter(|line| !line.contains("_bucket") && !line.contains("_sum"))
+        .map(String::as_str)
+        .collect();
+    assert_eq!(
+        counts,
+        [
+            r#"hubble_dns_queries_total{rcode="",qtypes="A",ips_returned="0",query="a.example."} 1"#,
+            r#"hubble_dns_response_types_total{type="A",qtypes="A",query="a.example."} 1"#,
+            r#"hubble_dns_response_types_total{type="CNAME",qtypes="A",query="a.example."} 1"#,
+            r#"hubble_dns_responses_total{rcode="No Error",qtypes="A",ips_returned="1",query="a.example."} 1"#,
+            r#"hubble_dns_responses_total{rcode="Non-Existent Domain",qtypes="A",ips_returned="0",query="a.example."} 1"#,
+            r#"hubble_flows_processed_total{protocol="DNS",type="L7",subtype="DNS",verdict="FORWARDED"} 3"#,
+            r#"hubble_flows_processed_total{protocol="HTTP",type="L7",subtype="HTTP",verdict="FORWARDED"} 3"#,
+            r#"hubble_http_request_duration_seconds_count{method="GET",reporter="client"} 1"#,
+            r#"hubble_http_requests_total{method="GET",protocol="HTTP/1.1",reporter="client"} 1"#,
+            r#"hubble_http_requests_total{method="other",protocol="HTTP/1.1",reporter="client"} 1"#,
+            r#"hubble_http_responses_total{method="GET",status="503",reporter="client"} 1"#,
+            r#"xebec_dns_response_duration_seconds_count{rcode="No Error"} 1"#,
+        ]
+    );
+    let has = |line: &str| assert!(lines.iter().any(|one| one == line), "{line}: {lines:#?}");
+    has(r#"hubble_http_request_duration_seconds_sum{method="GET",reporter="client"} 0.3"#);
+    has(
+        r#"hubble_http_request_duration_seconds_bucket{le="0.25",method="GET",reporter="client"} 0"#,
+    );
+    has(
+        r#"hubble_http_request_duration_seconds_bucket{le="0.5",method="GET",reporter="client"} 1"#,
+    );
+    let newer = served(&FlowMetrics::parse("httpV2").unwrap(), &flows);
+    let line = r#"hubble_http_requests_total{method="GET",protocol="HTTP/1.1",status="503",reporter="client"} 1"#;
+    assert!(newer.iter().any(|one| one == line), "{newer:#?}");
+    let error = FlowMetrics::parse("http httpV2").unwrap_err().to_string();
+    assert!(error.contains("asked for twice"), "{error}");
 }

@@ -61,7 +61,7 @@ impl Served {
             set: 0,
             ..event(WEB, API)
         };
-        self.flows.take(&[event], 0);
+        self.flows.take(&[event.into()], 0);
     }
 
     async fn ask(&mut self, asked: GetFlowsRequest) -> Streaming<GetFlowsResponse> {
