@@ -16,6 +16,7 @@ mod status;
 mod tables;
 mod tcp_bench;
 mod text;
+mod ui;
 mod unix_http;
 mod up;
 
@@ -98,6 +99,8 @@ enum Command {
     Observe(Box<observe::Observe>),
     /// One endpoint of Hubble's API for the flows of all nodes
     Relay(Box<relay::Relay>),
+    /// Show who talks to whom, and flows as they happen, on a page for browsers
+    Ui(ui::Ui),
     /// Images of the container runtime
     #[command(subcommand)]
     Image(image::Image),
@@ -192,6 +195,7 @@ fn run(cli: Cli) -> Result<bool> {
         Command::Bpf(bpf) => runtime.block_on(bpf.run(&layout)),
         Command::Observe(observe) => runtime.block_on(observe.run(&layout)),
         Command::Relay(relay) => runtime.block_on(relay.run()),
+        Command::Ui(ui) => runtime.block_on(ui.run(&layout)),
         Command::Image(image) => runtime.block_on(image.run(&layout)),
         Command::Kubeconfig { write } => kubeconfig::run(&layout, write),
         Command::Completion { shell } => {

@@ -2,6 +2,7 @@
 //! picture of the machine to compare before and after.
 
 pub mod api;
+pub mod browser;
 pub mod ethtool;
 pub mod place;
 pub mod sctp;

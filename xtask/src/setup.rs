@@ -78,6 +78,14 @@ const TEST: &[Need] = &[
         package: "dnsmasq-base",
     },
     Need {
+        what: "chromium",
+        package: "chromium",
+    },
+    Need {
+        what: "chromedriver",
+        package: "chromium-driver",
+    },
+    Need {
         what: "docker-registry",
         package: "docker-registry",
     },

@@ -8,6 +8,7 @@ use crate::kind::{Kind, Relevant};
 use crate::network_policy::protocol;
 use crate::object::{AUDIT, OBSERVE_HTTP};
 use crate::rule::Name;
+use crate::selector::Labels;
 
 /// What of a Pod is needed.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -79,7 +80,7 @@ pub fn view(pod: &Pod) -> PodView {
         addresses: if own { addresses.collect() } else { Vec::new() },
         workload: owners
             .next()
-            .map(|owner| (owner.kind.clone(), owner.name.clone())),
+            .map(|owner| workload(&owner.kind, &owner.name, pod.metadata.labels.as_ref())),
         audit: has(AUDIT),
         reads_http: has(OBSERVE_HTTP),
         node: spec
@@ -89,8 +90,51 @@ pub fn view(pod: &Pod) -> PodView {
     }
 }
 
+/// Who made a pod's controller, as far as names tell: the pods of a Deployment have a ReplicaSet's name without their
+/// hash, those of a CronJob a Job's without the minute.
+fn workload(kind: &str, name: &str, labels: Option<&Labels>) -> (String, String) {
+    let hash = labels.and_then(|labels| labels.get("pod-template-hash"));
+    let above = match (kind, hash, name.rsplit_once('-')) {
+        ("ReplicaSet", Some(hash), Some((deployment, last))) if last == hash => {
+            Some(("Deployment", deployment))
+        }
+        ("Job", _, Some((job, minute)))
+            if (8..=10).contains(&minute.len())
+                && minute.bytes().all(|digit| digit.is_ascii_digit()) =>
+        {
+            Some(("CronJob", job))
+        }
+        _ => None,
+    };
+    let (kind, name) = above.unwrap_or((kind, name));
+    (kind.to_owned(), name.to_owned())
+}
+
 /// A kind without the labels that do not count, but for those that policies ask for.
 pub fn relevant(mut kind: Kind, labels: &Relevant, asked: impl Fn(&str) -> bool) -> Kind {
     kind.labels.retain(|key, _| labels.has(key) || asked(key));
     kind
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn pods_are_called_by_who_made_their_controllers() {
+        let labels = Labels::from([("pod-template-hash".to_owned(), "56df9bc644".to_owned())]);
+        for (kind, name, wanted) in [
+            ("ReplicaSet", "web-56df9bc644", ("Deployment", "web")),
+            ("ReplicaSet", "web-other", ("ReplicaSet", "web-other")),
+            ("Job", "backup-29384756", ("CronJob", "backup")),
+            ("Job", "backup-1", ("Job", "backup-1")),
+            ("Job", "backup-2938475a", ("Job", "backup-2938475a")),
+            ("DaemonSet", "agent", ("DaemonSet", "agent")),
+        ] {
+            let (kind, name) = workload(kind, name, Some(&labels));
+            assert_eq!((kind.as_str(), name.as_str()), wanted);
+        }
+        let bare = workload("ReplicaSet", "web-56df9bc644", None);
+        assert_eq!(bare.0, "ReplicaSet");
+    }
 }

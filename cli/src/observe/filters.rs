@@ -443,6 +443,27 @@ impl clap::FromArgMatches for FilterArgs {
 }
 
 impl FilterArgs {
+    /// Reads flags as a shell would divide them.
+    ///
+    /// # Errors
+    /// Says what of it is no filter.
+    pub fn parse(text: &str) -> Result<Self, String> {
+        use clap::{Args, FromArgMatches};
+        let words = shlex::split(text).ok_or_else(|| "a quotation mark has no other".to_owned())?;
+        let command =
+            Self::augment_args(Command::new("filter").no_binary_name(true)).disable_help_flag(true);
+        let read = command
+            .try_get_matches_from(words)
+            .and_then(|matches| Self::from_arg_matches(&matches));
+        // How to ask for help is of no use here.
+        let first = |error: clap::Error| {
+            let text = error.render().to_string();
+            let text = text.split("\n\nUsage:").next().unwrap_or_default();
+            text.trim_start_matches("error: ").trim().to_owned()
+        };
+        read.map_err(first)
+    }
+
     /// Reads flags and values in the order in which they were given.
     fn read<'a>(given: impl Iterator<Item = (&'a str, &'a str)>) -> Result<Self> {
         let (mut allow, mut deny) = (Half::default(), Half::default());

@@ -2,7 +2,7 @@
 
 mod filters;
 mod print;
-mod source;
+pub mod source;
 mod time;
 
 use std::path::PathBuf;
@@ -18,9 +18,10 @@ use xebec_hubble::order::{Ended, Following};
 use xebec_hubble::wkt::FieldMask;
 
 use crate::paths::Layout;
-use filters::FilterArgs;
+pub use filters::FilterArgs;
 use print::{Color, Output, Printer, Style};
-use source::Tls;
+pub use print::{decided_by, ends, kind};
+pub use source::Tls;
 use time::Format;
 
 /// How many flows are shown where nothing else is asked for.
@@ -135,12 +136,29 @@ fn parse_time(text: &str) -> Result<Timestamp, String> {
     time::parse(text).map_err(|error| format!("{error:#}"))
 }
 
-fn parse_server(text: &str) -> Result<Server, String> {
+/// Reads the address of a server.
+pub fn parse_server(text: &str) -> Result<Server, String> {
     Server::parse(text).map_err(|error| format!("{error:#}"))
 }
 
 fn parse_filter(text: &str) -> Result<FlowFilter, String> {
     serde_json::from_str(text).map_err(|error| format!("no FlowFilter: {error}"))
+}
+
+/// The servers to ask: the one that is named, or the agents of this machine, or of a node of it.
+pub fn servers(
+    layout: &Layout,
+    node: Option<&str>,
+    server: Option<&Server>,
+) -> Result<Vec<Server>> {
+    if let Some(server) = server {
+        return Ok(vec![server.clone()]);
+    }
+    let agents = crate::unix_http::agents(layout, node)?.into_iter();
+    let socket = |socket: PathBuf| socket.with_file_name(xebec_agent::HUBBLE_SOCKET);
+    Ok(agents
+        .map(|(_, agent)| Server::Unix(socket(agent)))
+        .collect())
 }
 
 impl Observe {
@@ -226,13 +244,7 @@ impl Observe {
             }
             return printer.finish();
         }
-        let servers = match &self.server {
-            Some(server) => vec![server.clone()],
-            None => crate::unix_http::agents(layout, self.node.as_deref())?
-                .into_iter()
-                .map(|(_, socket)| Server::Unix(socket.with_file_name(xebec_agent::HUBBLE_SOCKET)))
-                .collect(),
-        };
+        let servers = servers(layout, self.node.as_deref(), self.server.as_ref())?;
         let (nodes, mut failures) = source::ask(&servers, &self.tls, &asked);
         if self.follow {
             let mut flows = Following::default();

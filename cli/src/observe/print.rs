@@ -378,6 +378,19 @@ impl<O: Write, E: Write> Printer<O, E> {
     }
 }
 
+/// Source and destination, by their names where they have any.
+pub fn ends(flow: &Flow) -> [String; 2] {
+    let style = Style {
+        output: Output::Compact,
+        color: Color::Never,
+        names: true,
+        node_name: false,
+        policy_names: false,
+        time: Format::StampMilli,
+    };
+    Printer::new(style, std::io::sink(), std::io::sink()).ends(flow)
+}
+
 fn join(namespace: &str, name: &str) -> String {
     if namespace.is_empty() {
         name.to_owned()
@@ -387,7 +400,7 @@ fn join(namespace: &str, name: &str) -> String {
 }
 
 /// What kind of event it is.
-fn kind(flow: &Flow) -> String {
+pub fn kind(flow: &Flow) -> String {
     if let Some(l7) = &flow.l7 {
         let what = match l7.r#type() {
             L7FlowType::Request => "request",
@@ -446,7 +459,7 @@ fn kind(flow: &Flow) -> String {
 }
 
 /// The policies that decided, with the place of the rule where one of them says so.
-fn decided_by(flow: &Flow) -> Option<String> {
+pub fn decided_by(flow: &Flow) -> Option<String> {
     let lists = [
         (&flow.ingress_denied_by, "ingress"),
         (&flow.egress_denied_by, "egress"),
